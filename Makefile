@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(CURDIR)/$(VENV)/bin
+export PATH := $(RUN):$(PATH)
+export PYTHONDONTWRITEBYTECODE := 1
+export DVC_NO_ANALYTICS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help repro test check format bench-pipeline lock clean
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
+
+$(VENV)/ready: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/report.md
+	dvc repro
+
+test: $(VENV)/ready ## set up .venv and run all tests
+	python -m pytest
+
+check: $(VENV)/ready ## lint, format and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(VENV)/ready ## let ruff mend what it can
+	ruff check --fix .
+	ruff format .
+
+bench-pipeline: $(VENV)/ready ## time the pipeline itself: full, no-op, opset change, export memory
+	python -m benchmarks.pipeline
+
+TORCH := torch==2.13.0
+GPU := sys_platform == 'linux' and platform_machine == 'x86_64'
+lock: ## renew requirements.lock from pyproject.toml, in a new environment
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet $(TORCH) '.[dev]'
+	@echo '# Made by `make lock`; torch brings its own CUDA packages where its build has them.' > requirements.lock
+	build/lock/bin/python -m pip freeze --exclude clip-deploy | sed -E \
+	  -e '/^(nvidia|triton|cuda)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' \
+	  -e "s/^onnxruntime(-gpu)?==(.*)/onnxruntime-gpu==\2; $(GPU)\nonnxruntime==\2; not ($(GPU))/" >> requirements.lock
+
+clean: ## remove what the pipeline built (reports stay)
+	rm -rf artifacts multirun dvc_plots
