@@ -1,0 +1,110 @@
+"""A target's folder: its files, and target.json saying what they are. Written whole or not at all."""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clip_deploy.errors import DeployError, UnavailableError
+
+MANIFEST = "target.json"
+
+
+@dataclass
+class Target:
+    """What a folder of artifacts/ holds.
+
+    Attributes:
+        runtime: which module of clip_deploy.runtimes opens it.
+        precision: the gate's class, "fp32", "fp16" or "int8".
+        files: the files that a deployment ships, relative to the folder; their bytes are the target's size.
+        model: the towers' shapes and the context length, as checkpoint.describe gives them.
+        build: how it was made (opset, fused nodes, quantisation settings...), for the report.
+        unavailable: why it could not be built here, or None.
+    """
+
+    runtime: str
+    precision: str
+    files: list[str] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    build: dict[str, Any] = field(default_factory=dict)
+    unavailable: str | None = None
+
+
+def read_target(folder: Path) -> Target:
+    path = folder / MANIFEST
+    try:
+        return Target(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DeployError(f"{folder} is not a built target ({error}); run `dvc repro`") from error
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes that the target's files take on disk, external data included."""
+    return sum((folder / name).stat().st_size for name in read_target(folder).files)
+
+
+def build(output: Path, make: Callable[[Path], Target], fallback: Target) -> None:
+    """Let `make` fill a new folder and describe it, then move the folder to `output`.
+
+    Where `make` raises UnavailableError, the folder holds only `fallback` with the reason.
+    """
+    with new_folder(output) as folder:
+        try:
+            target = make(folder)
+        except UnavailableError as error:
+            target = fallback
+            target.unavailable = str(error)
+        write_text(folder / MANIFEST, json.dumps(asdict(target), indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place on success and vanishes on failure."""
+    partial = output.with_name(f".{output.name}.partial")
+    with disk_errors(output):
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if output.exists():
+                shutil.rmtree(output)
+            partial.replace(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say in one line that `path` cannot be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "free some space (`dvc gc -w` drops artifacts that no commit here uses)",
+            errno.EDQUOT: "free some space (`dvc gc -w` drops artifacts that no commit here uses)",
+            errno.EROFS: "the file system is read-only: mount it writable or clone elsewhere",
+            errno.EACCES: "make the folder writable for this user",
+            errno.EPERM: "make the folder writable for this user",
+            errno.ENOTDIR: "a file stands where a folder is needed: move it away",
+            errno.EEXIST: "a file stands where a folder is needed: move it away",
+        }
+        if error.errno not in advice:
+            raise
+        raise DeployError(f"cannot write {path}: {error.strerror}; {advice[error.errno]}") from error

@@ -1,0 +1,291 @@
+"""The settings of params.yaml and conf/ as dataclasses: types, ranges, and one clear message for whatever is wrong."""
+
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from clip_deploy.errors import ConfigError
+
+REFERENCE = "torch-fp32"  # the untouched checkpoint: the first row, and what every other row is held against
+EXPORTED = "onnx-fp32"  # the target that export_onnx builds
+GROUPS = ("model", "data", "benchmark", "gates")  # folders under conf/
+OPSETS = {"torchscript": (14, 20), "dynamo": (18, 23)}  # what each exporter really writes (torch 2.13)
+
+T = TypeVar("T")
+
+
+class Exporter(Enum):
+    auto = "auto"  # dynamo where it can write the opset, torchscript below
+    dynamo = "dynamo"
+    torchscript = "torchscript"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+class Quantization(Enum):
+    dynamic = "dynamic"
+    static = "static"
+
+
+class Calibration(Enum):
+    minmax = "minmax"
+    entropy = "entropy"
+    percentile = "percentile"
+
+
+class ReduceRange(Enum):
+    auto = "auto"  # where the CPU lacks VNNI
+    always = "always"
+    never = "never"
+
+
+@dataclass
+class ModelConfig:
+    """One checkpoint: a hub id, a local folder, or an architecture with seeded random weights."""
+
+    repo_id: str | None = None
+    revision: str | None = None  # a commit, so that the same name stays the same weights
+    path: str | None = None
+    architecture: dict[str, Any] | None = None  # a config.json; its tokenizer and processor come from `path`
+    seed: int = 0
+    trained: bool = True  # random weights are timed and compared, not judged by their accuracy
+
+    def __post_init__(self) -> None:
+        if bool(self.repo_id) == bool(self.path):
+            raise ConfigError(
+                "model: give either repo_id (a Hugging Face id) or path (a local folder); "
+                "for `model: local` set path in conf/model/local.yaml"
+            )
+        if self.repo_id and not self.revision:
+            raise ConfigError(f"model.revision is missing for {self.repo_id}: pin a commit of the repository")
+
+
+@dataclass
+class DataConfig:
+    """Where evaluation and calibration samples come from, and how many of each."""
+
+    source: str = "shapes"
+    evaluation_samples: int = 960
+    calibration_samples: int = 96
+    templates: list[str] = field(default_factory=list)
+    path: str | None = None  # image-folder: a folder; captions: a CSV
+    image_column: str = "image"
+    caption_column: str | None = None
+    label_column: str | None = None
+    dataset_id: str | None = None
+    revision: str | None = None
+    split: str = "test"
+
+    SOURCES = ("shapes", "image-folder", "captions", "hub")
+
+    def __post_init__(self) -> None:
+        if self.source not in self.SOURCES:
+            raise ConfigError(f"data.source is {self.source!r}: accepted are {', '.join(self.SOURCES)}")
+        if self.source in ("image-folder", "captions") and not self.path:
+            raise ConfigError(f"data.path is missing: set it in conf/data/{self.source}.yaml")
+        if self.source == "hub" and not self.dataset_id:
+            raise ConfigError("data.dataset_id is missing: set it in conf/data/hub.yaml")
+        for name, least in (("evaluation_samples", 8), ("calibration_samples", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}: at least {least} are needed")
+        if bad := [template for template in self.templates if template.count("{}") != 1]:
+            raise ConfigError(f"data.templates holds {bad[0]!r}: each template names the class once, as {{}}")
+
+
+@dataclass
+class BenchmarkConfig:
+    """How long and at which sizes a target is timed."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32])
+    threads: int = 2  # of each process, for every library
+    warmup: int = 5  # calls thrown away: allocators and thread pools settle
+    iterations: int = 500  # timed calls per tower and batch size, at most
+    seconds: float = 0.4  # time limit for them, each side; at least 5 rounds are run
+    sequence_length: int | None = None  # tokens; null: the model's whole context
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ConfigError(f"benchmark.batch_sizes is {self.batch_sizes}: give one or more sizes of at least 1")
+        for name in ("threads", "iterations", "seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"benchmark.{name} is {getattr(self, name)}: it must be above 0")
+
+
+@dataclass
+class Gate:
+    """What a target of one precision class must reach to be fit for use."""
+
+    min_cosine: float = 0.0  # lowest cosine of any row with the reference's, per tower
+    max_top1_drop: float = 100.0  # percentage points
+    max_flips: float = 100.0  # percent of the images whose answer changed
+
+
+@dataclass
+class GatesConfig:
+    fp32: Gate = field(default_factory=Gate)
+    fp16: Gate = field(default_factory=Gate)
+    int8: Gate = field(default_factory=Gate)
+
+
+@dataclass
+class OnnxConfig:
+    opset: int = 18
+    exporter: Exporter = Exporter.auto
+
+    def __post_init__(self) -> None:
+        low, high = OPSETS[self.writer]
+        if not low <= self.opset <= high:
+            others = ", ".join(f"{name} writes {first} to {last}" for name, (first, last) in OPSETS.items())
+            raise ConfigError(
+                f"onnx.opset is {self.opset} with onnx.exporter {self.exporter.value}: {others}; "
+                "change the opset or the exporter"
+            )
+
+    @property
+    def writer(self) -> str:
+        """The exporter to use: "dynamo" or "torchscript"."""
+        if self.exporter is not Exporter.auto:
+            return self.exporter.value
+        return "dynamo" if self.opset >= OPSETS["dynamo"][0] else "torchscript"
+
+
+@dataclass
+class TorchScriptConfig:
+    precision: Precision = Precision.fp32
+
+    def __post_init__(self) -> None:
+        if self.precision is Precision.fp16:
+            raise ConfigError("export_torchscript: precision fp16 is not offered on CPU; accepted are fp32, int8")
+
+
+@dataclass
+class OptimizeConfig:
+    source: str = EXPORTED
+    precision: Precision = Precision.fp32
+
+    def __post_init__(self) -> None:
+        if self.precision is Precision.int8:
+            raise ConfigError("optimize: precision int8 is made by `quantize`; accepted are fp32, fp16")
+
+
+@dataclass
+class QuantizeConfig:
+    source: str = EXPORTED
+    method: Quantization = Quantization.dynamic
+    per_channel: bool = True
+    reduce_range: ReduceRange = ReduceRange.auto
+    calibration: Calibration = Calibration.minmax  # static only
+
+
+@dataclass
+class Params:
+    """All of params.yaml."""
+
+    model: str
+    data: str
+    benchmark: str
+    gates: str
+    onnx: OnnxConfig
+    export_torchscript: dict[str, TorchScriptConfig]
+    optimize: dict[str, OptimizeConfig]
+    quantize: dict[str, QuantizeConfig]
+    targets: list[str]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [REFERENCE, EXPORTED, *self.export_torchscript, *self.optimize, *self.quantize]
+        for name in names:
+            if not re.fullmatch(r"[a-z0-9-]+", name):
+                raise ConfigError(f"target {name!r}: names are made of a-z, 0-9 and - (they become paths)")
+            if names.count(name) > 1:
+                raise ConfigError(f"target {name!r} is built twice: give each target of params.yaml its own name")
+        for target in self.targets:
+            if target not in names:
+                raise ConfigError(f"targets lists {target!r}, which nothing builds: known are {', '.join(names)}")
+        if not self.targets or self.targets[0] != REFERENCE:
+            raise ConfigError(f"targets must begin with {REFERENCE}: every other row is measured against it")
+        if len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"targets lists a name twice: {', '.join(self.targets)}")
+        sources = [EXPORTED, *self.optimize]
+        for section in ("optimize", "quantize"):
+            for name, settings in getattr(self, section).items():
+                if settings.source not in sources or settings.source == name:
+                    raise ConfigError(
+                        f"{section}.{name}.source is {settings.source!r}: accepted are {', '.join(sources)}"
+                    )
+
+
+SCHEMAS = {"model": ModelConfig, "data": DataConfig, "benchmark": BenchmarkConfig, "gates": GatesConfig}
+
+
+def load_params(path: Path, conf: Path) -> Params:
+    """Read params.yaml and check it whole, with the conf/ files that it selects.
+
+    Raises ConfigError naming the key, what it holds and what is accepted.
+    """
+    params = typed(Params, read_yaml(path), str(path))
+    for group in GROUPS:
+        load_choice(conf, group, getattr(params, group))
+    return params
+
+
+def load_choice(conf: Path, group: str, name: str) -> Any:
+    """Read conf/<group>/<name>.yaml into the group's dataclass."""
+    path = conf / group / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(choice.stem for choice in (conf / group).glob("*.yaml")))
+        raise ConfigError(f"{group} is {name!r}: accepted are {known}; a new one is a new file in conf/{group}/")
+    return typed(SCHEMAS[group], read_yaml(path), str(path), prefix=f"{group}.")
+
+
+def read_yaml(path: Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path} must hold `key: value` lines")
+    return content
+
+
+def typed(schema: type[T], content: DictConfig, where: str, prefix: str = "") -> T:
+    """Turn a DictConfig into `schema`, with its checks; ConfigError names the key and what is accepted."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), content)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = prefix + (error.full_key or "")
+        if isinstance(error, ConfigKeyError):
+            known = ", ".join(_keys(error.object_type) or _keys(schema))
+            raise ConfigError(f"{where}: unknown key {key}; accepted are {known}") from error
+        raise ConfigError(f"{where}: {key}: {(error.msg or str(error)).splitlines()[0]}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _keys(schema: Any) -> list[str]:
+    return [item.name for item in fields(schema)] if is_dataclass(schema) else []
+
+
+def sections(schema: type) -> list[str]:
+    """Names of the settings that a stage takes from params.yaml: its fields that Params has too."""
+    known = {item.name for item in fields(Params)}
+    return [name for name in get_type_hints(schema) if name in known]
+
+
+def is_per_target(name: str) -> bool:
+    """Whether a section of params.yaml maps target names to settings."""
+    hint = get_type_hints(Params)[name]
+    return get_origin(hint) is dict and is_dataclass(get_args(hint)[1])

@@ -1,0 +1,107 @@
+"""The pipeline's steps. Each is a Hydra program over params.yaml: read, call the library, write.
+
+    python -m stages.benchmark --help
+    python -m stages.benchmark target=ort-fp32 ... benchmark=quick      # another choice of a group
+    python -m stages.benchmark target=ort-fp32 ... -m 'benchmark.batch_sizes=[1],[8]'
+
+params.yaml overrides conf/, the command line overrides both.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from clip_deploy.config import GROUPS, read_yaml, sections, typed
+from clip_deploy.errors import DeployError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+PARAMS = Path("params.yaml")
+SWEEP = ("-m", "--multirun")
+
+# Hydra writes no log and no output folder: DVC keeps the results, and the terminal is the log.
+QUIET = {
+    "run": {"dir": "."},
+    "sweep": {"dir": ".", "subdir": "."},
+    "output_subdir": None,
+    "mode": None,
+}
+HELP = "${hydra.help.header}\n\nSettings (key=value overrides them; -m sweeps over a=1,2):\n\n$CONFIG"
+
+
+def stage(function: Callable[[Any], None]) -> Callable[[], None]:
+    """Make a program of `function(settings)`.
+
+    The type of `settings` says what the stage reads: a field named as a section of params.yaml is filled from there
+    (a name under a group's key selects the group's file in conf/), every other field comes from the command line.
+    """
+    schema = next(iter(get_type_hints(function).values()))
+
+    @functools.wraps(function)
+    def run(content: DictConfig) -> None:
+        if content.get("hydra"):
+            del content["hydra"]
+        function(typed(schema, content, "settings"))
+
+    def program() -> None:
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in SWEEP)  # argparse takes no flag in the middle
+        try:
+            register(function, schema)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=_name(function))(_reported(run))()
+        except DeployError as error:
+            _fail(error)
+
+    return program
+
+
+def register(function: Callable[[Any], None], schema: type) -> None:
+    """Store the stage's primary config: its types, the chosen groups, then what params.yaml says."""
+    name = _name(function)
+    params = read_yaml(PARAMS)
+    chosen = [key for key in sections(schema) if key in GROUPS]
+    taken = {key: params[key] for key in sections(schema) if key in params and key not in chosen}
+    store = ConfigStore.instance()
+    store.store(name=f"{name}_types", node=schema)
+    store.store(name=f"{name}_params", node=OmegaConf.create(taken))
+    store.store(
+        name=name,
+        node={
+            "defaults": [
+                f"{name}_types",
+                *({key: str(params.get(key))} for key in chosen),
+                f"{name}_params",
+                "_self_",
+                {"override hydra/job_logging": "none"},
+                {"override hydra/hydra_logging": "none"},
+            ],
+            "hydra": {**QUIET, "help": {"header": inspect.getdoc(sys.modules[function.__module__]), "template": HELP}},
+        },
+    )
+
+
+def _name(function: Callable[[Any], None]) -> str:
+    return function.__name__
+
+
+def _reported(run: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Turn an error raised on purpose into one line and exit code 1; any other keeps its traceback."""
+
+    @functools.wraps(run)
+    def reported(content: DictConfig) -> None:
+        try:
+            run(content)
+        except DeployError as error:
+            _fail(error)
+
+    return reported
+
+
+def _fail(error: DeployError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(1)

@@ -1,0 +1,151 @@
+"""The built-in checkpoint, small sets and targets made once, and a temporary copy of the whole project."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "assets" / "tiny-shapes"
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+os.environ["DVC_NO_ANALYTICS"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, visibly, what needs a GPU where there is none."""
+    if shutil.which("nvidia-smi"):
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The built-in model as the target torch-fp32."""
+    from clip_deploy.artifact import Target, build
+    from clip_deploy.checkpoint import fetch
+    from clip_deploy.config import ModelConfig
+
+    folder = tmp_path_factory.mktemp("artifacts") / "torch-fp32"
+    build(folder, lambda output: fetch(ModelConfig(path=str(TINY)), output), Target("eager", "fp32"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sets(checkpoint, tmp_path_factory):
+    """A folder with small evaluation and calibration sets and the reference's embeddings."""
+    from clip_deploy.artifact import read_target
+    from clip_deploy.checkpoint import load_processor
+    from clip_deploy.config import DataConfig
+    from clip_deploy.dataset import load
+    from clip_deploy.encode import encode_set, save_embeddings
+    from clip_deploy.prepared import load_prepared, write_prepared
+    from clip_deploy.runtimes import open_encoder
+
+    folder = tmp_path_factory.mktemp("data")
+    data = DataConfig(evaluation_samples=96, calibration_samples=16, templates=["a photo of a {}", "a {}"])
+    dataset, processor, model = load(data, 0), load_processor(checkpoint), read_target(checkpoint).model
+    for name in ("evaluation", "calibration"):
+        (folder / name).mkdir()
+        write_prepared(name, dataset, data.templates, processor, model, folder / name)
+    embeddings = encode_set(open_encoder(checkpoint), load_prepared(folder / "evaluation"))
+    save_embeddings(embeddings, folder / "evaluation" / "reference.npz")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnx_target(checkpoint):
+    """The built-in model exported at opset 18."""
+    from clip_deploy.artifact import Target, build
+    from clip_deploy.config import OnnxConfig
+    from clip_deploy.onnx_export import export_onnx
+
+    folder = checkpoint.parent / "onnx-fp32"
+    build(folder, lambda output: export_onnx(checkpoint, OnnxConfig(), output), Target("ort", "fp32"))
+    return folder
+
+
+@dataclass
+class Project:
+    """A copy of this repository with its own git and DVC, small sets and short timings."""
+
+    path: Path
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+        bin_folder = str(Path(sys.executable).parent)
+        environment = {
+            **os.environ,
+            "PATH": bin_folder + os.pathsep + os.environ["PATH"],
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_AUTHOR_NAME": "test",
+            "GIT_AUTHOR_EMAIL": "test@example.com",
+            "GIT_COMMITTER_NAME": "test",
+            "GIT_COMMITTER_EMAIL": "test@example.com",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, env=environment, check=False)
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def repro(self, *arguments: str) -> set[str]:
+        """Run `dvc repro` and return the stages that ran, without probe, which always does."""
+        ran = re.findall(r"Running stage '([^']+)'", self.run("dvc", "repro", *arguments).stdout)
+        return set(ran) - {"probe"}
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        text = (self.path / name).read_text()
+        assert old in text, f"{name} has no {old!r}"
+        (self.path / name).write_text(text.replace(old, new))
+
+    def copy(self, path: Path) -> "Project":
+        shutil.copytree(self.path, path, symlinks=True)
+        return Project(path)
+
+
+def new_project(path: Path) -> Project:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, path / name)
+    shutil.rmtree(path / "reports", ignore_errors=True)
+    (path / "dvc.lock").unlink(missing_ok=True)
+    project = Project(path)
+    project.edit("conf/data/shapes.yaml", "evaluation_samples: 960", "evaluation_samples: 96")
+    project.edit("conf/data/shapes.yaml", "calibration_samples: 96", "calibration_samples: 16")
+    project.edit("params.yaml", "benchmark: standard", "benchmark: quick")
+    project.edit("conf/benchmark/quick.yaml", "batch_sizes: [1, 8]", "batch_sizes: [1]")
+    project.run("git", "init", "-q", "-b", "main")
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "Start")
+    return project
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A fresh copy in which nothing has been built."""
+    return new_project(tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A copy in which the whole pipeline has run once and been committed. Tests take their own copy of it."""
+    project = new_project(tmp_path_factory.mktemp("built") / "project")
+    project.repro()
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "Reproduce")
+    return project

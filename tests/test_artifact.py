@@ -1,0 +1,106 @@
+import errno
+import os
+
+import pytest
+
+from clip_deploy.artifact import Target, build, new_folder, read_target, size_bytes, write_text
+from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.results import rounded, write_json
+
+
+def test_a_failed_build_leaves_the_old_target(tmp_path):
+    output = tmp_path / "target"
+    build(output, lambda folder: Target("ort", "fp32", build={"opset": 18}), Target("ort", "fp32"))
+
+    def fail(folder):
+        (folder / "half.onnx").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(output, fail, Target("ort", "fp32"))
+    assert read_target(output).build == {"opset": 18}
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path):
+    (tmp_path / ".target.partial").mkdir()
+    (tmp_path / ".target.partial" / "half.onnx").write_text("half")
+    with new_folder(tmp_path / "target") as folder:
+        assert not list(folder.iterdir())
+
+
+def test_an_unavailable_target_keeps_its_reason(tmp_path):
+    def refuse(folder):
+        raise UnavailableError("no such exporter")
+
+    build(tmp_path / "target", refuse, Target("ort", "fp16"))
+    target = read_target(tmp_path / "target")
+    assert target.unavailable == "no such exporter"
+    assert target.precision == "fp16"
+
+
+def test_size_counts_the_deployed_files_only(tmp_path):
+    def make(folder):
+        (folder / "vision.onnx").write_bytes(b"x" * 100)
+        (folder / "vision.onnx.data").write_bytes(b"x" * 1000)
+        (folder / "notes.txt").write_bytes(b"x" * 7)
+        return Target("ort", "fp32", files=["vision.onnx", "vision.onnx.data"])
+
+    build(tmp_path / "target", make, Target("ort", "fp32"))
+    assert size_bytes(tmp_path / "target") == 1100
+
+
+def test_a_folder_that_is_no_target_is_refused(tmp_path):
+    with pytest.raises(DeployError, match="is not a built target"):
+        read_target(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path):
+    def fill(folder):
+        with open("/dev/full", "w") as full:
+            full.write("x" * 10_000_000)
+        return Target("ort", "fp32")
+
+    with pytest.raises(DeployError, match=r"cannot write .*target: No space left on device; free some space"):
+        build(tmp_path / "target", fill, Target("ort", "fp32"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_read_only_folder_is_said_in_one_line(tmp_path, monkeypatch):
+    """Root may write anywhere, so the kernel's answer is played by hand."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with (
+        pytest.raises(DeployError, match=r"cannot write .*target: Read-only file system; .*mount it writable"),
+        new_folder(tmp_path / "target"),
+    ):
+        pass
+
+
+def test_a_file_in_the_way_is_said_in_one_line(tmp_path):
+    (tmp_path / "artifacts").write_text("")
+    with (
+        pytest.raises(DeployError, match="a file stands where a folder is needed"),
+        new_folder(tmp_path / "artifacts" / "target"),
+    ):
+        pass
+
+
+def test_a_result_file_is_rounded_and_ends_with_a_newline(tmp_path):
+    write_json(tmp_path / "result.json", {"p50_ms": 1.23456789, "cosine": 0.99999999, "bad": float("nan"), "n": 3})
+    assert (tmp_path / "result.json").read_text() == (
+        '{\n  "p50_ms": 1.2346,\n  "cosine": 1.0,\n  "bad": null,\n  "n": 3\n}\n'
+    )
+    assert rounded([1234567.0, True, "x"]) == [1234600.0, True, "x"]
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path):
+    write_text(tmp_path / "a.md", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.md", "new \ud800")
+    assert (tmp_path / "a.md").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.md"]

@@ -1,0 +1,78 @@
+import shutil
+
+import pytest
+from conftest import ROOT
+
+from clip_deploy.config import GROUPS, OnnxConfig, load_choice, load_params
+from clip_deploy.errors import ConfigError
+
+CONF = ROOT / "conf"
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+NEEDS_A_PATH = {("model", "local"), ("data", "image-folder"), ("data", "captions"), ("data", "hub")}
+
+
+@pytest.fixture
+def params(tmp_path):
+    """Edit a copy of params.yaml, then load it."""
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+
+    def load(old="", new=""):
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        return load_params(path, CONF)
+
+    return load
+
+
+def test_the_shipped_params_are_valid(params):
+    assert params().targets[0] == "torch-fp32"
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
+    if (group, name) in NEEDS_A_PATH:
+        with pytest.raises(ConfigError, match=r"local\.yaml|image-folder\.yaml|captions\.yaml|hub\.yaml"):
+            load_choice(CONF, group, name)
+    else:
+        load_choice(CONF, group, name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model: tiny-shapes", "model: tiny-shape", r"model is 'tiny-shape': accepted are .*tiny-shapes"),
+        ("data: shapes", "data: shape", r"data is 'shape': accepted are captions, hub, image-folder, shapes"),
+        ("gates: standard", "gates: strict", r"gates is 'strict': accepted are"),
+        ("  - ort-fp16\n", "  - ort-fp12\n", r"targets lists 'ort-fp12', which nothing builds: known are .*ort-fp16"),
+        ("precision: fp16}", "precision: fp12}", r"optimize\.ort-fp16\.precision.*fp12.*fp16"),
+        ("method: dynamic}", "method: magic}", r"quantize\.ort-int8-dynamic\.method.*magic.*static"),
+        ("precision: fp16}", "precision: int8}", r"int8 is made by `quantize`; accepted are fp32, fp16"),
+        ("  opset: 18", "  opsets: 18", r"unknown key onnx\.opsets; accepted are opset, exporter"),
+        ("seed: 0", "sede: 0", r"unknown key sede; accepted are model, data"),
+        ("  opset: 18", "  opset: eighteen", r"onnx\.opset: .*'eighteen'"),
+        ("  opset: 18", "  opset: 99", r"onnx\.opset is 99 with onnx\.exporter auto: .*dynamo writes 18 to"),
+        ("exporter: auto", "exporter: fancy", r"onnx\.exporter: .*fancy.*dynamo"),
+        ("source: onnx-fp32, precision: fp16", "source: nothing, precision: fp16", r"optimize\.ort-fp16\.source is"),
+        ("  - torch-fp32\n", "", r"targets must begin with torch-fp32"),
+        ("ort-fp16: {", "ort.fp16: {", r"names are made of a-z, 0-9 and -"),
+        ("model: tiny-shapes", "", r"model: .*[Mm]issing"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_accepted(params, old, new, message):
+    with pytest.raises(ConfigError, match=message):
+        params(old, new)
+
+
+def test_params_that_are_no_yaml_are_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text("model: [tiny")
+    with pytest.raises(ConfigError, match=r"params\.yaml is not valid YAML"):
+        load_params(tmp_path / "params.yaml", CONF)
+
+
+@pytest.mark.parametrize(
+    ("opset", "writer"), [(14, "torchscript"), (17, "torchscript"), (18, "dynamo"), (21, "dynamo")]
+)
+def test_the_exporter_follows_the_opset(opset, writer):
+    assert OnnxConfig(opset=opset).writer == writer
