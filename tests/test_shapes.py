@@ -1,0 +1,64 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from clip_deploy import shapes
+from clip_deploy.config import DataConfig
+from clip_deploy.dataset import load, pixel_hash
+
+RECORD = json.loads((TINY / "training.json").read_text())
+
+
+def test_the_same_arguments_give_the_same_pixels():
+    first, scene = shapes.render("evaluation", 7, 7)
+    again, _ = shapes.render("evaluation", 7, 7)
+    other, _ = shapes.render("calibration", 7, 7)
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+    assert first.size == (64, 64)
+    assert scene.label == shapes.CLASSES[7] == "orange square"
+
+
+def test_a_caption_names_the_subject_first():
+    scene = shapes.Scene("red", "circle", "small", "left of", "blue square")
+    assert scene.caption == "a photo of a small red circle left of a blue square"
+    assert scene.label == "red circle"
+
+
+def test_there_are_at_least_twenty_classes_each_drawn_equally_often():
+    dataset = load(DataConfig(evaluation_samples=96), 0)
+    labels = [sample.label for sample in dataset.evaluation]
+    assert len(dataset.classes) >= 20
+    assert {labels.count(name) for name in dataset.classes} == {2}
+
+
+def test_the_built_in_model_has_a_gap_to_lose():
+    assert 0.80 <= RECORD["held_out_top1"] <= 0.97
+    assert RECORD["classes"] >= 20
+
+
+def test_the_built_in_checkpoint_is_small():
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 4_000_000
+
+
+@pytest.mark.slow
+def test_evaluation_and_calibration_share_no_image_with_training():
+    """Renders the whole training set again: its digest is the recorded one, and no picture of it is used elsewhere."""
+    count = RECORD["images"]["training"]["count"]
+    digest, seen = hashlib.sha256(), set()
+    for index in range(count):
+        image, _ = shapes.render("training", index, index % len(shapes.CLASSES))
+        digest.update(image.tobytes())
+        seen.add(pixel_hash(image))
+    assert digest.hexdigest() == RECORD["images"]["training"]["sha256"]
+    hashes = load(DataConfig(), 0).hashes
+    assert len(hashes["evaluation"]) == 960
+    assert not seen & (set(hashes["evaluation"]) | set(hashes["calibration"]))
+    assert len(seen) == count
+
+
+def test_noise_makes_every_picture_of_a_class_another():
+    images = [np.asarray(shapes.render("evaluation", index, 0)[0], dtype=float) for index in range(4)]
+    assert all(np.abs(left - right).mean() > 5 for left in images for right in images if left is not right)
