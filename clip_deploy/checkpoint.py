@@ -1,0 +1,239 @@
+"""Checkpoints: fetch one, refuse what cannot be deployed, load it. The one module that decides what a checkpoint is."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from clip_deploy.artifact import Target
+from clip_deploy.config import ModelConfig
+from clip_deploy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+# Configuration, tokenizer and weights; never pickles, never code.
+PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def fetch(model: ModelConfig, output: Path) -> Target:
+    """Put the checkpoint's files into `output` and describe them.
+
+    Raises CheckpointError where there is none, its weights are pickled or truncated, or it is no dual encoder.
+    """
+    if model.repo_id:
+        _copy(_download(model.repo_id, str(model.revision)), output)
+    elif model.architecture:
+        _initialise(model, output)
+    else:
+        _copy(_local_folder(model), output)
+    verify(output)
+    weights = sorted(path.name for path in output.glob("*.safetensors"))
+    description = {**describe(output), "trained": model.trained}
+    return Target(runtime="eager", precision="fp32", files=["config.json", *weights], model=description)
+
+
+def _local_folder(model: ModelConfig) -> Path:
+    folder = Path(str(model.path)).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"model.path is {model.path}: no such folder; give one in Hugging Face layout")
+    return folder
+
+
+def _copy(source: Path, output: Path) -> None:
+    verify(source)
+    for path in sorted(source.iterdir()):
+        if any(path.match(pattern) for pattern in PATTERNS):
+            shutil.copyfile(path, output / path.name)
+
+
+def _download(repo_id: str, revision: str) -> Path:
+    """Fetch a repository through the Hugging Face cache; HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE hold as usual."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = f"{repo_id} at {revision}"
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(PATTERNS)))
+    except GatedRepoError as error:
+        raise CheckpointError(f"{repo_id} is gated: accept its terms on its page, then set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub has no model {repo_id} that you may read: check the id, or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo_id} has no revision {revision}: give a commit of the repository") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"cannot reach the hub and {what} is not in the local cache: check the network or HF_ENDPOINT, unset "
+            "HF_HUB_OFFLINE, or copy the folder here and use `model: local`"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CheckpointError(f"downloading {what} failed: {error}; run `dvc repro` again to go on") from error
+
+
+def _initialise(model: ModelConfig, output: Path) -> None:
+    """Write a checkpoint of the given architecture with seeded random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoProcessor
+
+    tokens = AutoProcessor.from_pretrained(_local_folder(model))
+    architecture = dict(model.architecture or {})
+    try:
+        config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"model.architecture is not a transformers configuration: {error}") from error
+    torch.manual_seed(model.seed)
+    AutoModel.from_config(config).save_pretrained(output)
+    size = config.vision_config.image_size
+    tokens.image_processor.size = {"shortest_edge": size}
+    tokens.image_processor.crop_size = {"height": size, "width": size}
+    tokens.tokenizer.model_max_length = config.text_config.max_position_embeddings
+    tokens.tokenizer.save_pretrained(output)
+    tokens.image_processor.save_pretrained(output)
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError where `folder` is not a dual encoder with whole safetensors weights."""
+    config = _read_config(folder)
+    kind = config.get("model_type")
+    if "vision_config" not in config or "text_config" not in config:
+        raise CheckpointError(
+            f"{folder} holds a {kind!r} model: only dual encoders (CLIP, SigLIP, Chinese-CLIP, ALIGN...) have an image "
+            "tower and a text tower to deploy"
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickled:
+            raise CheckpointError(
+                f"{folder} has only pickled weights ({pickled[0]}), which can run code when loaded: where you "
+                "trust it, load it once and `model.save_pretrained(folder)`, or pin a revision with model.safetensors"
+            )
+        raise CheckpointError(f"{folder} has no weights: a file model.safetensors is needed")
+    for path in weights:
+        _verify_weights(path)
+    _verify_shards(folder, {path.name for path in weights})
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file() and not (folder / "processor_config.json").is_file():
+            raise CheckpointError(
+                f"{folder} has no {name}: save the processor with `processor.save_pretrained(folder)`"
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no config.json: give a folder in Hugging Face layout") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no configuration")
+    return config
+
+
+def _verify_weights(path: Path) -> None:
+    try:
+        with safe_open(path, framework="numpy") as content:
+            content.keys()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}): fetch it again") from error
+
+
+def _verify_shards(folder: Path, present: set[str]) -> None:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        needed = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        if missing := sorted(needed - present):
+            raise CheckpointError(f"{folder} lacks {missing[0]}, which {index.name} names: fetch it again")
+
+
+def load_model(folder: Path) -> "PreTrainedModel":
+    """The whole dual encoder in float32, in evaluation mode."""
+    import torch
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model, loading = AutoModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} lacks the weight {missing[0]} ({len(missing)} missing): it is not a whole {type(model).__name__}"
+        )
+    if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+        raise CheckpointError(f"{folder} is a {type(model).__name__}: it has no get_image_features/get_text_features")
+    return model.eval()
+
+
+def load_processor(folder: Path) -> "ProcessorMixin":
+    """The checkpoint's own tokenizer and image processor (the PIL one: it runs everywhere)."""
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: its processor cannot be loaded: {_first_line(error)}") from error
+    return processor
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What later stages need to know of the model, so that they can do without transformers.
+
+    Returns:
+        model_type, image_size [height, width] in pixels, context_length in tokens, text_inputs (names), and for each
+        tower its layers, heads and width.
+    """
+    from PIL import Image
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: its config.json is not one that transformers knows: {_first_line(error)}"
+        ) from error
+    pixels = load_processor(folder).image_processor(Image.new("RGB", (64, 64)), return_tensors="np")["pixel_values"]
+    kind = config.model_type
+    siglip = kind.startswith("siglip")
+    return {
+        "model_type": kind,
+        "image_size": list(pixels.shape[-2:]),
+        "context_length": int(config.text_config.max_position_embeddings),
+        # SigLIP was trained on texts padded to the context, without a mask, as transformers' processor gives them.
+        "pad_to_context": siglip,
+        "text_inputs": ["input_ids"] if siglip else ["input_ids", "attention_mask"],
+        "towers": {"vision": _tower(config.vision_config), "text": _tower(config.text_config)},
+    }
+
+
+def _tower(config: Any) -> dict[str, int]:
+    """Layers, heads and width; 0 where a tower has none (ALIGN's EfficientNet)."""
+    names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size"}
+    return {key: int(getattr(config, name, 0) or 0) for key, name in names.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,146 @@
+"""Evaluation and calibration sets as the encoders take them, on disk: later stages need no tokenizer or image."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from clip_deploy.errors import DataError
+from clip_deploy.results import read_json
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+    from clip_deploy.dataset import Dataset, Sample
+
+CHUNK = 32  # images preprocessed at a time
+
+
+@dataclass
+class Texts:
+    """Tokenised texts: two int64 arrays [texts, tokens]."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, rows: slice) -> "Texts":
+        return Texts(self.input_ids[rows], self.attention_mask[rows])
+
+    def padded(self, length: int, pad_token: int) -> "Texts":
+        """The same texts with padding up to `length` tokens."""
+        extra = ((0, 0), (0, length - self.input_ids.shape[1]))
+        return Texts(
+            np.pad(self.input_ids, extra, constant_values=pad_token),
+            np.pad(self.attention_mask, extra),
+        )
+
+
+@dataclass
+class Prepared:
+    """One set, ready to encode.
+
+    Attributes:
+        pixel_values: float32 [images, 3, height, width], read from disk as needed.
+        captions: Texts, with caption_image [captions] saying whose they are; empty where there are none.
+        caption_text: [captions] the same number where two captions are the same words.
+        prompts: every template with every class, class by class, or empty.
+        labels: [images] index into classes, or empty.
+    """
+
+    pixel_values: np.ndarray
+    captions: Texts
+    caption_image: np.ndarray
+    caption_text: np.ndarray
+    prompts: Texts
+    labels: np.ndarray
+    manifest: dict
+
+    @property
+    def texts(self) -> Texts:
+        """Captions, or the prompts where there are no captions: real texts to calibrate and to time with."""
+        return self.captions if len(self.captions) else self.prompts
+
+
+def write_prepared(
+    name: str, dataset: "Dataset", templates: list[str], processor: "ProcessorMixin", model: dict, folder: Path
+) -> None:
+    """Preprocess the set `name` ("evaluation" or "calibration") with the checkpoint's own processor into `folder`."""
+    samples = getattr(dataset, name)
+    _write_pixels(samples, processor, model["image_size"], folder / "pixel_values.npy")
+    pairs = [(row, text) for row, sample in enumerate(samples) for text in sample.captions]
+    distinct = {text: index for index, text in enumerate(dict.fromkeys(text for _, text in pairs))}
+    captions = tokenize(processor, model, [text for _, text in pairs])
+    prompts = tokenize(processor, model, [template.format(name) for name in dataset.classes for template in templates])
+    np.savez(
+        folder / "texts.npz",
+        caption_ids=captions.input_ids,
+        caption_mask=captions.attention_mask,
+        caption_image=np.array([row for row, _ in pairs], dtype=np.int64),
+        caption_text=np.array([distinct[text] for _, text in pairs], dtype=np.int64),
+        prompt_ids=prompts.input_ids,
+        prompt_mask=prompts.attention_mask,
+        labels=np.array([dataset.classes.index(sample.label) for sample in samples if sample.label], dtype=np.int64),
+    )
+    manifest = {
+        "images": len(samples),
+        "captions": len(pairs),
+        "classes": dataset.classes,
+        "templates": templates if dataset.classes else [],
+        "pad_token": int(processor.tokenizer.pad_token_id or 0),
+        "sha256": dataset.hashes[name],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def tokenize(processor: "ProcessorMixin", model: dict, texts: list[str]) -> Texts:
+    """Pad to the longest text, or to the context where the model was trained so; longer texts are cut."""
+    if not texts:
+        empty = np.empty((0, 1), dtype=np.int64)
+        return Texts(empty, empty)
+    tokens = processor.tokenizer(
+        texts,
+        padding="max_length" if model["pad_to_context"] else "longest",
+        truncation=True,
+        max_length=model["context_length"],
+        return_attention_mask=True,
+        return_tensors="np",
+    )
+    return Texts(tokens["input_ids"].astype(np.int64), tokens["attention_mask"].astype(np.int64))
+
+
+def _write_pixels(samples: "list[Sample]", processor: "ProcessorMixin", size: list[int], path: Path) -> None:
+    shape = (len(samples), 3, *size)
+    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    for start in tqdm(range(0, len(samples), CHUNK), desc="preprocess", disable=None):
+        images = [sample.open() for sample in samples[start : start + CHUNK]]
+        pixels[start : start + CHUNK] = processor.image_processor(images, return_tensors="np")["pixel_values"]
+    pixels.flush()
+
+
+def load_prepared(folder: Path) -> Prepared:
+    """Read one prepared set."""
+    try:
+        texts = np.load(folder / "texts.npz")
+        pixels = np.load(folder / "pixel_values.npy", mmap_mode="r")
+    except OSError as error:
+        raise DataError(f"{folder} is no prepared set ({error}); run `dvc repro prepare`") from error
+    return Prepared(
+        pixel_values=pixels,
+        captions=Texts(texts["caption_ids"], texts["caption_mask"]),
+        caption_image=texts["caption_image"],
+        caption_text=texts["caption_text"],
+        prompts=Texts(texts["prompt_ids"], texts["prompt_mask"]),
+        labels=texts["labels"],
+        manifest=read_json(folder / "manifest.json"),
+    )
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -1,0 +1,48 @@
+"""One module for each format, all behind the same two verbs. A new runtime is a new file here, named in RUNTIMES."""
+
+import importlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from clip_deploy.artifact import Target, read_target
+from clip_deploy.errors import DeployError, UnavailableError
+
+RUNTIMES = ("eager", "torchscript", "ort")
+
+
+class Encoder(Protocol):
+    """An opened target. Embeddings are float32 [batch, dimension], with the projection and not normalised."""
+
+    def __init__(self, folder: Path, target: Target, threads: int | None) -> None: ...
+
+    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Encode float32 [batch, 3, height, width]."""
+        ...
+
+    def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """Encode int64 [batch, sequence] twice; a model without a mask ignores the second."""
+        ...
+
+
+def open_encoder(folder: Path, threads: int | None = None) -> Encoder:
+    """Open the target in `folder`.
+
+    Args:
+        folder: one of artifacts/.
+        threads: of the library's pool; None leaves its default.
+
+    Raises:
+        UnavailableError: it could not be built, or the library that runs it is missing.
+    """
+    target = read_target(folder)
+    if target.unavailable:
+        raise UnavailableError(target.unavailable)
+    if target.runtime not in RUNTIMES:
+        raise DeployError(f"{folder} asks for runtime {target.runtime!r}: known are {', '.join(RUNTIMES)}")
+    try:
+        module = importlib.import_module(f"clip_deploy.runtimes.{target.runtime}")
+    except ImportError as error:
+        raise UnavailableError(f"{error.name} is not installed") from error
+    return module.Encoder(folder, target, threads)

@@ -1,0 +1,84 @@
+"""The two towers of a dual encoder as modules of their own, each with its projection and none of the other's weights.
+
+Works on every model of transformers with get_image_features and get_text_features, CLIP and SigLIP alike.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class ImageTower(nn.Module):
+    """pixel_values [batch, 3, height, width] -> image_embeds [batch, dimension], not normalised."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values=pixel_values).pooler_output
+
+
+class TextTower(nn.Module):
+    """input_ids [batch, sequence], attention_mask like it -> text_embeds [batch, dimension], not normalised.
+
+    A model that takes no mask (SigLIP) is called with input_ids alone.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        masked = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return self.model.get_text_features(input_ids=input_ids, **masked).pooler_output
+
+
+def split(model: PreTrainedModel, inputs: dict[str, tuple[torch.Tensor, ...]]) -> dict[str, nn.Module]:
+    """Cut `model` in two.
+
+    Args:
+        model: a dual encoder in evaluation mode.
+        inputs: example arguments of each tower, by name ("vision", "text").
+    """
+    towers: dict[str, nn.Module] = {}
+    for name, wrap in (("vision", ImageTower), ("text", TextTower)):
+        whole: nn.Module = wrap(model)
+        used = _children_used(model, partial(whole.__call__, *inputs[name]))
+        towers[name] = wrap(_only(model, used)).eval()
+    return towers
+
+
+def example_inputs(image_size: tuple[int, int], context_length: int, text_inputs: list[str]) -> dict[str, tuple]:
+    """Two images and two texts of ones, for tracing: shapes matter, values do not."""
+    tokens = tuple(torch.ones(2, min(16, context_length), dtype=torch.int64) for _ in text_inputs)
+    return {"vision": (torch.zeros(2, 3, *image_size),), "text": tokens}
+
+
+def _children_used(model: PreTrainedModel, call: Callable[[], object]) -> set[str]:
+    """Names of the direct children that `call` runs, wholly or in part."""
+    used: set[str] = set()
+    hooks = [
+        part.register_forward_pre_hook(lambda *_, name=name: used.add(name))
+        for name, child in model.named_children()
+        for part in child.modules()
+    ]
+    try:
+        with torch.inference_mode():
+            call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return used
+
+
+def _only(model: PreTrainedModel, names: set[str]) -> PreTrainedModel:
+    """A shallow copy that shares the weights of the named children and owns nothing else."""
+    clone = copy.copy(model)
+    clone._modules = {name: child for name, child in model._modules.items() if name in names}
+    clone._parameters = {}
+    return clone

@@ -1,0 +1,26 @@
+"""Fetch the checkpoint (hub, local folder or untrained), check it, and keep it as the target torch-fp32."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from clip_deploy.artifact import Target, build
+from clip_deploy.checkpoint import fetch
+from clip_deploy.config import ModelConfig
+from stages import stage
+
+
+@dataclass
+class Settings:
+    model: ModelConfig = MISSING
+    output: Path = MISSING
+
+
+@stage
+def download(settings: Settings) -> None:
+    build(settings.output, lambda folder: fetch(settings.model, folder), Target("eager", "fp32"))
+
+
+if __name__ == "__main__":
+    download()

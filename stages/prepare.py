@@ -1,0 +1,40 @@
+"""Draw the evaluation and calibration sets, preprocess them, and encode them with the untouched FP32 model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from clip_deploy.artifact import new_folder, read_target
+from clip_deploy.checkpoint import load_processor
+from clip_deploy.config import DataConfig
+from clip_deploy.dataset import load
+from clip_deploy.encode import encode_set, save_embeddings
+from clip_deploy.prepared import load_prepared, write_prepared
+from clip_deploy.runtimes import open_encoder
+from stages import stage
+
+
+@dataclass
+class Settings:
+    data: DataConfig = MISSING
+    seed: int = 0
+    checkpoint: Path = MISSING
+    output: Path = MISSING
+
+
+@stage
+def prepare(settings: Settings) -> None:
+    dataset = load(settings.data, settings.seed)
+    model = read_target(settings.checkpoint).model
+    processor = load_processor(settings.checkpoint)
+    for name in ("calibration", "evaluation"):
+        with new_folder(settings.output / name) as folder:
+            write_prepared(name, dataset, settings.data.templates, processor, model, folder)
+            if name == "evaluation":
+                embeddings = encode_set(open_encoder(settings.checkpoint), load_prepared(folder))
+                save_embeddings(embeddings, folder / "reference.npz")
+
+
+if __name__ == "__main__":
+    prepare()

@@ -1,0 +1,236 @@
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import TINY
+from transformers import BertConfig, BertModel
+
+from clip_deploy.artifact import read_target
+from clip_deploy.checkpoint import describe, fetch, load_model, verify
+from clip_deploy.config import ModelConfig
+from clip_deploy.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(TINY, tmp_path / "checkpoint")
+
+
+def refuse(folder, message):
+    """The folder is refused, before anything is copied."""
+    output = folder.parent / "output"
+    output.mkdir()
+    with pytest.raises(CheckpointError, match=message):
+        fetch(ModelConfig(path=str(folder)), output)
+    assert not list(output.iterdir())
+
+
+def test_a_local_folder_is_kept_as_it_came(folder, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    target = fetch(ModelConfig(path=str(folder)), output)
+    assert (output / "model.safetensors").read_bytes() == (TINY / "model.safetensors").read_bytes()
+    assert target.files == ["config.json", "model.safetensors"]
+
+
+def test_the_description_holds_each_towers_own_shape():
+    described = describe(TINY)
+    assert described["towers"]["vision"] == {"layers": 4, "heads": 4, "width": 128}
+    assert described["towers"]["text"] == {"layers": 2, "heads": 3, "width": 96}
+    assert described["image_size"] == [48, 48]
+    assert described["context_length"] == 32
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        fetch(ModelConfig(path=str(tmp_path / "nowhere")), tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    refuse(folder, "has no weights: a file model.safetensors is needed")
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    refuse(folder, r"only pickled weights \(pytorch_model.bin\)")
+
+
+def test_truncated_weights_are_refused(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    refuse(folder, "truncated")
+
+
+def test_a_missing_shard_is_refused(folder):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(folder, "lacks model-2.safetensors")
+
+
+def test_another_architecture_is_refused(tmp_path):
+    folder = tmp_path / "bert"
+    small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    BertModel(small).save_pretrained(folder)
+    refuse(folder, "holds a 'bert' model: only dual encoders")
+
+
+def test_a_folder_without_config_is_refused(folder):
+    (folder / "config.json").unlink()
+    refuse(folder, "no config.json")
+
+
+def test_a_folder_without_its_processor_is_refused(folder):
+    (folder / "preprocessor_config.json").unlink()
+    refuse(folder, "has no preprocessor_config.json")
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 6
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="lacks the weight"):
+        load_model(folder)
+
+
+def test_a_model_needs_a_path_or_an_id():
+    with pytest.raises(ConfigError, match=r"set path in conf/model/local\.yaml"):
+        ModelConfig()
+    with pytest.raises(ConfigError, match="revision is missing"):
+        ModelConfig(repo_id="openai/clip-vit-base-patch32")
+
+
+def test_an_untrained_model_has_seeded_weights(tmp_path):
+    vision = {"image_size": 32, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 586, "vocab_size": 600}
+    model = ModelConfig(
+        path=str(TINY),
+        architecture={"model_type": "clip", "vision_config": vision, "text_config": text},
+        trained=False,
+    )
+    weights = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        target = fetch(model, tmp_path / name)
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert target.model["image_size"] == [32, 32]
+    assert target.model["trained"] is False
+
+
+# The hub: the real client, against its cache and against a server on this machine.
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+FETCH = """
+import sys
+from pathlib import Path
+from clip_deploy.checkpoint import fetch
+from clip_deploy.config import ModelConfig
+from clip_deploy.errors import CheckpointError
+try:
+    fetch(ModelConfig(repo_id="someone/tiny-clip", revision=sys.argv[1]), Path(sys.argv[2]))
+except CheckpointError as error:
+    raise SystemExit(str(error))
+"""
+
+
+def fetch_in_a_process(tmp_path, **variables):
+    """huggingface_hub reads its settings once, when it is imported."""
+    output = tmp_path / "output"
+    output.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, REVISION, str(output)],
+        env={"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", **variables},
+        cwd=TINY.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, output
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a snapshot needs: the list of files at a revision, and the files."""
+
+    files = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+    broken = False
+
+    def do_GET(self):
+        if self.broken:
+            return self.answer(503, b"")
+        if self.path.startswith("/api/models/someone/tiny-clip"):
+            siblings = [{"rfilename": name} for name in (*self.files, "pytorch_model.bin", "evil.py")]
+            record = {"id": "someone/tiny-clip", "sha": REVISION, "siblings": siblings, "tags": [], "downloads": 0}
+            if "/tree/" in self.path:
+                record = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in self.files]
+            return self.answer(200, json.dumps(record).encode(), "application/json")
+        name = self.path.rsplit("/", 1)[-1]
+        if name in self.files:
+            return self.answer(200, (TINY / name).read_bytes())
+        return self.answer(404, b"")
+
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
+
+    def answer(self, status, body, kind="application/octet-stream"):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", kind)
+        self.send_header("ETag", f'"{len(body)}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_hub_checkpoint_is_downloaded_without_pickles_or_code(tmp_path, hub):
+    done, output = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub)
+    assert done.returncode == 0, done.stderr
+    assert (output / "model.safetensors").read_bytes() == (TINY / "model.safetensors").read_bytes()
+    assert not {"pytorch_model.bin", "evil.py"} & {path.name for path in output.iterdir()}
+    verify(output)
+    again = tmp_path / "again"
+    again.mkdir()
+    offline, _ = fetch_in_a_process(again, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    assert offline.returncode == 0, offline.stderr
+
+
+def test_no_network_is_said_in_one_line(tmp_path):
+    done, output = fetch_in_a_process(tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "cannot reach the hub and someone/tiny-clip" in done.stderr.strip().splitlines()[-1]
+    assert not list(output.iterdir())
+
+
+def test_an_offline_machine_without_the_checkpoint_is_told_the_way_out(tmp_path):
+    done, _ = fetch_in_a_process(tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "model: local" in done.stderr
+
+
+def test_a_hub_that_fails_is_named(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(Hub, "broken", True)
+    done, _ = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub)
+    assert done.returncode == 1
+    assert "someone/tiny-clip" in done.stderr.strip().splitlines()[-1]
+
+
+def test_the_fetched_target_says_what_it_is(checkpoint):
+    target = read_target(checkpoint)
+    assert (target.runtime, target.precision, target.model["model_type"]) == ("eager", "fp32", "clip")

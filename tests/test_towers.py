@@ -1,0 +1,44 @@
+import pytest
+import torch
+from transformers import (
+    AlignConfig,
+    AlignModel,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+)
+
+from clip_deploy.towers import example_inputs, split
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {"vocab_size": 600, **SMALL}
+VISION = {"image_size": 32, "patch_size": 8, **SMALL}
+MODELS = {
+    "clip": lambda: CLIPModel(CLIPConfig(text_config={"eos_token_id": 1, **TEXT}, vision_config=VISION)),
+    "siglip": lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)),
+    "chinese-clip": lambda: ChineseCLIPModel(ChineseCLIPConfig(text_config=TEXT, vision_config=VISION)),
+    "align": lambda: AlignModel(AlignConfig(text_config=TEXT, vision_config={"image_size": 32})),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tower_gives_the_whole_models_embedding_and_owns_nothing_of_the_other(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    text_inputs = ["input_ids"] if name == "siglip" else ["input_ids", "attention_mask"]
+    inputs = example_inputs((32, 32), 16, text_inputs)
+    inputs = {"vision": (torch.randn(2, 3, 32, 32),), "text": inputs["text"]}
+    towers = split(model, inputs)
+    with torch.inference_mode():
+        expected = model.get_image_features(*inputs["vision"]).pooler_output
+        assert torch.equal(towers["vision"](*inputs["vision"]), expected)
+        expected = model.get_text_features(**dict(zip(text_inputs, inputs["text"], strict=True))).pooler_output
+        assert torch.equal(towers["text"](*inputs["text"]), expected)
+    vision = {id(weight) for weight in towers["vision"].parameters()}
+    text = {id(weight) for weight in towers["text"].parameters()}
+    assert vision
+    assert text
+    assert not vision & text
