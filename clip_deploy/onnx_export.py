@@ -1,0 +1,109 @@
+"""ONNX export of both towers, by whichever of PyTorch's exporters writes the opset asked for."""
+
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.export import Dim
+
+from clip_deploy import onnx_graph
+from clip_deploy.artifact import Target, read_target
+from clip_deploy.checkpoint import load_model
+from clip_deploy.config import OnnxConfig
+from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.towers import example_inputs, split
+
+OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
+
+
+def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
+    """Write vision.onnx (pixel_values -> image_embeds) and text.onnx (input_ids, attention_mask -> text_embeds).
+
+    The batch axis is dynamic, and the text's sequence axis where the model does not pad to its context.
+
+    Raises:
+        UnavailableError: the exporter cannot convert this model.
+        DeployError: the file does not hold the opset asked for.
+    """
+    source = read_target(checkpoint)
+    model = source.model
+    inputs = example_inputs(tuple(model["image_size"]), model["context_length"], model["text_inputs"])
+    if model["pad_to_context"]:
+        inputs["text"] = tuple(torch.ones(2, model["context_length"], dtype=torch.int64) for _ in inputs["text"])
+    names = {"vision": ["pixel_values"], "text": model["text_inputs"]}
+    write = {"dynamo": _write_dynamo, "torchscript": _write_torchscript}[settings.writer]
+    for name, tower in split(load_model(checkpoint), inputs).items():
+        path = output / f"{name}.onnx"
+        axes = {0: "batch"} if name == "vision" or model["pad_to_context"] else {0: "batch", 1: "sequence"}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # deprecations and tracer warnings: validate checks other shapes
+                write(tower, inputs[name], path, names[name], OUTPUTS[name], axes, settings.opset)
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UnavailableError(f"the {settings.writer} exporter failed on the {name} tower: {reason}") from error
+        written = onnx_graph.opset_of(path)
+        if written != settings.opset:
+            raise DeployError(
+                f"{path.name} holds opset {written}, not the {settings.opset} asked for (exporter {settings.writer}): "
+                "set onnx.exporter or onnx.opset to a pair that PyTorch supports"
+            )
+    return Target(
+        runtime="ort",
+        precision="fp32",
+        files=onnx_graph.files_of(output),
+        model=model,
+        build={"opset": settings.opset, "exporter": settings.writer},
+    )
+
+
+def _write_dynamo(
+    tower: nn.Module,
+    inputs: tuple,
+    path: Path,
+    names: list[str],
+    output: str,
+    axes: dict[int, str],
+    opset: int,
+) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once for each operator of a missing torchvision
+    dimensions = {axis: Dim(name) for axis, name in axes.items()}
+    program = torch.onnx.export(
+        tower,
+        inputs,
+        dynamo=True,
+        opset_version=opset,
+        input_names=names,
+        output_names=[output],
+        dynamic_shapes=tuple(dimensions for _ in inputs),
+        verbose=False,
+    )
+    onnx_graph.save(program.model, path)
+
+
+def _write_torchscript(
+    tower: nn.Module,
+    inputs: tuple,
+    path: Path,
+    names: list[str],
+    output: str,
+    axes: dict[int, str],
+    opset: int,
+) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # above 2 GB the exporter spreads weights over files
+        traced = Path(folder) / path.name
+        torch.onnx.export(
+            tower,
+            inputs,
+            traced,
+            dynamo=False,
+            opset_version=opset,
+            input_names=names,
+            output_names=[output],
+            dynamic_axes={**{name: axes for name in names}, output: {0: "batch"}},
+        )
+        onnx_graph.save(ir.load(traced), path)

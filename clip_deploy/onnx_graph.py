@@ -1,0 +1,113 @@
+"""ONNX files: read, write (external data above 2 GB), check, describe, and count what was fused."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from clip_deploy.errors import DeployError
+
+EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
+FUSED_ATTENTION = {"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"}
+GELU = {"Gelu", "QuickGelu", "FastGelu", "BiasGelu"}
+
+
+def save(model: ir.Model, path: Path) -> list[str]:
+    """Write `model`, weights beside it where they are too large for one file, and return the names written.
+
+    The exporter's notes on each node (stack traces with paths of the building machine) are left out.
+    """
+    strip_metadata(model)
+    weights = sum(tensor.const_value.nbytes for tensor in model.graph.initializers.values() if tensor.const_value)
+    if weights <= EXTERNAL_BYTES:
+        ir.save(model, path)
+        return [path.name]
+    ir.save(model, path, external_data=f"{path.name}.data")
+    return [path.name, f"{path.name}.data"]
+
+
+def strip_metadata(model: ir.Model) -> None:
+    model.metadata_props.clear()
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of the graphs in `folder` and of their external data."""
+    return sorted(path.name for path in folder.iterdir() if ".onnx" in path.suffixes)
+
+
+def check(path: Path) -> None:
+    """Raise DeployError where onnx.checker refuses the file; operators of ONNX Runtime's own domain are let pass."""
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise DeployError(f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}") from error
+
+
+def opset_of(path: Path) -> int:
+    """Version of the standard operator set that the file declares."""
+    model = onnx.load(path, load_external_data=False)
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Graph information: IR and opset versions, producer, inputs and outputs with shapes, nodes, fusion census."""
+    model = onnx.load(path, load_external_data=False)
+    counts = Counter(node.op_type for node in model.graph.node)
+    return {
+        "ir_version": model.ir_version,
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "inputs": {value.name: _shape(value) for value in model.graph.input},
+        "outputs": {value.name: _shape(value) for value in model.graph.output},
+        "nodes": len(model.graph.node),
+        "fusion": census(counts),
+    }
+
+
+def census(counts: Counter) -> dict[str, int]:
+    """Fused attentions, all attentions (one Softmax each where not fused), and the other fused operators."""
+    fused = sum(counts[name] for name in FUSED_ATTENTION)
+    return {
+        "attention": fused,
+        "attention_expected": fused + counts["Softmax"],
+        "skip_layer_norm": counts["SkipLayerNormalization"],
+        "gelu": sum(counts[name] for name in GELU),
+        "quantized_matmul": counts["MatMulInteger"] + counts["DynamicQuantizeMatMul"],
+        "quantize_linear": counts["QuantizeLinear"] + counts["DynamicQuantizeLinear"],
+    }
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [item.dim_param or item.dim_value for item in value.type.tensor_type.shape.dim]
+
+
+def run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    """The first output of a graph for `feeds`, on the CPU."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)[0]
+
+
+def random_feeds(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs that fit the graph: three rows of noise, or of small token ids and full masks."""
+    model = onnx.load(path, load_external_data=False)
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for value in model.graph.input:
+        shape = [item if isinstance(item, int) else {"batch": 3}.get(item, 12) for item in _shape(value)]
+        if value.type.tensor_type.elem_type == onnx.TensorProto.INT64:
+            ids = value.name == "input_ids"
+            feeds[value.name] = rng.integers(2, 100, shape) if ids else np.ones(shape, dtype=np.int64)
+        else:
+            feeds[value.name] = rng.normal(size=shape).astype(np.float32)
+    return feeds

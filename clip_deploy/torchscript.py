@@ -1,0 +1,60 @@
+"""TorchScript: the traced towers, in float32 or with dynamic INT8 Linear layers.
+
+`torch.jit.trace` and `quantize_dynamic` are deprecated in PyTorch (torch.export and torchao follow them), and
+`torch.jit.script` cannot read transformers' models at all; the report says so.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clip_deploy.artifact import Target, read_target
+from clip_deploy.checkpoint import load_model
+from clip_deploy.config import Precision
+from clip_deploy.errors import UnavailableError
+from clip_deploy.towers import example_inputs, split
+
+NOTE = "torch.jit.trace, deprecated"
+INT8_NOTE = "quantize_dynamic on every Linear, deprecated, saved as TorchScript"
+
+
+def export_torchscript(checkpoint: Path, precision: Precision, output: Path) -> Target:
+    """Trace both towers of `checkpoint` into `output`: vision.pt and text.pt, each loadable without the model's Python.
+
+    Raises UnavailableError where a tower cannot be traced or quantised.
+    """
+    source = read_target(checkpoint)
+    inputs = example_inputs(
+        tuple(source.model["image_size"]), source.model["context_length"], source.model["text_inputs"]
+    )
+    for name, tower in split(load_model(checkpoint), inputs).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecation, said above; tracer warnings: validate checks other shapes
+            if precision is Precision.int8:
+                tower = _quantized(tower)
+            traced = _trace(tower, inputs[name])
+        torch.jit.save(traced, output / f"{name}.pt")
+    return Target(
+        runtime="torchscript",
+        precision=precision.value,
+        files=["vision.pt", "text.pt"],
+        model=source.model,
+        build={"note": INT8_NOTE if precision is Precision.int8 else NOTE},
+    )
+
+
+def _quantized(tower: nn.Module) -> nn.Module:
+    try:
+        return torch.ao.quantization.quantize_dynamic(tower, {nn.Linear}, dtype=torch.qint8)
+    except RuntimeError as error:
+        raise UnavailableError(f"PyTorch has no INT8 kernels here: {str(error).splitlines()[0]}") from error
+
+
+def _trace(tower: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.jit.ScriptModule:
+    try:
+        with torch.inference_mode():
+            return torch.jit.freeze(torch.jit.trace(tower, inputs, check_trace=False))
+    except (RuntimeError, TypeError) as error:
+        raise UnavailableError(f"torch.jit.trace failed: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,30 @@
+"""Trace the checkpoint's towers into TorchScript, in FP32 or with dynamic INT8 Linear layers."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from clip_deploy.artifact import Target, build
+from clip_deploy.config import TorchScriptConfig
+from clip_deploy.torchscript import export_torchscript as export
+from stages import stage
+
+
+@dataclass
+class Settings:
+    export_torchscript: dict[str, TorchScriptConfig] = field(default_factory=dict)
+    target: str = MISSING
+    source: Path = MISSING
+    output: Path = MISSING
+
+
+@stage
+def export_torchscript(settings: Settings) -> None:
+    precision = settings.export_torchscript[settings.target].precision
+    fallback = Target("torchscript", precision.value)
+    build(settings.output, lambda folder: export(settings.source, precision, folder), fallback)
+
+
+if __name__ == "__main__":
+    export_torchscript()

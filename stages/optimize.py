@@ -1,0 +1,30 @@
+"""Fuse an ONNX target's towers for ONNX Runtime, in FP32 or FP16."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from clip_deploy.artifact import Target, build
+from clip_deploy.config import OptimizeConfig
+from clip_deploy.fusion import optimize as fuse
+from stages import stage
+
+
+@dataclass
+class Settings:
+    optimize: dict[str, OptimizeConfig] = field(default_factory=dict)
+    target: str = MISSING
+    source: Path = MISSING
+    output: Path = MISSING
+
+
+@stage
+def optimize(settings: Settings) -> None:
+    precision = settings.optimize[settings.target].precision
+    fallback = Target("ort", precision.value)
+    build(settings.output, lambda folder: fuse(settings.source, precision, folder), fallback)
+
+
+if __name__ == "__main__":
+    optimize()

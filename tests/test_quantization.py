@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+
+from clip_deploy import onnx_graph
+from clip_deploy.artifact import Target, build, read_target
+from clip_deploy.config import Calibration, Quantization, QuantizeConfig, ReduceRange
+from clip_deploy.parity import row_cosines
+from clip_deploy.prepared import load_prepared
+from clip_deploy.quantization import quantize, reduces_range
+from clip_deploy.runtimes import open_encoder
+
+VNNI = ["avx2", "avx512_vnni"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        QuantizeConfig(),
+        QuantizeConfig(per_channel=False, reduce_range=ReduceRange.always),
+        QuantizeConfig(method=Quantization.static),
+        QuantizeConfig(method=Quantization.static, calibration=Calibration.percentile),
+        QuantizeConfig(method=Quantization.static, calibration=Calibration.entropy),
+    ],
+    ids=["dynamic", "reduced", "minmax", "percentile", "entropy"],
+)
+def test_quantised_graphs_are_small_and_close(onnx_target, sets, tmp_path, settings):
+    calibration, evaluation = (load_prepared(sets / name) for name in ("calibration", "evaluation"))
+    output = tmp_path / "int8"
+    build(output, lambda folder: quantize(onnx_target, settings, calibration, VNNI, folder), Target("ort", "int8"))
+    sizes = [(folder / "vision.onnx").stat().st_size for folder in (onnx_target, output)]
+    assert sizes[1] < 0.4 * sizes[0]
+    pixels = np.array(evaluation.pixel_values[:32])
+    small, full = (open_encoder(folder).encode_images(pixels) for folder in (output, onnx_target))
+    assert row_cosines(small, full).min() > 0.8
+    fusion = onnx_graph.describe(output / "vision.onnx")["fusion"]
+    assert fusion["quantize_linear"] > 0
+    assert (fusion["quantized_matmul"] > 0) == (settings.method is Quantization.dynamic)
+
+
+def test_a_fused_graph_can_be_quantised_too(onnx_target, sets, tmp_path):
+    from clip_deploy.config import Precision
+    from clip_deploy.fusion import optimize
+
+    fused, output = tmp_path / "fused", tmp_path / "int8"
+    build(fused, lambda folder: optimize(onnx_target, Precision.fp32, folder), Target("ort", "fp32"))
+    calibration = load_prepared(sets / "calibration")
+    build(output, lambda folder: quantize(fused, QuantizeConfig(), calibration, VNNI, folder), Target("ort", "int8"))
+    pixels = np.array(load_prepared(sets / "evaluation").pixel_values[:16])
+    small, full = (open_encoder(folder).encode_images(pixels) for folder in (output, onnx_target))
+    assert row_cosines(small, full).min() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("choice", "instruction_sets", "expected"),
+    [
+        (ReduceRange.auto, ["avx2"], True),
+        (ReduceRange.auto, VNNI, False),
+        (ReduceRange.auto, ["asimd", "asimddp"], False),
+        (ReduceRange.always, VNNI, True),
+        (ReduceRange.never, ["avx2"], False),
+    ],
+)
+def test_the_range_is_reduced_where_the_cpu_would_saturate(choice, instruction_sets, expected):
+    assert reduces_range(choice, instruction_sets) is expected
+
+
+def test_the_target_says_how_it_was_quantised(onnx_target, sets, tmp_path):
+    settings = QuantizeConfig(method=Quantization.static)
+    calibration = load_prepared(sets / "calibration")
+    output = tmp_path / "int8"
+    build(output, lambda folder: quantize(onnx_target, settings, calibration, VNNI, folder), Target("ort", "int8"))
+    assert read_target(output).build == {
+        "opset": 18,
+        "exporter": "dynamo",
+        "source": "onnx-fp32",
+        "method": "static",
+        "per_channel": True,
+        "calibration": "minmax",
+        "calibration_images": 16,
+        "reduce_range": False,
+    }
