@@ -1,0 +1,92 @@
+"""What the embeddings are used for: zero-shot classes and retrieval, and whether a target still answers the same."""
+
+from math import comb
+
+import numpy as np
+
+from clip_deploy.encode import Embeddings
+from clip_deploy.parity import normalized
+from clip_deploy.prepared import Prepared
+
+RESAMPLES = 2000  # of the paired bootstrap
+
+
+def zero_shot(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> dict[str, float]:
+    """Classify each image by the nearest class (mean of its templates' embeddings: CLIP paper, section 3.1.4).
+
+    Returns:
+        top1, top5 and reference_top1 in percent; top1_drop in percentage points (reference minus target) with its 95 %
+        paired bootstrap interval top1_drop_low, top1_drop_high; mcnemar_p.
+    """
+    classes = len(prepared.manifest["classes"])
+    scores, expected = class_scores(actual, classes), class_scores(reference, classes)
+    labels = prepared.labels
+    right, reference_right = scores.argmax(axis=1) == labels, expected.argmax(axis=1) == labels
+    low, high = bootstrap_drop(reference_right, right, seed)
+    return {
+        "top1": 100 * float(right.mean()),
+        "top5": 100 * float((top(scores, 5) == labels[:, None]).any(axis=1).mean()),
+        "reference_top1": 100 * float(reference_right.mean()),
+        "top1_drop": 100 * float(reference_right.mean() - right.mean()),
+        "top1_drop_low": low,
+        "top1_drop_high": high,
+        "mcnemar_p": mcnemar(reference_right, right),
+    }
+
+
+def class_scores(embeddings: Embeddings, classes: int) -> np.ndarray:
+    """Cosine of each image with each class, [images, classes]."""
+    prompts = normalized(embeddings.prompts).reshape(classes, -1, embeddings.prompts.shape[1])
+    return normalized(embeddings.images) @ normalized(prompts.mean(axis=1)).T
+
+
+def retrieval(embeddings: Embeddings, prepared: Prepared) -> dict[str, float]:
+    """Recall at 1 and 5 in percent, image to text and text to image; captions of the same words count as one."""
+    scores = caption_scores(embeddings)
+    texts = [set(prepared.caption_text[prepared.caption_image == row]) for row in range(len(scores))]
+    relevant = np.array([[text in own for text in prepared.caption_text] for own in texts])
+    return {
+        f"{direction}_r{k}": 100 * float(np.take_along_axis(hits, top(side, k), axis=1).any(axis=1).mean())
+        for direction, side, hits in (
+            ("image_to_text", scores, relevant),
+            ("text_to_image", scores.T, relevant.T),
+        )
+        for k in (1, 5)
+    }
+
+
+def caption_scores(embeddings: Embeddings) -> np.ndarray:
+    """Cosine of each image with each caption, [images, captions]."""
+    return normalized(embeddings.images) @ normalized(embeddings.captions).T
+
+
+def flips(actual: Embeddings, reference: Embeddings, prepared: Prepared) -> float:
+    """Percent of the images whose answer (class, or caption where there are no classes) is not the reference's."""
+    classes = len(prepared.manifest["classes"])
+    if classes:
+        answers = [class_scores(side, classes).argmax(axis=1) for side in (actual, reference)]
+    else:
+        answers = [prepared.caption_text[caption_scores(side).argmax(axis=1)] for side in (actual, reference)]
+    return 100 * float((answers[0] != answers[1]).mean())
+
+
+def top(scores: np.ndarray, k: int) -> np.ndarray:
+    """Columns of the k highest scores of each row, [rows, k]."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def bootstrap_drop(before: np.ndarray, after: np.ndarray, seed: int) -> tuple[float, float]:
+    """95 % interval of the drop in percentage points, resampling the images with both answers together."""
+    change = before.astype(float) - after.astype(float)
+    rng = np.random.default_rng(seed)
+    means = [change[rng.integers(0, len(change), len(change))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return 100 * float(low), 100 * float(high)
+
+
+def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
+    """Exact two-sided p of McNemar's test: are gains and losses equally likely?"""
+    losses, gains = int((before & ~after).sum()), int((~before & after).sum())
+    n = losses + gains
+    tail = sum(comb(n, k) for k in range(min(losses, gains) + 1))
+    return min(1.0, 2 * tail / 2**n)

@@ -1,0 +1,189 @@
+"""Time a target against the reference, call by call in turn, each in a process of its own.
+
+Both processes are opened once and take turns: one is stopped (SIGSTOP) while the other runs, so that the threads of one
+library never spin beside the other's. Drift of the machine hits both alike and cancels in the ratio.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from clip_deploy.artifact import read_target, size_bytes
+from clip_deploy.config import BenchmarkConfig
+from clip_deploy.errors import DeployError, UnavailableError
+
+ROUND_MS = 20.0  # each side's turn lasts about so long
+LEAST_ROUNDS = 5
+BEYOND = 5  # a percentile is stated where at least so many calls lie beyond it
+RESAMPLES = 1000  # of the bootstrap over rounds
+
+# glibc returns large buffers to the kernel after each call or keeps them, as its thresholds happened to move: the same
+# program ran 0.6 to 1.2 times as fast as itself. Fixed, it keeps them: mallopt(3), M_MMAP_THRESHOLD, M_TRIM_THRESHOLD.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+
+
+def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int) -> dict[str, Any]:
+    """Time both towers of `folder` at every batch size, interleaved with `reference`.
+
+    Returns:
+        For each tower and batch size: p50_ms, p90_ms, p99_ms (where the number of calls supports them), calls,
+        throughput_per_s (images or texts), speedup over the reference with its 95 % interval speedup_low, speedup_high;
+        and memory_mb (peak resident memory above the empty interpreter at batch 1) and size_mb.
+        `{"status": "unavailable", "reason": ...}` where the target cannot run here.
+    """
+    try:
+        with Worker(folder, settings.threads) as target, Worker(reference, settings.threads) as other:
+            target.wait()
+            other.wait()
+            towers, memory = _measure_towers(target, other, read_target(folder).model, settings, seed)
+            return {
+                "status": "measured",
+                "threads": settings.threads,
+                "towers": towers,
+                "memory_mb": memory / 1e6,
+                "size_mb": size_bytes(folder) / 1e6,
+            }
+    except UnavailableError as error:
+        return {"status": "unavailable", "reason": str(error)}
+
+
+def _measure_towers(
+    target: "Worker", other: "Worker", model: dict, settings: BenchmarkConfig, seed: int
+) -> tuple[dict[str, Any], int]:
+    requests = [
+        {
+            "tower": tower,
+            "batch": batch,
+            "image_size": model["image_size"],
+            "tokens": settings.sequence_length or model["context_length"],
+        }
+        for batch in settings.batch_sizes
+        for tower in ("vision", "text")
+    ]
+    towers: dict[str, Any] = {"vision": {}, "text": {}}
+    memory = 0
+    for request in tqdm(requests, desc="benchmark", disable=None):
+        towers[request["tower"]][str(request["batch"])] = _measure_one(target, other, request, settings, seed)
+        if request["batch"] == settings.batch_sizes[0]:
+            memory = target.ask({"memory": True})["bytes"]
+    return towers, memory
+
+
+def _measure_one(
+    target: "Worker", other: "Worker", request: dict, settings: BenchmarkConfig, seed: int
+) -> dict[str, Any]:
+    for worker in (target, other):
+        worker.ask(request)
+    calls = {worker: _calls_per_turn(worker, settings.warmup) for worker in (target, other)}
+    turns: dict[Worker, list[list[float]]] = {target: [], other: []}
+    started = monotonic()
+    while True:
+        pair = (target, other) if len(turns[target]) % 2 else (other, target)
+        for worker in pair:
+            times = worker.ask({"calls": calls[worker]})["ms"]
+            turns[worker].append(times[1:] if len(times) > 1 else times)  # the first call warms the caches again
+        count = sum(map(len, turns[target]))
+        over = monotonic() - started > 2 * settings.seconds or count >= settings.iterations
+        if over and len(turns[target]) >= LEAST_ROUNDS:
+            return summarize(turns[target], turns[other], request["batch"], seed)
+
+
+def _calls_per_turn(worker: "Worker", warmup: int) -> int:
+    """Warm up, and find how many calls fill a turn: one of them is not counted."""
+    typical = float(np.median(worker.ask({"calls": max(1, warmup)})["ms"]))
+    return 1 if typical > ROUND_MS else 1 + math.ceil(ROUND_MS / typical)
+
+
+def summarize(turns: list[list[float]], reference: list[list[float]], batch: int, seed: int) -> dict[str, Any]:
+    """Percentiles, throughput and speed-up of one tower at one batch size, from the ms of each turn's calls."""
+    times = np.concatenate(turns)
+    low, high = speedup_interval(turns, reference, seed)
+    return {
+        **percentiles(times),
+        "calls": len(times),
+        "throughput_per_s": 1000 * batch * len(times) / float(times.sum()),
+        "speedup": float(np.median(np.concatenate(reference)) / np.median(times)),
+        "speedup_low": low,
+        "speedup_high": high,
+    }
+
+
+def percentiles(times: np.ndarray) -> dict[str, float]:
+    """p50, p90 and p99 in ms, each only where at least BEYOND calls lie beyond it."""
+    supported = [q for q in (50, 90, 99) if q == 50 or len(times) * (100 - q) / 100 >= BEYOND]
+    return {f"p{q}_ms": float(np.percentile(times, q)) for q in supported}
+
+
+def speedup_interval(turns: list[list[float]], reference: list[list[float]], seed: int) -> tuple[float, float]:
+    """95 % interval of the ratio of medians, reference over target: rounds are resampled whole, both sides together."""
+    ours = np.array([np.median(times) for times in turns])
+    theirs = np.array([np.median(times) for times in reference])
+    rows = np.random.default_rng(seed).integers(0, len(ours), (RESAMPLES, len(ours)))
+    ratios = np.median(theirs[rows], axis=1) / np.median(ours[rows], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
+class Worker:
+    """A worker process, stopped except while it answers."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        self.name = folder.name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "clip_deploy.worker", str(folder), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **variables, **ALLOCATOR},
+        )
+
+    def wait(self) -> None:
+        """Wait until the target is open; both sides open theirs at the same time."""
+        answer = self._read()
+        if "error" in answer:
+            raise UnavailableError(answer["error"])
+        self._signal("SIGSTOP")
+
+    def ask(self, request: dict) -> dict:
+        """Send one request and wait for its answer, while every other worker is stopped."""
+        self._signal("SIGCONT")
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            return self._read()
+        except BrokenPipeError as error:
+            raise self._died() from error
+        finally:
+            self._signal("SIGSTOP")
+
+    def _read(self) -> dict:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            raise self._died()
+        return json.loads(line)
+
+    def _died(self) -> DeployError:
+        return UnavailableError(f"{self.name} stopped with exit code {self.process.wait()} while it was timed")
+
+    def _signal(self, name: str) -> None:
+        if hasattr(signal, name) and self.process.poll() is None:
+            self.process.send_signal(getattr(signal, name))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

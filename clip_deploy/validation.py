@@ -1,0 +1,130 @@
+"""Check one target against the untouched FP32 model: is the file sound, the embeddings close, the answers the same?"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_deploy import accuracy
+from clip_deploy.artifact import Target, read_target, size_bytes
+from clip_deploy.config import Gate, GatesConfig
+from clip_deploy.encode import Embeddings, encode_images, encode_set, encode_texts, load_embeddings
+from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.parity import compare, row_cosines
+from clip_deploy.prepared import Prepared
+from clip_deploy.runtimes import Encoder, open_encoder
+
+BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
+
+
+def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> dict[str, Any]:
+    """Judge the target in `folder`.
+
+    Args:
+        prepared: the evaluation set.
+        reference: the .npz of the untouched model's embeddings of that set.
+        gates: what each precision class must reach.
+
+    Returns:
+        A record with status "pass", "fail" (and reasons) or "unavailable" (and the reason), and all that was measured.
+    """
+    target = read_target(folder)
+    record: dict[str, Any] = {"status": "unavailable", "reasons": [], "precision": target.precision, **_what(target)}
+    try:
+        encoder = open_encoder(folder)
+    except UnavailableError as error:
+        return record | {"reasons": [str(error)]}
+    gate: Gate = getattr(gates, target.precision)
+    record |= {"size_mb": size_bytes(folder) / 1e6}
+    try:
+        if any(name.endswith(".onnx") for name in target.files):
+            record["graphs"] = graphs(folder, target.build["opset"])
+        record |= measure(encoder, prepared, load_embeddings(reference), target, seed)
+    except DeployError as error:
+        return record | {"status": "fail", "reasons": [str(error)]}
+    reasons = judge(record, gate, target.precision)
+    return record | {"status": "fail" if reasons else "pass", "reasons": reasons}
+
+
+def _what(target: Target) -> dict[str, Any]:
+    return {"runtime": target.runtime, "build": target.build, "trained": target.model.get("trained", True)}
+
+
+def graphs(folder: Path, opset: int) -> dict[str, Any]:
+    """Checker and graph information of both towers; DeployError where a file does not declare the opset asked for."""
+    from clip_deploy import onnx_graph  # the targets of PyTorch need no onnx
+
+    described = {}
+    for tower in ("vision", "text"):
+        path = folder / f"{tower}.onnx"
+        onnx_graph.check(path)
+        described[tower] = onnx_graph.describe(path)
+        written = described[tower]["opsets"]["ai.onnx"]
+        if written != opset:
+            raise DeployError(f"{path.name} declares opset {written}, onnx.opset asked for {opset}")
+    return described
+
+
+def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target: Target, seed: int) -> dict[str, Any]:
+    """Parity, batches, sequence lengths, zero-shot, retrieval and flips of an opened target."""
+    try:
+        actual = encode_set(encoder, prepared)
+        shapes = other_shapes(encoder, prepared, reference, target)
+    except Exception as error:  # whatever the runtime raises is this row's result
+        raise DeployError(f"encoding failed: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
+    text, expected = _texts(actual), _texts(reference)
+    record: dict[str, Any] = {
+        "parity": {"vision": compare(actual.images, reference.images), "text": compare(text, expected)},
+        "shapes": shapes,
+    }
+    clean = Embeddings(*(np.nan_to_num(part) for part in (actual.images, actual.captions, actual.prompts)))
+    if prepared.manifest["classes"]:
+        record["zero_shot"] = accuracy.zero_shot(clean, reference, prepared, seed)
+    if len(prepared.captions):
+        record["retrieval"] = accuracy.retrieval(clean, prepared)
+    return record | {"flips": accuracy.flips(clean, reference, prepared), "images": len(actual.images)}
+
+
+def _texts(embeddings: Embeddings) -> np.ndarray:
+    parts = [part for part in (embeddings.captions, embeddings.prompts) if len(part)]
+    return np.concatenate(parts)
+
+
+def other_shapes(encoder: Encoder, prepared: Prepared, reference: Embeddings, target: Target) -> dict[str, float]:
+    """Lowest cosine with the reference at each other shape: batches of 1, 3 and 8, and texts padded to the context."""
+    rows = max(BATCHES)
+    texts = prepared.texts[:rows]
+    expected = (reference.captions if len(prepared.captions) else reference.prompts)[:rows]
+    lowest = {}
+    for batch in BATCHES:
+        images = encode_images(encoder, prepared.pixel_values[:rows], batch)
+        lowest[f"vision, batch {batch}"] = float(row_cosines(images, reference.images[:rows]).min())
+        encoded = encode_texts(encoder, texts, batch)
+        lowest[f"text, batch {batch}"] = float(row_cosines(encoded, expected).min())
+    context = target.model["context_length"]
+    if texts.input_ids.shape[1] < context:
+        padded = texts.padded(context, prepared.manifest["pad_token"])
+        lowest[f"text, {context} tokens"] = float(row_cosines(encode_texts(encoder, padded), expected).min())
+    return lowest
+
+
+def judge(record: dict[str, Any], gate: Gate, precision: str) -> list[str]:
+    """Every way in which the target misses its gate; random weights are held to the cosine only."""
+    reasons = []
+    for tower, parity in record["parity"].items():
+        if not parity["finite"]:
+            reasons.append(f"{tower} gives NaN or infinity")
+        if parity["cosine_min"] < gate.min_cosine:
+            reasons.append(
+                f"{tower} cosine {parity['cosine_min']:.4f} < {gate.min_cosine} (gates.{precision}.min_cosine)"
+            )
+    for shape, cosine in record["shapes"].items():
+        if not cosine >= gate.min_cosine:
+            reasons.append(f"{shape}: cosine {cosine:.4f} < {gate.min_cosine} (gates.{precision}.min_cosine)")
+    if record["trained"]:
+        drop = record.get("zero_shot", {}).get("top1_drop", 0.0)
+        if drop > gate.max_top1_drop:
+            reasons.append(f"top-1 drop {drop:.2f} points > {gate.max_top1_drop} (gates.{precision}.max_top1_drop)")
+        if record["flips"] > gate.max_flips:
+            reasons.append(f"{record['flips']:.2f} % flipped > {gate.max_flips} (gates.{precision}.max_flips)")
+    return reasons

@@ -1,0 +1,34 @@
+"""Time one target against the reference, each in a process of its own, call by call in turn."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from clip_deploy.config import BenchmarkConfig
+from clip_deploy.results import write_json
+from clip_deploy.timing import measure
+from stages import stage
+
+
+@dataclass
+class Settings:
+    benchmark: BenchmarkConfig = MISSING
+    seed: int = 0
+    source: Path = MISSING
+    reference: Path = MISSING
+    output: Path = MISSING
+
+
+@stage
+def benchmark(settings: Settings) -> None:
+    record = measure(settings.source, settings.reference, settings.benchmark, settings.seed)
+    write_json(settings.output, record)
+    for tower, sizes in record.get("towers", {}).items():
+        for batch, row in sizes.items():
+            interval = f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+            print(f"{settings.source.name} {tower} batch {batch}: p50 {row['p50_ms']:.2f} ms, {interval}")
+
+
+if __name__ == "__main__":
+    benchmark()

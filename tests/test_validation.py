@@ -1,0 +1,123 @@
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+from clip_deploy.artifact import Target, build
+from clip_deploy.config import Gate, GatesConfig, Precision
+from clip_deploy.errors import UnavailableError
+from clip_deploy.prepared import load_prepared
+from clip_deploy.torchscript import export_torchscript
+from clip_deploy.validation import judge, validate
+
+GATES = GatesConfig(fp32=Gate(min_cosine=0.9999, max_top1_drop=0.1, max_flips=0.5))
+
+
+@pytest.fixture
+def check(sets):
+    def run(folder):
+        return validate(folder, load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz", GATES, 0)
+
+    return run
+
+
+def test_the_reference_passes_against_itself(check, checkpoint):
+    record = check(checkpoint)
+    assert record["status"] == "pass"
+    assert record["parity"]["vision"]["cosine_min"] == pytest.approx(1, abs=1e-6)
+    assert record["flips"] == 0
+    assert record["zero_shot"]["top1"] == record["zero_shot"]["reference_top1"]
+
+
+def test_an_exported_target_passes_at_every_shape(check, onnx_target):
+    record = check(onnx_target)
+    assert record["status"] == "pass", record["reasons"]
+    assert set(record["shapes"]) == {
+        *(f"{tower}, batch {batch}" for tower in ("vision", "text") for batch in (1, 3, 8)),
+        "text, 32 tokens",
+    }
+    assert record["graphs"]["vision"]["opsets"] == {"ai.onnx": 18}
+    assert record["graphs"]["vision"]["fusion"]["attention_expected"] == 4
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.int8])
+def test_torchscript_runs_at_every_shape(check, checkpoint, tmp_path, precision):
+    output = tmp_path / "torchscript"
+    build(output, lambda folder: export_torchscript(checkpoint, precision, folder), Target("torchscript", "fp32"))
+    record = check(output)
+    assert record["status"] == "pass", record["reasons"]
+    assert record["size_mb"] < (5 if precision is Precision.fp32 else 2)
+
+
+def spoiled(onnx_target, folder, change):
+    """A copy of the exported target with one weight of the vision tower changed."""
+    shutil.copytree(onnx_target, folder)
+    model = onnx.load(folder / "vision.onnx")
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    array = change(onnx.numpy_helper.to_array(weight).copy())
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    onnx.save(model, folder / "vision.onnx")
+    return folder
+
+
+def test_a_target_that_drifted_fails_with_the_reason(check, onnx_target, tmp_path):
+    noise = np.random.default_rng(0)
+    record = check(
+        spoiled(onnx_target, tmp_path / "t", lambda array: array + noise.normal(0, 0.3, array.shape).astype("f"))
+    )
+    assert record["status"] == "fail"
+    assert any(reason.startswith("vision cosine") and "gates.fp32.min_cosine" in reason for reason in record["reasons"])
+
+
+def test_nan_fails(check, onnx_target, tmp_path):
+    record = check(spoiled(onnx_target, tmp_path / "t", lambda array: array * np.float32("nan")))
+    assert record["status"] == "fail"
+    assert "vision gives NaN or infinity" in record["reasons"]
+
+
+def test_a_batch_size_baked_in_fails_with_what_the_runtime_said(check, onnx_target, tmp_path):
+    folder = shutil.copytree(onnx_target, tmp_path / "t")
+    model = onnx.load(folder / "vision.onnx")
+    dimension = model.graph.input[0].type.tensor_type.shape.dim[0]
+    dimension.Clear()
+    dimension.dim_value = 1
+    onnx.save(model, folder / "vision.onnx")
+    record = check(folder)
+    assert record["status"] == "fail"
+    assert record["reasons"][0].startswith("encoding failed: ")
+
+
+def test_an_opset_other_than_asked_for_fails(check, onnx_target, tmp_path):
+    folder = shutil.copytree(onnx_target, tmp_path / "t")
+    manifest = folder / "target.json"
+    manifest.write_text(manifest.read_text().replace('"opset": 18', '"opset": 20'))
+    assert check(folder)["reasons"] == ["vision.onnx declares opset 18, onnx.opset asked for 20"]
+
+
+def test_an_unavailable_target_keeps_its_row(check, tmp_path):
+    def refuse(folder):
+        raise UnavailableError("no INT8 kernels here")
+
+    build(tmp_path / "t", refuse, Target("torchscript", "int8"))
+    record = check(tmp_path / "t")
+    assert (record["status"], record["reasons"], record["precision"]) == (
+        "unavailable",
+        ["no INT8 kernels here"],
+        "int8",
+    )
+
+
+def test_random_weights_are_held_to_the_cosine_only():
+    record = {
+        "parity": {"vision": {"finite": True, "cosine_min": 0.99}},
+        "shapes": {"vision, batch 3": 0.99},
+        "zero_shot": {"top1_drop": 9.0},
+        "flips": 50.0,
+    }
+    gate = Gate(min_cosine=0.9, max_top1_drop=1.5, max_flips=8)
+    assert judge({**record, "trained": False}, gate, "int8") == []
+    assert judge({**record, "trained": True}, gate, "int8") == [
+        "top-1 drop 9.00 points > 1.5 (gates.int8.max_top1_drop)",
+        "50.00 % flipped > 8 (gates.int8.max_flips)",
+    ]
