@@ -1,0 +1,364 @@
+"""The report: one row a target, from what validate and benchmark wrote, as a table, a page, metrics and plots."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clip_deploy.artifact import write_text
+from clip_deploy.config import REFERENCE
+from clip_deploy.results import read_json, rounded, write_json
+
+PAGE = Path(__file__).with_name("report.html")
+MISSING = "-"
+
+
+@dataclass
+class Row:
+    """One target of the table. Numbers are None where they were not or could not be measured."""
+
+    target: str
+    status: str  # pass, fail, unavailable
+    reasons: list[str] = field(default_factory=list)
+    precision: str = ""
+    build: str = ""
+    trained: bool = True
+    timings: dict[str, Any] = field(default_factory=dict)  # tower -> batch size -> percentiles, throughput, speed-up
+    threads: int | None = None
+    memory_mb: float | None = None
+    size_mb: float | None = None
+    cosine_min: dict[str, float] = field(default_factory=dict)  # tower -> lowest cosine of any row
+    zero_shot: dict[str, float] = field(default_factory=dict)
+    retrieval: dict[str, float] = field(default_factory=dict)
+    flips: float | None = None
+    attention: str = ""
+    graphs: dict[str, Any] = field(default_factory=dict)
+
+    def timing(self, tower: str, batch: str | None = None) -> dict[str, float]:
+        """One tower's timing at a batch size, the smallest if none is named; empty where it was not timed."""
+        sizes = self.timings.get(tower, {})
+        return sizes.get(batch or next(iter(sizes), ""), {})
+
+
+def read_rows(targets: list[str], validation: Path, benchmark: Path) -> list[Row]:
+    """Read the configured targets' results, the reference first."""
+    return [_read_row(target, validation, benchmark) for target in targets]
+
+
+def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
+    checked = read_json(validation / f"{target}.json")
+    timed = read_json(benchmark / f"{target}.json")
+    status, reasons = checked["status"], list(checked["reasons"])
+    if status != "unavailable" and timed["status"] == "unavailable":
+        status, reasons = "fail", [*reasons, f"not timed: {timed['reason']}"]
+    graphs = checked.get("graphs", {})
+    return Row(
+        target=target,
+        status=status,
+        reasons=reasons,
+        precision=checked["precision"],
+        build=_build(checked["build"]),
+        trained=checked["trained"],
+        timings=timed.get("towers", {}),
+        threads=timed.get("threads"),
+        memory_mb=timed.get("memory_mb"),
+        size_mb=timed.get("size_mb", checked.get("size_mb")),
+        cosine_min={tower: parity["cosine_min"] for tower, parity in checked.get("parity", {}).items()},
+        zero_shot=checked.get("zero_shot", {}),
+        retrieval=checked.get("retrieval", {}),
+        flips=checked.get("flips"),
+        attention=_attention(graphs),
+        graphs=graphs,
+    )
+
+
+def _build(build: dict[str, Any]) -> str:
+    """How a target was made, in words."""
+    if "note" in build:
+        return build["note"]
+    return ", ".join(f"{key.replace('_', ' ')} {_word(value)}" for key, value in build.items())
+
+
+def _word(value: Any) -> str:
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _attention(graphs: dict[str, Any]) -> str:
+    """Fused attentions of both towers out of all, "6/6"."""
+    if not graphs:
+        return ""
+    fused = sum(graph["fusion"]["attention"] for graph in graphs.values())
+    return f"{fused}/{sum(graph['fusion']['attention_expected'] for graph in graphs.values())}"
+
+
+def metrics(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """The decisive numbers for `dvc metrics diff`, keyed <target>.<quantity>_<unit>."""
+    return {row.target: {key: value for key, value in _metrics(row).items() if value is not None} for row in rows}
+
+
+def _metrics(row: Row) -> dict[str, Any]:
+    vision, text = row.timing("vision"), row.timing("text")
+    return {
+        "status": row.status,
+        "vision_p50_ms": vision.get("p50_ms"),
+        "text_p50_ms": text.get("p50_ms"),
+        "vision_speedup": vision.get("speedup"),
+        "text_speedup": text.get("speedup"),
+        "images_per_s": best_throughput(row, "vision"),
+        "memory_mb": row.memory_mb,
+        "size_mb": row.size_mb,
+        "cosine_min": min(row.cosine_min.values(), default=None),
+        "top1_percent": row.zero_shot.get("top1"),
+        "top1_drop_points": row.zero_shot.get("top1_drop"),
+        "flips_percent": row.flips,
+        "image_to_text_r1_percent": row.retrieval.get("image_to_text_r1"),
+        "text_to_image_r1_percent": row.retrieval.get("text_to_image_r1"),
+    }
+
+
+def best_throughput(row: Row, tower: str) -> float | None:
+    """Images or texts per second at the best batch size."""
+    return max((timing["throughput_per_s"] for timing in row.timings.get(tower, {}).values()), default=None)
+
+
+def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
+    """Flat rows for `dvc plots`: latency, throughput over batch sizes, accuracy against latency."""
+    return {
+        "latency": [
+            {"target": row.target, "tower": tower, "p50_ms": row.timing(tower)["p50_ms"]}
+            for row in rows
+            for tower in row.timings
+        ],
+        "throughput": [
+            {"target": row.target, "batch_size": int(batch), "images_per_s": timing["throughput_per_s"]}
+            for row in rows
+            for batch, timing in row.timings.get("vision", {}).items()
+        ],
+        "accuracy": [
+            {
+                "target": row.target,
+                "vision_p50_ms": row.timing("vision")["p50_ms"],
+                "top1_percent": row.zero_shot["top1"],
+            }
+            for row in rows
+            if row.zero_shot and row.timings
+        ],
+    }
+
+
+def write_report(
+    rows: list[Row],
+    environment: dict[str, Any],
+    checkpoint: dict[str, Any],
+    evaluation: dict[str, Any],
+    settings: dict[str, str],
+    output: Path,
+) -> None:
+    """Write report.md, report.html, metrics.json and plots/*.json into `output`."""
+    title = f"{settings['model']} on {environment['hardware']['cpu']}"
+    write_json(output / "metrics.json", metrics(rows))
+    for name, content in plots(rows).items():
+        write_json(output / "plots" / f"{name}.json", content)
+    facts = describe_run(rows, environment, checkpoint, evaluation, settings)
+    write_text(output / "report.md", markdown(title, rows, facts))
+    write_text(output / "report.html", page(title, rows, facts))
+
+
+def describe_run(
+    rows: list[Row],
+    environment: dict[str, Any],
+    checkpoint: dict[str, Any],
+    evaluation: dict[str, Any],
+    settings: dict[str, str],
+) -> dict[str, str]:
+    """The lines above the table: model, data, machine, versions."""
+    hardware, software = environment["hardware"], environment["software"]
+    towers = ", ".join(
+        f"{name} {shape['layers']} layers of width {shape['width']}" for name, shape in checkpoint["towers"].items()
+    )
+    weights = "" if checkpoint.get("trained", True) else "; random weights, so accuracy is shown and not judged"
+    images, captions, classes = evaluation["images"], evaluation["captions"], len(evaluation["classes"])
+    prompts = f"; prompts: {', '.join(repr(template) for template in evaluation['templates'])}" if classes else ""
+    threads = next((f"; {row.threads} threads for each process" for row in rows if row.threads), "")
+    return {
+        "Model": f"{settings['model']} ({checkpoint['model_type']}; {towers}){weights}",
+        "Data": f"{settings['data']}: {images} images, {captions} captions, {classes} classes{prompts}",
+        "Machine": f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gb']} GB, {hardware['system']}, "
+        f"GPU: {', '.join(hardware['gpus']) or 'none'}{threads}",
+        "Instruction sets": f"{', '.join(hardware['instruction_sets']) or 'unknown'} (INT8 accuracy holds for these)",
+        "Versions": ", ".join(f"{name} {number}" for name, number in software.items() if number),
+        "Fastest row that passes its gate": fastest(rows),
+    }
+
+
+def fastest(rows: list[Row]) -> str:
+    """Per tower at the smallest batch; the intervals in the table say how sure that is."""
+    named = []
+    for tower in ("vision", "text"):
+        fit = [row for row in rows if row.status == "pass" and row.timing(tower)]
+        if fit:
+            best = min(fit, key=lambda row: row.timing(tower)["p50_ms"])
+            named.append(f"{best.target} ({tower}, {_number(best.timing(tower)['p50_ms'])} ms)")
+    return ", ".join(named) or "none"
+
+
+def markdown(title: str, rows: list[Row], facts: dict[str, str]) -> str:
+    """The report for a terminal, a pull request or a README."""
+    batches = sorted({int(batch) for row in rows for batch in row.timings.get("vision", {})})
+    first = batches[0] if batches else 1
+    head = [
+        "Target",
+        "Gate",
+        f"Vision p50 ms, batch {first}",
+        "Speed-up [95 %]",
+        f"Text p50 ms, batch {first}",
+        "Speed-up [95 %]",
+        "Images/s, best batch",
+        "Memory MB",
+        "Size MB",
+        "Lowest cosine, vision / text",
+        "Top-1 %",
+        "Drop, points [95 %]",
+        "Flips %",
+        "Recall@1 %, image to text / text to image",
+        "Attention fused",
+    ]
+    lines = [f"# {title}", "", *(f"- **{name}**: {value}" for name, value in facts.items()), ""]
+    lines += _table(head, [_cells(row) for row in rows])
+    lines += ["", *_reasons(rows)]
+    lines += ["## Batch sizes", "", *_batch_tables(rows, batches)]
+    lines += ["## Graphs", "", *_graph_table(rows), "## How it was made", "", *_build_table(rows), *HOW]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+HOW = """
+## How it was measured
+
+- Every row is held against `torch-fp32`, the untouched checkpoint, on the same inputs. Speed-up is the ratio of median
+  latencies, reference over target, from processes that took turns on the same cores; the interval is a bootstrap over
+  the turns. The row of `torch-fp32` is timed against itself: its interval shows the noise.
+- p90 and p99 are stated only where at least 5 calls lie beyond them. Texts are timed at the model's whole context.
+- Both processes keep freed memory (glibc's malloc thresholds are fixed), as a server with a caching allocator does.
+- Memory is the peak resident set above an empty interpreter, libraries included, after the smallest batch.
+- Drop is the reference's zero-shot top-1 minus the target's, with a paired bootstrap interval; a flip is an image
+  whose answer changed. Gates are in conf/gates/. TorchScript and PyTorch's dynamic INT8 are deprecated by PyTorch.
+""".splitlines()
+
+
+def _table(head: list[str], body: list[list[str]]) -> list[str]:
+    rule = ["---", "---", *("---:" for _ in head[2:])]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]
+
+
+def _cells(row: Row) -> list[str]:
+    vision, text, zero_shot = row.timing("vision"), row.timing("text"), row.zero_shot
+    return [
+        f"`{row.target}`",
+        row.status if row.status == "pass" else f"**{row.status}**",
+        _number(vision.get("p50_ms")),
+        _speedup(vision),
+        _number(text.get("p50_ms")),
+        _speedup(text),
+        _number(best_throughput(row, "vision")),
+        _number(row.memory_mb),
+        _number(row.size_mb),
+        " / ".join(f"{value:.4f}" for value in row.cosine_min.values()) or MISSING,
+        _percent(zero_shot.get("top1")),
+        _interval(zero_shot, "top1_drop") if row.target != REFERENCE else MISSING,
+        _percent(row.flips),
+        " / ".join(_percent(row.retrieval[key]) for key in row.retrieval if key.endswith("_r1")) or MISSING,
+        row.attention or MISSING,
+    ]
+
+
+def _reasons(rows: list[Row]) -> list[str]:
+    lines = [f"- `{row.target}` {row.status}: {'; '.join(row.reasons)}" for row in rows if row.status != "pass"]
+    return [*lines, ""] if lines else []
+
+
+def _batch_tables(rows: list[Row], batches: list[int]) -> list[str]:
+    lines = []
+    for tower, unit in (("vision", "images/s"), ("text", "texts/s")):
+        head = ["Target", "Quantity", *(f"batch {batch}" for batch in batches)]
+        body = []
+        for row in rows:
+            sizes = [row.timing(tower, str(batch)) for batch in batches]
+            if any(sizes):
+                body.append([f"`{row.target}`", "p50 / p90 / p99 ms", *(_percentiles(size) for size in sizes)])
+                body.append(["", unit, *(_number(size.get("throughput_per_s")) for size in sizes)])
+                body.append(["", "speed-up", *(_speedup(size) for size in sizes)])
+        lines += [f"### {tower.capitalize()}", "", *_table(head, body), ""]
+    return lines
+
+
+def _graph_table(rows: list[Row]) -> list[str]:
+    head = [
+        "Graph",
+        "Operator sets",
+        "Nodes",
+        "Attention fused",
+        "SkipLayerNorm",
+        "GELU",
+        "Inputs and outputs",
+        "IR, producer",
+    ]
+    body = []
+    for row in rows:
+        for tower, graph in row.graphs.items():
+            fusion = graph["fusion"]
+            shapes = [f"{name} {shape}" for name, shape in {**graph["inputs"], **graph["outputs"]}.items()]
+            body.append(
+                [
+                    f"`{row.target}` {tower}",
+                    ", ".join(f"{domain} {version}" for domain, version in graph["opsets"].items()),
+                    str(graph["nodes"]),
+                    f"{fusion['attention']}/{fusion['attention_expected']}",
+                    str(fusion["skip_layer_norm"]),
+                    str(fusion["gelu"]),
+                    ", ".join(shapes).replace("'", ""),
+                    f"{graph['ir_version']}, {graph['producer']}",
+                ]
+            )
+    return [*_table(head, body), ""] if body else ["No ONNX target.", ""]
+
+
+def _build_table(rows: list[Row]) -> list[str]:
+    return _table(["Target", "Build"], [[f"`{row.target}`", row.build or "the checkpoint as it came"] for row in rows])
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, never in scientific notation."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{float(f'{value:.3g}'):g}"
+
+
+def _percent(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def _speedup(timing: dict[str, float]) -> str:
+    if not timing:
+        return MISSING
+    return f"{timing['speedup']:.2f}x [{timing['speedup_low']:.2f}, {timing['speedup_high']:.2f}]"
+
+
+def _interval(record: dict[str, float], key: str) -> str:
+    if key not in record:
+        return MISSING
+    return f"{record[key]:.2f} [{record[f'{key}_low']:.2f}, {record[f'{key}_high']:.2f}]"
+
+
+def _percentiles(timing: dict[str, float]) -> str:
+    return " / ".join(_number(timing.get(f"p{q}_ms")) for q in (50, 90, 99)) if timing else MISSING
+
+
+def page(title: str, rows: list[Row], facts: dict[str, str]) -> str:
+    """The report as one self-contained HTML page: no request leaves it."""
+    content = {
+        "title": title,
+        "facts": facts,
+        "rows": [rounded({**asdict(row), "images_per_s": best_throughput(row, "vision")}) for row in rows],
+    }
+    data = json.dumps(content, sort_keys=True).replace("<", "\\u003c")  # no row may close the script
+    return PAGE.read_text(encoding="utf-8").replace("__CONTENT__", data)

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from clip_deploy.report import markdown, metrics, page, plots, read_rows
+from clip_deploy.results import write_json
+
+TIMING = {
+    "p50_ms": 2.0,
+    "calls": 20,
+    "throughput_per_s": 500.0,
+    "speedup": 1.5,
+    "speedup_low": 1.4,
+    "speedup_high": 1.6,
+}
+CHECKED = {
+    "status": "pass",
+    "reasons": [],
+    "precision": "fp32",
+    "build": {"opset": 18},
+    "trained": True,
+    "parity": {"vision": {"cosine_min": 0.9999}, "text": {"cosine_min": 0.9998}},
+    "zero_shot": {"top1": 90.0, "top1_drop": 0.5, "top1_drop_low": -0.1, "top1_drop_high": 1.1},
+    "retrieval": {"image_to_text_r1": 40.0, "text_to_image_r1": 41.0},
+    "flips": 1.0,
+}
+TIMED = {
+    "status": "measured",
+    "threads": 2,
+    "towers": {"vision": {"1": TIMING, "8": {**TIMING, "throughput_per_s": 900.0}}, "text": {"1": TIMING}},
+    "memory_mb": 60.0,
+    "size_mb": 3.9,
+}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    results = {
+        "torch-fp32": (CHECKED, TIMED),
+        "ort-int8": ({**CHECKED, "status": "fail", "reasons": ["2.0 % flipped > 1"]}, TIMED),
+        "trt-fp16": (
+            {"status": "unavailable", "reasons": ["no GPU"], "precision": "fp16", "build": {}, "trained": True},
+            {"status": "unavailable", "reason": "no GPU"},
+        ),
+        "removed": (CHECKED, TIMED),
+    }
+    for name, (checked, timed) in results.items():
+        write_json(tmp_path / "validate" / f"{name}.json", checked)
+        write_json(tmp_path / "benchmark" / f"{name}.json", timed)
+    return read_rows(["torch-fp32", "ort-int8", "trt-fp16"], tmp_path / "validate", tmp_path / "benchmark")
+
+
+def test_every_configured_target_has_a_row_in_order_and_no_other_has(rows):
+    text = markdown("title", rows, {})
+    table = [line.split(" | ")[0:2] for line in text.splitlines() if line.startswith("| `")][:3]
+    assert table == [["| `torch-fp32`", "pass"], ["| `ort-int8`", "**fail**"], ["| `trt-fp16`", "**unavailable**"]]
+    assert "removed" not in text
+    assert "- `ort-int8` fail: 2.0 % flipped > 1" in text
+    assert "- `trt-fp16` unavailable: no GPU" in text
+
+
+def test_metrics_hold_scalars_only_under_one_key_a_target(rows):
+    record = metrics(rows)
+    assert list(record) == ["torch-fp32", "ort-int8", "trt-fp16"]
+    assert record["torch-fp32"]["images_per_s"] == 900.0
+    assert record["torch-fp32"]["cosine_min"] == 0.9998
+    assert record["trt-fp16"] == {"status": "unavailable"}
+    assert all(not isinstance(value, list | dict) for target in record.values() for value in target.values())
+
+
+def test_plots_are_flat_rows(rows):
+    flat = plots(rows)
+    assert {"target": "ort-int8", "batch_size": 8, "images_per_s": 900.0} in flat["throughput"]
+    assert {row["target"] for row in flat["latency"]} == {"torch-fp32", "ort-int8"}
+
+
+def test_the_page_stands_alone_and_no_text_closes_its_script(rows):
+    rows[1].reasons = ["</script><script>alert(1)</script>"]
+    html = page("title", rows, {"Model": "<b>"})
+    assert "</script><script>alert" not in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    assert "https://" not in html
+    data = html.split('id="content">')[1].split("</script>")[0]
+    assert json.loads(data)["rows"][1]["reasons"] == ["</script><script>alert(1)</script>"]
