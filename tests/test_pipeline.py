@@ -1,0 +1,217 @@
+"""The real dvc in a temporary copy: what runs after which change, and that nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+TARGETS = [
+    "torch-fp32",
+    "torch-int8",
+    "torchscript-fp32",
+    "onnx-fp32",
+    "ort-fp32",
+    "ort-fp16",
+    "ort-int8-dynamic",
+    "ort-int8-static",
+]
+ONNX = TARGETS[3:]
+BUILDS = {
+    "onnx-fp32": "export_onnx",
+    "ort-fp32": "optimize@ort-fp32",
+    "ort-fp16": "optimize@ort-fp16",
+    "ort-int8-dynamic": "quantize@ort-int8-dynamic",
+    "ort-int8-static": "quantize@ort-int8-static",
+    "torch-int8": "export_torchscript@torch-int8",
+    "torchscript-fp32": "export_torchscript@torchscript-fp32",
+}
+
+
+def measured(targets):
+    return {f"{stage}@{target}" for target in targets for stage in ("validate", "benchmark")}
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    return built.copy(tmp_path / "project")
+
+
+def metrics(project):
+    return json.loads((project.path / "reports/metrics.json").read_text())
+
+
+def test_every_target_is_built_checked_and_timed(built):
+    record = metrics(built)
+    assert list(record) == TARGETS
+    for target, row in record.items():
+        assert row["status"] == "pass", (target, (built.path / "reports/report.md").read_text())
+        assert row["vision_p50_ms"] > 0
+        assert row["cosine_min"] > 0.9
+
+
+def test_nothing_changed_runs_nothing_but_probe(copy):
+    assert copy.repro() == set()
+    assert copy.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_another_opset_rebuilds_only_what_is_exported_to_onnx(copy):
+    copy.edit("params.yaml", "opset: 18", "opset: 20")
+    assert copy.repro() == {BUILDS[target] for target in ONNX} | measured(ONNX) | {"report"}
+    assert "ai.onnx 20" in (copy.path / "reports/report.md").read_text()
+    differing = copy.run("dvc", "params", "diff").stdout
+    assert "onnx.opset" in differing
+    assert "ort-fp32.vision_p50_ms" in copy.run("dvc", "metrics", "diff", "--all").stdout
+
+
+def test_one_quantize_setting_rebuilds_that_target_alone(copy):
+    copy.edit("params.yaml", "method: dynamic}", "method: dynamic, per_channel: false}")
+    target = "ort-int8-dynamic"
+    assert copy.repro() == {BUILDS[target], *measured([target]), "report"}
+
+
+def test_a_new_target_builds_that_target_alone(copy):
+    line = "  ort-fp16: {source: onnx-fp32, precision: fp16}"
+    copy.edit("params.yaml", line, f"{line}\n  ort-fp16-again: {{source: onnx-fp32, precision: fp16}}")
+    copy.edit("params.yaml", "  - ort-fp16\n", "  - ort-fp16\n  - ort-fp16-again\n")
+    assert copy.repro() == {"optimize@ort-fp16-again", *measured(["ort-fp16-again"]), "report"}
+    assert "ort-fp16-again" in metrics(copy)
+
+
+def test_a_removed_target_leaves_the_table_and_runs_only_the_report(copy):
+    copy.edit("params.yaml", "  - ort-fp16\n", "")
+    assert copy.repro() == {"report"}
+    assert "ort-fp16" not in metrics(copy)
+    assert "ort-fp16`" not in (copy.path / "reports/report.md").read_text()
+
+
+def test_another_model_rebuilds_everything(copy, tmp_path):
+    copy.edit("conf/model/local.yaml", "path: null", "path: other")
+    (copy.path / "other").mkdir()
+    for path in (copy.path / "assets/tiny-shapes").iterdir():
+        (copy.path / "other" / path.name).write_bytes(path.read_bytes())
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(copy.path / "other/model.safetensors")
+    weights["logit_scale"] = np.array(3.0, dtype=np.float32)
+    weights = {name: array * np.float32(1.0001) for name, array in weights.items()}
+    save_file(weights, copy.path / "other/model.safetensors", metadata={"format": "pt"})
+    copy.edit("params.yaml", "model: tiny-shapes", "model: local")
+    everything = {"download", "prepare", "report", *BUILDS.values(), *measured(TARGETS)}
+    assert copy.repro() == everything
+
+
+def test_a_comment_in_a_yaml_file_runs_nothing(copy):
+    for name in ("params.yaml", "conf/model/tiny-shapes.yaml", "conf/benchmark/quick.yaml", "conf/gates/standard.yaml"):
+        with (copy.path / name).open("a") as file:
+            file.write("\n# a comment\n")
+    assert copy.repro() == set()
+
+
+def test_other_gates_judge_again_and_rebuild_nothing(copy):
+    copy.edit("conf/gates/standard.yaml", "fp16: {min_cosine: 0.999,", "fp16: {min_cosine: 1.1,")
+    assert copy.repro() == {*(f"validate@{target}" for target in TARGETS), "report"}
+    row = metrics(copy)["ort-fp16"]
+    assert row["status"] == "fail"
+    assert row["vision_p50_ms"] > 0
+    assert "`ort-fp16` fail: vision cosine" in (copy.path / "reports/report.md").read_text()
+
+
+def test_another_library_version_rebuilds_what_it_made(copy):
+    """Play an upgrade of onnxscript: only what it exports and fuses is built again, everything is measured again."""
+    copy.edit("clip_deploy/environment.py", '"onnxscript": ("onnxscript",)', '"onnxscript": ("onnx-ir",)')
+    ran = copy.repro()
+    assert {"export_onnx", "optimize@ort-fp32", "optimize@ort-fp16"} <= ran
+    assert not {"download", "prepare", BUILDS["torch-int8"], BUILDS["torchscript-fp32"]} & ran
+    assert measured(TARGETS) <= ran
+    assert "software.onnxscript" in copy.run("dvc", "params", "diff").stdout
+
+
+def test_an_experiment_gives_what_an_edit_gives_and_keeps_hand_edits(copy, tmp_path):
+    other = copy.copy(tmp_path / "other")
+    copy.edit("params.yaml", "model: tiny-shapes        #", "model: tiny-shapes  # a remark of mine,")
+    copy.run("dvc", "exp", "run", "-S", "onnx.opset=17", "-S", "benchmark=quick")
+    text = (copy.path / "params.yaml").read_text()
+    assert "# a remark of mine," in text
+    assert yaml.safe_load(text)["onnx"]["opset"] == 17
+    other.edit("params.yaml", "opset: 18", "opset: 17")
+    other.repro()
+    names = [f"artifacts/{target}" for target in ONNX]
+    locks = [yaml.safe_load((project.path / "dvc.lock").read_text())["stages"] for project in (copy, other)]
+    outs = [{out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]} for lock in locks]
+    assert {name: outs[0][name] for name in names} == {name: outs[1][name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model: tiny-shapes", "model: tiny-shape", "model is 'tiny-shape': accepted are"),
+        ("  - ort-fp16\n", "  - ort-fp12\n", "targets lists 'ort-fp12', which nothing builds"),
+        ("precision: fp16}", "precision: fp12}", "optimize.ort-fp16.precision"),
+        ("  opset: 18", "  opset: 99", "onnx.opset is 99"),
+        ("seed: 0", "sede: 0", "unknown key sede; accepted are"),
+    ],
+)
+def test_bad_params_stop_before_any_stage_works(copy, old, new, message):
+    copy.edit("params.yaml", old, new)
+    done = copy.run("dvc", "repro", check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Running stage 'probe'" in done.stdout
+    assert done.stdout.count("Running stage") == 1
+    assert (copy.path / "artifacts/ort-fp16/vision.onnx").is_file()
+
+
+def test_a_killed_run_is_continued(copy):
+    """Kill the pipeline while the export works; the next run does what is left, and the table is whole."""
+    copy.edit("params.yaml", "opset: 18", "opset: 19")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        ["dvc", "repro"],
+        cwd=copy.path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (copy.path / "artifacts/.onnx-fp32.partial").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (copy.path / "artifacts/onnx-fp32").exists()
+    assert copy.repro() >= {"export_onnx", "report"}
+    assert not (copy.path / "artifacts/.onnx-fp32.partial").exists()
+    assert list(metrics(copy)) == TARGETS
+
+
+def test_a_folder_that_cannot_be_written_loses_nothing(copy):
+    """A file stands where artifacts/ should be: one message, and after it is gone the next run goes on."""
+    (copy.path / "artifacts").rename(copy.path / "aside")
+    (copy.path / "artifacts").write_text("in the way")
+    done = copy.run("dvc", "repro", check=False)
+    assert done.returncode != 0
+    assert "artifacts" in done.stderr
+    (copy.path / "artifacts").unlink()
+    (copy.path / "aside").rename(copy.path / "artifacts")
+    assert copy.repro() == set()
+
+
+def test_a_checkpoint_that_is_gone_is_refused_and_all_that_was_built_stays(copy):
+    copy.edit("conf/model/local.yaml", "path: null", "path: gone")
+    copy.edit("params.yaml", "model: tiny-shapes", "model: local")
+    done = copy.run("dvc", "repro", check=False)
+    assert done.returncode != 0
+    assert "error: model.path is gone: no such file or folder; set it in conf/model/local.yaml" in done.stderr
+    assert (copy.path / "reports/report.md").is_file()
+    assert (copy.path / "artifacts/torch-fp32/model.safetensors").is_file()
+    copy.edit("params.yaml", "model: local", "model: tiny-shapes")
+    assert copy.repro() == set()

@@ -1,0 +1,137 @@
+"""Each stage as a program of its own: help, overrides, sweeps, errors, and what it imports."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py"))
+WITHOUT_TORCH = ("probe", "optimize", "quantize", "validate", "benchmark", "report")
+
+
+def run(*arguments, cwd=ROOT, code=None):
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m"]
+    return subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_there_are_ten_stages():
+    assert len(STAGES) == 10
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_explains_itself(name):
+    done = run(f"stages.{name}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Settings (key=value overrides them" in done.stdout
+    assert "output: ???" in done.stdout
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_is_under_forty_five_lines(name):
+    assert len((ROOT / "stages" / f"{name}.py").read_text().splitlines()) < 45
+
+
+def test_a_missing_setting_is_named():
+    done = run("stages.validate", "output=x.json")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: settings: source: ")
+
+
+def test_an_unknown_setting_is_named():
+    done = run("stages.validate", "outptu=x.json")
+    assert done.returncode == 1
+    assert "outptu" in done.stderr
+
+
+def test_an_unknown_choice_is_named_with_the_known_ones():
+    done = run("stages.benchmark", "benchmark=slow")
+    assert done.returncode == 1
+    assert "benchmark/slow" in done.stderr
+    assert "thorough" in done.stderr
+
+
+def test_a_wrong_type_is_named():
+    done = run("stages.benchmark", "benchmark.threads=many")
+    assert done.returncode == 1
+    assert "benchmark.threads" in done.stderr
+
+
+def test_a_check_across_settings_speaks_before_work():
+    done = run("stages.export_onnx", "onnx.opset=99", "source=nowhere", "output=x")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: settings: onnx.opset is 99 with onnx.exporter auto")
+
+
+def test_a_sweep_runs_the_stage_for_each_value(checkpoint, onnx_target, tmp_path):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    for name in ("stages", "clip_deploy"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = run(
+        "stages.benchmark",
+        f"source={onnx_target}",
+        f"reference={checkpoint}",
+        "output=result-${benchmark.threads}.json",
+        "benchmark=quick",
+        "benchmark.batch_sizes=[1]",
+        "-m",
+        "benchmark.threads=1,2",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [json.loads((tmp_path / f"result-{n}.json").read_text())["threads"] for n in (1, 2)] == [1, 2]
+    assert {path.name for path in tmp_path.iterdir()} - {"multirun.yaml"} == {
+        "conf",
+        "params.yaml",
+        "stages",
+        "clip_deploy",
+        "result-1.json",
+        "result-2.json",
+    }
+
+
+IMPORTS = """
+import runpy, sys
+name, arguments = sys.argv[1], sys.argv[2:]
+sys.argv = [name, *arguments]
+try:
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+finally:
+    heavy = sorted({"torch", "transformers"} & set(sys.modules))
+    print("HEAVY", heavy)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, name):
+    project = built.copy(tmp_path / "project")
+    arguments = {
+        "probe": ["output=out/environment.json", "inputs=out/inputs.json"],
+        "optimize": ["target=ort-fp32", "source=artifacts/onnx-fp32", "output=out/ort"],
+        "quantize": [
+            "target=ort-int8-static",
+            "source=artifacts/onnx-fp32",
+            "calibration=artifacts/data/calibration",
+            "environment=reports/environment.json",
+            "output=out/int8",
+        ],
+        "validate": ["source=artifacts/ort-fp32", "evaluation=artifacts/data/evaluation", "output=out/v.json"],
+        "benchmark": ["source=artifacts/ort-fp32", "reference=artifacts/torch-fp32", "output=out/b.json"],
+        "report": [
+            "model_name=a",
+            "data_name=b",
+            "environment=reports/environment.json",
+            "checkpoint=artifacts/torch-fp32",
+            "evaluation=artifacts/data/evaluation",
+            "validation=reports/validate",
+            "benchmark_results=reports/benchmark",
+            "output=out",
+        ],
+    }[name]
+    done = run(f"stages.{name}", *arguments, cwd=project.path, code=IMPORTS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "HEAVY []"
