@@ -60,6 +60,7 @@ def _download(repo_id: str, revision: str) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import httpx
 
     what = f"{repo_id} at {revision}"
     try:
@@ -77,9 +78,9 @@ def _download(repo_id: str, revision: str) -> Path:
             f"cannot reach the hub and {what} is not in the local cache: check the network or HF_ENDPOINT, unset "
             "HF_HUB_OFFLINE, or copy the folder here and use `model: local`"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise
+            raise  # the disk, not the network
         raise CheckpointError(f"downloading {what} failed: {error}; run `dvc repro` again to go on") from error
 
 
@@ -168,12 +169,14 @@ def load_model(folder: Path) -> "PreTrainedModel":
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         model, loading = AutoModel.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -191,9 +194,12 @@ def load_processor(folder: Path) -> "ProcessorMixin":
     """The checkpoint's own tokenizer and image processor (the PIL one: it runs everywhere)."""
     from transformers import AutoImageProcessor, AutoProcessor
 
+    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        processor = AutoProcessor.from_pretrained(folder, **local)
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
+        if not hasattr(processor, "tokenizer"):
+            raise CheckpointError(f"{folder} has no tokenizer: save it there with `tokenizer.save_pretrained(folder)`")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}: its processor cannot be loaded: {_first_line(error)}") from error
     return processor
@@ -210,18 +216,23 @@ def describe(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder}: its config.json is not one that transformers knows: {_first_line(error)}"
         ) from error
-    pixels = load_processor(folder).image_processor(Image.new("RGB", (64, 64)), return_tensors="np")["pixel_values"]
+    processor = load_processor(folder)
+    pixels = processor.image_processor(Image.new("RGB", (64, 64)), return_tensors="np")["pixel_values"]
+    if pixels.ndim != 4:
+        raise CheckpointError(
+            f"{folder} takes images of varying resolution (NaFlex): use a fixed-resolution checkpoint"
+        )
     kind = config.model_type
     siglip = kind.startswith("siglip")
     return {
         "model_type": kind,
         "image_size": list(pixels.shape[-2:]),
-        "context_length": int(config.text_config.max_position_embeddings),
+        "context_length": int(min(config.text_config.max_position_embeddings, processor.tokenizer.model_max_length)),
         # SigLIP was trained on texts padded to the context, without a mask, as transformers' processor gives them.
         "pad_to_context": siglip,
         "text_inputs": ["input_ids"] if siglip else ["input_ids", "attention_mask"],

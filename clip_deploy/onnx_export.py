@@ -70,7 +70,8 @@ def _write_dynamo(
     axes: dict[int, str],
     opset: int,
 ) -> None:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once for each operator of a missing torchvision
+    for name in ("torch.onnx", "onnxscript"):  # a missing torchvision, and each operator that cannot be folded
+        logging.getLogger(name).setLevel(logging.ERROR)
     dimensions = {axis: Dim(name) for axis, name in axes.items()}
     program = torch.onnx.export(
         tower,

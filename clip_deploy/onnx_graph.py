@@ -93,9 +93,14 @@ def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """The first output of a graph for `feeds`, on the CPU."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)[0]
+    """The first output of a graph for `feeds`, on the CPU; DeployError where it does not run."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # the error below says it
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return session.run(None, feeds)[0]
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise DeployError(f"{path.name} does not run: {str(error).splitlines()[0]}") from error
 
 
 def random_feeds(path: Path, seed: int = 0) -> dict[str, np.ndarray]:

@@ -39,6 +39,35 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def siglip(tmp_path_factory):
+    """A small SigLIP with random weights in Hugging Face layout, as the target torch-fp32."""
+    from transformers import (
+        PreTrainedTokenizerFast,
+        SiglipConfig,
+        SiglipImageProcessorPil,
+        SiglipModel,
+        SiglipProcessor,
+    )
+
+    from clip_deploy.artifact import Target, build
+    from clip_deploy.checkpoint import fetch
+    from clip_deploy.config import ModelConfig
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": 600, "max_position_embeddings": 16, "bos_token_id": 585, "eos_token_id": 586, **small}
+    source = tmp_path_factory.mktemp("siglip")
+    config = SiglipConfig(text_config=text, vision_config={"image_size": 32, "patch_size": 8, **small})
+    SiglipModel(config).save_pretrained(source)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(TINY / "tokenizer.json"), pad_token="<|endoftext|>", model_max_length=16
+    )
+    SiglipProcessor(SiglipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(source)
+    folder = source / "torch-fp32"
+    build(folder, lambda output: fetch(ModelConfig(path=str(source)), output), Target("eager", "fp32"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sets(checkpoint, tmp_path_factory):
     """A folder with small evaluation and calibration sets and the reference's embeddings."""
     from clip_deploy.artifact import read_target

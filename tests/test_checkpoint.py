@@ -160,6 +160,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     files = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
     broken = False
+    cut = False  # the connection breaks in the middle of the weights
 
     def do_GET(self):
         if self.broken:
@@ -172,16 +173,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer(200, json.dumps(record).encode(), "application/json")
         name = self.path.rsplit("/", 1)[-1]
         if name in self.files:
-            return self.answer(200, (TINY / name).read_bytes())
+            body = (TINY / name).read_bytes()
+            short = body[: len(body) // 2] if self.cut and name == "model.safetensors" else body
+            return self.answer(200, short, length=len(body))
         return self.answer(404, b"")
 
     do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
 
-    def answer(self, status, body, kind="application/octet-stream"):
+    def answer(self, status, body, kind="application/octet-stream", length=None):
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(length or len(body)))
         self.send_header("Content-Type", kind)
-        self.send_header("ETag", f'"{len(body)}"')
+        self.send_header("ETag", f'"{length or len(body)}"')
         self.send_header("X-Repo-Commit", REVISION)
         self.end_headers()
         if self.command == "GET":
@@ -229,6 +232,20 @@ def test_a_hub_that_fails_is_named(tmp_path, hub, monkeypatch):
     done, _ = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub)
     assert done.returncode == 1
     assert "someone/tiny-clip" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_download_that_breaks_off_is_said_in_one_line_and_goes_on_next_time(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(Hub, "cut", True)
+    done, output = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("downloading someone/tiny-clip")
+    assert not list(output.iterdir())
+    monkeypatch.setattr(Hub, "cut", False)
+    again = tmp_path / "again"
+    again.mkdir()
+    done, output = fetch_in_a_process(again, HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    assert (output / "model.safetensors").read_bytes() == (TINY / "model.safetensors").read_bytes()
 
 
 def test_the_fetched_target_says_what_it_is(checkpoint):

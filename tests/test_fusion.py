@@ -5,7 +5,7 @@ import onnx
 import pytest
 
 from clip_deploy import fusion, onnx_graph
-from clip_deploy.artifact import Target, build
+from clip_deploy.artifact import Target, build, read_target
 from clip_deploy.config import OnnxConfig, Precision
 from clip_deploy.errors import UnavailableError
 from clip_deploy.fusion import optimize
@@ -41,6 +41,17 @@ def test_fused_graphs_give_the_same_embeddings(onnx_target, tmp_path, precision,
         assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
 
 
+def test_siglips_layers_are_fused_and_its_pooling_head_is_counted_as_not(siglip, tmp_path):
+    """Its pooling head once got a FusedMatMul that ONNX Runtime refused to run."""
+    source, output = tmp_path / "onnx", tmp_path / "ort"
+    build(source, lambda folder: export_onnx(siglip, OnnxConfig(), folder), Target("ort", "fp32"))
+    build(output, lambda folder: optimize(source, Precision.fp32, folder), Target("ort", "fp32"))
+    vision, text = (onnx_graph.describe(output / f"{tower}.onnx")["fusion"] for tower in ("vision", "text"))
+    assert (vision["attention"], vision["attention_expected"]) == (2, 3)
+    assert (text["attention"], text["attention_expected"]) == (2, 2)
+    assert "rewrites_undone" not in read_target(output).build
+
+
 def test_packed_weights_are_folded_not_concatenated_at_run_time(onnx_target, tmp_path):
     build(tmp_path / "ort", lambda folder: optimize(onnx_target, Precision.fp32, folder), Target("ort", "fp32"))
     nodes = onnx.load(tmp_path / "ort" / "vision.onnx").graph.node
@@ -66,6 +77,19 @@ def test_a_rewrite_that_changes_the_outputs_is_undone(onnx_target, tmp_path, mon
     undone = fusion.fuse(onnx_target / "vision.onnx", tmp_path / "vision.onnx", {"heads": 4, "width": 128})
     assert undone == ["vision: onnxruntime"]
     assert onnx_graph.describe(tmp_path / "vision.onnx")["fusion"]["attention"] == 4
+
+
+def test_a_rewrite_that_does_not_run_is_undone(onnx_target, tmp_path, monkeypatch):
+    def break_it(source, output, shape):
+        model = onnx.load(source)
+        model.graph.node[0].op_type = "NoSuchOperator"
+        onnx.save(model, output)
+
+    monkeypatch.setattr(fusion, "_rewrite_onnxscript", break_it)
+    undone = fusion.fuse(onnx_target / "vision.onnx", tmp_path / "vision.onnx", {"heads": 4, "width": 128})
+    assert undone == ["vision: ort_fusions"]
+    feeds = onnx_graph.random_feeds(tmp_path / "vision.onnx")
+    assert onnx_graph.run(tmp_path / "vision.onnx", feeds).shape == (3, 64)
 
 
 def test_what_hangs_on_an_unavailable_target_is_unavailable(onnx_target, tmp_path):

@@ -1,14 +1,10 @@
-import json
-from dataclasses import asdict
-
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from transformers import SiglipConfig, SiglipModel
 
 from clip_deploy import onnx_graph
-from clip_deploy.artifact import MANIFEST, Target, build, read_target
+from clip_deploy.artifact import Target, build
 from clip_deploy.config import Exporter, OnnxConfig
 from clip_deploy.errors import DeployError
 from clip_deploy.onnx_export import export_onnx
@@ -66,27 +62,11 @@ def test_an_exporter_that_ignores_the_opset_is_caught(checkpoint, tmp_path):
         export_onnx(checkpoint, settings, tmp_path)
 
 
-def test_siglip_takes_no_mask_and_whole_contexts(checkpoint, tmp_path):
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = {"image_size": 32, "patch_size": 8, **small}
-    text = {"vocab_size": 600, "max_position_embeddings": 16, **small}
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
-    source = tmp_path / "siglip"
-    model.save_pretrained(source)
-    description = {
-        **read_target(checkpoint).model,
-        "image_size": [32, 32],
-        "context_length": 16,
-        "pad_to_context": True,
-        "text_inputs": ["input_ids"],
-        "towers": {name: {"layers": 2, "heads": 4, "width": 32} for name in ("vision", "text")},
-    }
-    target = Target("eager", "fp32", ["model.safetensors"], description)
-    (source / MANIFEST).write_text(json.dumps(asdict(target)))
+def test_siglip_takes_no_mask_and_whole_contexts(siglip, tmp_path):
     output = tmp_path / "onnx"
-    build(output, lambda folder: export_onnx(source, OnnxConfig(), folder), Target("ort", "fp32"))
+    build(output, lambda folder: export_onnx(siglip, OnnxConfig(), folder), Target("ort", "fp32"))
     ids = np.random.default_rng(0).integers(0, 600, (3, 16))
-    encoder, reference = open_encoder(output), open_encoder(source)
+    encoder, reference = open_encoder(output), open_encoder(siglip)
     difference = encoder.encode_texts(ids, np.ones_like(ids)) - reference.encode_texts(ids, np.ones_like(ids))
     assert np.abs(difference).max() < 1e-4
     assert onnx_graph.describe(output / "text.onnx")["inputs"] == {"input_ids": ["batch", 16]}

@@ -101,8 +101,7 @@ def test_another_model_rebuilds_everything(copy, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     weights = load_file(copy.path / "other/model.safetensors")
-    weights["logit_scale"] = np.array(3.0, dtype=np.float32)
-    weights = {name: array * np.float32(1.0001) for name, array in weights.items()}
+    weights["visual_projection.weight"] = weights["visual_projection.weight"] * np.float32(1.0001)
     save_file(weights, copy.path / "other/model.safetensors", metadata={"format": "pt"})
     copy.edit("params.yaml", "model: tiny-shapes", "model: local")
     everything = {"download", "prepare", "report", *BUILDS.values(), *measured(TARGETS)}
@@ -126,24 +125,24 @@ def test_other_gates_judge_again_and_rebuild_nothing(copy):
 
 
 def test_another_library_version_rebuilds_what_it_made(copy):
-    """Play an upgrade of onnxscript: only what it exports and fuses is built again, everything is measured again."""
+    """Play an upgrade of onnxscript: only what it exports and fuses is built again, every measurement is stale."""
     copy.edit("clip_deploy/environment.py", '"onnxscript": ("onnxscript",)', '"onnxscript": ("onnx-ir",)')
-    ran = copy.repro()
-    assert {"export_onnx", "optimize@ort-fp32", "optimize@ort-fp16"} <= ran
-    assert not {"download", "prepare", BUILDS["torch-int8"], BUILDS["torchscript-fp32"]} & ran
-    assert measured(TARGETS) <= ran
+    ran = copy.repro("optimize", "export_torchscript")
+    assert ran == {"export_onnx", "optimize@ort-fp32", "optimize@ort-fp16"}
+    stale = copy.run("dvc", "status").stdout
+    assert all(f"{name}:" in stale for name in measured(TARGETS))
     assert "software.onnxscript" in copy.run("dvc", "params", "diff").stdout
 
 
 def test_an_experiment_gives_what_an_edit_gives_and_keeps_hand_edits(copy, tmp_path):
     other = copy.copy(tmp_path / "other")
     copy.edit("params.yaml", "model: tiny-shapes        #", "model: tiny-shapes  # a remark of mine,")
-    copy.run("dvc", "exp", "run", "-S", "onnx.opset=17", "-S", "benchmark=quick")
+    copy.run("dvc", "exp", "run", "-S", "onnx.opset=17", "-S", "benchmark=quick", "optimize", "quantize")
     text = (copy.path / "params.yaml").read_text()
     assert "# a remark of mine," in text
     assert yaml.safe_load(text)["onnx"]["opset"] == 17
     other.edit("params.yaml", "opset: 18", "opset: 17")
-    other.repro()
+    other.repro("optimize", "quantize")
     names = [f"artifacts/{target}" for target in ONNX]
     locks = [yaml.safe_load((project.path / "dvc.lock").read_text())["stages"] for project in (copy, other)]
     outs = [{out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]} for lock in locks]

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -48,10 +49,11 @@ def test_evaluation_and_calibration_share_no_image_with_training():
     """Renders the whole training set again: its digest is the recorded one, and no picture of it is used elsewhere."""
     count = RECORD["images"]["training"]["count"]
     digest, seen = hashlib.sha256(), set()
-    for index in range(count):
-        image, _ = shapes.render("training", index, index % len(shapes.CLASSES))
-        digest.update(image.tobytes())
-        seen.add(pixel_hash(image))
+    labels = [index % len(shapes.CLASSES) for index in range(count)]
+    with ProcessPoolExecutor() as pool:
+        for image, _ in pool.map(shapes.render, ["training"] * count, range(count), labels, chunksize=500):
+            digest.update(image.tobytes())
+            seen.add(pixel_hash(image))
     assert digest.hexdigest() == RECORD["images"]["training"]["sha256"]
     hashes = load(DataConfig(), 0).hashes
     assert len(hashes["evaluation"]) == 960
