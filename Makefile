@@ -37,13 +37,14 @@ bench-pipeline: $(VENV)/ready ## time the pipeline itself: full, no-op, opset ch
 
 TORCH := torch==2.13.0
 GPU := sys_platform == 'linux' and platform_machine == 'x86_64'
+CPU := sys_platform != 'linux' or platform_machine != 'x86_64'
 lock: ## renew requirements.lock from pyproject.toml, in a new environment
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet $(TORCH) '.[dev]'
 	@echo '# Made by `make lock`; torch brings its own CUDA packages where its build has them.' > requirements.lock
 	build/lock/bin/python -m pip freeze --exclude clip-deploy | sed -E \
 	  -e '/^(nvidia|triton|cuda)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' \
-	  -e "s/^onnxruntime(-gpu)?==(.*)/onnxruntime-gpu==\2; $(GPU)\nonnxruntime==\2; not ($(GPU))/" >> requirements.lock
+	  -e "s/^onnxruntime(-gpu)?==(.*)/onnxruntime-gpu==\2; $(GPU)\nonnxruntime==\2; $(CPU)/" >> requirements.lock
 
 clean: ## remove what the pipeline built (reports stay)
 	rm -rf artifacts multirun dvc_plots
