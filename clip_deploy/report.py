@@ -1,6 +1,7 @@
 """The report: one row a target, from what validate and benchmark wrote, as a table, a page, metrics and plots."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,13 +193,13 @@ def describe_run(
 
 
 def fastest(rows: list[Row]) -> str:
-    """Per tower at the smallest batch; the intervals in the table say how sure that is."""
+    """Per tower at the smallest batch, by speed-up: latencies of rows timed minutes apart carry the machine's drift."""
     named = []
     for tower in ("vision", "text"):
         fit = [row for row in rows if row.status == "pass" and row.timing(tower)]
         if fit:
-            best = min(fit, key=lambda row: row.timing(tower)["p50_ms"])
-            named.append(f"{best.target} ({tower}, {_number(best.timing(tower)['p50_ms'])} ms)")
+            best = max(fit, key=lambda row: row.timing(tower)["speedup"])
+            named.append(f"{best.target} ({tower}, {_speedup(best.timing(tower))})")
     return ", ".join(named) or "none"
 
 
@@ -236,7 +237,8 @@ HOW = """
 
 - Every row is held against `torch-fp32`, the untouched checkpoint, on the same inputs. Speed-up is the ratio of median
   latencies, reference over target, from processes that took turns on the same cores; the interval is a bootstrap over
-  the turns. The row of `torch-fp32` is timed against itself: its interval shows the noise.
+  the turns. The row of `torch-fp32` is timed against itself: its interval shows the noise. Compare rows by speed-up:
+  latencies of rows that were timed minutes apart carry the machine's drift as well.
 - p90 and p99 are stated only where at least 5 calls lie beyond them. Texts are timed at the model's whole context.
 - Both processes keep freed memory (glibc's malloc thresholds are fixed), as a server with a caching allocator does.
 - Memory is the peak resident set above an empty interpreter, libraries included, after the smallest batch.
@@ -330,7 +332,8 @@ def _number(value: float | None) -> str:
     """Three significant digits, never in scientific notation."""
     if value is None:
         return MISSING
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{float(f'{value:.3g}'):g}"
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 2
+    return f"{value:,.{max(decimals, 0)}f}"
 
 
 def _percent(value: float | None) -> str:
@@ -360,5 +363,5 @@ def page(title: str, rows: list[Row], facts: dict[str, str]) -> str:
         "facts": facts,
         "rows": [rounded({**asdict(row), "images_per_s": best_throughput(row, "vision")}) for row in rows],
     }
-    data = json.dumps(content, sort_keys=True).replace("<", "\\u003c")  # no row may close the script
+    data = json.dumps(content).replace("<", "\\u003c")  # no row may close the script
     return PAGE.read_text(encoding="utf-8").replace("__CONTENT__", data)

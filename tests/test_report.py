@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from clip_deploy.report import markdown, metrics, page, plots, read_rows
+from clip_deploy.report import _number, markdown, metrics, page, plots, read_rows
 from clip_deploy.results import write_json
 
 TIMING = {
@@ -48,6 +48,14 @@ def rows(tmp_path):
         write_json(tmp_path / "validate" / f"{name}.json", checked)
         write_json(tmp_path / "benchmark" / f"{name}.json", timed)
     return read_rows(["torch-fp32", "ort-int8", "trt-fp16"], tmp_path / "validate", tmp_path / "benchmark")
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(1.0, "1.00"), (0.19, "0.190"), (59.62, "59.6"), (369.4, "369"), (2633.4, "2,633"), (0, "0.00")],
+)
+def test_numbers_have_three_digits(value, written):
+    assert _number(value) == written
 
 
 def test_every_configured_target_has_a_row_in_order_and_no_other_has(rows):
