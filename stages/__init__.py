@@ -14,9 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+try:
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import DictConfig, OmegaConf
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"error: {sys.executable} lacks {missing.name}: run `make repro`, which makes .venv with all that is needed, "
+        "or `source .venv/bin/activate` first"
+    )
 
 from clip_deploy.config import GROUPS, read_yaml, sections, typed
 from clip_deploy.errors import DeployError
