@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Configuration, tokenizer and weights; never pickles, never code.
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
+EXAMPLE_TEXTS = ["a photo of a cat", "two dogs that run along the beach in the evening light", "red"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -209,8 +210,8 @@ def describe(folder: Path) -> dict[str, Any]:
     """What later stages need to know of the model, so that they can do without transformers.
 
     Returns:
-        model_type, image_size [height, width] in pixels, context_length in tokens, text_inputs (names), and for each
-        tower its layers, heads and width.
+        model_type, image_size [height, width] in pixels, context_length in tokens, text_inputs (names), example_texts
+        (three tokenised texts of different length, by input), and for each tower its layers, heads and width.
     """
     from PIL import Image
     from transformers import AutoConfig
@@ -229,13 +230,19 @@ def describe(folder: Path) -> dict[str, Any]:
         )
     kind = config.model_type
     siglip = kind.startswith("siglip")
+    context = int(min(config.text_config.max_position_embeddings, processor.tokenizer.model_max_length))
+    text_inputs = ["input_ids"] if siglip else ["input_ids", "attention_mask"]
+    tokens = processor.tokenizer(
+        EXAMPLE_TEXTS, padding="max_length" if siglip else "longest", truncation=True, max_length=context
+    )
     return {
         "model_type": kind,
         "image_size": list(pixels.shape[-2:]),
-        "context_length": int(min(config.text_config.max_position_embeddings, processor.tokenizer.model_max_length)),
+        "context_length": context,
         # SigLIP was trained on texts padded to the context, without a mask, as transformers' processor gives them.
         "pad_to_context": siglip,
-        "text_inputs": ["input_ids"] if siglip else ["input_ids", "attention_mask"],
+        "text_inputs": text_inputs,
+        "example_texts": {name: tokens[name] for name in text_inputs},
         "towers": {"vision": _tower(config.vision_config), "text": _tower(config.text_config)},
     }
 

@@ -172,6 +172,7 @@ class TorchScriptConfig:
 class OptimizeConfig:
     source: str = EXPORTED
     precision: Precision = Precision.fp32
+    skip_layer_norm: bool = False  # fuse it with the addition before; on the CPU that takes four times as long
 
     def __post_init__(self) -> None:
         if self.precision is Precision.int8:

@@ -1,11 +1,12 @@
-"""Fused graphs: onnxscript's ort_fusions first, ONNX Runtime's transformer optimizer after.
+"""Fused graphs: our own attention, patches and pooling, and ONNX Runtime's optimizer for GELU and LayerNormalization.
 
-The first finds the attentions of towers exported from transformers 5, which the second no longer recognises; the second
-adds QuickGELU and the LayerNormalization that follows a skip connection. A rewrite that changes the outputs is undone.
+Each rewrite is checked: one that changes the outputs, or makes a graph that does not run, is undone and named.
 """
 
 import logging
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,27 @@ import onnx
 import onnx_ir as ir
 import onnxruntime.transformers.optimizer as transformer_optimizer
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxscript.optimizer import fold_constants
+from onnxscript.optimizer import optimize as simplify
 from onnxscript.rewriter import rewrite
-from onnxscript.rewriter.ort_fusions._core import fuse_xformers
 from onnxscript.rewriter.rules.common import gemm_to_matmul_add_rule
 
 from clip_deploy import onnx_graph
 from clip_deploy.artifact import Target, read_target
-from clip_deploy.config import Precision
+from clip_deploy.attention import array, fuse_attention, initializer, replace_masks
+from clip_deploy.config import OptimizeConfig, Precision
 from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.patches import multiply_patches
+from clip_deploy.pooling import pool_early
 
-FOLD_BYTES = 1 << 30  # packed query, key and value weights are folded, whatever their size
-TOLERANCE = 1e-3  # largest difference that a rewrite may make, relative to the output's largest value
+FOLD_BYTES = 1 << 30  # weights are folded, whatever their size
+TOLERANCE = 1e-4  # largest difference that a rewrite may make, relative to the output's largest value
+
+Rewrite = Callable[[Path, Path], bool]
 
 
-def optimize(source: Path, precision: Precision, output: Path) -> Target:
+def optimize(source: Path, settings: OptimizeConfig, output: Path) -> Target:
     """Fuse both towers of the ONNX target `source` into `output`, in float32 or float16.
 
     Raises UnavailableError where the source could not be built.
@@ -35,57 +42,110 @@ def optimize(source: Path, precision: Precision, output: Path) -> Target:
     target = read_target(source)
     if target.unavailable:
         raise UnavailableError(f"{source.name}: {target.unavailable}")
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it names each operator that it cannot fold
     undone: list[str] = []
     for tower, shape in target.model["towers"].items():
-        undone += fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", shape)
-        if precision is Precision.fp16:
+        rewrites = rewrites_of(shape, settings)
+        undone += fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", rewrites, target.model["example_texts"])
+        if settings.precision is Precision.fp16:
             halve(output / f"{tower}.onnx")
     return Target(
         runtime="ort",
-        precision=precision.value,
+        precision=settings.precision.value,
         files=onnx_graph.files_of(output),
         model=target.model,
         build={**target.build, "source": source.name, **({"rewrites_undone": undone} if undone else {})},
     )
 
 
-def fuse(source: Path, output: Path, shape: dict[str, int]) -> list[str]:
-    """Fuse one tower with its own head count and width, and return the rewrites that had to be undone."""
-    feeds = onnx_graph.random_feeds(source)
+def rewrites_of(shape: dict[str, int], settings: OptimizeConfig) -> list[list[tuple[str, Rewrite]]]:
+    """The rewrites of a tower, step by step; of several in one step, the first that leaves the outputs is kept."""
+    return [
+        [("attention", partial(_edit, lambda model: fuse_attention(model, shape["heads"]) > 0))],
+        [
+            ("causal mask", partial(_edit, lambda model: replace_masks(model, causal=True))),
+            ("padding mask", partial(_edit, lambda model: replace_masks(model, causal=False))),
+        ],
+        [("onnxruntime", partial(_rewrite_onnxruntime, shape, settings.skip_layer_norm))],
+        [("patches", partial(_edit, multiply_patches))],
+        [("early pooling", partial(_edit, pool_early))],
+    ]
+
+
+def fuse(source: Path, output: Path, rewrites: list[list[tuple[str, Rewrite]]], texts: dict[str, list]) -> list[str]:
+    """Rewrite one tower, and return the steps that had to be undone.
+
+    Args:
+        source: the graph as it was exported.
+        output: where to write the fused one.
+        rewrites: as rewrites_of gives them.
+        texts: tokenised example texts, on which the text tower's outputs are compared.
+    """
+    feeds = onnx_graph.random_feeds(source, texts)
     expected = onnx_graph.run(source, feeds)
     undone = []
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         current = source
-        for name, rewrite in (("ort_fusions", _rewrite_onnxscript), ("onnxruntime", _rewrite_onnxruntime)):
-            step = Path(folder) / f"{name}.onnx"
-            rewrite(current, step, shape)
-            if _gives(expected, step, feeds):
-                current = step
-            else:
-                undone.append(f"{output.stem}: {name}")
+        for step in rewrites:
+            kept = None
+            tried = []
+            for name, apply in step:
+                candidate = Path(folder) / f"{name.replace(' ', '-')}.onnx"
+                if not apply(current, candidate):
+                    continue
+                tried.append(name)
+                if _gives(expected, candidate, feeds):
+                    kept = candidate
+                    break
+            if tried and kept is None:
+                undone.append(f"{output.stem}: {', '.join(tried)}")
+            current = kept or current
         onnx_graph.save(ir.load(current), output)
     return undone
 
 
-def _rewrite_onnxscript(source: Path, output: Path, shape: dict[str, int]) -> None:
-    """The fusions of onnxscript's optimize_for_ort without its FusedMatMul rules.
-
-    FusedMatMul refuses operands of different rank when it runs (SigLIP's pooling head); where it fits, ONNX Runtime
-    makes it itself.
-    """
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it names each operator that it cannot fold
+def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:
+    """Apply an edit of the graph in memory; False where it found nothing to do."""
     model = ir.load(source)
+    simplify(model)
     rewrite(model, [gemm_to_matmul_add_rule])
-    model, _ = fuse_xformers(model)
+    _multiply_plainly(model.graph)
+    if not edit(model):
+        return False
+    simplify(model)
     fold_constants(model, input_size_limit=FOLD_BYTES, output_size_limit=FOLD_BYTES)
     onnx_graph.save(model, output)
+    return True
 
 
-def _rewrite_onnxruntime(source: Path, output: Path, shape: dict[str, int]) -> None:
+def _multiply_plainly(graph: ir.Graph) -> None:
+    """Gemm without bias to MatMul: dynamic quantisation knows the second only."""
+    for node in list(graph):
+        weight = array(node.inputs[1]) if node.op_type == "Gemm" and len(node.inputs) == 2 else None
+        if weight is None or node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1.0:
+            continue
+        if node.attributes.get_int("transB", 0):
+            weight = np.ascontiguousarray(weight.T)
+        product = ir.node("MatMul", [node.inputs[0], initializer(graph, f"{node.outputs[0].name}_weight", weight)])
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [product], node.outputs, product.outputs)
+
+
+def _rewrite_onnxruntime(shape: dict[str, int], skip_layer_norm: bool, source: Path, output: Path) -> bool:
+    """GELU in its forms, LayerNormalization from its parts, and skip connections with the LayerNormalization behind."""
+    options = FusionOptions("clip")
+    options.enable_attention = False
+    options.enable_bias_gelu = False  # it takes Gelu's tanh approximation (opset 20 and up) for the exact function
+    options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = skip_layer_norm
     fused = transformer_optimizer.optimize_model(
-        str(source), model_type="clip", num_heads=shape["heads"], hidden_size=shape["width"], opt_level=0
+        str(source),
+        model_type="clip",
+        num_heads=shape["heads"],
+        hidden_size=shape["width"],
+        optimization_options=options,
+        opt_level=0,
     )
     onnx_graph.save(ir.from_proto(fused.model), output)
+    return True
 
 
 def halve(path: Path) -> None:

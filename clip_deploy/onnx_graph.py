@@ -103,16 +103,15 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
         raise DeployError(f"{path.name} does not run: {str(error).splitlines()[0]}") from error
 
 
-def random_feeds(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
-    """Inputs that fit the graph: three rows of noise, or of small token ids and full masks."""
+def random_feeds(path: Path, texts: dict[str, list], seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs that fit the graph, three rows: noise for images, `texts` (input_ids, attention_mask) for texts."""
     model = onnx.load(path, load_external_data=False)
     rng = np.random.default_rng(seed)
     feeds = {}
     for value in model.graph.input:
-        shape = [item if isinstance(item, int) else {"batch": 3}.get(item, 12) for item in _shape(value)]
-        if value.type.tensor_type.elem_type == onnx.TensorProto.INT64:
-            ids = value.name == "input_ids"
-            feeds[value.name] = rng.integers(2, 100, shape) if ids else np.ones(shape, dtype=np.int64)
+        if value.name in texts:
+            feeds[value.name] = np.array(texts[value.name], dtype=np.int64)
         else:
+            shape = [item if isinstance(item, int) else 3 for item in _shape(value)]
             feeds[value.name] = rng.normal(size=shape).astype(np.float32)
     return feeds

@@ -21,9 +21,9 @@ class Settings:
 
 @stage
 def optimize(settings: Settings) -> None:
-    precision = settings.optimize[settings.target].precision
-    fallback = Target("ort", precision.value)
-    build(settings.output, lambda folder: fuse(settings.source, precision, folder), fallback)
+    chosen = settings.optimize[settings.target]
+    fallback = Target("ort", chosen.precision.value)
+    build(settings.output, lambda folder: fuse(settings.source, chosen, folder), fallback)
 
 
 if __name__ == "__main__":

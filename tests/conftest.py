@@ -38,30 +38,53 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_VISION = {"image_size": 32, "patch_size": 8, **SMALL}
+
+
 @pytest.fixture(scope="session")
 def siglip(tmp_path_factory):
     """A small SigLIP with random weights in Hugging Face layout, as the target torch-fp32."""
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipProcessor
+
+    text = {"vocab_size": 600, "max_position_embeddings": 16, "bos_token_id": 585, "eos_token_id": 586, **SMALL}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=SMALL_VISION))
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    return reference(model, SiglipProcessor(images, small_tokenizer(16)), tmp_path_factory.mktemp("siglip"))
+
+
+@pytest.fixture(scope="session")
+def chinese_clip(tmp_path_factory):
+    """A small Chinese-CLIP, whose text tower is a BERT."""
     from transformers import (
-        PreTrainedTokenizerFast,
-        SiglipConfig,
-        SiglipImageProcessorPil,
-        SiglipModel,
-        SiglipProcessor,
+        ChineseCLIPConfig,
+        ChineseCLIPImageProcessorPil,
+        ChineseCLIPModel,
+        ChineseCLIPProcessor,
     )
 
+    text = {"vocab_size": 600, "max_position_embeddings": 32, **SMALL}
+    model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=SMALL_VISION))
+    images = ChineseCLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
+    return reference(model, ChineseCLIPProcessor(images, small_tokenizer(32)), tmp_path_factory.mktemp("chinese-clip"))
+
+
+def small_tokenizer(length):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(TINY / "tokenizer.json"), pad_token="<|endoftext|>", model_max_length=length
+    )
+
+
+def reference(model, processor, source):
+    """Save a checkpoint to `source` and fetch it as a target."""
     from clip_deploy.artifact import Target, build
     from clip_deploy.checkpoint import fetch
     from clip_deploy.config import ModelConfig
 
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {"vocab_size": 600, "max_position_embeddings": 16, "bos_token_id": 585, "eos_token_id": 586, **small}
-    source = tmp_path_factory.mktemp("siglip")
-    config = SiglipConfig(text_config=text, vision_config={"image_size": 32, "patch_size": 8, **small})
-    SiglipModel(config).save_pretrained(source)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(TINY / "tokenizer.json"), pad_token="<|endoftext|>", model_max_length=16
-    )
-    SiglipProcessor(SiglipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(source)
+    model.save_pretrained(source)
+    processor.save_pretrained(source)
     folder = source / "torch-fp32"
     build(folder, lambda output: fetch(ModelConfig(path=str(source)), output), Target("eager", "fp32"))
     return folder

@@ -2,94 +2,128 @@ import shutil
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from clip_deploy import fusion, onnx_graph
 from clip_deploy.artifact import Target, build, read_target
-from clip_deploy.config import OnnxConfig, Precision
+from clip_deploy.config import OnnxConfig, OptimizeConfig, Precision
 from clip_deploy.errors import UnavailableError
 from clip_deploy.fusion import optimize
 from clip_deploy.onnx_export import export_onnx
 
 
-@pytest.mark.parametrize("opset", [18, 20])
-def test_every_attention_of_both_towers_is_fused(checkpoint, tmp_path, opset):
+@pytest.fixture(scope="module", params=["checkpoint", "siglip", "chinese_clip"])
+def family(request):
+    """A checkpoint of each family: CLIP, SigLIP with its pooling head, and one with a BERT text tower."""
+    return request.getfixturevalue(request.param)
+
+
+def fused(source, folder, **settings):
+    settings = OptimizeConfig(**settings)
+    build(folder, lambda output: optimize(source, settings, output), Target("ort", settings.precision.value))
+    return read_target(folder)
+
+
+@pytest.mark.parametrize("opset", [17, 18, 21, 23])
+def test_every_attention_and_gelu_of_both_towers_is_fused(family, tmp_path, opset):
     source, output = tmp_path / "onnx", tmp_path / "ort"
-    build(source, lambda folder: export_onnx(checkpoint, OnnxConfig(opset=opset), folder), Target("ort", "fp32"))
-    build(output, lambda folder: optimize(source, Precision.fp32, folder), Target("ort", "fp32"))
-    vision, text = (onnx_graph.describe(output / f"{tower}.onnx")["fusion"] for tower in ("vision", "text"))
-    assert (vision["attention"], vision["attention_expected"]) == (4, 4)
-    assert (text["attention"], text["attention_expected"]) == (2, 2)
-    assert (vision["gelu"], text["gelu"]) == (4, 2)
-    heads = {
-        attribute.i
-        for node in onnx.load(output / "text.onnx").graph.node
-        for attribute in node.attribute
-        if attribute.name == "num_heads"
-    }
-    assert heads == {3}
+    build(source, lambda folder: export_onnx(family, OnnxConfig(opset=opset), folder), Target("ort", "fp32"))
+    target = fused(source, output)
+    assert "rewrites_undone" not in target.build
+    for tower, shape in target.model["towers"].items():
+        census = onnx_graph.describe(output / f"{tower}.onnx")["fusion"]
+        pooling_head = tower == "vision" and target.model["model_type"] == "siglip"
+        attentions = shape["layers"] + pooling_head
+        assert (census["attention"], census["attention_expected"], census["gelu"]) == (attentions,) * 3
+        assert attributes(output / f"{tower}.onnx", "num_heads") == {shape["heads"]}
+
+
+def attributes(path, name):
+    nodes = onnx.load(path).graph.node
+    return {attribute.i for node in nodes for attribute in node.attribute if attribute.name == name}
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(Precision.fp32, 1e-4), (Precision.fp16, 3e-2)])
 def test_fused_graphs_give_the_same_embeddings(onnx_target, tmp_path, precision, tolerance):
-    build(tmp_path / "ort", lambda folder: optimize(onnx_target, precision, folder), Target("ort", "fp32"))
+    target = fused(onnx_target, tmp_path / "ort", precision=precision)
     for tower in ("vision", "text"):
         onnx_graph.check(tmp_path / "ort" / f"{tower}.onnx")
-        feeds = onnx_graph.random_feeds(onnx_target / f"{tower}.onnx")
+        feeds = onnx_graph.random_feeds(onnx_target / f"{tower}.onnx", target.model["example_texts"])
         expected = onnx_graph.run(onnx_target / f"{tower}.onnx", feeds)
         actual = onnx_graph.run(tmp_path / "ort" / f"{tower}.onnx", feeds)
         assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
 
 
-def test_siglips_layers_are_fused_and_its_pooling_head_is_counted_as_not(siglip, tmp_path):
-    """Its pooling head once got a FusedMatMul that ONNX Runtime refused to run."""
-    source, output = tmp_path / "onnx", tmp_path / "ort"
-    build(source, lambda folder: export_onnx(siglip, OnnxConfig(), folder), Target("ort", "fp32"))
-    build(output, lambda folder: optimize(source, Precision.fp32, folder), Target("ort", "fp32"))
-    vision, text = (onnx_graph.describe(output / f"{tower}.onnx")["fusion"] for tower in ("vision", "text"))
-    assert (vision["attention"], vision["attention_expected"]) == (2, 3)
-    assert (text["attention"], text["attention_expected"]) == (2, 2)
-    assert "rewrites_undone" not in read_target(output).build
+def test_a_text_padded_in_its_middle_gives_the_same_embedding(onnx_target, tmp_path):
+    fused(onnx_target, tmp_path / "ort")
+    feeds = onnx_graph.random_feeds(onnx_target / "text.onnx", read_target(onnx_target).model["example_texts"])
+    feeds["attention_mask"][:, 1:3] = 0
+    expected = onnx_graph.run(onnx_target / "text.onnx", feeds)
+    np.testing.assert_allclose(onnx_graph.run(tmp_path / "ort" / "text.onnx", feeds), expected, rtol=0, atol=1e-5)
+    feeds["attention_mask"][:, 1:3] = 1
+    assert np.abs(onnx_graph.run(tmp_path / "ort" / "text.onnx", feeds) - expected).max() > 1e-3
 
 
-def test_packed_weights_are_folded_not_concatenated_at_run_time(onnx_target, tmp_path):
-    build(tmp_path / "ort", lambda folder: optimize(onnx_target, Precision.fp32, folder), Target("ort", "fp32"))
-    nodes = onnx.load(tmp_path / "ort" / "vision.onnx").graph.node
-    made = {name for node in nodes for name in node.output}
-    attentions = [node for node in nodes if node.op_type == "Attention"]
-    assert all(node.input[1] not in made for node in attentions)
+def test_the_last_layer_runs_on_the_pooled_token_only(onnx_target, tmp_path):
+    fused(onnx_target, tmp_path / "ort")
+    for tower, tokens in (("vision", 37), ("text", 20)):
+        *whole, last = attention_shapes(tmp_path / "ort" / f"{tower}.onnx", tokens)
+        assert {shape[1] for shape in whole} == {tokens}
+        assert last[1] == 1
+
+
+def attention_shapes(path, tokens):
+    """Shape of the output of each attention, in order, for texts of `tokens` tokens."""
+    model = onnx.load(path)
+    attentions = [node for node in model.graph.node if node.op_type == "MultiHeadAttention"]
+    model.graph.output.extend(onnx.ValueInfoProto(name=node.output[0]) for node in attentions)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = onnx_graph.random_feeds(path, {name: np.ones((3, tokens)) for name in ("input_ids", "attention_mask")})
+    return [output.shape for output in session.run(None, feeds)[1:]]
+
+
+def test_packed_weights_are_constants(onnx_target, tmp_path):
+    fused(onnx_target, tmp_path / "ort")
+    graph = onnx.load(tmp_path / "ort" / "vision.onnx").graph
+    constants = {tensor.name for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    assert len(products) == 4 * 4 + 3  # four layers, of which the last has its query apart; patches; projection
+    assert all(node.input[1] in constants for node in products)
+
+
+def test_skip_connections_are_fused_where_asked(onnx_target, tmp_path):
+    fused(onnx_target, tmp_path / "ort", skip_layer_norm=True)
+    assert onnx_graph.describe(tmp_path / "ort" / "vision.onnx")["fusion"]["skip_layer_norm"] > 0
 
 
 def test_half_precision_halves_the_file(onnx_target, tmp_path):
-    build(tmp_path / "ort", lambda folder: optimize(onnx_target, Precision.fp16, folder), Target("ort", "fp16"))
+    fused(onnx_target, tmp_path / "ort", precision=Precision.fp16)
     sizes = [(folder / "vision.onnx").stat().st_size for folder in (onnx_target, tmp_path / "ort")]
     assert sizes[1] < 0.55 * sizes[0]
 
 
-def test_a_rewrite_that_changes_the_outputs_is_undone(onnx_target, tmp_path, monkeypatch):
-    def spoil(source, output, shape):
-        model = onnx.load(source)
-        bias = next(tensor for tensor in model.graph.initializer if "post_layernorm.bias" in tensor.name)
-        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
-        onnx.save(model, output)
+def spoil(source, output):
+    model = onnx.load(source)
+    bias = next(tensor for tensor in model.graph.initializer if "post_layernorm.bias" in tensor.name)
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
+    onnx.save(model, output)
+    return True
 
-    monkeypatch.setattr(fusion, "_rewrite_onnxruntime", spoil)
-    undone = fusion.fuse(onnx_target / "vision.onnx", tmp_path / "vision.onnx", {"heads": 4, "width": 128})
-    assert undone == ["vision: onnxruntime"]
+
+def break_it(source, output):
+    model = onnx.load(source)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, output)
+    return True
+
+
+@pytest.mark.parametrize("rewrite", [spoil, break_it])
+def test_a_rewrite_that_changes_the_outputs_or_does_not_run_is_undone(onnx_target, tmp_path, rewrite):
+    good = fusion.rewrites_of({"heads": 4, "width": 128}, OptimizeConfig())
+    undone = fusion.fuse(onnx_target / "vision.onnx", tmp_path / "vision.onnx", [[("bad", rewrite)], *good], {})
+    assert undone == ["vision: bad"]
     assert onnx_graph.describe(tmp_path / "vision.onnx")["fusion"]["attention"] == 4
-
-
-def test_a_rewrite_that_does_not_run_is_undone(onnx_target, tmp_path, monkeypatch):
-    def break_it(source, output, shape):
-        model = onnx.load(source)
-        model.graph.node[0].op_type = "NoSuchOperator"
-        onnx.save(model, output)
-
-    monkeypatch.setattr(fusion, "_rewrite_onnxscript", break_it)
-    undone = fusion.fuse(onnx_target / "vision.onnx", tmp_path / "vision.onnx", {"heads": 4, "width": 128})
-    assert undone == ["vision: ort_fusions"]
-    feeds = onnx_graph.random_feeds(tmp_path / "vision.onnx")
-    assert onnx_graph.run(tmp_path / "vision.onnx", feeds).shape == (3, 64)
 
 
 def test_what_hangs_on_an_unavailable_target_is_unavailable(onnx_target, tmp_path):
@@ -98,5 +132,5 @@ def test_what_hangs_on_an_unavailable_target_is_unavailable(onnx_target, tmp_pat
 
     build(tmp_path / "onnx-fp32", refuse, Target("ort", "fp32"))
     with pytest.raises(UnavailableError, match="onnx-fp32: the dynamo exporter failed"):
-        optimize(tmp_path / "onnx-fp32", Precision.fp32, tmp_path)
+        optimize(tmp_path / "onnx-fp32", OptimizeConfig(), tmp_path)
     shutil.rmtree(tmp_path / "onnx-fp32")

@@ -78,7 +78,7 @@ def test_weights_above_the_limit_go_to_a_file_of_their_own(onnx_target, tmp_path
     assert names == ["vision.onnx", "vision.onnx.data"] == onnx_graph.files_of(tmp_path)
     assert (tmp_path / "vision.onnx").stat().st_size < 500_000
     onnx_graph.check(tmp_path / "vision.onnx")
-    feeds = onnx_graph.random_feeds(tmp_path / "vision.onnx")
+    feeds = onnx_graph.random_feeds(tmp_path / "vision.onnx", {})
     expected = onnx_graph.run(onnx_target / "vision.onnx", feeds)
     assert np.array_equal(onnx_graph.run(tmp_path / "vision.onnx", feeds), expected)
 

@@ -38,11 +38,10 @@ def test_quantised_graphs_are_small_and_close(onnx_target, sets, tmp_path, setti
 
 
 def test_a_fused_graph_can_be_quantised_too(onnx_target, sets, tmp_path):
-    from clip_deploy.config import Precision
     from clip_deploy.fusion import optimize
 
     fused, output = tmp_path / "fused", tmp_path / "int8"
-    build(fused, lambda folder: optimize(onnx_target, Precision.fp32, folder), Target("ort", "fp32"))
+    build(fused, lambda folder: optimize(onnx_target, OptimizeConfig(), folder), Target("ort", "fp32"))
     calibration = load_prepared(sets / "calibration")
     build(output, lambda folder: quantize(fused, QuantizeConfig(), calibration, VNNI, folder), Target("ort", "int8"))
     pixels = np.array(load_prepared(sets / "evaluation").pixel_values[:16])

@@ -1,0 +1,176 @@
+"""Pool early: the last layer computes one token only.
+
+A tower keeps one row of its last layer, that of the class token or of the end of the text. Only keys and values need
+the other rows, so the pooling moves up in front of the last layer's query, and all that follows it runs on one token:
+for ViT-B/32 7 % of all products, for a tower of two layers 40 %.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from clip_deploy.attention import array, initializer
+
+UNARY = {"Gelu", "FastGelu", "QuickGelu", "Sigmoid", "Tanh", "Erf", "Relu", "Identity"}
+BINARY = {"Add", "Sub", "Mul", "Div", "Pow"}
+
+
+def pool_early(model: ir.Model) -> bool:
+    """Move a tower's pooling in front of its last attention's query, in place; False where it cannot be moved."""
+    graph = model.graph
+    attention = next((node for node in reversed(graph) if node.op_type == "MultiHeadAttention"), None)
+    if attention is None:
+        return False
+    pooling = next((node for node in graph if _pools(node) and _follows(node, attention)), None)
+    if pooling is None:
+        return False
+    moved = _Moved(graph, pooling, attention)
+    row = moved.pooled(pooling.inputs[0])
+    if row is None:
+        return False
+    squeezed = moved.insert("Squeeze", [row, moved.constant(np.array([1]))])
+    ir.convenience.replace_all_uses_with(pooling.outputs[0], squeezed)
+    return True
+
+
+def _pools(node: ir.Node) -> bool:
+    """Whether a node takes one token of each row of [batch, sequence, width]."""
+    if node.op_type == "GatherND":
+        return len(node.inputs[0].shape or ()) in (0, 3) and array(node.inputs[1]) is None
+    if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 1:
+        return False
+    index = array(node.inputs[1])
+    return index is not None and index.ndim == 0
+
+
+def _follows(node: ir.Node, first: ir.Node) -> bool:
+    """Whether `node` computes with what `first` made."""
+    return first in {value.producer() for value in _ancestors(node.inputs[:1])}
+
+
+def _ancestors(values: Sequence[ir.Value | None]) -> set[ir.Value]:
+    """The values and all that they are computed from."""
+    seen: set[ir.Value] = set()
+    stack = [value for value in values if value is not None]
+    while stack:
+        value = stack.pop()
+        if value not in seen:
+            seen.add(value)
+            maker = value.producer()
+            stack += [item for item in maker.inputs if item is not None] if maker is not None else []
+    return seen
+
+
+class _Moved:
+    """Builds the pooled counterpart [batch, 1, width] of values behind the last attention."""
+
+    def __init__(self, graph: ir.Graph, pooling: ir.Node, attention: ir.Node) -> None:
+        self.graph, self.pooling, self.attention = graph, pooling, attention
+        self.whole = _ancestors(attention.inputs[1:3])  # computed for all tokens anyhow
+        self.made: dict[ir.Value, ir.Value | None] = {}
+        self.inserted = 0
+
+    def pooled(self, value: ir.Value | None) -> ir.Value | None:
+        if value is None or array(value) is not None:
+            return value
+        if value not in self.made:
+            self.made[value] = self._take(value) if value in self.whole else self._follow(value)
+        return self.made[value]
+
+    def insert(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, int] | None = None,
+        like: ir.Node | None = None,
+    ) -> ir.Value:
+        """Add a node in front of the pooling, with these attributes or with those and the domain of another."""
+        node = ir.node(kind, inputs, attributes) if like is None else ir.Node(like.domain, kind, inputs, _kept(like))
+        self.inserted += 1
+        node.outputs[0].name = f"pooled_{kind}_{self.inserted}"
+        self.graph.insert_before(self.pooling, node)
+        return node.outputs[0]
+
+    def constant(self, content: np.ndarray) -> ir.Value:
+        self.inserted += 1
+        return initializer(self.graph, f"pooled_constant_{self.inserted}", content)
+
+    def _take(self, value: ir.Value) -> ir.Value:
+        """The pooled token of a value that is needed whole."""
+        if self.pooling.op_type == "Gather":
+            index = array(self.pooling.inputs[1])
+            assert index is not None  # _pools saw it
+            return self.insert("Gather", [value, self.constant(index.reshape(1))], like=self.pooling)
+        row = self.insert("GatherND", [value, self.pooling.inputs[1]], like=self.pooling)
+        return self.insert("Unsqueeze", [row, self.constant(np.array([1]))])
+
+    def _follow(self, value: ir.Value) -> ir.Value | None:
+        """The same node on the pooled inputs, where it treats each token by itself."""
+        node = value.producer()
+        if node is None:
+            return None
+        if node is self.attention:
+            return self._attend(node)
+        by_token = node.op_type in UNARY | BINARY or node.op_type in ("LayerNormalization", "SkipLayerNormalization")
+        by_token |= node.op_type == "MatMul" and array(node.inputs[1]) is not None
+        if not by_token or any(item.uses() for item in node.outputs[1:] if item is not value):
+            return None
+        inputs = [self.pooled(item) for item in node.inputs]
+        if any(new is None and old is not None for new, old in zip(inputs, node.inputs, strict=True)):
+            return None
+        return self.insert(node.op_type, inputs, like=node)
+
+    def _attend(self, node: ir.Node) -> ir.Value | None:
+        """The attention with one query: the token that is pooled."""
+        inputs = [*node.inputs, *[None] * (6 - len(node.inputs))]
+        causal = node.attributes.get_int("unidirectional", 0) == 1
+        if inputs[5] is not None:
+            return None
+        if causal:
+            inputs[4] = self._visible(node.inputs[1], inputs[4])
+            if inputs[4] is None:
+                return None
+        inputs[:3] = self._projected(node)
+        if inputs[0] is None:
+            return None
+        return self.insert("MultiHeadAttention", inputs[:5], like=node)
+
+    def _projected(self, node: ir.Node) -> list[ir.Value | None]:
+        """Query of the pooled token, keys and values of all; a packed product is cut in two."""
+        query, key, value = node.inputs[:3]
+        split = query.producer() if query is not None else None
+        if split is None or split.op_type != "Split":
+            return [self.pooled(query), key, value]
+        product = split.inputs[0].producer() if split.inputs[0] is not None else None
+        weight, widths = array(product.inputs[1]) if product else None, array(split.inputs[1])
+        if product is None or weight is None or widths is None:
+            return [None, key, value]
+        width = int(widths[0])
+        first = self.constant(np.ascontiguousarray(weight[:, :width]))
+        rest = self.constant(np.ascontiguousarray(weight[:, width:]))
+        row = self.insert("MatMul", [self.pooled(product.inputs[0]), first])
+        both = self.insert("MatMul", [product.inputs[0], rest])
+        parts = ir.node("Split", [both, self.constant(widths[1:])], {"axis": -1}, num_outputs=2)
+        parts.outputs[0].name, parts.outputs[1].name = "pooled_k", "pooled_v"
+        self.graph.insert_before(self.pooling, parts)
+        return [row, *parts.outputs]
+
+    def _visible(self, keys: ir.Value | None, padding: ir.Value | None) -> ir.Value | None:
+        """Mask int32 [batch, sequence] of the tokens up to the pooled one, less those that are padding."""
+        if self.pooling.op_type == "Gather":
+            index = array(self.pooling.inputs[1])
+            last = index is not None and int(index) == -1
+            return padding if last else None
+        zero, one = self.constant(np.array(0)), self.constant(np.array(1))
+        position = self.insert("Gather", [self.pooling.inputs[1], self.constant(np.array([1]))], {"axis": 1})
+        length = self.insert("Gather", [self.insert("Shape", [keys]), one])
+        tokens = self.insert("Range", [zero, length, one])
+        before = self.insert("LessOrEqual", [tokens, position])
+        visible = self.insert("Cast", [before], {"to": int(ir.DataType.INT32)})
+        return visible if padding is None else self.insert("Mul", [visible, padding])
+
+
+def _kept(node: ir.Node) -> list[ir.Attr]:
+    """A node's attributes; one query has no order to be causal in."""
+    return [attribute for name, attribute in node.attributes.items() if name != "unidirectional"]
