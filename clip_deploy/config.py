@@ -217,12 +217,13 @@ class Params:
             raise ConfigError(f"targets must begin with {REFERENCE}: every other row is measured against it")
         if len(set(self.targets)) < len(self.targets):
             raise ConfigError(f"targets lists a name twice: {', '.join(self.targets)}")
-        sources = [EXPORTED, *self.optimize]
+        whole = [name for name, settings in self.optimize.items() if settings.precision is Precision.fp32]
         for section in ("optimize", "quantize"):
             for name, settings in getattr(self, section).items():
-                if settings.source not in sources or settings.source == name:
+                accepted = [source for source in (EXPORTED, *whole) if source != name]
+                if settings.source not in accepted:
                     raise ConfigError(
-                        f"{section}.{name}.source is {settings.source!r}: accepted are {', '.join(sources)}"
+                        f"{section}.{name}.source is {settings.source!r}: accepted are {', '.join(accepted)} (in fp32)"
                     )
 
 

@@ -12,6 +12,8 @@ from clip_deploy.results import read_json, rounded, write_json
 
 PAGE = Path(__file__).with_name("report.html")
 MISSING = "-"
+WIDE = 1.5  # an interval whose ends lie further apart, as a ratio, decides nothing
+DRIFT = 2.0  # frequencies and neighbours move latencies by less
 
 
 @dataclass
@@ -42,8 +44,19 @@ class Row:
 
 
 def read_rows(targets: list[str], validation: Path, benchmark: Path) -> list[Row]:
-    """Read the configured targets' results, the reference first."""
-    return [_read_row(target, validation, benchmark) for target in targets]
+    """Read the configured targets' results, the reference first; timings of a busy machine are marked as unstable."""
+    rows = [_read_row(target, validation, benchmark) for target in targets]
+    for row in rows:
+        for tower, sizes in row.timings.items():
+            for batch, timing in sizes.items():
+                timing["unstable"] = _unstable(timing, rows[0].timing(tower, batch))
+    return rows
+
+
+def _unstable(timing: dict[str, float], reference: dict[str, float]) -> bool:
+    """Whether the interval is too wide, or the reference ran at quite another speed than when its own row was timed."""
+    drift = timing["reference_p50_ms"] / reference.get("p50_ms", timing["reference_p50_ms"])
+    return timing["speedup_high"] > WIDE * timing["speedup_low"] or not 1 / DRIFT < drift < DRIFT
 
 
 def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
@@ -196,7 +209,7 @@ def fastest(rows: list[Row]) -> str:
     """Per tower at the smallest batch, by speed-up: latencies of rows timed minutes apart carry the machine's drift."""
     named = []
     for tower in ("vision", "text"):
-        fit = [row for row in rows if row.status == "pass" and row.timing(tower)]
+        fit = [row for row in rows if row.status == "pass" and not row.timing(tower).get("unstable", True)]
         if fit:
             best = max(fit, key=lambda row: row.timing(tower)["speedup"])
             named.append(f"{best.target} ({tower}, {_speedup(best.timing(tower))})")
@@ -239,7 +252,8 @@ HOW = """
   latencies, reference over target, from processes that took turns on the same cores; the interval is a bootstrap over
   the turns. The row of `torch-fp32` is timed against itself: its interval shows the noise. Compare rows by speed-up:
   latencies of rows that were timed minutes apart carry the machine's drift as well.
-- p90 and p99 are stated only where at least 5 calls lie beyond them. Texts are timed at the model's whole context.
+- p90 and p99 are stated only where at least 5 calls lie beyond them; images/s and texts/s are means over all calls.
+  Texts are timed at the model's whole context.
 - Both processes keep freed memory (glibc's malloc thresholds are fixed), as a server with a caching allocator does.
 - Memory is the peak resident set above an empty interpreter, libraries included, after the smallest batch.
 - Drop is the reference's zero-shot top-1 minus the target's, with a paired bootstrap interval; a flip is an image
@@ -275,7 +289,19 @@ def _cells(row: Row) -> list[str]:
 
 def _reasons(rows: list[Row]) -> list[str]:
     lines = [f"- `{row.target}` {row.status}: {'; '.join(row.reasons)}" for row in rows if row.status != "pass"]
+    if shaky := [row.target for row in rows if _is_shaky(row)]:
+        lines.append(f"- ~ marks speed-ups that decide nothing: {UNSTABLE.format(target=shaky[0])}")
     return [*lines, ""] if lines else []
+
+
+def _is_shaky(row: Row) -> bool:
+    return any(timing["unstable"] for sizes in row.timings.values() for timing in sizes.values())
+
+
+UNSTABLE = (
+    "the machine was busy, so the interval is wide or the reference ran at another speed than in its own row; "
+    "time again on a quiet machine: `dvc repro --force --single-item benchmark@{target}`, then `dvc repro`"
+)
 
 
 def _batch_tables(rows: list[Row], batches: list[int]) -> list[str]:
@@ -343,7 +369,8 @@ def _percent(value: float | None) -> str:
 def _speedup(timing: dict[str, float]) -> str:
     if not timing:
         return MISSING
-    return f"{timing['speedup']:.2f}x [{timing['speedup_low']:.2f}, {timing['speedup_high']:.2f}]"
+    mark = "~ " if timing["unstable"] else ""
+    return f"{mark}{timing['speedup']:.2f}x [{timing['speedup_low']:.2f}, {timing['speedup_high']:.2f}]"
 
 
 def _interval(record: dict[str, float], key: str) -> str:

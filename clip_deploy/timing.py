@@ -36,8 +36,9 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
 
     Returns:
         For each tower and batch size: p50_ms, p90_ms, p99_ms (where the number of calls supports them), calls,
-        throughput_per_s (images or texts), speedup over the reference with its 95 % interval speedup_low, speedup_high;
-        and memory_mb (peak resident memory above the empty interpreter at batch 1) and size_mb.
+        throughput_per_s (images or texts), speedup over the reference with its 95 % interval speedup_low, speedup_high,
+        the reference's reference_p50_ms beside it; and memory_mb (peak resident memory above the empty interpreter at
+        the smallest batch) and size_mb.
         `{"status": "unavailable", "reason": ...}` where the target cannot run here.
     """
     try:
@@ -106,14 +107,15 @@ def _calls_per_turn(worker: "Worker", warmup: int) -> int:
 def summarize(turns: list[list[float]], reference: list[list[float]], batch: int, seed: int) -> dict[str, Any]:
     """Percentiles, throughput and speed-up of one tower at one batch size, from the ms of each turn's calls."""
     times = np.concatenate(turns)
-    low, high = speedup_interval(turns, reference, seed)
+    speedup, low, high = speedup_interval(turns, reference, seed)
     return {
         **percentiles(times),
         "calls": len(times),
         "throughput_per_s": 1000 * batch * len(times) / float(times.sum()),
-        "speedup": float(np.median(np.concatenate(reference)) / np.median(times)),
+        "speedup": speedup,
         "speedup_low": low,
         "speedup_high": high,
+        "reference_p50_ms": float(np.median(np.concatenate(reference))),
     }
 
 
@@ -123,14 +125,14 @@ def percentiles(times: np.ndarray) -> dict[str, float]:
     return {f"p{q}_ms": float(np.percentile(times, q)) for q in supported}
 
 
-def speedup_interval(turns: list[list[float]], reference: list[list[float]], seed: int) -> tuple[float, float]:
-    """95 % interval of the ratio of medians, reference over target: rounds are resampled whole, both sides together."""
+def speedup_interval(turns: list[list[float]], reference: list[list[float]], seed: int) -> tuple[float, float, float]:
+    """Ratio of median turns, reference over target, and its 95 % interval: turns are resampled, both sides together."""
     ours = np.array([np.median(times) for times in turns])
     theirs = np.array([np.median(times) for times in reference])
     rows = np.random.default_rng(seed).integers(0, len(ours), (RESAMPLES, len(ours)))
     ratios = np.median(theirs[rows], axis=1) / np.median(ours[rows], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(low), float(high)
+    return float(np.median(theirs) / np.median(ours)), float(low), float(high)
 
 
 class Worker:

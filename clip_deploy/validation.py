@@ -34,6 +34,8 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
         encoder = open_encoder(folder)
     except UnavailableError as error:
         return record | {"reasons": [str(error)]}
+    except DeployError as error:
+        return record | {"status": "fail", "reasons": [str(error)]}
     gate: Gate = getattr(gates, target.precision)
     record |= {"size_mb": size_bytes(folder) / 1e6}
     try:
@@ -110,17 +112,14 @@ def other_shapes(encoder: Encoder, prepared: Prepared, reference: Embeddings, ta
 
 def judge(record: dict[str, Any], gate: Gate, precision: str) -> list[str]:
     """Every way in which the target misses its gate; random weights are held to the cosine only."""
-    reasons = []
-    for tower, parity in record["parity"].items():
-        if not parity["finite"]:
-            reasons.append(f"{tower} gives NaN or infinity")
-        if parity["cosine_min"] < gate.min_cosine:
-            reasons.append(
-                f"{tower} cosine {parity['cosine_min']:.4f} < {gate.min_cosine} (gates.{precision}.min_cosine)"
-            )
-    for shape, cosine in record["shapes"].items():
-        if not cosine >= gate.min_cosine:
-            reasons.append(f"{shape}: cosine {cosine:.4f} < {gate.min_cosine} (gates.{precision}.min_cosine)")
+    reasons = [f"{tower} gives NaN or infinity" for tower, parity in record["parity"].items() if not parity["finite"]]
+    cosines = {tower: parity["cosine_min"] for tower, parity in record["parity"].items()} | record["shapes"]
+    low = sorted((name for name in cosines if not cosines[name] >= gate.min_cosine), key=lambda name: cosines[name])
+    if low:
+        others = f", and {len(low) - 1} more ({', '.join(low[1:])})" if low[1:] else ""
+        reasons.append(
+            f"{low[0]}: cosine {cosines[low[0]]:.6f} < {gate.min_cosine} (gates.{precision}.min_cosine){others}"
+        )
     if record["trained"]:
         drop = record.get("zero_shot", {}).get("top1_drop", 0.0)
         if drop > gate.max_top1_drop:

@@ -24,6 +24,8 @@ class Settings:
 def benchmark(settings: Settings) -> None:
     record = measure(settings.source, settings.reference, settings.benchmark, settings.seed)
     write_json(settings.output, record)
+    if record["status"] == "unavailable":
+        print(f"{settings.source.name}: unavailable: {record['reason']}")
     for tower, sizes in record.get("towers", {}).items():
         for batch, row in sizes.items():
             interval = f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"

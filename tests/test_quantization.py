@@ -3,7 +3,7 @@ import pytest
 
 from clip_deploy import onnx_graph
 from clip_deploy.artifact import Target, build, read_target
-from clip_deploy.config import Calibration, Quantization, QuantizeConfig, ReduceRange
+from clip_deploy.config import Calibration, OptimizeConfig, Quantization, QuantizeConfig, ReduceRange
 from clip_deploy.parity import row_cosines
 from clip_deploy.prepared import load_prepared
 from clip_deploy.quantization import quantize, reduces_range

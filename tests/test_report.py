@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from clip_deploy.report import _number, markdown, metrics, page, plots, read_rows
+from clip_deploy.report import _number, fastest, markdown, metrics, page, plots, read_rows
 from clip_deploy.results import write_json
 
 TIMING = {
@@ -12,6 +12,7 @@ TIMING = {
     "speedup": 1.5,
     "speedup_low": 1.4,
     "speedup_high": 1.6,
+    "reference_p50_ms": 3.0,
 }
 CHECKED = {
     "status": "pass",
@@ -90,3 +91,19 @@ def test_the_page_stands_alone_and_no_text_closes_its_script(rows):
     assert "https://" not in html
     data = html.split('id="content">')[1].split("</script>")[0]
     assert json.loads(data)["rows"][1]["reasons"] == ["</script><script>alert(1)</script>"]
+
+
+def test_speed_ups_of_a_busy_machine_are_marked_and_win_nothing(tmp_path):
+    reference = {**TIMED, "towers": {"vision": {"1": {**TIMING, "p50_ms": 3.0, "speedup": 1.0}}, "text": {"1": TIMING}}}
+    wide = {**TIMING, "speedup": 600.0, "speedup_low": 20.0, "speedup_high": 700.0}
+    drifted = {**TIMING, "speedup": 500.0, "speedup_low": 499.0, "speedup_high": 501.0, "reference_p50_ms": 900.0}
+    for name, timing in {"torch-fp32": None, "a": wide, "b": drifted, "c": TIMING}.items():
+        timed = {**TIMED, "towers": {"vision": {"1": timing}, "text": {"1": TIMING}}} if timing else reference
+        write_json(tmp_path / "validate" / f"{name}.json", CHECKED)
+        write_json(tmp_path / "benchmark" / f"{name}.json", timed)
+    rows = read_rows(["torch-fp32", "a", "b", "c"], tmp_path / "validate", tmp_path / "benchmark")
+    text = markdown("title", rows, {"Fastest": fastest(rows)})
+    assert "c (vision, 1.50x [1.40, 1.60])" in text
+    assert "~ 600.00x" in text
+    assert "~ 500.00x" in text
+    assert "--single-item benchmark@a" in text

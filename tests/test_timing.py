@@ -29,8 +29,16 @@ def test_speedup_is_reference_over_target_with_its_interval():
 def test_drift_that_hits_both_sides_cancels():
     """Both slow down threefold in the second half; a ratio of separate runs would see up to 3x."""
     drift = np.repeat([1.0, 3.0], 20)
-    low, high = speedup_interval([[10 * d] for d in drift], [[20 * d] for d in drift], seed=0)
+    ratio, low, high = speedup_interval([[10 * d] for d in drift], [[20 * d] for d in drift], seed=0)
     assert low <= 2 <= high
+    assert ratio == 2
+
+
+def test_the_ratio_lies_in_its_interval_even_where_few_turns_are_torn():
+    """The median of all calls once lay outside the interval of the medians of turns."""
+    target, reference = [[1.0] * 9, [50.0], [1.0], [60.0], [55.0]], [[100.0]] * 5
+    ratio, low, high = speedup_interval(target, reference, seed=0)
+    assert low <= ratio <= high
 
 
 def test_a_target_is_timed_in_its_own_process(checkpoint, onnx_target):

@@ -67,7 +67,15 @@ def test_a_target_that_drifted_fails_with_the_reason(check, onnx_target, tmp_pat
         spoiled(onnx_target, tmp_path / "t", lambda array: array + noise.normal(0, 0.3, array.shape).astype("f"))
     )
     assert record["status"] == "fail"
-    assert any(reason.startswith("vision cosine") and "gates.fp32.min_cosine" in reason for reason in record["reasons"])
+    assert any(": cosine " in reason and "gates.fp32.min_cosine" in reason for reason in record["reasons"])
+
+
+def test_a_file_that_the_runtime_refuses_fails_with_the_reason(check, onnx_target, tmp_path):
+    shutil.copytree(onnx_target, tmp_path / "t")
+    (tmp_path / "t" / "vision.onnx").write_bytes(b"no graph")
+    record = check(tmp_path / "t")
+    assert record["status"] == "fail"
+    assert record["reasons"][0].startswith("t does not load: ")
 
 
 def test_nan_fails(check, onnx_target, tmp_path):

@@ -35,6 +35,7 @@ def open_encoder(folder: Path, threads: int | None = None) -> Encoder:
 
     Raises:
         UnavailableError: it could not be built, or the library that runs it is missing.
+        DeployError: the runtime refuses its files.
     """
     target = read_target(folder)
     if target.unavailable:
@@ -45,4 +46,8 @@ def open_encoder(folder: Path, threads: int | None = None) -> Encoder:
         module = importlib.import_module(f"clip_deploy.runtimes.{target.runtime}")
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed") from error
-    return module.Encoder(folder, target, threads)
+    try:
+        return module.Encoder(folder, target, threads)
+    except Exception as error:  # the runtimes' errors share no base class
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise DeployError(f"{folder.name} does not load: {reason}") from error
