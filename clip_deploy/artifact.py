@@ -25,6 +25,7 @@ class Target:
         model: the towers' shapes and the context length, as checkpoint.describe gives them.
         build: how it was made (opset, fused nodes, quantisation settings...), for the report.
         unavailable: why it could not be built here, or None.
+        search: which nodes INT8 leaves in float and why (sensitivity.Search), where there was a budget.
     """
 
     runtime: str
@@ -33,6 +34,7 @@ class Target:
     model: dict[str, Any] = field(default_factory=dict)
     build: dict[str, Any] = field(default_factory=dict)
     unavailable: str | None = None
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 def read_target(folder: Path) -> Target:

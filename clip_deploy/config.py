@@ -35,6 +35,7 @@ class Precision(Enum):
 class Quantization(Enum):
     dynamic = "dynamic"
     static = "static"
+    weight_only = "weight_only"
 
 
 class Calibration(Enum):
@@ -180,12 +181,36 @@ class OptimizeConfig:
 
 
 @dataclass
+class AccuracyBudget:
+    """What INT8 may cost on the calibration set."""
+
+    max_top1_drop: float = 100.0  # percentage points
+    max_flips: float = 100.0  # percent of the images whose answer changes
+
+    def __post_init__(self) -> None:
+        for name in ("max_top1_drop", "max_flips"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ConfigError(f"accuracy_budget.{name} is {getattr(self, name)}: accepted are 0 to 100")
+
+
+@dataclass
 class QuantizeConfig:
     source: str = EXPORTED
     method: Quantization = Quantization.dynamic
     per_channel: bool = True
     reduce_range: ReduceRange = ReduceRange.auto
     calibration: Calibration = Calibration.minmax  # static only
+    symmetric: bool = False  # static only: activations s8 around zero instead of u8 with a zero point
+    smooth_quant: float | None = None  # static only: share of the activations' range that moves into weights, 0 to 1
+    accuracy_budget: AccuracyBudget | None = None  # not with weight_only
+
+    def __post_init__(self) -> None:
+        if self.smooth_quant is not None and not 0 < self.smooth_quant < 1:
+            raise ConfigError(f"quantize: smooth_quant is {self.smooth_quant}: accepted are null and 0 to 1, as 0.5")
+        if self.method is not Quantization.static and (self.symmetric or self.smooth_quant is not None):
+            raise ConfigError(f"quantize: symmetric and smooth_quant belong to method static, not {self.method.value}")
+        if self.method is Quantization.weight_only and self.accuracy_budget is not None:
+            raise ConfigError("quantize: accuracy_budget chooses nodes for dynamic and static, not for weight_only")
 
 
 @dataclass

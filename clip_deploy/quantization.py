@@ -1,14 +1,20 @@
-"""INT8 graphs by ONNX Runtime's quantizer: dynamic, or static (QDQ) with ranges from the calibration set."""
+"""INT8 graphs by ONNX Runtime's quantizer: dynamic, static (QDQ) with ranges from the calibration set, or weight-only.
+
+Which nodes stay in float, so that an accuracy budget holds, is searched by sensitivity.py.
+"""
 
 import logging
+import math
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx import numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -20,13 +26,18 @@ from onnxruntime.quantization import (
 
 from clip_deploy import onnx_graph
 from clip_deploy.artifact import Target, read_target
-from clip_deploy.config import Calibration, Quantization, QuantizeConfig, ReduceRange
+from clip_deploy.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig, ReduceRange
+from clip_deploy.encode import encode_set
 from clip_deploy.environment import has_vnni
 from clip_deploy.errors import UnavailableError
 from clip_deploy.prepared import Prepared, batches
+from clip_deploy.runtimes.ort import Encoder
+from clip_deploy.sensitivity import Rounding, Switched, losses, search, within
+from clip_deploy.smoothing import smooth
 
-DYNAMIC_OPERATORS = ["MatMul", "Gemm", "Gather", "Attention"]  # the patch embedding (Conv) stays in float
-STATIC_OPERATORS = ["MatMul", "Gemm"]
+OPERATORS = ["MatMul", "Gather"]  # the fused graphs' products, patches included, and the embedding tables
+OPTIONS = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
+BLOCK = 128  # weights that share a scale in weight_only
 METHODS = {
     Calibration.minmax: CalibrationMethod.MinMax,
     Calibration.entropy: CalibrationMethod.Entropy,
@@ -40,9 +51,10 @@ def quantize(
     settings: QuantizeConfig,
     calibration: Prepared,
     instruction_sets: list[str],
+    seed: int,
     output: Path,
 ) -> Target:
-    """Quantise both towers of the ONNX target `source` into `output`.
+    """Quantise both towers of the ONNX target `source` into `output`, within settings.accuracy_budget where one is set.
 
     Raises UnavailableError where the source could not be built.
     """
@@ -51,29 +63,94 @@ def quantize(
         raise UnavailableError(f"{source.name}: {target.unavailable}")
     logging.getLogger().setLevel(logging.ERROR)  # the quantizer advises a pre-processing step that fuse() replaces
     reduced = reduces_range(settings.reduce_range, instruction_sets)
-    for tower in ("vision", "text"):
-        with tempfile.TemporaryDirectory(dir=output) as folder:
-            plain, small = Path(folder) / "plain.onnx", Path(folder) / "small.onnx"
-            _without_value_info(source / f"{tower}.onnx", plain)
-            if settings.method is Quantization.dynamic:
-                _dynamic(plain, small, settings, reduced)
-            else:
-                _static(plain, small, settings, reduced, _Reader(calibration, tower, target.model["text_inputs"]))
-            onnx_graph.save(ir.load(small), output / f"{tower}.onnx")
-    build: dict[str, Any] = {
-        "source": source.name,
-        "method": settings.method.value,
-        "per_channel": settings.per_channel,
-    }
+    result = Target(runtime="ort", precision="int8", model=target.model, build={**target.build, "source": source.name})
+    result.build |= _described(settings, calibration, reduced)
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        towers = _Towers(source, settings, calibration, reduced, target.model["text_inputs"], Path(folder))
+        if settings.accuracy_budget is None or not target.model["trained"]:
+            towers.write([], output)
+        else:
+            result.search = _write_within(towers, source, settings.accuracy_budget, seed, output)
+            result.build["left_in_float"] = len(result.search["left_in_float"])
+    result.files = onnx_graph.files_of(output)
+    return result
+
+
+def _described(settings: QuantizeConfig, calibration: Prepared, reduced: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {"method": settings.method.value, "per_channel": settings.per_channel}
     if settings.method is Quantization.static:
-        build |= {"calibration": settings.calibration.value, "calibration_images": len(calibration.pixel_values)}
-    return Target(
-        runtime="ort",
-        precision="int8",
-        files=onnx_graph.files_of(output),
-        model=target.model,
-        build={**target.build, **build, "reduce_range": reduced},
-    )
+        facts |= {"calibration": settings.calibration.value, "calibration_images": len(calibration.pixel_values)}
+        facts |= {"symmetric": settings.symmetric, "smooth_quant": settings.smooth_quant or "no"}
+    return facts | {"reduce_range": reduced}
+
+
+def _write_within(towers: "_Towers", source: Path, budget: AccuracyBudget, seed: int, output: Path) -> dict[str, Any]:
+    """Search with rounded operands, then judge the real graphs: where they miss the budget, leave more in float."""
+    switched = towers.switched()
+    found = search(switched, towers.calibration, budget, seed)
+    order = list(found.sensitivity)
+    reference = encode_set(towers.encoder(source), towers.calibration)
+    left = len(found.left_in_float)
+    while True:
+        towers.write(order[:left], output)
+        loss = losses(encode_set(towers.encoder(output), towers.calibration), reference, towers.calibration, seed)
+        if within(loss, budget) or left == len(order):
+            return {**asdict(found), "left_in_float": order[:left], **loss}
+        left = min(len(order), left + math.ceil(len(order) / 10))
+
+
+class _Towers:
+    """The two towers on their way to INT8."""
+
+    def __init__(
+        self,
+        source: Path,
+        settings: QuantizeConfig,
+        calibration: Prepared,
+        reduced: bool,
+        text_inputs: list[str],
+        work: Path,
+    ) -> None:
+        self.settings, self.calibration, self.reduced = settings, calibration, reduced
+        self.text_inputs, self.work = text_inputs, work
+        self.plain = {tower: work / f"{tower}.onnx" for tower in ("vision", "text")}
+        for tower, path in self.plain.items():
+            prepare(source / f"{tower}.onnx", path)
+            if settings.smooth_quant is not None:
+                smooth(path, settings.smooth_quant, self._reader(tower))
+
+    def write(self, left_in_float: list[str], output: Path) -> None:
+        """Write both quantised graphs into `output`, less the nodes named "<tower>: <node>"."""
+        for tower, plain in self.plain.items():
+            excluded = [name.split(": ", 1)[1] for name in left_in_float if name.startswith(f"{tower}: ")]
+            small = self.work / f"{tower}-small.onnx"
+            self._quantise(tower, plain, small, excluded)
+            onnx_graph.save(ir.load(small), output / f"{tower}.onnx")
+
+    def encoder(self, folder: Path) -> Encoder:
+        return Encoder(folder, Target("ort", "int8", model={"text_inputs": self.text_inputs}), None)
+
+    def switched(self) -> Switched:
+        """Both towers with a switch at each node; static ranges are those of the fully quantised graphs."""
+        rounding = {}
+        for tower, plain in self.plain.items():
+            rounding[tower] = Rounding(7 if self.reduced else 8, self.settings.per_channel)
+            if self.settings.method is Quantization.static:
+                small = self.work / f"{tower}-small.onnx"
+                self._quantise(tower, plain, small, [])
+                rounding[tower].ranges = activation_ranges(small)
+        return Switched(self.plain, rounding, self.text_inputs, self.work)
+
+    def _quantise(self, tower: str, plain: Path, small: Path, excluded: list[str]) -> None:
+        if self.settings.method is Quantization.dynamic:
+            _dynamic(plain, small, self.settings, self.reduced, excluded)
+        elif self.settings.method is Quantization.static:
+            _static(plain, small, self.settings, self.reduced, excluded, self._reader(tower))
+        else:
+            _weight_only(plain, small)
+
+    def _reader(self, tower: str) -> "_Reader":
+        return _Reader(self.calibration, tower, self.text_inputs)
 
 
 def reduces_range(choice: ReduceRange, instruction_sets: list[str]) -> bool:
@@ -83,40 +160,79 @@ def reduces_range(choice: ReduceRange, instruction_sets: list[str]) -> bool:
     return choice is ReduceRange.always
 
 
-def _dynamic(source: Path, output: Path, settings: QuantizeConfig, reduced: bool) -> None:
+def _dynamic(source: Path, output: Path, settings: QuantizeConfig, reduced: bool, excluded: list[str]) -> None:
     quantize_dynamic(
         source,
         output,
-        op_types_to_quantize=DYNAMIC_OPERATORS,
+        op_types_to_quantize=OPERATORS,
+        nodes_to_exclude=excluded,
         per_channel=settings.per_channel,
         reduce_range=reduced,
         weight_type=QuantType.QInt8,
-        extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+        extra_options=OPTIONS,
     )
 
 
-def _static(source: Path, output: Path, settings: QuantizeConfig, reduced: bool, reader: CalibrationDataReader) -> None:
+def _static(
+    source: Path,
+    output: Path,
+    settings: QuantizeConfig,
+    reduced: bool,
+    excluded: list[str],
+    reader: CalibrationDataReader,
+) -> None:
     quantize_static(
         source,
         output,
         reader,
         quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=STATIC_OPERATORS,
+        op_types_to_quantize=OPERATORS,
+        nodes_to_exclude=excluded,
         per_channel=settings.per_channel,
         reduce_range=reduced,
-        activation_type=QuantType.QUInt8,
+        activation_type=QuantType.QInt8 if settings.symmetric else QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=METHODS[settings.calibration],
-        extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+        extra_options={
+            **OPTIONS,
+            "ActivationSymmetric": settings.symmetric,
+            "OpTypesToExcludeOutputQuantization": OPERATORS,  # what follows a product computes in float anyhow
+        },
     )
 
 
-def _without_value_info(source: Path, output: Path) -> None:
-    """Copy a graph without its intermediate types: stale after a rewrite, they stop shape inference."""
+def _weight_only(source: Path, output: Path) -> None:
+    """INT8 weights in blocks, multiplied by activations that are rounded in blocks as they come: MatMulNBits."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # its import turns logging on
+
+    logging.getLogger().setLevel(logging.ERROR)
+    quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=8, block_size=BLOCK, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(output), use_external_data_format=False)
+
+
+def prepare(source: Path, output: Path) -> None:
+    """Copy a graph with a name for each node, and without intermediate types: stale ones stop shape inference."""
     model = onnx.load(source)
     del model.graph.value_info[:]
+    for index, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{index}"
     large = source.with_name(f"{source.name}.data").exists()
     onnx.save(model, output, save_as_external_data=large, location=f"{output.name}.data")
+
+
+def activation_ranges(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Scale and zero point of each product's input in a QDQ graph, by the product's name."""
+    graph = onnx.load(path).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    made = {output: node for node in graph.node for output in node.output}
+    found = {}
+    for node in graph.node:
+        back = made.get(node.input[0]) if node.op_type == "MatMul" else None
+        if back is not None and back.op_type == "DequantizeLinear" and back.input[1] in constants:
+            scale, zero = (numpy_helper.to_array(constants[name]) for name in back.input[1:3])
+            found[node.name] = (scale, zero)
+    return found
 
 
 class _Reader(CalibrationDataReader):

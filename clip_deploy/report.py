@@ -13,6 +13,7 @@ from clip_deploy.results import read_json, rounded, write_json
 PAGE = Path(__file__).with_name("report.html")
 MISSING = "-"
 WIDE = 1.5  # an interval whose ends lie further apart, as a ratio, decides nothing
+MOST_SENSITIVE = 5  # nodes named in the report; all are in reports/validate/
 DRIFT = 2.0  # frequencies and neighbours move latencies by less
 
 
@@ -36,6 +37,7 @@ class Row:
     flips: float | None = None
     attention: str = ""
     graphs: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)  # sensitivity.Search
 
     def timing(self, tower: str, batch: str | None = None) -> dict[str, float]:
         """One tower's timing at a batch size, the smallest if none is named; empty where it was not timed."""
@@ -83,6 +85,7 @@ def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
         flips=checked.get("flips"),
         attention=_attention(graphs),
         graphs=graphs,
+        search=checked.get("search", {}),
     )
 
 
@@ -156,6 +159,11 @@ def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
             }
             for row in rows
             if row.zero_shot and row.timings
+        ],
+        "sensitivity": [
+            {"target": row.target, "share_percent": 100 * point["share"], "flips_percent": point["flips"]}
+            for row in rows
+            for point in row.search.get("curve", [])
         ],
     }
 
@@ -241,7 +249,8 @@ def markdown(title: str, rows: list[Row], facts: dict[str, str]) -> str:
     lines += _table(head, [_cells(row) for row in rows])
     lines += ["", *_reasons(rows)]
     lines += ["## Batch sizes", "", *_batch_tables(rows, batches)]
-    lines += ["## Graphs", "", *_graph_table(rows), "## How it was made", "", *_build_table(rows), *HOW]
+    lines += ["## Graphs", "", *_graph_table(rows), *_search_section(rows)]
+    lines += ["## How it was made", "", *_build_table(rows), *HOW]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -348,6 +357,35 @@ def _graph_table(rows: list[Row]) -> list[str]:
                 ]
             )
     return [*_table(head, body), ""] if body else ["No ONNX target.", ""]
+
+
+def _search_section(rows: list[Row]) -> list[str]:
+    """What INT8 costs node by node, and what stays in float for it."""
+    searched = [row for row in rows if row.search]
+    if not searched:
+        return []
+    head = [
+        "Target",
+        "Left in float",
+        "Calibration set: drop, flips",
+        "Most sensitive: 1 - cosine where it alone is INT8",
+    ]
+    body, curves = [], []
+    for row in searched:
+        found = row.search
+        left = f"{len(found['left_in_float'])} of {found['nodes']}"
+        names = f": {', '.join(found['left_in_float'])}" if found["left_in_float"] else ""
+        worst = [f"{name} {value:.1e}" for name, value in list(found["sensitivity"].items())[:MOST_SENSITIVE]]
+        cost = f"{found['top1_drop']:.2f} points, {found['flips']:.2f} %"
+        body.append([f"`{row.target}`", left + names, cost, ", ".join(worst)])
+        points = [f"{100 * point['share']:.0f} %: {point['flips']:.2f} %" for point in found["curve"]]
+        curves.append([f"`{row.target}`", ", ".join(points)])
+    lines = ["## INT8 within its accuracy budget", "", *_table(head, body), ""]
+    return [
+        *lines,
+        *_table(["Target", "Share of nodes in INT8: answers that flip, on the calibration set"], curves),
+        "",
+    ]
 
 
 def _build_table(rows: list[Row]) -> list[str]:

@@ -49,7 +49,8 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
 
 
 def _what(target: Target) -> dict[str, Any]:
-    return {"runtime": target.runtime, "build": target.build, "trained": target.model.get("trained", True)}
+    known = {"runtime": target.runtime, "build": target.build, "trained": target.model.get("trained", True)}
+    return known | ({"search": target.search} if target.search else {})
 
 
 def graphs(folder: Path, opset: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from stages import stage
 @dataclass
 class Settings:
     quantize: dict[str, QuantizeConfig] = field(default_factory=dict)
+    seed: int = 0
     target: str = MISSING
     source: Path = MISSING
     calibration: Path = MISSING
@@ -30,7 +31,7 @@ def quantize(settings: Settings) -> None:
     chosen = settings.quantize[settings.target]
     build(
         settings.output,
-        lambda folder: quantized(settings.source, chosen, calibration, instruction_sets, folder),
+        lambda folder: quantized(settings.source, chosen, calibration, instruction_sets, settings.seed, folder),
         Target("ort", "int8"),
     )
 

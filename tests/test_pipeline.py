@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_another_opset_rebuilds_only_what_is_exported_to_onnx(copy):
 
 
 def test_one_quantize_setting_rebuilds_that_target_alone(copy):
-    copy.edit("params.yaml", "method: dynamic}", "method: dynamic, per_channel: false}")
+    copy.edit("params.yaml", "method: dynamic,", "method: dynamic, per_channel: false,")
     target = "ort-int8-dynamic"
     assert copy.repro() == {BUILDS[target], *measured([target]), "report"}
 
@@ -121,7 +122,7 @@ def test_other_gates_judge_again_and_rebuild_nothing(copy):
     row = metrics(copy)["ort-fp16"]
     assert row["status"] == "fail"
     assert row["vision_p50_ms"] > 0
-    assert "`ort-fp16` fail: vision cosine" in (copy.path / "reports/report.md").read_text()
+    assert re.search(r"`ort-fp16` fail: .*cosine .* < 1\.1", (copy.path / "reports/report.md").read_text())
 
 
 def test_another_library_version_rebuilds_what_it_made(copy):

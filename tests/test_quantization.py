@@ -26,7 +26,7 @@ VNNI = ["avx2", "avx512_vnni"]
 def test_quantised_graphs_are_small_and_close(onnx_target, sets, tmp_path, settings):
     calibration, evaluation = (load_prepared(sets / name) for name in ("calibration", "evaluation"))
     output = tmp_path / "int8"
-    build(output, lambda folder: quantize(onnx_target, settings, calibration, VNNI, folder), Target("ort", "int8"))
+    build(output, lambda folder: quantize(onnx_target, settings, calibration, VNNI, 0, folder), Target("ort", "int8"))
     sizes = [(folder / "vision.onnx").stat().st_size for folder in (onnx_target, output)]
     assert sizes[1] < 0.4 * sizes[0]
     pixels = np.array(evaluation.pixel_values[:32])
@@ -43,7 +43,7 @@ def test_a_fused_graph_can_be_quantised_too(onnx_target, sets, tmp_path):
     fused, output = tmp_path / "fused", tmp_path / "int8"
     build(fused, lambda folder: optimize(onnx_target, OptimizeConfig(), folder), Target("ort", "fp32"))
     calibration = load_prepared(sets / "calibration")
-    build(output, lambda folder: quantize(fused, QuantizeConfig(), calibration, VNNI, folder), Target("ort", "int8"))
+    build(output, lambda folder: quantize(fused, QuantizeConfig(), calibration, VNNI, 0, folder), Target("ort", "int8"))
     pixels = np.array(load_prepared(sets / "evaluation").pixel_values[:16])
     small, full = (open_encoder(folder).encode_images(pixels) for folder in (output, onnx_target))
     assert row_cosines(small, full).min() > 0.8
@@ -67,7 +67,7 @@ def test_the_target_says_how_it_was_quantised(onnx_target, sets, tmp_path):
     settings = QuantizeConfig(method=Quantization.static)
     calibration = load_prepared(sets / "calibration")
     output = tmp_path / "int8"
-    build(output, lambda folder: quantize(onnx_target, settings, calibration, VNNI, folder), Target("ort", "int8"))
+    build(output, lambda folder: quantize(onnx_target, settings, calibration, VNNI, 0, folder), Target("ort", "int8"))
     assert read_target(output).build == {
         "opset": 18,
         "exporter": "dynamo",
@@ -76,5 +76,7 @@ def test_the_target_says_how_it_was_quantised(onnx_target, sets, tmp_path):
         "per_channel": True,
         "calibration": "minmax",
         "calibration_images": 16,
+        "symmetric": False,
+        "smooth_quant": "no",
         "reduce_range": False,
     }
