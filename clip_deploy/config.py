@@ -29,6 +29,7 @@ class Exporter(Enum):
 class Precision(Enum):
     fp32 = "fp32"
     fp16 = "fp16"
+    bf16 = "bf16"
     int8 = "int8"
 
 
@@ -135,6 +136,7 @@ class Gate:
 class GatesConfig:
     fp32: Gate = field(default_factory=Gate)
     fp16: Gate = field(default_factory=Gate)
+    bf16: Gate = field(default_factory=Gate)
     int8: Gate = field(default_factory=Gate)
 
 
@@ -166,7 +168,7 @@ class TorchScriptConfig:
 
     def __post_init__(self) -> None:
         if self.precision is Precision.fp16:
-            raise ConfigError("export_torchscript: precision fp16 is not offered on CPU; accepted are fp32, int8")
+            raise ConfigError("export_torchscript: precision fp16 is slow on a CPU; accepted are fp32, bf16, int8")
 
 
 @dataclass
@@ -178,6 +180,8 @@ class OptimizeConfig:
     def __post_init__(self) -> None:
         if self.precision is Precision.int8:
             raise ConfigError("optimize: precision int8 is made by `quantize`; accepted are fp32, fp16")
+        if self.precision is Precision.bf16:
+            raise ConfigError("optimize: ONNX Runtime has no bf16 products on a CPU; accepted are fp32, fp16")
 
 
 @dataclass

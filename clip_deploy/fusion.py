@@ -8,12 +8,11 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime.transformers.optimizer as transformer_optimizer
-from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxscript.optimizer import fold_constants
 from onnxscript.optimizer import optimize as simplify
@@ -25,36 +24,45 @@ from clip_deploy.artifact import Target, read_target
 from clip_deploy.attention import array, fuse_attention, initializer, replace_masks
 from clip_deploy.config import OptimizeConfig, Precision
 from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.float16 import clamp_masks, halve
 from clip_deploy.patches import multiply_patches
 from clip_deploy.pooling import pool_early
+from clip_deploy.prepared import Prepared, feeds
 
 FOLD_BYTES = 1 << 30  # weights are folded, whatever their size
+SCAN_ROWS = 8  # calibration inputs run at a time
 TOLERANCE = 1e-4  # largest difference that a rewrite may make, relative to the output's largest value
 
 Rewrite = Callable[[Path, Path], bool]
 
 
-def optimize(source: Path, settings: OptimizeConfig, output: Path) -> Target:
+def optimize(source: Path, settings: OptimizeConfig, calibration: Prepared, output: Path) -> Target:
     """Fuse both towers of the ONNX target `source` into `output`, in float32 or float16.
 
-    Raises UnavailableError where the source could not be built.
+    Raises UnavailableError where the source could not be built, or gives NaN or Inf on the calibration set in float16.
     """
     target = read_target(source)
     if target.unavailable:
         raise UnavailableError(f"{source.name}: {target.unavailable}")
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it names each operator that it cannot fold
     undone: list[str] = []
+    in_fp32: list[str] = []
     for tower, shape in target.model["towers"].items():
         rewrites = rewrites_of(shape, settings)
         undone += fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", rewrites, target.model["example_texts"])
         if settings.precision is Precision.fp16:
-            halve(output / f"{tower}.onnx")
+            inputs = calibration.inputs(tower, target.model["text_inputs"])
+            kept = halve(output / f"{tower}.onnx", partial(feeds, inputs, SCAN_ROWS))
+            in_fp32 += [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
+    facts: dict[str, Any] = {"rewrites_undone": undone} if undone else {}
+    if settings.precision is Precision.fp16:
+        facts["left_in_fp32"] = in_fp32
     return Target(
         runtime="ort",
         precision=settings.precision.value,
         files=onnx_graph.files_of(output),
         model=target.model,
-        build={**target.build, "source": source.name, **({"rewrites_undone": undone} if undone else {})},
+        build={**target.build, "source": source.name, **facts},
     )
 
 
@@ -69,6 +77,7 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig) -> list[list[tu
         [("onnxruntime", partial(_rewrite_onnxruntime, shape, settings.skip_layer_norm))],
         [("patches", partial(_edit, multiply_patches))],
         [("early pooling", partial(_edit, pool_early))],
+        [("masks", partial(_edit, clamp_masks))] if settings.precision is Precision.fp16 else [],
     ]
 
 
@@ -146,18 +155,6 @@ def _rewrite_onnxruntime(shape: dict[str, int], skip_layer_norm: bool, source: P
     )
     onnx_graph.save(ir.from_proto(fused.model), output)
     return True
-
-
-def halve(path: Path) -> None:
-    """Convert a graph's weights and computation to float16 in place; inputs and outputs stay float32."""
-    model = onnx.load(path)
-    del model.graph.value_info[:]  # the fusions leave stale types
-    halved = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
-    for part in path.parent.glob(f"{path.name}*"):
-        part.unlink()
-    result = ir.from_proto(halved)
-    result.graph.sort()  # the converter appends its casts of the inputs at the end
-    onnx_graph.save(result, path)
 
 
 def _gives(expected: np.ndarray, path: Path, feeds: dict[str, np.ndarray]) -> bool:

@@ -62,6 +62,12 @@ class Prepared:
     labels: np.ndarray
     manifest: dict
 
+    def inputs(self, tower: str, text_inputs: list[str]) -> dict[str, np.ndarray]:
+        """All rows of one tower's inputs, by their names in its graph."""
+        if tower == "vision":
+            return {"pixel_values": self.pixel_values}
+        return {name: getattr(self.texts, name) for name in text_inputs}
+
     @property
     def texts(self) -> Texts:
         """Captions, or the prompts where there are no captions: real texts to calibrate and to time with."""
@@ -140,6 +146,12 @@ def load_prepared(folder: Path) -> Prepared:
         labels=texts["labels"],
         manifest=read_json(folder / "manifest.json"),
     )
+
+
+def feeds(inputs: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of `inputs`, `size` at a time."""
+    for rows in batches(len(next(iter(inputs.values()))), size):
+        yield {name: np.ascontiguousarray(array[rows]) for name, array in inputs.items()}
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -6,7 +6,6 @@ Which nodes stay in float, so that an accuracy budget holds, is searched by sens
 import logging
 import math
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from clip_deploy.config import AccuracyBudget, Calibration, Quantization, Quanti
 from clip_deploy.encode import encode_set
 from clip_deploy.environment import has_vnni
 from clip_deploy.errors import UnavailableError
-from clip_deploy.prepared import Prepared, batches
+from clip_deploy.prepared import Prepared, feeds
 from clip_deploy.runtimes.ort import Encoder
 from clip_deploy.sensitivity import Rounding, Switched, losses, search, within
 from clip_deploy.smoothing import smooth
@@ -149,8 +148,8 @@ class _Towers:
         else:
             _weight_only(plain, small)
 
-    def _reader(self, tower: str) -> "_Reader":
-        return _Reader(self.calibration, tower, self.text_inputs)
+    def _reader(self, tower: str) -> "Reader":
+        return Reader(self.calibration.inputs(tower, self.text_inputs))
 
 
 def reduces_range(choice: ReduceRange, instruction_sets: list[str]) -> bool:
@@ -235,24 +234,15 @@ def activation_ranges(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-class _Reader(CalibrationDataReader):
+class Reader(CalibrationDataReader):
     """Feeds one tower's calibration inputs, a few rows at a time."""
 
-    def __init__(self, calibration: Prepared, tower: str, text_inputs: list[str]) -> None:
-        texts = calibration.texts
-        self.arrays = {name: getattr(texts, name) for name in text_inputs}
-        if tower == "vision":
-            self.arrays = {"pixel_values": calibration.pixel_values}
-        self.rows = self._all_rows()
-
-    def _all_rows(self) -> Iterator[slice]:
-        return batches(len(next(iter(self.arrays.values()))), CALIBRATION_BATCH)
+    def __init__(self, inputs: dict[str, np.ndarray]) -> None:
+        self.inputs = inputs
+        self.rewind()
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        rows = next(self.rows, None)
-        if rows is None:
-            return None
-        return {name: np.ascontiguousarray(array[rows]) for name, array in self.arrays.items()}
+        return next(self.rows, None)
 
     def rewind(self) -> None:
-        self.rows = self._all_rows()
+        self.rows = feeds(self.inputs, CALIBRATION_BATCH)

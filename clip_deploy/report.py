@@ -97,6 +97,8 @@ def _build(build: dict[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "nothing"
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""TorchScript: the traced towers, in float32 or with dynamic INT8 Linear layers.
+"""TorchScript: the traced towers, in float32, in bfloat16 or with dynamic INT8 Linear layers.
 
 `torch.jit.trace` and `quantize_dynamic` are deprecated in PyTorch (torch.export and torchao follow them), and
 `torch.jit.script` cannot read transformers' models at all; the report says so.
@@ -17,6 +17,7 @@ from clip_deploy.errors import UnavailableError
 from clip_deploy.towers import example_inputs, split
 
 NOTE = "torch.jit.trace, deprecated"
+BF16_NOTE = "torch.jit.trace, deprecated; all in bfloat16"
 INT8_NOTE = "quantize_dynamic on every Linear, deprecated, saved as TorchScript"
 
 
@@ -34,6 +35,8 @@ def export_torchscript(checkpoint: Path, precision: Precision, output: Path) -> 
             warnings.simplefilter("ignore")  # deprecation, said above; tracer warnings: validate checks other shapes
             if precision is Precision.int8:
                 tower = _quantized(tower)
+            elif precision is Precision.bf16:
+                tower = BFloat16(tower).eval()
             traced = _trace(tower, inputs[name])
         torch.jit.save(traced, output / f"{name}.pt")
     return Target(
@@ -41,8 +44,19 @@ def export_torchscript(checkpoint: Path, precision: Precision, output: Path) -> 
         precision=precision.value,
         files=["vision.pt", "text.pt"],
         model=source.model,
-        build={"note": INT8_NOTE if precision is Precision.int8 else NOTE},
+        build={"note": {Precision.int8: INT8_NOTE, Precision.bf16: BF16_NOTE}.get(precision, NOTE)},
     )
+
+
+class BFloat16(nn.Module):
+    """A tower that computes in bfloat16 and takes and gives float32."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower.bfloat16()
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.tower(*(value.bfloat16() if value.is_floating_point() else value for value in inputs)).float()
 
 
 def _quantized(tower: nn.Module) -> nn.Module:

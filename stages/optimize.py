@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from clip_deploy.artifact import Target, build
 from clip_deploy.config import OptimizeConfig
 from clip_deploy.fusion import optimize as fuse
+from clip_deploy.prepared import load_prepared
 from stages import stage
 
 
@@ -16,6 +17,7 @@ class Settings:
     optimize: dict[str, OptimizeConfig] = field(default_factory=dict)
     target: str = MISSING
     source: Path = MISSING
+    calibration: Path = MISSING
     output: Path = MISSING
 
 
@@ -23,7 +25,8 @@ class Settings:
 def optimize(settings: Settings) -> None:
     chosen = settings.optimize[settings.target]
     fallback = Target("ort", chosen.precision.value)
-    build(settings.output, lambda folder: fuse(settings.source, chosen, folder), fallback)
+    calibration = load_prepared(settings.calibration)
+    build(settings.output, lambda folder: fuse(settings.source, chosen, calibration, folder), fallback)
 
 
 if __name__ == "__main__":

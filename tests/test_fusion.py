@@ -11,6 +11,7 @@ from clip_deploy.config import OnnxConfig, OptimizeConfig, Precision
 from clip_deploy.errors import UnavailableError
 from clip_deploy.fusion import optimize
 from clip_deploy.onnx_export import export_onnx
+from clip_deploy.prepared import load_prepared
 
 
 @pytest.fixture(scope="module", params=["checkpoint", "siglip", "chinese_clip"])
@@ -19,9 +20,10 @@ def family(request):
     return request.getfixturevalue(request.param)
 
 
-def fused(source, folder, **settings):
+def fused(source, folder, calibration=None, **settings):
     settings = OptimizeConfig(**settings)
-    build(folder, lambda output: optimize(source, settings, output), Target("ort", settings.precision.value))
+    fallback = Target("ort", settings.precision.value)
+    build(folder, lambda output: optimize(source, settings, calibration, output), fallback)
     return read_target(folder)
 
 
@@ -45,8 +47,8 @@ def attributes(path, name):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(Precision.fp32, 1e-4), (Precision.fp16, 3e-2)])
-def test_fused_graphs_give_the_same_embeddings(onnx_target, tmp_path, precision, tolerance):
-    target = fused(onnx_target, tmp_path / "ort", precision=precision)
+def test_fused_graphs_give_the_same_embeddings(onnx_target, sets, tmp_path, precision, tolerance):
+    target = fused(onnx_target, tmp_path / "ort", load_prepared(sets / "calibration"), precision=precision)
     for tower in ("vision", "text"):
         onnx_graph.check(tmp_path / "ort" / f"{tower}.onnx")
         feeds = onnx_graph.random_feeds(onnx_target / f"{tower}.onnx", target.model["example_texts"])
@@ -97,8 +99,9 @@ def test_skip_connections_are_fused_where_asked(onnx_target, tmp_path):
     assert onnx_graph.describe(tmp_path / "ort" / "vision.onnx")["fusion"]["skip_layer_norm"] > 0
 
 
-def test_half_precision_halves_the_file(onnx_target, tmp_path):
-    fused(onnx_target, tmp_path / "ort", precision=Precision.fp16)
+def test_half_precision_halves_the_file_and_says_what_stays_in_fp32(onnx_target, sets, tmp_path):
+    target = fused(onnx_target, tmp_path / "ort", load_prepared(sets / "calibration"), precision=Precision.fp16)
+    assert target.build["left_in_fp32"] == []
     sizes = [(folder / "vision.onnx").stat().st_size for folder in (onnx_target, tmp_path / "ort")]
     assert sizes[1] < 0.55 * sizes[0]
 
@@ -132,5 +135,5 @@ def test_what_hangs_on_an_unavailable_target_is_unavailable(onnx_target, tmp_pat
 
     build(tmp_path / "onnx-fp32", refuse, Target("ort", "fp32"))
     with pytest.raises(UnavailableError, match="onnx-fp32: the dynamo exporter failed"):
-        optimize(tmp_path / "onnx-fp32", OptimizeConfig(), tmp_path)
+        optimize(tmp_path / "onnx-fp32", OptimizeConfig(), None, tmp_path)
     shutil.rmtree(tmp_path / "onnx-fp32")

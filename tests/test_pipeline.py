@@ -18,13 +18,14 @@ TARGETS = [
     "torch-fp32",
     "torch-int8",
     "torchscript-fp32",
+    "torchscript-bf16",
     "onnx-fp32",
     "ort-fp32",
     "ort-fp16",
     "ort-int8-dynamic",
     "ort-int8-static",
 ]
-ONNX = TARGETS[3:]
+ONNX = TARGETS[4:]
 BUILDS = {
     "onnx-fp32": "export_onnx",
     "ort-fp32": "optimize@ort-fp32",
@@ -33,6 +34,7 @@ BUILDS = {
     "ort-int8-static": "quantize@ort-int8-static",
     "torch-int8": "export_torchscript@torch-int8",
     "torchscript-fp32": "export_torchscript@torchscript-fp32",
+    "torchscript-bf16": "export_torchscript@torchscript-bf16",
 }
 
 

@@ -1,4 +1,5 @@
 import numpy as np
+import onnx
 import pytest
 
 from clip_deploy import onnx_graph
@@ -20,8 +21,9 @@ VNNI = ["avx2", "avx512_vnni"]
         QuantizeConfig(method=Quantization.static),
         QuantizeConfig(method=Quantization.static, calibration=Calibration.percentile),
         QuantizeConfig(method=Quantization.static, calibration=Calibration.entropy),
+        QuantizeConfig(method=Quantization.static, symmetric=True),
     ],
-    ids=["dynamic", "reduced", "minmax", "percentile", "entropy"],
+    ids=["dynamic", "reduced", "minmax", "percentile", "entropy", "symmetric"],
 )
 def test_quantised_graphs_are_small_and_close(onnx_target, sets, tmp_path, settings):
     calibration, evaluation = (load_prepared(sets / name) for name in ("calibration", "evaluation"))
@@ -41,12 +43,24 @@ def test_a_fused_graph_can_be_quantised_too(onnx_target, sets, tmp_path):
     from clip_deploy.fusion import optimize
 
     fused, output = tmp_path / "fused", tmp_path / "int8"
-    build(fused, lambda folder: optimize(onnx_target, OptimizeConfig(), folder), Target("ort", "fp32"))
     calibration = load_prepared(sets / "calibration")
+    build(fused, lambda folder: optimize(onnx_target, OptimizeConfig(), calibration, folder), Target("ort", "fp32"))
     build(output, lambda folder: quantize(fused, QuantizeConfig(), calibration, VNNI, 0, folder), Target("ort", "int8"))
     pixels = np.array(load_prepared(sets / "evaluation").pixel_values[:16])
     small, full = (open_encoder(folder).encode_images(pixels) for folder in (output, onnx_target))
     assert row_cosines(small, full).min() > 0.8
+
+
+def test_weights_alone_can_be_int8(onnx_target, sets, tmp_path):
+    calibration = load_prepared(sets / "calibration")
+    settings = QuantizeConfig(method=Quantization.weight_only)
+    output = tmp_path / "int8"
+    build(output, lambda folder: quantize(onnx_target, settings, calibration, VNNI, 0, folder), Target("ort", "int8"))
+    operators = [node.op_type for node in onnx.load(output / "vision.onnx").graph.node]
+    assert "MatMulNBits" in operators
+    pixels = np.array(calibration.pixel_values)
+    small, full = (open_encoder(folder).encode_images(pixels) for folder in (output, onnx_target))
+    assert 0.999 < row_cosines(small, full).min() < 1
 
 
 @pytest.mark.parametrize(

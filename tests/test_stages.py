@@ -111,7 +111,12 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
     project = built.copy(tmp_path / "project")
     arguments = {
         "probe": ["output=out/environment.json", "inputs=out/inputs.json"],
-        "optimize": ["target=ort-fp32", "source=artifacts/onnx-fp32", "output=out/ort"],
+        "optimize": [
+            "target=ort-fp32",
+            "source=artifacts/onnx-fp32",
+            "calibration=artifacts/data/calibration",
+            "output=out/ort",
+        ],
         "quantize": [
             "target=ort-int8-static",
             "source=artifacts/onnx-fp32",

@@ -41,13 +41,14 @@ def test_an_exported_target_passes_at_every_shape(check, onnx_target):
     assert record["graphs"]["vision"]["fusion"]["attention_expected"] == 4
 
 
-@pytest.mark.parametrize("precision", [Precision.fp32, Precision.int8])
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16, Precision.int8])
 def test_torchscript_runs_at_every_shape(check, checkpoint, tmp_path, precision):
     output = tmp_path / "torchscript"
     build(output, lambda folder: export_torchscript(checkpoint, precision, folder), Target("torchscript", "fp32"))
     record = check(output)
     assert record["status"] == "pass", record["reasons"]
-    assert record["size_mb"] < (5 if precision is Precision.fp32 else 2)
+    assert record["precision"] == precision.value
+    assert record["size_mb"] < {Precision.fp32: 5, Precision.bf16: 2.6, Precision.int8: 2}[precision]
 
 
 def spoiled(onnx_target, folder, change):
