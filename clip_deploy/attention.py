@@ -85,7 +85,8 @@ def _match_softmax(softmax: ir.Node) -> Match | None:
         return None
     query, query_scale = _split_scale(_made_by(scores.inputs[0]))
     key, key_scale = _split_scale(_made_by(scores.inputs[1]))
-    rows = (_from_heads(query), _from_transposed_heads(key), _from_heads(_made_by(product.inputs[1])))
+    queries = _from_heads(query) or _from_constant_heads(scores.inputs[0])
+    rows = (queries, _from_transposed_heads(key), _from_heads(_made_by(product.inputs[1])))
     return _whole(rows, mask, scale * query_scale * key_scale, _to_rows(product.outputs[0]))
 
 
@@ -214,6 +215,16 @@ def _from_heads(node: ir.Node | None) -> ir.Value | None:
         return None
     rows = _made_by(node.inputs[0])
     return rows.inputs[0] if rows is not None and rows.op_type == "Reshape" else None
+
+
+def _from_constant_heads(value: ir.Value | None) -> ir.Value | None:
+    """The same where the query is a constant: a learned probe at a fixed batch size."""
+    heads = array(value)
+    if value is None or value.graph is None or heads is None or heads.ndim != 4:
+        return None
+    batch, _, sequence, _ = heads.shape
+    rows = heads.transpose(0, 2, 1, 3).reshape(batch, sequence, -1)
+    return initializer(value.graph, f"{value.name}_rows", np.ascontiguousarray(rows))
 
 
 def _from_transposed_heads(node: ir.Node | None) -> ir.Value | None:

@@ -35,7 +35,7 @@ def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
     if model["pad_to_context"]:
         inputs["text"] = tuple(torch.ones(2, model["context_length"], dtype=torch.int64) for _ in inputs["text"])
     names = {"vision": ["pixel_values"], "text": model["text_inputs"]}
-    write = {"dynamo": _write_dynamo, "torchscript": _write_torchscript}[settings.writer]
+    write = WRITERS[settings.writer]
     for name, tower in split(load_model(checkpoint), inputs).items():
         path = output / f"{name}.onnx"
         axes = {0: "batch"} if name == "vision" or model["pad_to_context"] else {0: "batch", 1: "sequence"}
@@ -108,3 +108,6 @@ def _write_torchscript(
             dynamic_axes={**{name: axes for name in names}, output: {0: "batch"}},
         )
         onnx_graph.save(ir.load(traced), path)
+
+
+WRITERS = {"dynamo": _write_dynamo, "torchscript": _write_torchscript}

@@ -20,10 +20,10 @@ def pool_early(model: ir.Model) -> bool:
     """Move a tower's pooling in front of its last attention's query, in place; False where it cannot be moved."""
     graph = model.graph
     attention = next((node for node in reversed(graph) if node.op_type == "MultiHeadAttention"), None)
-    if attention is None:
+    if attention is None or array(attention.inputs[0]) is not None:  # a constant query is one token already
         return False
     pooling = next((node for node in graph if _pools(node) and _follows(node, attention)), None)
-    if pooling is None:
+    if pooling is None or pooling.outputs[0].is_graph_output():
         return False
     moved = _Moved(graph, pooling, attention)
     row = moved.pooled(pooling.inputs[0])

@@ -4,14 +4,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
-from clip_deploy import fusion, onnx_graph
+from clip_deploy import fusion, onnx_export, onnx_graph
 from clip_deploy.artifact import Target, build, read_target
+from clip_deploy.checkpoint import load_model
 from clip_deploy.config import OnnxConfig, OptimizeConfig, Precision
 from clip_deploy.errors import UnavailableError
 from clip_deploy.fusion import optimize
 from clip_deploy.onnx_export import export_onnx
 from clip_deploy.prepared import load_prepared
+from clip_deploy.towers import split
 
 
 @pytest.fixture(scope="module", params=["checkpoint", "siglip", "chinese_clip"])
@@ -39,6 +42,26 @@ def test_every_attention_and_gelu_of_both_towers_is_fused(family, tmp_path, opse
         attentions = shape["layers"] + pooling_head
         assert (census["attention"], census["attention_expected"], census["gelu"]) == (attentions,) * 3
         assert attributes(output / f"{tower}.onnx", "num_heads") == {shape["heads"]}
+
+
+@pytest.mark.parametrize("opset", [17, 18, 21])
+def test_graphs_of_a_fixed_batch_size_are_fused_too(family, tmp_path, opset):
+    target = read_target(family)
+    texts = target.model["example_texts"]
+    pixels = torch.zeros(3, 3, *target.model["image_size"])
+    inputs = {"vision": (pixels,), "text": tuple(torch.tensor(texts[name]) for name in target.model["text_inputs"])}
+    names = {"vision": ["pixel_values"], "text": target.model["text_inputs"]}
+    write = onnx_export.WRITERS[OnnxConfig(opset=opset).writer]
+    for tower, module in split(load_model(family), inputs).items():
+        exported, output = tmp_path / f"{tower}-exported.onnx", tmp_path / f"{tower}.onnx"
+        write(module, inputs[tower], exported, names[tower], "embeds", {}, opset)
+        shape = target.model["towers"][tower]
+        assert fusion.fuse(exported, output, fusion.rewrites_of(shape, OptimizeConfig()), texts) == []
+        description = onnx_graph.describe(output)
+        assert all(sizes[0] == 3 for sizes in description["inputs"].values())
+        pooling_head = tower == "vision" and target.model["model_type"] == "siglip"
+        census = description["fusion"]
+        assert census["attention"] == census["attention_expected"] == shape["layers"] + pooling_head
 
 
 def attributes(path, name):
