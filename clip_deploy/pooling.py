@@ -22,6 +22,7 @@ def pool_early(model: ir.Model) -> bool:
     attention = next((node for node in reversed(graph) if node.op_type == "MultiHeadAttention"), None)
     if attention is None or array(attention.inputs[0]) is not None:  # a constant query is one token already
         return False
+    _gather_by_token(graph, attention)
     pooling = next((node for node in graph if _pools(node) and _follows(node, attention)), None)
     if pooling is None or pooling.outputs[0].is_graph_output():
         return False
@@ -42,6 +43,30 @@ def _pools(node: ir.Node) -> bool:
         return False
     index = array(node.inputs[1])
     return index is not None and index.ndim == 0
+
+
+def _gather_by_token(graph: ir.Graph, attention: ir.Node) -> None:
+    """Gather [row, token] where the TorchScript exporter gathers from [batch * sequence, width]."""
+    keys = attention.inputs[1]
+    for node in list(graph):
+        flat = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
+        shape = array(flat.inputs[1]) if flat is not None and flat.op_type == "Reshape" else None
+        rows = flat.inputs[0] if flat is not None else None
+        if shape is None or shape.shape != (2,) or shape[0] != -1 or rows is None or array(node.inputs[1]) is not None:
+            continue
+        for use in list(rows.uses()):
+            if use.node.op_type == "Shape":  # of the same batch and sequence
+                use.node.replace_input_with(0, keys)
+        one = initializer(graph, "token_axis", np.array([1]))
+        sizes = ir.node("Shape", [keys])
+        length = ir.node("Gather", [sizes.outputs[0], one])
+        index = ir.node("Unsqueeze", [node.inputs[1], one])
+        row, token = (ir.node(kind, [index.outputs[0], length.outputs[0]]) for kind in ("Div", "Mod"))
+        pair = ir.node("Concat", [row.outputs[0], token.outputs[0]], {"axis": 1})
+        pooled = ir.node("GatherND", [rows, pair.outputs[0]])
+        made = [sizes, length, index, row, token, pair, pooled]
+        ir.convenience.replace_nodes_and_values(graph, node, [node], made, node.outputs, pooled.outputs)
+        return
 
 
 def _follows(node: ir.Node, first: ir.Node) -> bool:

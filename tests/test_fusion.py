@@ -90,8 +90,11 @@ def test_a_text_padded_in_its_middle_gives_the_same_embedding(onnx_target, tmp_p
     assert np.abs(onnx_graph.run(tmp_path / "ort" / "text.onnx", feeds) - expected).max() > 1e-3
 
 
-def test_the_last_layer_runs_on_the_pooled_token_only(onnx_target, tmp_path):
-    fused(onnx_target, tmp_path / "ort")
+@pytest.mark.parametrize("opset", [17, 18])
+def test_the_last_layer_runs_on_the_pooled_token_only(checkpoint, tmp_path, opset):
+    source = tmp_path / "onnx"
+    build(source, lambda folder: export_onnx(checkpoint, OnnxConfig(opset=opset), folder), Target("ort", "fp32"))
+    fused(source, tmp_path / "ort")
     for tower, tokens in (("vision", 37), ("text", 20)):
         *whole, last = attention_shapes(tmp_path / "ort" / f"{tower}.onnx", tokens)
         assert {shape[1] for shape in whole} == {tokens}
