@@ -20,6 +20,11 @@ class Embeddings:
     captions: np.ndarray
     prompts: np.ndarray
 
+    @property
+    def texts(self) -> np.ndarray:
+        """Captions, or the prompts where there are none."""
+        return self.captions if len(self.captions) else self.prompts
+
 
 def encode_set(encoder: Encoder, prepared: Prepared) -> Embeddings:
     return Embeddings(

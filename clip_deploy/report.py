@@ -163,7 +163,12 @@ def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
             if row.zero_shot and row.timings
         ],
         "sensitivity": [
-            {"target": row.target, "share_percent": 100 * point["share"], "flips_percent": point["flips"]}
+            {
+                "target": row.target,
+                "share_percent": 100 * point["share"],
+                "flips_percent": point["flips"],
+                "cosine": point["cosine"],
+            }
             for row in rows
             for point in row.search.get("curve", [])
         ],
@@ -380,12 +385,14 @@ def _search_section(rows: list[Row]) -> list[str]:
         worst = [f"{name} {value:.1e}" for name, value in list(found["sensitivity"].items())[:MOST_SENSITIVE]]
         cost = f"{found['top1_drop']:.2f} points, {found['flips']:.2f} %"
         body.append([f"`{row.target}`", left + names, cost, ", ".join(worst)])
-        points = [f"{100 * point['share']:.0f} %: {point['flips']:.2f} %" for point in found["curve"]]
+        points = [
+            f"{100 * point['share']:.0f} %: {point['flips']:.2f} % ({point['cosine']:.5f})" for point in found["curve"]
+        ]
         curves.append([f"`{row.target}`", ", ".join(points)])
     lines = ["## INT8 within its accuracy budget", "", *_table(head, body), ""]
     return [
         *lines,
-        *_table(["Target", "Share of nodes in INT8: answers that flip, on the calibration set"], curves),
+        *_table(["Target", "Share of nodes in INT8: answers that flip (mean cosine), on the calibration set"], curves),
         "",
     ]
 

@@ -22,6 +22,7 @@ from clip_deploy.parity import row_cosines
 from clip_deploy.prepared import Prepared
 
 SCAN_ROWS = 16  # images, and texts, of the scan
+UNTOUCHED = {"top1_drop": 0.0, "flips": 0.0, "cosine": 1.0}
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the nodes at which the curve is drawn in any case
 
 
@@ -48,14 +49,16 @@ class Search:
         left_in_float: names of nodes, "<tower>: <node>", the most sensitive first.
         nodes: how many can be quantised.
         top1_drop, flips: of the calibration set, in percentage points and percent, with these nodes left in float.
+        cosine: mean over the calibration set of the cosine with FP32, both towers alike.
         sensitivity: 1 - mean cosine of the embeddings where one node alone is quantised, in descending order.
-        curve: share of the nodes quantised (the least sensitive first), top1_drop, flips.
+        curve: share of the nodes quantised (the least sensitive first), top1_drop, flips, cosine.
     """
 
     left_in_float: list[str]
     nodes: int
     top1_drop: float
     flips: float
+    cosine: float
     sensitivity: dict[str, float]
     curve: list[dict[str, float]]
 
@@ -189,7 +192,7 @@ def search(encoder: Switched, prepared: Prepared, budget: AccuracyBudget, seed: 
     order = list(sensitivity)
     encoder.on = set()
     reference = encode_set(encoder, prepared)
-    known: dict[int, dict[str, float]] = {0: {"top1_drop": 0.0, "flips": 0.0}}  # by the number of quantised nodes
+    known: dict[int, dict[str, float]] = {0: UNTOUCHED}  # by the number of quantised nodes
 
     def loss(left: int) -> dict[str, float]:
         count = len(order) - left
@@ -211,9 +214,13 @@ def search(encoder: Switched, prepared: Prepared, budget: AccuracyBudget, seed: 
 
 
 def losses(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> dict[str, float]:
-    """Drop of top-1 in percentage points (0 without classes) and percent of answers that flipped."""
+    """Drop of top-1 in percentage points (0 without classes), percent of answers that flipped, and mean cosine."""
     drop = accuracy.zero_shot(actual, reference, prepared, seed)["top1_drop"] if prepared.manifest["classes"] else 0.0
-    return {"top1_drop": drop, "flips": accuracy.flips(actual, reference, prepared)}
+    cosines = [
+        float(row_cosines(ours, theirs).mean())
+        for ours, theirs in ((actual.images, reference.images), (actual.texts, reference.texts))
+    ]
+    return {"top1_drop": drop, "flips": accuracy.flips(actual, reference, prepared), "cosine": float(np.mean(cosines))}
 
 
 def within(loss: dict[str, float], budget: AccuracyBudget) -> bool:

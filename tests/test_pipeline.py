@@ -80,6 +80,12 @@ def test_one_quantize_setting_rebuilds_that_target_alone(copy):
     assert copy.repro() == {BUILDS[target], *measured([target]), "report"}
 
 
+def test_another_accuracy_budget_rebuilds_only_the_int8_targets(copy):
+    copy.edit("params.yaml", "max_flips: 2.0", "max_flips: 3.0")
+    both = [target for target in BUILDS if target.startswith("ort-int8")]
+    assert copy.repro() == {BUILDS[target] for target in both}  # 16 images meet both budgets with the same graphs
+
+
 def test_a_new_target_builds_that_target_alone(copy):
     line = "  ort-fp16: {source: onnx-fp32, precision: fp16}"
     copy.edit("params.yaml", line, f"{line}\n  ort-fp16-again: {{source: onnx-fp32, precision: fp16}}")

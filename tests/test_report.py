@@ -51,6 +51,28 @@ def rows(tmp_path):
     return read_rows(["torch-fp32", "ort-int8", "trt-fp16"], tmp_path / "validate", tmp_path / "benchmark")
 
 
+def test_what_int8_leaves_in_float_and_its_curve_are_in_the_report(rows):
+    rows[1].search = {
+        "left_in_float": ["vision: MatMul_7"],
+        "nodes": 20,
+        "top1_drop": 0.5,
+        "flips": 1.0,
+        "cosine": 0.9999,
+        "sensitivity": {"vision: MatMul_7": 0.25, "text: Gather_0": 0.001},
+        "curve": [
+            {"share": 0.0, "top1_drop": 0, "flips": 0, "cosine": 1.0},
+            {"share": 1.0, "top1_drop": 9, "flips": 12.5, "cosine": 0.75},
+        ],
+    }
+    text = markdown("tiny on a CPU", rows, {"Model": "tiny"})
+    assert "| `ort-int8` | 1 of 20: vision: MatMul_7 | 0.50 points, 1.00 % | vision: MatMul_7 2.5e-01" in text
+    assert "0 %: 0.00 % (1.00000), 100 %: 12.50 % (0.75000)" in text
+    assert plots(rows)["sensitivity"] == [
+        {"target": "ort-int8", "share_percent": 0, "flips_percent": 0, "cosine": 1.0},
+        {"target": "ort-int8", "share_percent": 100, "flips_percent": 12.5, "cosine": 0.75},
+    ]
+
+
 @pytest.mark.parametrize(
     ("value", "written"),
     [(1.0, "1.00"), (0.19, "0.190"), (59.62, "59.6"), (369.4, "369"), (2633.4, "2,633"), (0, "0.00")],

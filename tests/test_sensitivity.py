@@ -101,7 +101,8 @@ def test_the_curve_goes_from_all_in_float_to_all_in_int8(planted, calibration, t
     shares = [point["share"] for point in curve]
     assert (shares[0], shares[-1]) == (0, 1)
     assert shares == sorted(shares)
-    assert (curve[0]["flips"], curve[0]["top1_drop"]) == (0, 0)
+    assert (curve[0]["flips"], curve[0]["top1_drop"], curve[0]["cosine"]) == (0, 0, 1)
+    assert curve[-1]["cosine"] < min(point["cosine"] for point in curve[:-1])
     assert curve[-1]["flips"] > 0
 
 
