@@ -62,14 +62,11 @@ def halve(path: Path, batches: Batches) -> dict[str, float]:
     """
     _refuse_non_finite(path, batches, "FP32")
     model = onnx.load(path)
-    _name_nodes(model.graph)
+    onnx_graph.name_nodes(model)
     del model.graph.value_info[:]  # the fusions leave stale types
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         largest = ranges(model, batches, Path(folder))
-    declared = {value.name for value in (*model.graph.input, *model.graph.output)}
-    model.graph.value_info.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in largest if name not in declared
-    )
+    onnx_graph.declare_floats(model, largest)
     largest |= {tensor.name: _magnitude(tensor) for tensor in model.graph.initializer}
     overflowing = _overflowing(model.graph, largest)
     halved = convert_float_to_float16(
@@ -87,41 +84,19 @@ def halve(path: Path, batches: Batches) -> dict[str, float]:
 
 def ranges(model: onnx.ModelProto, batches: Batches, work: Path) -> dict[str, float]:
     """Largest absolute value of each float32 tensor that the graph takes or computes, over all batches."""
-    names = _float_tensors(model, work)
-    scan = _copy(model)
+    names = onnx_graph.float_tensors(model, work)
+    scan = onnx_graph.copy_of(model)
     del scan.graph.output[:]
     for name in names:
         scan.graph.node.append(helper.make_node("Abs", [name], [f"{name}/abs"]))
         scan.graph.node.append(helper.make_node("ReduceMax", [f"{name}/abs"], [f"{name}/largest"], keepdims=0))
         scan.graph.output.append(helper.make_tensor_value_info(f"{name}/largest", TensorProto.FLOAT, []))
-    session = _session(scan, work / "scan.onnx")
+    onnx_graph.save(ir.from_proto(scan), work / "scan.onnx")
+    session = onnxruntime.InferenceSession(work / "scan.onnx", providers=["CPUExecutionProvider"])
     found = np.zeros(len(names))
     for feeds in batches():
         found = np.maximum(found, np.array(session.run(None, feeds)))
     return dict(zip(names, found.tolist(), strict=True))
-
-
-def _float_tensors(model: onnx.ModelProto, work: Path) -> list[str]:
-    """Names of the float32 inputs and results; ONNX Runtime infers the types of its own operators too."""
-    inputs = [value.name for value in model.graph.input if value.type.tensor_type.elem_type == TensorProto.FLOAT]
-    typed = _copy(model)
-    del typed.graph.output[:]
-    typed.graph.output.extend(
-        onnx.ValueInfoProto(name=name) for node in model.graph.node for name in node.output if name
-    )
-    results = _session(typed, work / "types.onnx").get_outputs()
-    return inputs + [value.name for value in results if value.type == "tensor(float)"]
-
-
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
-
-
-def _session(model: onnx.ModelProto, path: Path) -> onnxruntime.InferenceSession:
-    onnx_graph.save(ir.from_proto(model), path)
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
 def _overflowing(graph: onnx.GraphProto, largest: dict[str, float]) -> dict[str, float]:
@@ -155,11 +130,6 @@ def _join(graph: ir.Graph, in_fp32: set[str]) -> None:
 def _magnitude(tensor: TensorProto) -> float:
     values = numpy_helper.to_array(tensor)
     return float(np.abs(values).max()) if values.dtype == np.float32 and values.size else 0.0
-
-
-def _name_nodes(graph: onnx.GraphProto) -> None:
-    for index, node in enumerate(graph.node):
-        node.name = f"{node.op_type}_{index}"
 
 
 def _refuse_non_finite(path: Path, batches: Batches, precision: str) -> None:

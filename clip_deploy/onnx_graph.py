@@ -1,6 +1,7 @@
 """ONNX files: read, write (external data above 2 GB), check, describe, and count what was fused."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,44 @@ def census(counts: Counter) -> dict[str, int]:
         "quantized_matmul": counts["MatMulInteger"] + counts["DynamicQuantizeMatMul"],
         "quantize_linear": counts["QuantizeLinear"] + counts["DynamicQuantizeLinear"],
     }
+
+
+def name_nodes(model: onnx.ModelProto) -> None:
+    """Give each node a name of its own, <operator>_<position>."""
+    for index, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{index}"
+
+
+def float_tensors(model: onnx.ModelProto, work: Path) -> list[str]:
+    """Names of the float32 inputs and results; ONNX Runtime infers the types behind its own operators too.
+
+    Args:
+        model: a graph that runs.
+        work: a folder for temporary files.
+    """
+    inputs = [value.name for value in model.graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
+    typed = copy_of(model)
+    del typed.graph.output[:]
+    typed.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for node in model.graph.node for name in node.output if name
+    )
+    save(ir.from_proto(typed), work / "types.onnx")
+    session = onnxruntime.InferenceSession(work / "types.onnx", providers=["CPUExecutionProvider"])
+    return inputs + [value.name for value in session.get_outputs() if value.type == "tensor(float)"]
+
+
+def declare_floats(model: onnx.ModelProto, names: Iterable[str]) -> None:
+    """State the type of these tensors in the graph, for tools that know no operator of ONNX Runtime's own."""
+    declared = {value.name for value in (*model.graph.input, *model.graph.output)}
+    model.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in declared
+    )
+
+
+def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int | str]:

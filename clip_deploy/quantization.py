@@ -211,11 +211,16 @@ def _weight_only(source: Path, output: Path) -> None:
 
 
 def prepare(source: Path, output: Path) -> None:
-    """Copy a graph with a name for each node, and without intermediate types: stale ones stop shape inference."""
+    """Copy a graph with a name for each node and the type of each float tensor.
+
+    The quantiser leaves in float what it knows no type of, which is all that ONNX Runtime's own operators give; and the
+    exporter's types are stale behind the fusions.
+    """
     model = onnx.load(source)
     del model.graph.value_info[:]
-    for index, node in enumerate(model.graph.node):
-        node.name = f"{node.op_type}_{index}"
+    onnx_graph.name_nodes(model)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        onnx_graph.declare_floats(model, onnx_graph.float_tensors(model, Path(folder)))
     large = source.with_name(f"{source.name}.data").exists()
     onnx.save(model, output, save_as_external_data=large, location=f"{output.name}.data")
 

@@ -12,6 +12,8 @@ import onnxruntime
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader
 
+from clip_deploy import onnx_graph
+
 LEAST = 1e-5  # of a channel's range
 
 
@@ -59,8 +61,7 @@ def _groups(graph: onnx.GraphProto, constants: set[str]) -> list[tuple[onnx.Node
 
 def _ranges(model: onnx.ModelProto, names: list[str], reader: CalibrationDataReader) -> dict[str, np.ndarray]:
     """Largest absolute value of each channel, over all calibration rows."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = onnx_graph.copy_of(model)
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = onnxruntime.InferenceSession(copy.SerializeToString(), providers=["CPUExecutionProvider"])
     found: dict[str, np.ndarray] = {}

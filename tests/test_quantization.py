@@ -5,6 +5,7 @@ import pytest
 from clip_deploy import onnx_graph
 from clip_deploy.artifact import Target, build, read_target
 from clip_deploy.config import Calibration, OptimizeConfig, Quantization, QuantizeConfig, ReduceRange
+from clip_deploy.fusion import optimize
 from clip_deploy.parity import row_cosines
 from clip_deploy.prepared import load_prepared
 from clip_deploy.quantization import quantize, reduces_range
@@ -40,8 +41,6 @@ def test_quantised_graphs_are_small_and_close(onnx_target, sets, tmp_path, setti
 
 
 def test_a_fused_graph_can_be_quantised_too(onnx_target, sets, tmp_path):
-    from clip_deploy.fusion import optimize
-
     fused, output = tmp_path / "fused", tmp_path / "int8"
     calibration = load_prepared(sets / "calibration")
     build(fused, lambda folder: optimize(onnx_target, OptimizeConfig(), calibration, folder), Target("ort", "fp32"))
@@ -49,6 +48,21 @@ def test_a_fused_graph_can_be_quantised_too(onnx_target, sets, tmp_path):
     pixels = np.array(load_prepared(sets / "evaluation").pixel_values[:16])
     small, full = (open_encoder(folder).encode_images(pixels) for folder in (output, onnx_target))
     assert row_cosines(small, full).min() > 0.8
+
+
+def test_every_product_of_a_fused_graph_is_quantised_on_both_sides(onnx_target, sets, tmp_path):
+    """The quantiser knows no type of what ONNX Runtime's own operators give, and would leave it in float."""
+    fused, output = tmp_path / "fused", tmp_path / "int8"
+    calibration = load_prepared(sets / "calibration")
+    build(fused, lambda folder: optimize(onnx_target, OptimizeConfig(), calibration, folder), Target("ort", "fp32"))
+    settings = QuantizeConfig(method=Quantization.static)
+    build(output, lambda folder: quantize(fused, settings, calibration, VNNI, 0, folder), Target("ort", "int8"))
+    for tower in ("vision", "text"):
+        graph = onnx.load(output / f"{tower}.onnx").graph
+        makers = {name: node.op_type for node in graph.node for name in node.output}
+        products = [[makers.get(name) for name in node.input] for node in graph.node if node.op_type == "MatMul"]
+        assert len(products) > 8
+        assert all(sides == ["DequantizeLinear"] * 2 for sides in products)
 
 
 def test_weights_alone_can_be_int8(onnx_target, sets, tmp_path):
