@@ -4,8 +4,9 @@ from math import comb
 
 import numpy as np
 
+from clip_deploy.config import AccuracyBudget
 from clip_deploy.encode import Embeddings
-from clip_deploy.parity import normalized
+from clip_deploy.parity import normalized, row_cosines
 from clip_deploy.prepared import Prepared
 
 RESAMPLES = 2000  # of the paired bootstrap
@@ -90,3 +91,17 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
     n = losses + gains
     tail = sum(comb(n, k) for k in range(min(losses, gains) + 1))
     return min(1.0, 2 * tail / 2**n)
+
+
+def losses(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> dict[str, float]:
+    """Drop of top-1 in percentage points (0 without classes), percent of answers that flipped, and mean cosine."""
+    drop = zero_shot(actual, reference, prepared, seed)["top1_drop"] if prepared.manifest["classes"] else 0.0
+    cosines = [
+        float(row_cosines(ours, theirs).mean())
+        for ours, theirs in ((actual.images, reference.images), (actual.texts, reference.texts))
+    ]
+    return {"top1_drop": drop, "flips": flips(actual, reference, prepared), "cosine": float(np.mean(cosines))}
+
+
+def within(loss: dict[str, float], budget: AccuracyBudget) -> bool:
+    return loss["top1_drop"] <= budget.max_top1_drop and loss["flips"] <= budget.max_flips

@@ -218,6 +218,27 @@ class QuantizeConfig:
 
 
 @dataclass
+class OpenVinoConfig:
+    precision: Precision = Precision.fp32
+    accuracy_budget: AccuracyBudget | None = None  # int8 only, for each tower by itself
+
+    def __post_init__(self) -> None:
+        if self.precision is Precision.fp16:
+            raise ConfigError("export_openvino: precision fp16 has no products on a CPU; accepted are fp32, bf16, int8")
+        if self.accuracy_budget is not None and self.precision is not Precision.int8:
+            raise ConfigError(f"export_openvino: accuracy_budget belongs to int8, not to {self.precision.value}")
+
+
+@dataclass
+class AotiConfig:
+    precision: Precision = Precision.fp32
+
+    def __post_init__(self) -> None:
+        if self.precision not in (Precision.fp32, Precision.bf16):
+            raise ConfigError(f"export_aoti: precision is {self.precision.value}; accepted are fp32, bf16")
+
+
+@dataclass
 class Params:
     """All of params.yaml."""
 
@@ -227,13 +248,16 @@ class Params:
     gates: str
     onnx: OnnxConfig
     export_torchscript: dict[str, TorchScriptConfig]
+    export_aoti: dict[str, AotiConfig]
+    export_openvino: dict[str, OpenVinoConfig]
     optimize: dict[str, OptimizeConfig]
     quantize: dict[str, QuantizeConfig]
     targets: list[str]
     seed: int = 0
 
     def __post_init__(self) -> None:
-        names = [REFERENCE, EXPORTED, *self.export_torchscript, *self.optimize, *self.quantize]
+        built = (self.export_torchscript, self.export_aoti, self.export_openvino, self.optimize, self.quantize)
+        names = [REFERENCE, EXPORTED, *(name for section in built for name in section)]
         for name in names:
             if not re.fullmatch(r"[a-z0-9-]+", name):
                 raise ConfigError(f"target {name!r}: names are made of a-z, 0-9 and - (they become paths)")

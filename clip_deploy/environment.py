@@ -19,6 +19,8 @@ LIBRARIES = {
     "numpy": ("numpy",),
     "pillow": ("pillow",),
     "datasets": ("datasets",),
+    "openvino": ("openvino",),
+    "nncf": ("nncf",),
 }
 INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 

@@ -15,7 +15,7 @@ from clip_deploy.artifact import Target, read_target
 from clip_deploy.checkpoint import load_model
 from clip_deploy.config import OnnxConfig
 from clip_deploy.errors import DeployError, UnavailableError
-from clip_deploy.towers import example_inputs, split
+from clip_deploy.towers import dynamic_axes, example_inputs, split
 
 OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
 
@@ -31,18 +31,15 @@ def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
     """
     source = read_target(checkpoint)
     model = source.model
-    inputs = example_inputs(tuple(model["image_size"]), model["context_length"], model["text_inputs"])
-    if model["pad_to_context"]:
-        inputs["text"] = tuple(torch.ones(2, model["context_length"], dtype=torch.int64) for _ in inputs["text"])
+    inputs, axes = example_inputs(model), dynamic_axes(model)
     names = {"vision": ["pixel_values"], "text": model["text_inputs"]}
     write = WRITERS[settings.writer]
     for name, tower in split(load_model(checkpoint), inputs).items():
         path = output / f"{name}.onnx"
-        axes = {0: "batch"} if name == "vision" or model["pad_to_context"] else {0: "batch", 1: "sequence"}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations and tracer warnings: validate checks other shapes
-                write(tower, inputs[name], path, names[name], OUTPUTS[name], axes, settings.opset)
+                write(tower, inputs[name], path, names[name], OUTPUTS[name], axes[name], settings.opset)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UnavailableError(f"the {settings.writer} exporter failed on the {name} tower: {reason}") from error

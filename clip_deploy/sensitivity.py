@@ -15,9 +15,10 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
-from clip_deploy import accuracy, onnx_graph
+from clip_deploy import onnx_graph
+from clip_deploy.accuracy import losses, within
 from clip_deploy.config import AccuracyBudget
-from clip_deploy.encode import Embeddings, encode_set
+from clip_deploy.encode import encode_set
 from clip_deploy.parity import row_cosines
 from clip_deploy.prepared import Prepared
 
@@ -211,17 +212,3 @@ def search(encoder: Switched, prepared: Prepared, budget: AccuracyBudget, seed: 
         loss(round((1 - share) * len(order)))
     curve = [{"share": count / len(order), **point} for count, point in sorted(known.items())]
     return Search(order[:high], len(order), **loss(high), sensitivity=sensitivity, curve=curve)
-
-
-def losses(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> dict[str, float]:
-    """Drop of top-1 in percentage points (0 without classes), percent of answers that flipped, and mean cosine."""
-    drop = accuracy.zero_shot(actual, reference, prepared, seed)["top1_drop"] if prepared.manifest["classes"] else 0.0
-    cosines = [
-        float(row_cosines(ours, theirs).mean())
-        for ours, theirs in ((actual.images, reference.images), (actual.texts, reference.texts))
-    ]
-    return {"top1_drop": drop, "flips": accuracy.flips(actual, reference, prepared), "cosine": float(np.mean(cosines))}
-
-
-def within(loss: dict[str, float], budget: AccuracyBudget) -> bool:
-    return loss["top1_drop"] <= budget.max_top1_drop and loss["flips"] <= budget.max_flips

@@ -27,9 +27,7 @@ def export_torchscript(checkpoint: Path, precision: Precision, output: Path) -> 
     Raises UnavailableError where a tower cannot be traced or quantised.
     """
     source = read_target(checkpoint)
-    inputs = example_inputs(
-        tuple(source.model["image_size"]), source.model["context_length"], source.model["text_inputs"]
-    )
+    inputs = example_inputs(source.model)
     for name, tower in split(load_model(checkpoint), inputs).items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecation, said above; tracer warnings: validate checks other shapes

@@ -63,6 +63,12 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
         ("precision: fp16}", "precision: int8}", r"int8 is made by `quantize`; accepted are fp32, fp16"),
         ("precision: fp16}", "precision: bf16}", r"no bf16 products on a CPU; accepted are fp32, fp16"),
         ("precision: bf16}", "precision: fp16}", r"fp16 is slow on a CPU; accepted are fp32, bf16, int8"),
+        (
+            "export_aoti: {}",
+            "export_aoti: {a: {precision: int8}}",
+            r"export_aoti: precision is int8; accepted are fp32",
+        ),
+        ("  openvino-fp32: {precision: fp32}", "  openvino-fp32: {precision: fp16}", r"accepted are fp32, bf16, int8"),
         ("  opset: 18", "  opsets: 18", r"unknown key onnx\.opsets; accepted are opset, exporter"),
         ("seed: 0", "sede: 0", r"unknown key sede; accepted are model, data"),
         ("  opset: 18", "  opset: eighteen", r"onnx\.opset: .*'eighteen'"),

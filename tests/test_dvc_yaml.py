@@ -125,5 +125,5 @@ def test_no_measured_result_is_cached():
 
 
 def test_target_keys_are_slugs():
-    for section in ("export_torchscript", "optimize", "quantize"):
+    for section in ("export_torchscript", "export_aoti", "export_openvino", "optimize", "quantize"):
         assert all(re.fullmatch(r"[a-z0-9-]+", key) for key in PARAMS[section])

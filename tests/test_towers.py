@@ -29,7 +29,8 @@ def test_a_tower_gives_the_whole_models_embedding_and_owns_nothing_of_the_other(
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     text_inputs = ["input_ids"] if name == "siglip" else ["input_ids", "attention_mask"]
-    inputs = example_inputs((32, 32), 16, text_inputs)
+    facts = {"image_size": [32, 32], "context_length": 16, "text_inputs": text_inputs, "pad_to_context": False}
+    inputs = example_inputs(facts)
     inputs = {"vision": (torch.randn(2, 3, 32, 32),), "text": inputs["text"]}
     texts = dict(zip(text_inputs, inputs["text"], strict=True))
     with torch.inference_mode():

@@ -9,7 +9,7 @@ import numpy as np
 from clip_deploy.artifact import Target, read_target
 from clip_deploy.errors import DeployError, UnavailableError
 
-RUNTIMES = ("eager", "torchscript", "ort")
+RUNTIMES = ("eager", "torchscript", "aoti", "ort", "openvino")
 
 
 class Encoder(Protocol):

@@ -1,0 +1,33 @@
+"""OpenVINO IR, run by OpenVINO's CPU plugin. Needs neither torch nor transformers."""
+
+from pathlib import Path
+
+import numpy as np
+import openvino
+
+from clip_deploy.artifact import Target
+
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # left to itself the plugin computes FP32 models in bf16
+
+
+class Encoder:
+    def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
+        properties: dict[str, str | int] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": HINTS[target.precision],
+        }
+        if threads:
+            properties["INFERENCE_NUM_THREADS"] = threads
+        core = openvino.Core()
+        self.vision, self.text = (
+            core.compile_model(folder / f"{tower}.xml", "CPU", properties).create_infer_request()
+            for tower in ("vision", "text")
+        )
+        self.text_inputs = target.model["text_inputs"]
+
+    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
+        return self.vision.infer({"pixel_values": pixel_values})[0].copy()
+
+    def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.text.infer({name: given[name] for name in self.text_inputs})[0].copy()
