@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -25,6 +26,7 @@ ROUND_MS = 20.0  # each side's turn lasts about so long
 LEAST_ROUNDS = 5
 BEYOND = 5  # a percentile is stated where at least so many calls lie beyond it
 RESAMPLES = 1000  # of the bootstrap over rounds
+PROGRAM = (sys.executable, "-m", "clip_deploy.worker")
 
 # glibc returns large buffers to the kernel after each call or keeps them, as its thresholds happened to move: the same
 # program ran 0.6 to 1.2 times as fast as itself. Fixed, it keeps them: mallopt(3), M_MMAP_THRESHOLD, M_TRIM_THRESHOLD.
@@ -84,7 +86,7 @@ def _measure_one(
 ) -> dict[str, Any]:
     for worker in (target, other):
         worker.ask(request)
-    calls = {worker: _calls_per_turn(worker, settings.warmup) for worker in (target, other)}
+    calls = {worker: calls_per_turn(worker, settings.warmup) for worker in (target, other)}
     turns: dict[Worker, list[list[float]]] = {target: [], other: []}
     started = monotonic()
     while True:
@@ -98,7 +100,7 @@ def _measure_one(
             return summarize(turns[target], turns[other], request["batch"], seed)
 
 
-def _calls_per_turn(worker: "Worker", warmup: int) -> int:
+def calls_per_turn(worker: "Worker", warmup: int) -> int:
     """Warm up, and find how many calls fill a turn: one of them is not counted."""
     typical = float(np.median(worker.ask({"calls": max(1, warmup)})["ms"]))
     return 1 if typical > ROUND_MS else 1 + math.ceil(ROUND_MS / typical)
@@ -136,13 +138,16 @@ def speedup_interval(turns: list[list[float]], reference: list[list[float]], see
 
 
 class Worker:
-    """A worker process, stopped except while it answers."""
+    """A worker process, stopped except while it answers.
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    `program` is a Python and its arguments that answers as clip_deploy.worker does.
+    """
+
+    def __init__(self, folder: Path, threads: int, program: Sequence[str] = PROGRAM) -> None:
         variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         self.name = folder.name
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "clip_deploy.worker", str(folder), str(threads)],
+            [*program, str(folder), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -151,9 +156,7 @@ class Worker:
 
     def wait(self) -> None:
         """Wait until the target is open; both sides open theirs at the same time."""
-        answer = self._read()
-        if "error" in answer:
-            raise UnavailableError(answer["error"])
+        self._read()
         self._signal("SIGSTOP")
 
     def ask(self, request: dict) -> dict:
@@ -171,7 +174,10 @@ class Worker:
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line:
             raise self._died()
-        return json.loads(line)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UnavailableError(answer["error"])
+        return answer
 
     def _died(self) -> DeployError:
         return UnavailableError(f"{self.name} stopped with exit code {self.process.wait()} while it was timed")

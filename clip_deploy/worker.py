@@ -3,7 +3,9 @@
 Reads one JSON request a line from standard input and answers with one JSON line on standard output:
     {"tower": "vision", "batch": 8}     take these inputs from now on
     {"calls": 5}                        run so often and answer the milliseconds of each call
+    {"rows": true}                      run once and answer the embeddings
     {"memory": true}                    peak memory above the empty interpreter, in bytes
+What fails is answered as {"error": reason}.
 """
 
 import ctypes
@@ -14,7 +16,10 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from clip_deploy.errors import DeployError
 
 if TYPE_CHECKING:
     from clip_deploy.runtimes import Encoder
@@ -34,34 +39,51 @@ EMPTY = peak_bytes()
 
 
 def main() -> None:
-    folder, threads = Path(sys.argv[1]), int(sys.argv[2])
+    from clip_deploy.runtimes import open_encoder
+
+    serve(open_encoder, prepare_call)
+
+
+def serve(open_target: Callable[[Path, int], "Encoder"], prepare: Callable[["Encoder", dict], Callable]) -> None:
+    """Open the target that the command line names and answer requests; needs the standard library only.
+
+    Args:
+        open_target: from a folder and a number of threads.
+        prepare: from the encoder and a request with "tower" to the call that is timed from then on.
+    """
     die_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not mix with the answers
+    call: Callable[[], Any] = lambda: None  # noqa: E731
 
-    from time import perf_counter
-
-    from clip_deploy.errors import DeployError
-    from clip_deploy.runtimes import open_encoder
+    def answer(request: dict) -> dict[str, object]:
+        nonlocal call
+        if "tower" in request:
+            call = prepare(encoder, request)
+            return {"ready": True}
+        if "calls" in request:
+            return {"ms": [timed(call, perf_counter) for _ in range(request["calls"])]}
+        if "rows" in request:
+            return {"rows": call().tolist()}
+        return {"bytes": peak_bytes() - EMPTY}
 
     try:
-        encoder = open_encoder(folder, threads)
-    except DeployError as error:
-        print(json.dumps({"error": str(error)}), file=answers)
-        return
-    print(json.dumps({"ready": True}), file=answers)
-    call: Callable[[], object] = lambda: None  # noqa: E731
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer: dict[str, object]
-        if "tower" in request:
-            call = prepare_call(encoder, request)
-            answer = {"ready": True}
-        elif "calls" in request:
-            answer = {"ms": [timed(call, perf_counter) for _ in range(request["calls"])]}
-        else:
-            answer = {"bytes": peak_bytes() - EMPTY}
-        print(json.dumps(answer), file=answers)
+        encoder = open_target(Path(sys.argv[1]), int(sys.argv[2]))
+        print(json.dumps({"ready": True}), file=answers)
+        for line in sys.stdin:
+            print(json.dumps(answer(json.loads(line))), file=answers)
+    except Exception as error:
+        print(json.dumps({"error": reason(error)}), file=answers)
+        if not isinstance(error, DeployError):
+            raise
+
+
+def reason(error: Exception) -> str:
+    """The message that a table can show: one line."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, DeployError):
+        return str(error)
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def die_with_parent() -> None:
