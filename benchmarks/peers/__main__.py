@@ -1,0 +1,129 @@
+"""Our targets against other exporters and runtimes, on the same checkpoint, inputs and cores: `make bench-peers`, or
+
+    python -m benchmarks.peers [model=NAME] [targets=A,B] [artifacts=FOLDER] [peers=C,D] [seconds=90] [rounds=150]
+
+model:     a file of conf/model/ (vit-b-32-untrained).
+targets:   ours that take part; the pipeline builds them in a copy of the repository.
+artifacts: take them from this folder as they are instead; its torch-fp32 is the checkpoint, and model is only a name.
+peers:     torch, optimum, olive, openvino; each in its own environment under build/peers/, made on demand.
+seconds:   time limit of the rounds at one tower, batch size and text length, all contestants together.
+rounds:    of them, at most; a quick rehearsal is seconds=5 rounds=5.
+
+Prints one table and writes reports/peers.json and reports/peers.md. Every contestant holds the model in memory at once:
+about 1 GB each for B/32 in float32.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from benchmarks.peers import contestant, environments
+from benchmarks.peers.inputs import cases, write_inputs
+from benchmarks.peers.project import build_targets
+from benchmarks.peers.race import Contestant, duels, race, result
+from benchmarks.peers.table import markdown
+from clip_deploy.artifact import read_target, size_bytes, write_text
+from clip_deploy.config import REFERENCE, typed
+from clip_deploy.environment import hardware, software
+from clip_deploy.errors import ConfigError, DeployError
+from clip_deploy.results import rounded, write_json
+
+BASIS = "ort-fp32"  # its median latency is 1.00x
+WORKER = ("-m", "benchmarks.peers.worker")
+NAMED = ("torch", "transformers", "onnxruntime", "optimum-onnx", "olive-ai", "openvino", "nncf", "numpy")
+
+
+@dataclass
+class Settings:
+    model: str = "vit-b-32-untrained"
+    targets: str = f"{REFERENCE},{BASIS},ort-int8-dynamic"
+    artifacts: Path | None = None
+    peers: str = ",".join(contestant.PEERS)
+    threads: int = 2
+    seconds: float = 90
+    rounds: int = 150
+    output: Path = environments.ROOT / "reports"
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.peer_names) - set(contestant.PEERS)):
+            raise ConfigError(f"peers names {unknown[0]!r}: accepted are {', '.join(contestant.PEERS)}")
+        if missing := [name for name in (REFERENCE, BASIS) if name not in self.target_names]:
+            raise ConfigError(f"targets lacks {missing[0]}, which every row is held against: add it")
+
+    @property
+    def target_names(self) -> list[str]:
+        return [name for name in self.targets.split(",") if name]
+
+    @property
+    def peer_names(self) -> list[str]:
+        return [name for name in self.peers.split(",") if name]
+
+
+def main() -> None:
+    try:
+        settings = typed(Settings, OmegaConf.from_cli(sys.argv[1:]), "command line")
+        record = bench(settings)
+    except DeployError as error:
+        raise SystemExit(f"error: {error}") from error
+    text = markdown(record)
+    print(text)
+    write_json(settings.output / "peers.json", record)
+    write_text(settings.output / "peers.md", text)
+
+
+def bench(settings: Settings) -> dict[str, Any]:
+    """Build what is missing, run the race, and gather what was found."""
+    work = environments.BUILD / settings.model
+    artifacts = settings.artifacts or build_targets(settings.model, settings.target_names, work / "project")
+    checkpoint = (artifacts / REFERENCE).resolve()
+    inputs, calibration = work / "inputs.npz", work / "calibration.npz"
+    write_inputs(checkpoint, inputs, calibration)
+    contestants = [ours(artifacts / name) for name in settings.target_names]
+    for peer in settings.peer_names:
+        contestants += peers(peer, environments.build(peer, settings.model, checkpoint, calibration))
+    requests = [{**case, "inputs": str(inputs)} for case in cases(read_target(checkpoint).model)]
+    found = race(contestants, requests, settings.threads, settings.seconds, settings.rounds)
+    return rounded(
+        {
+            "model": settings.model,
+            "basis": BASIS,
+            "truth": REFERENCE,
+            "threads": settings.threads,
+            "machine": hardware(),
+            "versions": {"clip-deploy": software(), **{peer: versions(peer) for peer in settings.peer_names}},
+            "rows": [result(case, one, BASIS, REFERENCE) for case in found for one in contestants],
+            "duels": [row for case in found for row in duels(case, contestants)],
+        }
+    )
+
+
+def ours(folder: Path) -> Contestant:
+    target = read_target(folder)
+    size_mb = None if target.unavailable else size_bytes(folder) / 1e6
+    program = (sys.executable, *WORKER)
+    return Contestant(folder.name, folder, program, size_mb, target.precision, True, target.unavailable)
+
+
+def peers(peer: str, output: Path) -> list[Contestant]:
+    python = str(environments.BUILD / peer / "venv" / "bin" / "python")
+    found = []
+    for name in contestant.PEERS[peer]:
+        folder = output / name
+        record = contestant.read(folder)
+        size_mb = sum((folder / file).stat().st_size for file in record.get("files", ())) / 1e6
+        precision, unavailable = contestant.precision(name), record.get("unavailable")
+        found.append(Contestant(name, folder, (python, *WORKER), size_mb, precision, False, unavailable))
+    return found
+
+
+def versions(peer: str) -> dict[str, str]:
+    """What its requirements pin, the libraries that decide first."""
+    pinned = environments.pins(peer)
+    return {name: pinned[name] for name in NAMED if name in pinned}
+
+
+if __name__ == "__main__":
+    main()

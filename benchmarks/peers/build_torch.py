@@ -1,0 +1,33 @@
+"""PyTorch itself, eager and compiled: python -m benchmarks.peers.build_torch CHECKPOINT OUTPUT CALIBRATION
+
+https://docs.pytorch.org/docs/stable/generated/torch.compile.html. It compiles in the worker, before each input shape is
+timed; on disk there is only the checkpoint.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from benchmarks.peers.contestant import build_all
+
+
+def main() -> None:
+    checkpoint, output = Path(sys.argv[1]), Path(sys.argv[2])
+    build_all(
+        output,
+        {
+            "torch-eager": partial(link, checkpoint, "eager"),
+            "torch-compile": partial(link, checkpoint, "compile"),
+        },
+    )
+
+
+def link(checkpoint: Path, runtime: str, folder: Path) -> dict:
+    names = ["config.json", *sorted(path.name for path in checkpoint.glob("*.safetensors"))]
+    for name in names:
+        (folder / name).symlink_to((checkpoint / name).resolve())
+    return {"runtime": runtime, "files": names, "build": {}}
+
+
+if __name__ == "__main__":
+    main()

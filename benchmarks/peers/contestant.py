@@ -1,0 +1,71 @@
+"""A contestant's folder: both towers' files and contestant.json. Every peer's Python imports it: standard library only.
+
+A folder holds either {"runtime", "files", "build"} or {"unavailable": reason}: no contestant is dropped.
+"""
+
+import json
+import shutil
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from clip_deploy.worker import reason
+
+MANIFEST = "contestant.json"
+
+# Peer -> what it builds, in the order of the table.
+PEERS = {
+    "torch": ("torch-eager", "torch-compile"),
+    "optimum": (
+        "optimum-export",
+        "optimum-o1",
+        "optimum-o2",
+        "optimum-o3",
+        "optimum-int8-avx2",
+        "optimum-int8-avx512-vnni",
+        "optimum-o2-int8-avx2",
+        "optimum-o2-int8-avx512-vnni",
+    ),
+    "olive": ("olive-fp32", "olive-int8"),
+    "openvino": ("openvino-fp32", "openvino-auto", "openvino-int8"),
+}
+
+Recipe = Callable[[Path], dict]
+
+
+def precision(name: str) -> str:
+    """The class in which a contestant is compared: int8, auto (the runtime chooses) or fp32."""
+    return next((word for word in ("int8", "auto") if word in name.split("-")), "fp32")
+
+
+def build_all(output: Path, recipes: dict[str, Recipe]) -> None:
+    """Let each recipe fill output/<name> and say how: {"runtime": ..., "files": [...], "build": {...}}."""
+    for name, recipe in recipes.items():
+        build(output / name, recipe)
+
+
+def build(folder: Path, recipe: Recipe) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        record = recipe(folder)
+    except Exception as error:  # whatever a peer raises is the reason that its row shows
+        traceback.print_exc()
+        record = {"unavailable": reason(error)}
+    write(folder, record)
+
+
+def write(folder: Path, record: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def need_clip(checkpoint: Path, peer: str) -> None:
+    """Stop where the peer has no class for the checkpoint's towers with their projection."""
+    kind = json.loads((checkpoint / "config.json").read_text()).get("model_type")
+    if kind != "clip":
+        raise SystemExit(f"{peer} has no towers with their projection for {kind!r}, only for 'clip'")

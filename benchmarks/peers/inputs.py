@@ -1,0 +1,62 @@
+"""The inputs that every contestant gets, and the calibration set, made once with the checkpoint's own processor."""
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.peers.worker import input_names
+from clip_deploy.artifact import read_target
+from clip_deploy.checkpoint import load_processor
+from clip_deploy.config import DataConfig
+from clip_deploy.dataset import Dataset, load
+from clip_deploy.prepared import tokenize
+
+BATCHES = (1, 8)
+SHORT_TOKENS = 8
+CALIBRATION_SAMPLES = 96  # as conf/data/shapes.yaml
+
+
+def text_lengths(model: dict) -> list[int]:
+    """The whole context and, where texts need not be padded to it, a short text."""
+    return [model["context_length"]] if model["pad_to_context"] else [model["context_length"], SHORT_TOKENS]
+
+
+def cases(model: dict) -> list[dict]:
+    """The requests of one run, in the order of the table."""
+    lengths = [("vision", None), *(("text", tokens) for tokens in text_lengths(model))]
+    return [{"tower": tower, "batch": batch, "tokens": tokens} for tower, tokens in lengths for batch in BATCHES]
+
+
+def write_inputs(checkpoint: Path, inputs: Path, calibration: Path) -> None:
+    """Rendered scenes and their captions: real inputs, so that a cosine says something, in two .npz files.
+
+    inputs holds pixel_values [8, 3, height, width] and, for each text length, input_ids_<tokens> and
+    attention_mask_<tokens> [8, tokens]; calibration holds pixel_values, input_ids and attention_mask of 96 others.
+    """
+    model, processor = read_target(checkpoint).model, load_processor(checkpoint)
+    dataset = load(DataConfig(evaluation_samples=max(BATCHES), calibration_samples=CALIBRATION_SAMPLES), seed=0)
+    arrays = {"pixel_values": pixels(dataset, "evaluation", processor)}
+    for tokens in text_lengths(model):
+        ids, mask = texts(dataset, "evaluation", processor, model, tokens)
+        arrays |= dict(zip(input_names("text", tokens), (ids, mask), strict=True))
+    inputs.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(inputs, **arrays)
+    ids, mask = texts(dataset, "calibration", processor, model, model["context_length"])
+    np.savez(
+        calibration,
+        pixel_values=pixels(dataset, "calibration", processor),
+        **dict(zip(("input_ids", "attention_mask"), (ids, mask), strict=True)),
+    )
+
+
+def pixels(dataset: Dataset, name: str, processor) -> np.ndarray:
+    images = [sample.open() for sample in getattr(dataset, name)]
+    return processor.image_processor(images, return_tensors="np")["pixel_values"].astype(np.float32)
+
+
+def texts(dataset: Dataset, name: str, processor, model: dict, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first caption of each sample, cut or padded to `tokens`."""
+    captions = [sample.captions[0] for sample in getattr(dataset, name)]
+    tokenized = tokenize(processor, {**model, "context_length": tokens}, captions)
+    padded = tokenized.padded(tokens, int(processor.tokenizer.pad_token_id or 0))
+    return padded.input_ids, padded.attention_mask
