@@ -8,11 +8,11 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.peers import contestant, environments
-from benchmarks.peers.__main__ import Settings
-from benchmarks.peers.inputs import cases, write_inputs
+from benchmarks.peers.__main__ import Settings, described, located
+from benchmarks.peers.inputs import cases, paddings, write_inputs
 from benchmarks.peers.project import stage_of
-from benchmarks.peers.race import Case, Contestant, duels, race, result
-from benchmarks.peers.table import duel_rows, rows
+from benchmarks.peers.race import Case, Contestant, duels, lanes, padding, race, result
+from benchmarks.peers.table import duel_rows, markdown, reasons, rows
 from clip_deploy.artifact import read_target
 from clip_deploy.errors import ConfigError, UnavailableError
 
@@ -86,20 +86,26 @@ def test_a_ratio_above_one_is_slower_and_drift_cancels_in_it():
     assert row["ratio_low"] <= 2 <= row["ratio_high"]
 
 
-def test_our_fastest_meets_the_fastest_peer_of_its_precision():
-    case = Case(vision(""), 5, {name: [[ms]] * 5 for name, ms in (("a", 8.0), ("b", 6.0), ("x", 5.0), ("y", 3.0))})
+def test_our_fastest_that_stays_close_meets_the_fastest_peer_of_its_precision():
+    latencies = (("a", 8.0), ("b", 6.0), ("wrong", 1.0), ("x", 5.0), ("y", 3.0))
+    case = Case(vision(""), 5, {name: [[ms]] * 5 for name, ms in latencies})
+    case.embeddings = {name: np.eye(2) for name in case.turns} | {"wrong": np.ones((2, 2)), "x": np.ones((2, 2))}
     case.turns["stopped"] = [[1.0]]  # failed after its first round
-    ours = [Contestant(name, ROOT, precision="fp32", ours=True) for name in ("a", "b")]
+    ours = [Contestant(name, ROOT, precision="fp32", ours=True) for name in ("a", "b", "wrong")]
     peers = [Contestant("x", ROOT, precision="fp32"), Contestant("y", ROOT, precision="int8")]
-    (duel,) = duels(case, [*ours, *peers, Contestant("stopped", ROOT, precision="fp32")])
+    (duel,) = duels(case, [*ours, *peers, Contestant("stopped", ROOT, precision="fp32")], truth="a")
     assert (duel["precision"], duel["ours"], duel["peer"]) == ("fp32", "b", "x")
     assert duel["ratio"] == duel["ratio_low"] == duel["ratio_high"] == 1.2
-    assert " ".join(duel_rows([duel])[2].split()) == "| vision | 2 | fp32 | b | x | 1.20x [1.20, 1.20] |"
-    assert [contestant.precision(name) for name in ("optimum-o2-int8-avx2", "openvino-auto", "torch-eager")] == [
-        "int8",
-        "auto",
-        "fp32",
-    ]
+    line = "| vision | 2 | fp32 | b | 1.0000 | x | 0.7071 | 1.20x [1.20, 1.20] |"
+    assert " ".join(duel_rows([duel])[2].split()) == line
+
+
+def test_a_ratio_whose_interval_is_wide_is_marked():
+    case = Case(vision(""), 20, {"basis": [[1.0]] * 20, "stalled": [[1.0], [9.0]] * 10})
+    case.embeddings = {name: np.eye(2) for name in case.turns}
+    found = [result(case, Contestant(name, ROOT), "basis", "basis") for name in case.turns]
+    assert [row["unstable"] for row in found] == [False, True]
+    assert "~ " in rows(found, [described(Contestant(name, ROOT), Contestant("", ROOT)) for name in case.turns], "")[3]
 
 
 def test_who_cannot_be_opened_or_fails_keeps_its_row_with_the_reason(fake, inputs):
@@ -109,18 +115,20 @@ def test_who_cannot_be_opened_or_fails_keeps_its_row_with_the_reason(fake, input
     measured, failed = race(entered, [vision(inputs), text], threads=1, seconds=0, rounds=5)
     assert "p50_ms" in result(measured, entered[0], "basis", "basis")
     assert result(failed, entered[0], "basis", "basis")["unavailable"] == "ValueError: no texts here"
-    table = rows([result(measured, one, "basis", "basis") for one in entered], "basis")
-    assert "Ratio to basis [95 %]" in table[0]
+    found = [result(measured, one, "basis", "basis") for one in entered]
+    table = rows(found, [described(one, entered[0]) for one in entered], "basis")
+    assert "Ratio to basis, batch 2" in table[0]
+    assert " 100.0 |" in table[2]
     assert "| broken " in table[3]
-    assert "unavailable: RuntimeError: needs AMX  " in table[3]
-    assert "unavailable: no wheel for this Python" in table[4]
+    assert " unavailable |" in table[3]
+    assert reasons(found)[2:4] == ["- `broken`: RuntimeError: needs AMX", "- `absent`: no wheel for this Python"]
     assert len({len(line) for line in table}) == 1
 
 
 def test_our_targets_answer_the_peers_protocol(onnx_target, checkpoint, tmp_path):
     write_inputs(checkpoint, tmp_path / "inputs.npz", tmp_path / "calibration.npz")
     entered = [Contestant(folder.name, folder, OURS) for folder in (checkpoint, onnx_target)]
-    requests = [{**case, "inputs": str(tmp_path / "inputs.npz")} for case in cases(read_target(checkpoint).model)]
+    requests = located(cases(read_target(checkpoint).model), tmp_path / "inputs.npz")
     assert [(case["tower"], case["batch"], case["tokens"]) for case in requests] == [
         *(("vision", batch, None) for batch in (1, 8)),
         *(("text", batch, tokens) for tokens in (32, 8) for batch in (1, 8)),
@@ -131,6 +139,62 @@ def test_our_targets_answer_the_peers_protocol(onnx_target, checkpoint, tmp_path
     assert [len(case.embeddings["onnx-fp32"]) for case in found] == [1, 8, 1, 8, 1, 8]
 
 
+def test_short_texts_race_against_themselves_padded(onnx_target, checkpoint, tmp_path):
+    write_inputs(checkpoint, tmp_path / "inputs.npz", tmp_path / "calibration.npz")
+    with np.load(tmp_path / "inputs.npz") as arrays:
+        assert arrays["input_ids_8_in_32"].shape == (8, 32)
+        assert (arrays["input_ids_8_in_32"][:, :8] == arrays["input_ids_8"]).all()
+        assert not arrays["attention_mask_8_in_32"][:, 8:].any()
+    pair = paddings(read_target(checkpoint).model)[1]
+    entered = lanes(Contestant("onnx-fp32", onnx_target, OURS), pair)
+    (case,) = race(entered, located(pair[:1], tmp_path / "inputs.npz"), threads=1, seconds=0, rounds=5)
+    row = padding(case)
+    assert (row["batch"], row["tokens"], row["cosine_min"]) == (8, 8, pytest.approx(1, abs=1e-4))
+    assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+
+
+def test_the_page_names_machine_versions_and_command(fake, inputs):
+    entered = [fake("torch-fp32", ms=1), fake("ort-fp32", ms=1)]
+    found = race(entered, [vision(inputs)], threads=1, seconds=0, rounds=5)
+    machine = {"cpu": "Zilog Z80", "cores": 1, "instruction_sets": ["nop"], "memory_gb": 1, "system": "CP/M"}
+    record = {
+        "command": Settings().command,
+        "model": "tiny",
+        "basis": "ort-fp32",
+        "truth": "torch-fp32",
+        "threads": 1,
+        "machine": machine,
+        "versions": {"optimum": {"onnx": "1.2.3"}},
+        "duels": [],
+        "padding": [],
+        "contestants": [described(one, entered[1]) for one in entered],
+        "rows": [result(found[0], one, "ort-fp32", "torch-fp32") for one in entered],
+    }
+    page = markdown(record)
+    assert "Zilog Z80" in page
+    assert "- optimum: onnx 1.2.3" in page
+    assert "`python -m benchmarks.peers model=vit-b-32-untrained" in page
+    assert str(ROOT) not in page
+    assert "| torch-fp32 " in page
+    assert "Short texts" not in page
+
+
+def test_what_is_made_already_is_not_made_again(tmp_path):
+    made = []
+
+    def build(folder):
+        made.append(folder.name)
+        return {"runtime": "ort", "precision": "fp32", "files": []}
+
+    contestant.build_all(tmp_path, "first", {"one": build})
+    contestant.build_all(tmp_path, "first", {"one": build, "two": build})
+    assert made == ["one", "two"]
+    (tmp_path / "one" / contestant.MANIFEST).unlink()  # as a killed build leaves it
+    contestant.build_all(tmp_path, "first", {"one": build, "two": build})
+    contestant.build_all(tmp_path, "second", {"two": build})
+    assert made == ["one", "two", "one", "two"]
+
+
 def test_what_a_peer_raises_is_the_reason_that_its_row_shows(tmp_path):
     def build(folder):
         (folder / "vision.onnx").touch()
@@ -139,23 +203,25 @@ def test_what_a_peer_raises_is_the_reason_that_its_row_shows(tmp_path):
     def fail(folder):
         raise KeyError("clip_vision_model is not supported yet")
 
-    contestant.build_all(tmp_path, {"good": build, "bad": fail})
+    contestant.build_all(tmp_path, "key", {"good": build, "bad": fail})
     assert contestant.read(tmp_path / "good")["runtime"] == "ort"
-    assert contestant.read(tmp_path / "bad") == {"unavailable": "KeyError: 'clip_vision_model is not supported yet'"}
+    assert contestant.read(tmp_path / "bad")["unavailable"] == "KeyError: 'clip_vision_model is not supported yet'"
 
 
-def test_a_peer_that_cannot_be_installed_keeps_all_its_rows(tmp_path, monkeypatch):
-    def refuse(peer):
+def test_a_peer_that_cannot_be_installed_keeps_all_its_rows_and_is_tried_again(checkpoint, tmp_path, monkeypatch):
+    tries = []
+
+    def refuse(home, peer):
+        tries.append(peer)
         raise UnavailableError("ERROR: No matching distribution found for olive-ai==0.13.0")
 
-    monkeypatch.setattr(environments, "BUILD", tmp_path)
-    monkeypatch.setattr(environments, "python_of", refuse)
-    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.setattr(environments, "install", refuse)
     (tmp_path / "calibration.npz").touch()
-    output = environments.build("olive", "tiny", tmp_path / "checkpoint", tmp_path / "calibration.npz")
-    for name in contestant.PEERS["olive"]:
-        assert "No matching distribution" in contestant.read(output / name)["unavailable"]
-    assert not (output / "made").exists()
+    for _ in range(2):
+        output = environments.build(tmp_path, "olive", "tiny", checkpoint, tmp_path / "calibration.npz")
+        for name in contestant.PEERS["olive"]:
+            assert "No matching distribution" in contestant.read(output / name)["unavailable"]
+    assert tries == ["olive", "olive"]
 
 
 @pytest.mark.parametrize("peer", contestant.PEERS)

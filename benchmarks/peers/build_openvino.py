@@ -1,4 +1,4 @@
-"""What OpenVINO and NNCF make of a checkpoint: python -m benchmarks.peers.build_openvino CHECKPOINT OUTPUT CALIBRATION
+"""What OpenVINO and NNCF make of it: python -m benchmarks.peers.build_openvino CHECKPOINT OUTPUT CALIBRATION KEY
 
 `convert_model` on each tower and `nncf.quantize` as OpenVINO's CLIP notebook shows them (228-clip-zero-shot-quantize):
 https://docs.openvino.ai/2023.3/notebooks/228-clip-zero-shot-quantize-with-output.html
@@ -15,10 +15,11 @@ import openvino as ov
 import torch
 from transformers import AutoModel
 
-from benchmarks.peers.contestant import build_all
+from benchmarks.peers.contestant import build_all, model_type
 
 Arrays = dict[str, np.ndarray]
 FILES = ["vision.xml", "vision.bin", "text.xml", "text.bin"]
+PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # OpenVINO's name to ours
 
 
 class Tower(torch.nn.Module):
@@ -35,8 +36,11 @@ class Tower(torch.nn.Module):
 def main() -> None:
     checkpoint, output, calibration = Path(sys.argv[1]), Path(sys.argv[2]), dict(np.load(sys.argv[3]))
     fp32 = output / "openvino-fp32"
+    if model_type(checkpoint) == "clip":
+        del calibration["attention_mask"]  # behind a causal mask EOS sees no padding, and it runs a little faster
     build_all(
         output,
+        sys.argv[4],
         {
             "openvino-fp32": partial(convert, checkpoint, calibration),
             "openvino-auto": partial(same_files, fp32),
@@ -60,6 +64,7 @@ def convert(checkpoint: Path, calibration: Arrays, folder: Path) -> dict:
         ov.save_model(converted, folder / f"{tower}.xml", compress_to_fp16=False)
     return {
         "runtime": "openvino",
+        "precision": "fp32",
         "files": FILES,
         "options": {"INFERENCE_PRECISION_HINT": "f32"},
         "build": {"convert": "float32"},
@@ -83,7 +88,8 @@ def same_files(fp32: Path, folder: Path) -> dict:
     """
     for name in FILES:
         (folder / name).hardlink_to(fp32 / name)
-    return {"runtime": "openvino", "files": FILES, "build": {"convert": "float32"}}
+    chosen = ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
+    return {"runtime": "openvino", "precision": PRECISIONS[chosen], "files": FILES, "build": {"convert": "float32"}}
 
 
 def quantize(fp32: Path, calibration: Arrays, folder: Path) -> dict:
@@ -96,7 +102,8 @@ def quantize(fp32: Path, calibration: Arrays, folder: Path) -> dict:
             model, nncf.Dataset(samples), subset_size=count, model_type=nncf.ModelType.TRANSFORMER
         )
         ov.save_model(quantized, folder / f"{tower}.xml")
-    return {"runtime": "openvino", "files": FILES, "build": {"quantization": "nncf.quantize, model_type=TRANSFORMER"}}
+    made = {"quantization": "nncf.quantize, model_type=TRANSFORMER"}
+    return {"runtime": "openvino", "precision": "int8", "files": FILES, "build": made}
 
 
 if __name__ == "__main__":

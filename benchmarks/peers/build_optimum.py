@@ -1,6 +1,7 @@
-"""What optimum-onnx makes of a checkpoint: python -m benchmarks.peers.build_optimum CHECKPOINT OUTPUT CALIBRATION
+"""What optimum-onnx makes of a checkpoint: python -m benchmarks.peers.build_optimum CHECKPOINT OUTPUT CALIBRATION KEY
 
-Its exporter on a loaded model, its optimisation levels and its dynamic INT8, as its guides show them:
+Its exporter on a loaded model (what ORTModel.from_pretrained(export=True) calls; for a whole CLIP that gives one graph,
+in which neither tower can be run alone), its optimisation levels and its dynamic INT8, as its guides show them:
 https://huggingface.co/docs/optimum-onnx/onnx/usage_guides/export_a_model
 https://huggingface.co/docs/optimum-onnx/onnxruntime/usage_guides/optimization
 https://huggingface.co/docs/optimum-onnx/onnxruntime/usage_guides/quantization
@@ -49,6 +50,7 @@ def main() -> None:
     exported = output / "optimum-export"
     build_all(
         output,
+        sys.argv[4],
         {
             "optimum-export": partial(export, checkpoint),
             **{f"optimum-{level}": partial(optimize, checkpoint, exported, level) for level in LEVELS},
@@ -70,7 +72,7 @@ def export(checkpoint: Path, folder: Path) -> dict:
             do_validation=False,  # every contestant is held against torch-fp32 when it is timed
         )
         (folder / tower / "model.onnx").replace(folder / f"{tower}.onnx")
-    return {"runtime": "ort", "files": FILES, "build": {"optimization": "none"}}
+    return {"runtime": "ort", "precision": "fp32", "files": FILES, "build": {"optimization": "none"}}
 
 
 def optimize(checkpoint: Path, exported: Path, level: str, folder: Path) -> dict:
@@ -80,7 +82,7 @@ def optimize(checkpoint: Path, exported: Path, level: str, folder: Path) -> dict
         config.text_config = getattr(config, f"{tower}_config")
         optimizer = ORTOptimizer([exported / f"{tower}.onnx"], config)
         optimizer.optimize(LEVELS[level](), save_dir=folder, file_suffix=None)
-    return {"runtime": "ort", "files": FILES, "build": {"optimization": level}}
+    return {"runtime": "ort", "precision": "fp32", "files": FILES, "build": {"optimization": level}}
 
 
 def quantize(source: Path, name: str, folder: Path) -> dict:
@@ -88,7 +90,8 @@ def quantize(source: Path, name: str, folder: Path) -> dict:
     settings = INSTRUCTIONS[name](is_static=False)
     for file in FILES:
         ORTQuantizer.from_pretrained(source, file_name=file).quantize(settings, save_dir=folder, file_suffix=None)
-    return {"runtime": "ort", "files": FILES, "build": {"source": source.name, "quantization": name}}
+    made = {"source": source.name, "quantization": name}
+    return {"runtime": "ort", "precision": "int8", "files": FILES, "build": made}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A contestant's folder: both towers' files and contestant.json. Every peer's Python imports it: standard library only.
 
-A folder holds either {"runtime", "files", "build"} or {"unavailable": reason}: no contestant is dropped.
+A folder holds either {"runtime", "precision", "files", "build"} or {"unavailable": reason}: no contestant is dropped.
+Its "key" says from what it was made.
 """
 
 import json
@@ -33,18 +34,22 @@ PEERS = {
 Recipe = Callable[[Path], dict]
 
 
-def precision(name: str) -> str:
-    """The class in which a contestant is compared: int8, auto (the runtime chooses) or fp32."""
-    return next((word for word in ("int8", "auto") if word in name.split("-")), "fp32")
+def build_all(output: Path, key: str, recipes: dict[str, Recipe]) -> None:
+    """Let each recipe fill output/<name> and say how: {"runtime", "precision", "files", "build"}.
 
-
-def build_all(output: Path, recipes: dict[str, Recipe]) -> None:
-    """Let each recipe fill output/<name> and say how: {"runtime": ..., "files": [...], "build": {...}}."""
+    What was made from the same, known by `key`, stays. A peer that fails the first time fails the next time as well.
+    """
     for name, recipe in recipes.items():
-        build(output / name, recipe)
+        if not is_made(output / name, key):
+            build(output / name, key, recipe)
 
 
-def build(folder: Path, recipe: Recipe) -> None:
+def is_made(folder: Path, key: str) -> bool:
+    """Whether the contestant is complete and made from what `key` stands for: the manifest is written last."""
+    return (folder / MANIFEST).exists() and read(folder).get("key") == key
+
+
+def build(folder: Path, key: str, recipe: Recipe) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -52,7 +57,7 @@ def build(folder: Path, recipe: Recipe) -> None:
     except Exception as error:  # whatever a peer raises is the reason that its row shows
         traceback.print_exc()
         record = {"unavailable": reason(error)}
-    write(folder, record)
+    write(folder, {**record, "key": key})
 
 
 def write(folder: Path, record: dict) -> None:
@@ -64,8 +69,12 @@ def read(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text())
 
 
+def model_type(checkpoint: Path) -> str:
+    return json.loads((checkpoint / "config.json").read_text()).get("model_type", "")
+
+
 def need_clip(checkpoint: Path, peer: str) -> None:
     """Stop where the peer has no class for the checkpoint's towers with their projection."""
-    kind = json.loads((checkpoint / "config.json").read_text()).get("model_type")
+    kind = model_type(checkpoint)
     if kind != "clip":
         raise SystemExit(f"{peer} has no towers with their projection for {kind!r}, only for 'clip'")

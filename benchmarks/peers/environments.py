@@ -8,12 +8,11 @@ import venv
 from pathlib import Path
 
 from benchmarks.peers import contestant
-from clip_deploy.environment import fingerprint
+from clip_deploy.environment import fingerprint, hardware
 from clip_deploy.errors import UnavailableError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-BUILD = ROOT / "build" / "peers"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # everything comes from the checkpoint's folder
 
 
@@ -26,46 +25,57 @@ def pins(peer: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
 
 
-def python_of(peer: str) -> Path:
-    """The peer's interpreter, in an environment that holds what its requirements say; made where it does not.
+def python_of(home: Path) -> Path:
+    """The interpreter of the peer whose folder is `home`."""
+    return home / "venv" / "bin" / "python"
 
-    Raises UnavailableError where pip cannot install them.
+
+def install(home: Path, peer: str) -> None:
+    """Make the environment hold what the peer's requirements say, where it does not yet.
+
+    Raises:
+        UnavailableError: pip cannot install them.
     """
-    folder = BUILD / peer / "venv"
-    python, ready, wanted = folder / "bin" / "python", folder / "ready", requirements(peer).read_text()
-    if not ready.exists() or ready.read_text() != wanted:
-        print(f"installing {peer} into {folder.relative_to(ROOT)}", flush=True)
-        venv.create(folder, clear=True, with_pip=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        _run([*pip, "-r", requirements(peer)], BUILD / peer / "install.log")
-        ready.write_text(wanted)
-    return python
+    folder = home / "venv"
+    ready, wanted = folder / "ready", requirements(peer).read_text()
+    if ready.exists() and ready.read_text() == wanted:
+        return
+    print(f"installing {peer} into {folder}", flush=True)
+    venv.create(folder, clear=True, with_pip=True)
+    pip = [python_of(home), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    _run([*pip, "-r", requirements(peer)], home / "install.log")
+    ready.write_text(wanted)  # last: an interrupted installation is made anew
 
 
-def build(peer: str, model: str, checkpoint: Path, calibration: Path) -> Path:
+def build(home: Path, peer: str, model: str, checkpoint: Path, calibration: Path) -> Path:
     """Let the peer build its contestants from the checkpoint; the folder that holds one folder for each of them.
 
-    What fails as a whole leaves each contestant's folder with the reason.
+    Those that are made already are not made again. What fails as a whole leaves each folder with the reason.
+
+    Args:
+        home: the peer's folder, where its environment is.
     """
-    output = BUILD / peer / model
-    made, key = output / "made", _key(peer, checkpoint, calibration)
-    if made.exists() and made.read_text() == key:
+    output, key = home / model, _key(peer, checkpoint, calibration)
+    missing = [name for name in contestant.PEERS[peer] if not contestant.is_made(output / name, key)]
+    if not missing:
         return output
     try:
-        python = python_of(peer)
-        print(f"building {', '.join(contestant.PEERS[peer])}", flush=True)
-        _run([python, "-m", f"benchmarks.peers.build_{peer}", checkpoint, output, calibration], output / "build.log")
-        made.write_text(key)  # a contestant that its script could not build fails the same way next time
+        install(home, peer)
+        print(f"building {', '.join(missing)}", flush=True)
+        script = [python_of(home), "-m", f"benchmarks.peers.build_{peer}"]
+        _run([*script, checkpoint, output, calibration, key], output / "build.log")
     except UnavailableError as error:
-        for name in contestant.PEERS[peer]:
+        for name in missing:
             contestant.write(output / name, {"unavailable": str(error)})
     return output
 
 
 def _key(peer: str, checkpoint: Path, calibration: Path) -> str:
-    """Changes with the pinned versions, the script, the checkpoint and the calibration set."""
-    paths = [requirements(peer), HERE / f"build_{peer}.py", checkpoint, calibration]
-    return hashlib.sha256("".join(map(fingerprint, paths)).encode()).hexdigest()
+    """Changes with the pinned versions, the scripts, the model, the calibration set and the processor."""
+    scripts = [HERE / f"build_{peer}.py", HERE / "clip_towers.py"]
+    weights = [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]
+    prints = [fingerprint(path) for path in (requirements(peer), *scripts, *weights, calibration)]
+    return hashlib.sha256("".join([*prints, *hardware()["instruction_sets"]]).encode()).hexdigest()
 
 
 def _run(command: list, log: Path) -> None:
@@ -77,5 +87,5 @@ def _run(command: list, log: Path) -> None:
     if done.returncode:
         lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
         last = lines[-1] if lines else f"exit code {done.returncode}"
-        print(f"failed; see {log.relative_to(ROOT)}", file=sys.stderr)
+        print(f"failed; see {log}", file=sys.stderr)
         raise UnavailableError(last)

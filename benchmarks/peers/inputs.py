@@ -27,26 +27,35 @@ def cases(model: dict) -> list[dict]:
     return [{"tower": tower, "batch": batch, "tokens": tokens} for tower, tokens in lengths for batch in BATCHES]
 
 
+def paddings(model: dict) -> list[list[dict]]:
+    """Pairs of requests: short texts as they are, and the same texts padded to the whole context."""
+    whole, *short = text_lengths(model)
+    return [
+        [{"tower": "text", "batch": batch, "tokens": tokens, "padded_to": to} for to in (None, whole)]
+        for tokens in short
+        for batch in BATCHES
+    ]
+
+
 def write_inputs(checkpoint: Path, inputs: Path, calibration: Path) -> None:
     """Rendered scenes and their captions: real inputs, so that a cosine says something, in two .npz files.
 
     inputs holds pixel_values [8, 3, height, width] and, for each text length, input_ids_<tokens> and
-    attention_mask_<tokens> [8, tokens]; calibration holds pixel_values, input_ids and attention_mask of 96 others.
+    attention_mask_<tokens> [8, tokens], the short ones padded as well, under <tokens>_in_<context>; calibration holds
+    pixel_values, input_ids and attention_mask of 96 others.
     """
     model, processor = read_target(checkpoint).model, load_processor(checkpoint)
     dataset = load(DataConfig(evaluation_samples=max(BATCHES), calibration_samples=CALIBRATION_SAMPLES), seed=0)
     arrays = {"pixel_values": pixels(dataset, "evaluation", processor)}
     for tokens in text_lengths(model):
-        ids, mask = texts(dataset, "evaluation", processor, model, tokens)
-        arrays |= dict(zip(input_names("text", tokens), (ids, mask), strict=True))
+        for length in {tokens, model["context_length"]}:
+            found = texts(dataset, "evaluation", processor, model, tokens, length)
+            arrays |= dict(zip(input_names("text", tokens, length), found, strict=True))
     inputs.parent.mkdir(parents=True, exist_ok=True)
     np.savez(inputs, **arrays)
-    ids, mask = texts(dataset, "calibration", processor, model, model["context_length"])
-    np.savez(
-        calibration,
-        pixel_values=pixels(dataset, "calibration", processor),
-        **dict(zip(("input_ids", "attention_mask"), (ids, mask), strict=True)),
-    )
+    ids, mask = texts(dataset, "calibration", processor, model, *[model["context_length"]] * 2)
+    images = pixels(dataset, "calibration", processor)
+    np.savez(calibration, pixel_values=images, input_ids=ids, attention_mask=mask)
 
 
 def pixels(dataset: Dataset, name: str, processor) -> np.ndarray:
@@ -54,9 +63,11 @@ def pixels(dataset: Dataset, name: str, processor) -> np.ndarray:
     return processor.image_processor(images, return_tensors="np")["pixel_values"].astype(np.float32)
 
 
-def texts(dataset: Dataset, name: str, processor, model: dict, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first caption of each sample, cut or padded to `tokens`."""
+def texts(
+    dataset: Dataset, name: str, processor, model: dict, tokens: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first caption of each sample, cut to `tokens` and padded to `length`."""
     captions = [sample.captions[0] for sample in getattr(dataset, name)]
     tokenized = tokenize(processor, {**model, "context_length": tokens}, captions)
-    padded = tokenized.padded(tokens, int(processor.tokenizer.pad_token_id or 0))
+    padded = tokenized.padded(length, int(processor.tokenizer.pad_token_id or 0))
     return padded.input_ids, padded.attention_mask

@@ -5,7 +5,7 @@ of the machine hits all alike, and a ratio of medians over the same rounds is fr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from clip_deploy.errors import UnavailableError
 from clip_deploy.parity import compare
+from clip_deploy.report import WIDE
 from clip_deploy.timing import LEAST_ROUNDS, Worker, calls_per_turn, speedup_interval
 
 WARMUP = 3  # calls before the first turn
+LOWEST_COSINE = {"fp32": 0.9999, "bf16": 0.99, "int8": 0.99}  # ours win nothing below it; any peer is raced against
 
 
 @dataclass
@@ -28,9 +30,10 @@ class Contestant:
     folder: Path
     program: Sequence[str] = ()
     size_mb: float | None = None
-    precision: str = ""  # fp32, int8, or auto where the runtime chooses
+    precision: str = ""  # fp32, bf16 or int8
     ours: bool = False
     unavailable: str | None = None
+    request: dict[str, Any] = field(default_factory=dict)  # what it is asked otherwise than the others
 
 
 @dataclass
@@ -77,7 +80,7 @@ def _attempt(one: Contestant, workers: dict[str, Worker], action) -> Any:
 
 def _run(request: dict, contestants: list[Contestant], workers: dict[str, Worker], seconds: float, rounds: int) -> Case:
     case = Case(request)
-    calls = {one.name: _attempt(one, workers, lambda one=one: _prepare(case, workers[one.name])) for one in contestants}
+    calls = {one.name: _attempt(one, workers, lambda one=one: _prepare(case, one, workers)) for one in contestants}
     rng, started = np.random.default_rng(0), monotonic()
     while case.rounds < LEAST_ROUNDS or (case.rounds < rounds and monotonic() - started < seconds):
         for index in rng.permutation(len(contestants)):
@@ -91,10 +94,11 @@ def _run(request: dict, contestants: list[Contestant], workers: dict[str, Worker
     return case
 
 
-def _prepare(case: Case, worker: Worker) -> int:
+def _prepare(case: Case, one: Contestant, workers: dict[str, Worker]) -> int:
     """Give the inputs, keep the embeddings, and find how many calls fill a turn."""
-    worker.ask(case.request)
-    case.embeddings[worker.name] = np.array(worker.ask({"rows": True})["rows"], dtype=np.float32)
+    worker = workers[one.name]
+    worker.ask({**case.request, **one.request})
+    case.embeddings[one.name] = np.array(worker.ask({"rows": True})["rows"], dtype=np.float32)
     return calls_per_turn(worker, WARMUP)
 
 
@@ -112,35 +116,58 @@ def result(case: Case, one: Contestant, basis: str, truth: str, seed: int = 0) -
     row |= {"p50_ms": float(np.median(np.concatenate(turns))), "rounds": case.rounds, "size_mb": one.size_mb}
     if len(reference) == case.rounds:
         row |= latency_ratio(turns, reference, seed)
-    if truth in case.embeddings:
-        row |= {"cosine_min": compare(case.embeddings[one.name], case.embeddings[truth])["cosine_min"]}
-    return row
+    return {**row, "cosine_min": _cosine(case, one.name, truth)}
 
 
-def latency_ratio(turns: list[list[float]], reference: list[list[float]], seed: int = 0) -> dict[str, float]:
+def latency_ratio(turns: list[list[float]], reference: list[list[float]], seed: int = 0) -> dict[str, Any]:
     """Ratio of the medians over the same rounds, above 1 where `turns` is slower, with its 95 % interval."""
-    ours, theirs = ([np.median(times) for times in rounds] for rounds in (turns, reference))
-    low, high = speedup_interval(reference, turns, seed)
-    return {"ratio": float(np.median(ours) / np.median(theirs)), "ratio_low": low, "ratio_high": high}
+    ratio, low, high = speedup_interval(reference, turns, seed)
+    return {"ratio": ratio, "ratio_low": low, "ratio_high": high, "unstable": high > WIDE * low}
 
 
-def duels(case: Case, contestants: list[Contestant]) -> list[dict[str, Any]]:
-    """For each precision, our fastest contestant against the fastest of the peers'."""
+def duels(case: Case, contestants: list[Contestant], truth: str) -> list[dict[str, Any]]:
+    """For each precision, our fastest that stays close to `truth` against the fastest of the peers', however close."""
     found = []
-    for precision in ("fp32", "int8"):
-        mine, peer = (_fastest(case, contestants, precision, ours) for ours in (True, False))
+    for precision in LOWEST_COSINE:
+        mine, peer = (_fastest(case, contestants, precision, truth, ours) for ours in (True, False))
         if mine and peer:
             row = {key: case.request[key] for key in ("tower", "batch", "tokens")}
+            cosines = {"ours_cosine_min": _cosine(case, mine, truth), "peer_cosine_min": _cosine(case, peer, truth)}
             ratio = latency_ratio(case.turns[mine], case.turns[peer])
-            found.append({**row, "precision": precision, "ours": mine, "peer": peer, **ratio})
+            found.append({**row, "precision": precision, "ours": mine, "peer": peer, **ratio, **cosines})
     return found
 
 
-def _fastest(case: Case, contestants: list[Contestant], precision: str, ours: bool) -> str | None:
+def _fastest(case: Case, contestants: list[Contestant], precision: str, truth: str, ours: bool) -> str | None:
     """The lowest median of those that lasted to the end."""
     medians = {
         one.name: float(np.median(np.concatenate(case.turns[one.name])))
         for one in contestants
-        if one.precision == precision and one.ours is ours and len(case.turns.get(one.name, [])) == case.rounds
+        if one.precision == precision
+        and one.ours is ours
+        and len(case.turns.get(one.name, [])) == case.rounds
+        and not (ours and _cosine(case, one.name, truth) < LOWEST_COSINE[precision])
     }
     return min(medians, key=lambda name: medians[name]) if medians else None
+
+
+def _cosine(case: Case, name: str, truth: str) -> float:
+    """The lowest cosine of any row; NaN where `truth` failed."""
+    if truth not in case.embeddings:
+        return float("nan")
+    return float(compare(case.embeddings[name], case.embeddings[truth])["cosine_min"])
+
+
+def lanes(one: Contestant, requests: list[dict]) -> list[Contestant]:
+    """The same contestant twice, to race short texts against the same texts padded: see padding."""
+    names = ("short", "padded")
+    return [replace(one, name=name, request=request) for name, request in zip(names, requests, strict=True)]
+
+
+def padding(case: Case) -> dict[str, Any]:
+    """Latency of short texts over that of the same texts padded to `padded_to` tokens, and that both say the same."""
+    row = {key: case.request[key] for key in ("batch", "tokens")}
+    if len(case.turns.get("short", [])) < case.rounds or len(case.turns.get("padded", [])) < case.rounds:
+        return row
+    ratio = latency_ratio(case.turns["short"], case.turns["padded"])
+    return {**row, **ratio, "cosine_min": _cosine(case, "short", "padded")}
