@@ -12,7 +12,7 @@ seconds:   time limit of the rounds at one tower, batch size and text length, al
 rounds:    of them, at most; a quick rehearsal is seconds=5 rounds=5.
 output:    where peers.json and peers.md go (reports).
 
-Prints the tables that it writes. Every contestant holds the model in memory at once: about 1 GB each for B/32 in FP32.
+Prints the tables that it writes. Every contestant holds the model in memory at once: 15 GB for B/32.
 """
 
 import sys
