@@ -8,7 +8,7 @@ from benchmarks.pipeline import copy_project, environment
 from clip_deploy.config import EXPORTED, REFERENCE, read_yaml
 from clip_deploy.errors import ConfigError
 
-SECTIONS = ("export_torchscript", "optimize", "quantize")  # of params.yaml, each named as its stage
+SECTIONS = ("export_torchscript", "export_aoti", "export_openvino", "optimize", "quantize")  # each named as its stage
 
 
 def build_targets(model: str, targets: list[str], folder: Path) -> Path:
