@@ -14,6 +14,7 @@ from benchmarks.peers.project import stage_of
 from benchmarks.peers.race import Case, Contestant, duels, lanes, padding, race, result
 from benchmarks.peers.table import duel_rows, markdown, reasons, rows
 from clip_deploy.artifact import read_target
+from clip_deploy.config import read_yaml
 from clip_deploy.errors import ConfigError, UnavailableError
 
 OURS = (sys.executable, "-m", "benchmarks.peers.worker")
@@ -222,6 +223,11 @@ def test_a_peer_that_cannot_be_installed_keeps_all_its_rows_and_is_tried_again(c
         for name in contestant.PEERS["olive"]:
             assert "No matching distribution" in contestant.read(output / name)["unavailable"]
     assert tries == ["olive", "olive"]
+
+
+def test_no_peer_takes_the_name_of_a_target():
+    targets = {*read_yaml(ROOT / "params.yaml")["targets"], *Settings().target_names}
+    assert not targets & {name for names in contestant.PEERS.values() for name in names}
 
 
 @pytest.mark.parametrize("peer", contestant.PEERS)

@@ -35,16 +35,16 @@ class Tower(torch.nn.Module):
 
 def main() -> None:
     checkpoint, output, calibration = Path(sys.argv[1]), Path(sys.argv[2]), dict(np.load(sys.argv[3]))
-    fp32 = output / "openvino-fp32"
+    fp32 = output / "ov-fp32"
     if model_type(checkpoint) == "clip":
         del calibration["attention_mask"]  # behind a causal mask EOS sees no padding, and it runs a little faster
     build_all(
         output,
         sys.argv[4],
         {
-            "openvino-fp32": partial(convert, checkpoint, calibration),
-            "openvino-auto": partial(same_files, fp32),
-            "openvino-int8": partial(quantize, fp32, calibration),
+            "ov-fp32": partial(convert, checkpoint, calibration),
+            "ov-auto": partial(same_files, fp32),
+            "nncf-int8": partial(quantize, fp32, calibration),
         },
     )
 

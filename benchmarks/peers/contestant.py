@@ -28,7 +28,7 @@ PEERS = {
         "optimum-o2-int8-avx512-vnni",
     ),
     "olive": ("olive-fp32", "olive-int8"),
-    "openvino": ("openvino-fp32", "openvino-auto", "openvino-int8"),
+    "openvino": ("ov-fp32", "ov-auto", "nncf-int8"),
 }
 
 Recipe = Callable[[Path], dict]
