@@ -16,6 +16,7 @@ REFERENCE = "torch-fp32"  # the untouched checkpoint: the first row, and what ev
 EXPORTED = "onnx-fp32"  # the target that export_onnx builds
 GROUPS = ("model", "data", "benchmark", "gates")  # folders under conf/
 OPSETS = {"torchscript": (14, 20), "dynamo": (18, 23)}  # what each exporter really writes (torch 2.13)
+ANTIALIAS_OPSET = 18  # ONNX's Resize has `antialias` from here on
 
 T = TypeVar("T")
 
@@ -114,10 +115,15 @@ class BenchmarkConfig:
     iterations: int = 500  # timed calls per tower and batch size, at most
     seconds: float = 0.4  # time limit for them, each side; at least 5 rounds are run
     sequence_length: int | None = None  # tokens; null: the model's whole context
+    image_size: list[int] = field(default_factory=lambda: [480, 640])  # height, width; for graphs that preprocess
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError(f"benchmark.batch_sizes is {self.batch_sizes}: give one or more sizes of at least 1")
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ConfigError(
+                f"benchmark.image_size is {self.image_size}: give height and width in pixels, as [480, 640]"
+            )
         for name in ("threads", "iterations", "seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"benchmark.{name} is {getattr(self, name)}: it must be above 0")
@@ -144,6 +150,10 @@ class GatesConfig:
 class OnnxConfig:
     opset: int = 18
     exporter: Exporter = Exporter.auto
+    preprocess: bool = False  # vision.onnx takes uint8 RGB images of any size instead of pixel_values
+    normalize: bool = False  # embeddings of unit length
+    classifier: list[str] = field(default_factory=list)  # labels of a zero-shot head behind vision.onnx
+    template: str = "a photo of a {}"  # what the head's labels are put into
 
     def __post_init__(self) -> None:
         low, high = OPSETS[self.writer]
@@ -152,6 +162,15 @@ class OnnxConfig:
             raise ConfigError(
                 f"onnx.opset is {self.opset} with onnx.exporter {self.exporter.value}: {others}; "
                 "change the opset or the exporter"
+            )
+        if len(set(self.classifier)) < len(self.classifier) or "" in self.classifier:
+            raise ConfigError(f"onnx.classifier holds an empty label or one twice: {self.classifier}")
+        if self.template.count("{}") != 1:
+            raise ConfigError(f"onnx.template is {self.template!r}: it must hold one {{}} for the label")
+        if self.preprocess and self.opset < ANTIALIAS_OPSET:
+            raise ConfigError(
+                f"onnx.opset is {self.opset} with onnx.preprocess: resizing with antialias needs opset "
+                f"{ANTIALIAS_OPSET} or more; raise the opset or set onnx.preprocess: false"
             )
 
     @property

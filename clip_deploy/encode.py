@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from clip_deploy.prepared import Prepared, Texts, batches
+from clip_deploy.errors import DataError
+from clip_deploy.prepared import Images, Prepared, Texts, batches
 from clip_deploy.runtimes import Encoder
 
 BATCH = 32  # images or texts in one call
@@ -27,19 +28,33 @@ class Embeddings:
 
 
 def encode_set(encoder: Encoder, prepared: Prepared) -> Embeddings:
+    """Embeddings of the whole set; the encoder gets pixel_values or images, as it takes them."""
     return Embeddings(
-        images=encode_images(encoder, prepared.pixel_values),
+        images=encode_images(encoder, image_inputs(encoder, prepared)),
         captions=encode_texts(encoder, prepared.captions),
         prompts=encode_texts(encoder, prepared.prompts),
     )
 
 
-def encode_images(encoder: Encoder, pixel_values: np.ndarray, batch: int = BATCH) -> np.ndarray:
-    parts = [
-        encoder.encode_images(np.array(pixel_values[rows]))
-        for rows in tqdm(list(batches(len(pixel_values), batch)), desc="encode images", disable=None)
+def image_inputs(encoder: Encoder, prepared: Prepared) -> np.ndarray | Images:
+    """Raises DataError where the encoder takes images and the set has none."""
+    if encoder.image_input == "pixel_values":
+        return prepared.pixel_values
+    if prepared.images is None:
+        raise DataError("the target takes images and the prepared set holds none: run `dvc repro` with onnx.preprocess")
+    return prepared.images
+
+
+def encode_images(encoder: Encoder, inputs: np.ndarray | Images, batch: int = BATCH) -> np.ndarray:
+    """Encode every row in its order. Images are encoded in batches of one size."""
+    groups = inputs.by_size() if isinstance(inputs, Images) else [list(range(len(inputs)))]
+    parts = [group[rows] for group in groups for rows in batches(len(group), batch)]
+    found = [
+        encoder.encode_images(np.stack([inputs[row] for row in part]))
+        for part in tqdm(parts, desc="encode images", disable=None)
     ]
-    return np.concatenate(parts).astype(np.float32)
+    order = np.argsort(np.concatenate(parts))
+    return np.concatenate(found).astype(np.float32)[order]
 
 
 def encode_texts(encoder: Encoder, texts: Texts, batch: int = BATCH) -> np.ndarray:

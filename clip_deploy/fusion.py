@@ -6,6 +6,7 @@ Each rewrite is checked: one that changes the outputs, or makes a graph that doe
 import logging
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from clip_deploy.float16 import clamp_masks, halve
 from clip_deploy.patches import multiply_patches
 from clip_deploy.pooling import pool_early
 from clip_deploy.prepared import Prepared, feeds
+from clip_deploy.shell import put_on, take_off
 
 FOLD_BYTES = 1 << 30  # weights are folded, whatever their size
 SCAN_ROWS = 8  # calibration inputs run at a time
@@ -47,21 +49,23 @@ def optimize(source: Path, settings: OptimizeConfig, calibration: Prepared, outp
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it names each operator that it cannot fold
     undone: list[str] = []
     in_fp32: list[str] = []
-    for tower, shape in target.model["towers"].items():
-        rewrites = rewrites_of(shape, settings)
-        undone += fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", rewrites, target.model["example_texts"])
-        if settings.precision is Precision.fp16:
-            inputs = calibration.inputs(tower, target.model["text_inputs"])
-            kept = halve(output / f"{tower}.onnx", partial(feeds, inputs, SCAN_ROWS))
-            in_fp32 += [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        for tower, shape in target.model["towers"].items():
+            bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
+            shell = take_off(source / fused.name, bare)
+            undone += fuse(bare, fused, rewrites_of(shape, settings), target.model["example_texts"])
+            if settings.precision is Precision.fp16:
+                inputs = calibration.inputs(tower, target.model["text_inputs"])
+                kept = halve(fused, partial(feeds, inputs, SCAN_ROWS))
+                in_fp32 += [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
+            put_on(fused, shell, output / fused.name)
     facts: dict[str, Any] = {"rewrites_undone": undone} if undone else {}
     if settings.precision is Precision.fp16:
         facts["left_in_fp32"] = in_fp32
-    return Target(
-        runtime="ort",
+    return replace(
+        target,
         precision=settings.precision.value,
         files=onnx_graph.files_of(output),
-        model=target.model,
         build={**target.build, "source": source.name, **facts},
     )
 

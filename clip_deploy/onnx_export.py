@@ -1,9 +1,12 @@
-"""ONNX export of both towers, by whichever of PyTorch's exporters writes the opset asked for."""
+"""ONNX export of both towers, by whichever of PyTorch's exporters writes the opset asked for, with what is asked for
+around them.
+"""
 
 import logging
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -12,25 +15,70 @@ from torch.export import Dim
 
 from clip_deploy import onnx_graph
 from clip_deploy.artifact import Target, read_target
-from clip_deploy.checkpoint import load_model
+from clip_deploy.checkpoint import load_model, load_processor
 from clip_deploy.config import OnnxConfig
 from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.heads import encode_labels, put_behind
+from clip_deploy.pixels import IMAGES, PIXELS
+from clip_deploy.preprocessing import preprocessing_shell
+from clip_deploy.shell import EMBEDS, Shell, put_on
 from clip_deploy.towers import dynamic_axes, example_inputs, split
-
-OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
 
 
 def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
     """Write vision.onnx (pixel_values -> image_embeds) and text.onnx (input_ids, attention_mask -> text_embeds).
 
-    The batch axis is dynamic, and the text's sequence axis where the model does not pad to its context.
+    The batch axis is dynamic, and the text's sequence axis where the model does not pad to its context. With
+    settings.preprocess, vision.onnx takes images (uint8 [batch, height, width, 3], RGB, of any size) instead; with
+    settings.classifier it gives probabilities [batch, labels] besides.
 
     Raises:
-        UnavailableError: the exporter cannot convert this model.
+        UnavailableError: the exporter cannot convert this model, or ONNX cannot express its preprocessing.
         DeployError: the file does not hold the opset asked for.
     """
-    source = read_target(checkpoint)
-    model = source.model
+    model = read_target(checkpoint).model
+    shells = _shells(checkpoint, settings, model)
+    model = {**model, **_known(settings)}
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        _export_towers(checkpoint, settings, model, Path(folder))
+        for name, shell in shells.items():
+            put_on(Path(folder) / f"{name}.onnx", shell, output / f"{name}.onnx")
+    return Target(
+        runtime="ort",
+        precision="fp32",
+        files=onnx_graph.files_of(output),
+        model=model,
+        build={"opset": settings.opset, "exporter": settings.writer, **_asked_for(settings)},
+        image_input=IMAGES if settings.preprocess else PIXELS,
+    )
+
+
+def _asked_for(settings: OnnxConfig) -> dict[str, Any]:
+    """What is around the towers, for the report."""
+    asked: dict[str, Any] = {name: True for name in ("preprocess", "normalize") if getattr(settings, name)}
+    return asked | ({"classifier": f"{len(settings.classifier)} labels"} if settings.classifier else {})
+
+
+def _known(settings: OnnxConfig) -> dict[str, Any]:
+    """What later stages must know of it."""
+    head = {"labels": settings.classifier, "template": settings.template} if settings.classifier else None
+    return {"normalize": settings.normalize, "classifier": head}
+
+
+def _shells(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any]) -> dict[str, Shell]:
+    shells = {"vision": Shell(), "text": Shell()}
+    labels = None
+    if settings.preprocess:
+        shells["vision"] = preprocessing_shell(load_processor(checkpoint).image_processor, model["image_size"])
+    if settings.classifier:
+        processor = load_processor(checkpoint)
+        labels = encode_labels(load_model(checkpoint), processor, model, settings.classifier, settings.template)
+    put_behind(shells["vision"], "vision", settings.normalize, labels)
+    put_behind(shells["text"], "text", settings.normalize, None)
+    return shells
+
+
+def _export_towers(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any], output: Path) -> None:
     inputs, axes = example_inputs(model), dynamic_axes(model)
     names = {"vision": ["pixel_values"], "text": model["text_inputs"]}
     write = WRITERS[settings.writer]
@@ -39,7 +87,7 @@ def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations and tracer warnings: validate checks other shapes
-                write(tower, inputs[name], path, names[name], OUTPUTS[name], axes[name], settings.opset)
+                write(tower, inputs[name], path, names[name], EMBEDS[name], axes[name], settings.opset)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UnavailableError(f"the {settings.writer} exporter failed on the {name} tower: {reason}") from error
@@ -49,13 +97,6 @@ def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
                 f"{path.name} holds opset {written}, not the {settings.opset} asked for (exporter {settings.writer}): "
                 "set onnx.exporter or onnx.opset to a pair that PyTorch supports"
             )
-    return Target(
-        runtime="ort",
-        precision="fp32",
-        files=onnx_graph.files_of(output),
-        model=model,
-        build={"opset": settings.opset, "exporter": settings.writer},
-    )
 
 
 def _write_dynamo(

@@ -15,12 +15,14 @@ from clip_deploy.errors import DeployError
 EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
 FUSED_ATTENTION = {"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"}
 GELU = {"Gelu", "QuickGelu", "FastGelu", "BiasGelu"}
+SHELL = ("preprocess/", "head/")  # how the names of nodes around a tower begin: shell.py
+LABELS = "labels"  # key of the classifier's labels, a JSON list, in the file's metadata_props
 
 
 def save(model: ir.Model, path: Path) -> list[str]:
     """Write `model`, weights beside it where they are too large for one file, and return the names written.
 
-    The exporter's notes on each node (stack traces with paths of the building machine) are left out.
+    The exporter's notes (stack traces with paths of the building machine) are left out, a classifier's labels are not.
     """
     strip_metadata(model)
     weights = sum(tensor.const_value.nbytes for tensor in model.graph.initializers.values() if tensor.const_value)
@@ -32,7 +34,8 @@ def save(model: ir.Model, path: Path) -> list[str]:
 
 
 def strip_metadata(model: ir.Model) -> None:
-    model.metadata_props.clear()
+    for key in set(model.metadata_props) - {LABELS}:
+        del model.metadata_props[key]
     for graph in model.graphs():
         graph.metadata_props.clear()
         for node in graph:
@@ -62,9 +65,9 @@ def opset_of(path: Path) -> int:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Graph information: IR and opset versions, producer, inputs and outputs with shapes, nodes, fusion census."""
+    """Graph information: IR and opset versions, producer, inputs and outputs with shapes, nodes, the tower's census."""
     model = onnx.load(path, load_external_data=False)
-    counts = Counter(node.op_type for node in model.graph.node)
+    counts = Counter(node.op_type for node in model.graph.node if not node.name.startswith(SHELL))
     return {
         "ir_version": model.ir_version,
         "producer": f"{model.producer_name} {model.producer_version}".strip(),

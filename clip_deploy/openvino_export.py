@@ -89,6 +89,8 @@ def _convert(openvino: Any, tower: Any, inputs: tuple, name: str, model: dict[st
 class _Towers:
     """Compiled models behind the encoder's verbs."""
 
+    image_input = "pixel_values"
+
     def __init__(self, compiled: dict[str, Any], text_inputs: list[str]) -> None:
         self.compiled, self.text_inputs = compiled, text_inputs
 

@@ -1,6 +1,8 @@
 """Evaluation and calibration sets as the encoders take them, on disk: later stages need no tokenizer or image."""
 
+import io
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from clip_deploy.dataset import Dataset, Sample
 
 CHUNK = 32  # images preprocessed at a time
+IMAGES = "images.zip"
 
 
 @dataclass
@@ -42,12 +45,40 @@ class Texts:
         )
 
 
+class Images:
+    """The images before preprocessing, of whatever sizes: PNG files in an archive, decoded as needed."""
+
+    def __init__(self, path: Path) -> None:
+        from PIL import Image
+
+        self.open = Image.open
+        self.archive = zipfile.ZipFile(path)
+        self.names = sorted(self.archive.namelist())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """One image, uint8 [height, width, 3], RGB."""
+        with self.archive.open(self.names[row]) as file:
+            return np.array(self.open(file))
+
+    def by_size(self) -> list[list[int]]:
+        """Rows of images of one size, group by group, the largest group first."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, name in enumerate(self.names):
+            with self.archive.open(name) as file:
+                groups.setdefault(self.open(file).size, []).append(row)
+        return sorted(groups.values(), key=lambda rows: -len(rows))
+
+
 @dataclass
 class Prepared:
     """One set, ready to encode.
 
     Attributes:
         pixel_values: float32 [images, 3, height, width], read from disk as needed.
+        images: the same before preprocessing, where they were kept for graphs that preprocess themselves.
         captions: Texts, with caption_image [captions] saying whose they are; empty where there are none.
         caption_text: [captions] the same number where two captions are the same words.
         prompts: every template with every class, class by class, or empty.
@@ -61,6 +92,7 @@ class Prepared:
     prompts: Texts
     labels: np.ndarray
     manifest: dict
+    images: Images | None = None
 
     def inputs(self, tower: str, text_inputs: list[str]) -> dict[str, np.ndarray]:
         """All rows of one tower's inputs, by their names in its graph."""
@@ -75,10 +107,21 @@ class Prepared:
 
 
 def write_prepared(
-    name: str, dataset: "Dataset", templates: list[str], processor: "ProcessorMixin", model: dict, folder: Path
+    name: str,
+    dataset: "Dataset",
+    templates: list[str],
+    processor: "ProcessorMixin",
+    model: dict,
+    folder: Path,
+    keep_images: bool = False,
 ) -> None:
-    """Preprocess the set `name` ("evaluation" or "calibration") with the checkpoint's own processor into `folder`."""
+    """Preprocess the set `name` ("evaluation" or "calibration") with the checkpoint's own processor into `folder`.
+
+    With `keep_images`, the images themselves are written beside, without loss.
+    """
     samples = getattr(dataset, name)
+    if keep_images:
+        _write_images(samples, folder / IMAGES)
     _write_pixels(samples, processor, model["image_size"], folder / "pixel_values.npy")
     pairs = [(row, text) for row, sample in enumerate(samples) for text in sample.captions]
     distinct = {text: index for index, text in enumerate(dict.fromkeys(text for _, text in pairs))}
@@ -130,6 +173,14 @@ def _write_pixels(samples: "list[Sample]", processor: "ProcessorMixin", size: li
     pixels.flush()
 
 
+def _write_images(samples: "list[Sample]", path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for row, sample in enumerate(tqdm(samples, desc="keep images", disable=None)):
+            content = io.BytesIO()
+            sample.open().convert("RGB").save(content, "png", icc_profile=None)
+            archive.writestr(zipfile.ZipInfo(f"{row:06}.png"), content.getvalue())  # without a date: the same bytes
+
+
 def load_prepared(folder: Path) -> Prepared:
     """Read one prepared set."""
     try:
@@ -145,6 +196,7 @@ def load_prepared(folder: Path) -> Prepared:
         prompts=Texts(texts["prompt_ids"], texts["prompt_mask"]),
         labels=texts["labels"],
         manifest=read_json(folder / "manifest.json"),
+        images=Images(folder / IMAGES) if (folder / IMAGES).exists() else None,
     )
 
 

@@ -6,7 +6,7 @@ Which nodes stay in float, so that an accuracy budget holds, is searched by sens
 import logging
 import math
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from clip_deploy.errors import UnavailableError
 from clip_deploy.prepared import Prepared, feeds
 from clip_deploy.runtimes.ort import Encoder
 from clip_deploy.sensitivity import Rounding, Switched, search
+from clip_deploy.shell import put_on, take_off
 from clip_deploy.smoothing import smooth
 
 OPERATORS = ["MatMul", "Gather"]  # the fused graphs' products, patches included, and the embedding tables
@@ -63,15 +64,16 @@ def quantize(
         raise UnavailableError(f"{source.name}: {target.unavailable}")
     logging.getLogger().setLevel(logging.ERROR)  # the quantizer advises a pre-processing step that fuse() replaces
     reduced = reduces_range(settings.reduce_range, instruction_sets)
-    result = Target(runtime="ort", precision="int8", model=target.model, build={**target.build, "source": source.name})
-    result.build |= _described(settings, calibration, reduced)
+    build = {**target.build, "source": source.name, **_described(settings, calibration, reduced)}
+    result = replace(target, precision="int8", build=build)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         towers = _Towers(source, settings, calibration, reduced, target.model["text_inputs"], Path(folder))
         if settings.accuracy_budget is None or not target.model["trained"]:
-            towers.write([], output)
+            towers.write([])
         else:
-            result.search = _write_within(towers, source, settings.accuracy_budget, seed, output)
+            result.search = _write_within(towers, settings.accuracy_budget, seed)
             result.build["left_in_float"] = len(result.search["left_in_float"])
+        towers.finish(output)
     result.files = onnx_graph.files_of(output)
     return result
 
@@ -84,23 +86,23 @@ def _described(settings: QuantizeConfig, calibration: Prepared, reduced: bool) -
     return facts | {"reduce_range": reduced}
 
 
-def _write_within(towers: "_Towers", source: Path, budget: AccuracyBudget, seed: int, output: Path) -> dict[str, Any]:
+def _write_within(towers: "_Towers", budget: AccuracyBudget, seed: int) -> dict[str, Any]:
     """Search with rounded operands, then judge the real graphs: where they miss the budget, leave more in float."""
     switched = towers.switched()
     found = search(switched, towers.calibration, budget, seed)
     order = list(found.sensitivity)
-    reference = encode_set(towers.encoder(source), towers.calibration)
+    reference = encode_set(towers.encoder(towers.work), towers.calibration)
     left = len(found.left_in_float)
     while True:
-        towers.write(order[:left], output)
-        loss = losses(encode_set(towers.encoder(output), towers.calibration), reference, towers.calibration, seed)
+        towers.write(order[:left])
+        loss = losses(encode_set(towers.encoder(towers.small), towers.calibration), reference, towers.calibration, seed)
         if within(loss, budget) or left == len(order):
             return {**asdict(found), "left_in_float": order[:left], **loss}
         left = min(len(order), left + math.ceil(len(order) / 10))
 
 
 class _Towers:
-    """The two towers on their way to INT8."""
+    """The two towers on their way to INT8, without their shells: `work` holds them plain, `small` in INT8."""
 
     def __init__(
         self,
@@ -112,20 +114,29 @@ class _Towers:
         work: Path,
     ) -> None:
         self.settings, self.calibration, self.reduced = settings, calibration, reduced
-        self.text_inputs, self.work = text_inputs, work
+        self.text_inputs, self.work, self.small = text_inputs, work, work / "int8"
+        self.small.mkdir()
         self.plain = {tower: work / f"{tower}.onnx" for tower in ("vision", "text")}
+        self.shells = {}
         for tower, path in self.plain.items():
-            prepare(source / f"{tower}.onnx", path)
+            bare = work / f"{tower}-bare.onnx"
+            self.shells[tower] = take_off(source / path.name, bare)
+            prepare(bare, path)
             if settings.smooth_quant is not None:
                 smooth(path, settings.smooth_quant, self._reader(tower))
 
-    def write(self, left_in_float: list[str], output: Path) -> None:
-        """Write both quantised graphs into `output`, less the nodes named "<tower>: <node>"."""
+    def write(self, left_in_float: list[str]) -> None:
+        """Write both quantised graphs into `small`, less the nodes named "<tower>: <node>"."""
         for tower, plain in self.plain.items():
             excluded = [name.split(": ", 1)[1] for name in left_in_float if name.startswith(f"{tower}: ")]
             small = self.work / f"{tower}-small.onnx"
             self._quantise(tower, plain, small, excluded)
-            onnx_graph.save(ir.load(small), output / f"{tower}.onnx")
+            onnx_graph.save(ir.load(small), self.small / f"{tower}.onnx")
+
+    def finish(self, output: Path) -> None:
+        """Write the graphs of `small` into `output`, with what stands around them."""
+        for tower, shell in self.shells.items():
+            put_on(self.small / f"{tower}.onnx", shell, output / f"{tower}.onnx")
 
     def encoder(self, folder: Path) -> Encoder:
         return Encoder(folder, Target("ort", "int8", model={"text_inputs": self.text_inputs}), None)

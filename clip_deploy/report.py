@@ -38,6 +38,9 @@ class Row:
     attention: str = ""
     graphs: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)  # sensitivity.Search
+    pixels: dict[str, float] = field(default_factory=dict)  # pixels.pixel_parity
+    classifier: dict[str, Any] = field(default_factory=dict)  # validation.head
+    preprocessed_size: list[int] = field(default_factory=list)  # of the images that it was timed with: height, width
 
     def timing(self, tower: str, batch: str | None = None) -> dict[str, float]:
         """One tower's timing at a batch size, the smallest if none is named; empty where it was not timed."""
@@ -86,6 +89,9 @@ def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
         attention=_attention(graphs),
         graphs=graphs,
         search=checked.get("search", {}),
+        pixels=checked.get("pixels", {}),
+        classifier=checked.get("classifier", {}),
+        preprocessed_size=timed.get("preprocessed_size", []),
     )
 
 
@@ -256,7 +262,8 @@ def markdown(title: str, rows: list[Row], facts: dict[str, str]) -> str:
     lines += _table(head, [_cells(row) for row in rows])
     lines += ["", *_reasons(rows)]
     lines += ["## Batch sizes", "", *_batch_tables(rows, batches)]
-    lines += ["## Graphs", "", *_graph_table(rows), *_search_section(rows)]
+    lines += ["## Graphs", "", *_graph_table(rows), *_pixel_section(rows), *_head_section(rows)]
+    lines += _search_section(rows)
     lines += ["## How it was made", "", *_build_table(rows), *HOW]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -305,6 +312,13 @@ def _cells(row: Row) -> list[str]:
 
 def _reasons(rows: list[Row]) -> list[str]:
     lines = [f"- `{row.target}` {row.status}: {'; '.join(row.reasons)}" for row in rows if row.status != "pass"]
+    if whole := [row for row in rows if row.preprocessed_size]:
+        height, width = whole[0].preprocessed_size
+        names = ", ".join(f"`{row.target}`" for row in whole)
+        lines.append(
+            f"- {names}: image latency and speed-up include preprocessing, from uint8 images of {height} x {width} "
+            f"pixels; other rows, `{REFERENCE}` among them, start from pixel_values"
+        )
     if shaky := [row.target for row in rows if _is_shaky(row)]:
         lines.append(f"- ~ marks speed-ups that decide nothing: {UNSTABLE.format(target=shaky[0])}")
     return [*lines, ""] if lines else []
@@ -364,6 +378,40 @@ def _graph_table(rows: list[Row]) -> list[str]:
                 ]
             )
     return [*_table(head, body), ""] if body else ["No ONNX target.", ""]
+
+
+def _pixel_section(rows: list[Row]) -> list[str]:
+    """How the preprocessing inside the graphs compares with the checkpoint's processor."""
+    head = ["Target", "Largest difference", "Mean difference", "Pixels that differ"]
+    body = [
+        [
+            f"`{row.target}`",
+            _number(row.pixels["max_diff"]),
+            _number(row.pixels["mean_diff"]),
+            f"{row.pixels['differing_percent']:.3f} %",
+        ]
+        for row in rows
+        if row.pixels
+    ]
+    if not body:
+        return []
+    title = "## Preprocessing inside the graph, against the checkpoint's processor (in 1/255, before normalisation)"
+    return [title, "", *_table(head, body), ""]
+
+
+def _head_section(rows: list[Row]) -> list[str]:
+    """Whether zero-shot heads answer as the untouched model does."""
+    head = ["Target", "Images to which the zero-shot head gives the untouched model's label"]
+    body = [
+        [
+            f"`{row.target}`",
+            row.classifier.get("unchecked")
+            or f"{row.classifier['agreement_percent']:.2f} % ({row.classifier['labels']} labels)",
+        ]
+        for row in rows
+        if row.classifier
+    ]
+    return ["## Zero-shot heads", "", *_table(head, body), ""] if body else []
 
 
 def _search_section(rows: list[Row]) -> list[str]:

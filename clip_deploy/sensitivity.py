@@ -74,6 +74,8 @@ def quantisable(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 class Switched:
     """Both towers with a switch at each node, as an encoder: `on` holds the names of the nodes that are quantised."""
 
+    image_input = "pixel_values"
+
     def __init__(
         self, graphs: dict[str, Path], rounding: dict[str, Rounding], text_inputs: list[str], work: Path
     ) -> None:
@@ -92,8 +94,8 @@ class Switched:
     def names(self) -> list[str]:
         return [f"{tower}: {name}" for tower, names in self.switches.items() for name in names]
 
-    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        return self._run("vision", {"pixel_values": pixel_values})
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        return self._run("vision", {"pixel_values": images})
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}

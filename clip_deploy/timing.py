@@ -40,17 +40,21 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
         For each tower and batch size: p50_ms, p90_ms, p99_ms (where the number of calls supports them), calls,
         throughput_per_s (images or texts), speedup over the reference with its 95 % interval speedup_low, speedup_high,
         the reference's reference_p50_ms beside it; and memory_mb (peak resident memory above the empty interpreter at
-        the smallest batch) and size_mb.
+        the smallest batch) and size_mb. Where the target preprocesses its images, preprocessed_size says how large they
+        were, [height, width]; the reference gets pixel_values in any case.
         `{"status": "unavailable", "reason": ...}` where the target cannot run here.
     """
     try:
         with Worker(folder, settings.threads) as target, Worker(reference, settings.threads) as other:
             target.wait()
             other.wait()
-            towers, memory = _measure_towers(target, other, read_target(folder).model, settings, seed)
+            described = read_target(folder)
+            towers, memory = _measure_towers(target, other, described.model, settings, seed)
+            whole = {"preprocessed_size": settings.image_size} if described.image_input == "images" else {}
             return {
                 "status": "measured",
                 "threads": settings.threads,
+                **whole,
                 "towers": towers,
                 "memory_mb": memory / 1e6,
                 "size_mb": size_bytes(folder) / 1e6,
@@ -67,6 +71,7 @@ def _measure_towers(
             "tower": tower,
             "batch": batch,
             "image_size": model["image_size"],
+            "photo_size": settings.image_size,
             "tokens": settings.sequence_length or model["context_length"],
         }
         for batch in settings.batch_sizes

@@ -8,10 +8,10 @@ import numpy as np
 from clip_deploy import accuracy
 from clip_deploy.artifact import Target, read_target, size_bytes
 from clip_deploy.config import Gate, GatesConfig
-from clip_deploy.encode import Embeddings, encode_images, encode_set, encode_texts, load_embeddings
+from clip_deploy.encode import Embeddings, encode_images, encode_set, encode_texts, image_inputs, load_embeddings
 from clip_deploy.errors import DeployError, UnavailableError
-from clip_deploy.parity import compare, row_cosines
-from clip_deploy.prepared import Prepared
+from clip_deploy.parity import compare, normalized, row_cosines
+from clip_deploy.prepared import Images, Prepared
 from clip_deploy.runtimes import Encoder, open_encoder
 
 BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
@@ -41,6 +41,7 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
     try:
         if any(name.endswith(".onnx") for name in target.files):
             record["graphs"] = graphs(folder, target.build["opset"])
+            record |= shell(folder, target, prepared)
         record |= measure(encoder, prepared, load_embeddings(reference), target, seed)
     except DeployError as error:
         return record | {"status": "fail", "reasons": [str(error)]}
@@ -68,6 +69,15 @@ def graphs(folder: Path, opset: int) -> dict[str, Any]:
     return described
 
 
+def shell(folder: Path, target: Target, prepared: Prepared) -> dict[str, Any]:
+    """What stands around the image tower, held against the checkpoint's own processor."""
+    if target.image_input == "pixel_values" or prepared.images is None:
+        return {}
+    from clip_deploy.pixels import pixel_parity  # the targets of PyTorch need no onnx
+
+    return {"pixels": pixel_parity(folder / "vision.onnx", prepared)}
+
+
 def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target: Target, seed: int) -> dict[str, Any]:
     """Parity, batches, sequence lengths, zero-shot, retrieval and flips of an opened target."""
     try:
@@ -75,17 +85,46 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
         shapes = other_shapes(encoder, prepared, reference, target)
     except Exception as error:  # whatever the runtime raises is this row's result
         raise DeployError(f"encoding failed: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
-    text, expected = _texts(actual), _texts(reference)
+    alike = normalized if target.model.get("normalize") else np.asarray  # lengths are compared where they are kept
     record: dict[str, Any] = {
-        "parity": {"vision": compare(actual.images, reference.images), "text": compare(text, expected)},
+        "parity": {
+            "vision": compare(actual.images, alike(reference.images)),
+            "text": compare(_texts(actual), alike(_texts(reference))),
+        },
         "shapes": shapes,
     }
+    if target.model.get("classifier"):
+        record["classifier"] = head(encoder, prepared, reference, target.model["classifier"])
     clean = Embeddings(*(np.nan_to_num(part) for part in (actual.images, actual.captions, actual.prompts)))
     if prepared.manifest["classes"]:
         record["zero_shot"] = accuracy.zero_shot(clean, reference, prepared, seed)
     if len(prepared.captions):
         record["retrieval"] = accuracy.retrieval(clean, prepared)
     return record | {"flips": accuracy.flips(clean, reference, prepared), "images": len(actual.images)}
+
+
+def head(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: dict[str, Any]) -> dict[str, Any]:
+    """Share of images to which a zero-shot head gives the label that the untouched model gives.
+
+    The set's prompts hold the labels' embeddings where its classes and templates do; else there is nothing to compare.
+    """
+    classes, templates = prepared.manifest["classes"], prepared.manifest["templates"]
+    if settings["template"] not in templates or not set(settings["labels"]) <= set(classes):
+        return {"unchecked": "the evaluation set lacks a label of onnx.classifier among its classes, or onnx.template"}
+    template = templates.index(settings["template"])
+    rows = [classes.index(label) * len(templates) + template for label in settings["labels"]]
+    expected = normalized(reference.images) @ normalized(reference.prompts[rows]).T
+    actual = encode_images(_Classifier(encoder), image_inputs(encoder, prepared))
+    agree = actual.argmax(axis=1) == expected.argmax(axis=1)
+    return {"labels": len(rows), "agreement_percent": 100 * float(agree.mean())}
+
+
+class _Classifier:
+    """A head's probabilities in the place of embeddings."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.image_input, self.encode_images = encoder.image_input, encoder.classify
+        self.encode_texts = encoder.encode_texts
 
 
 def _texts(embeddings: Embeddings) -> np.ndarray:
@@ -96,12 +135,13 @@ def _texts(embeddings: Embeddings) -> np.ndarray:
 def other_shapes(encoder: Encoder, prepared: Prepared, reference: Embeddings, target: Target) -> dict[str, float]:
     """Lowest cosine with the reference at each other shape: batches of 1, 3 and 8, and texts padded to the context."""
     rows = max(BATCHES)
+    images, image_rows = _alike(image_inputs(encoder, prepared), rows)
     texts = prepared.texts[:rows]
     expected = (reference.captions if len(prepared.captions) else reference.prompts)[:rows]
     lowest = {}
     for batch in BATCHES:
-        images = encode_images(encoder, prepared.pixel_values[:rows], batch)
-        lowest[f"vision, batch {batch}"] = float(row_cosines(images, reference.images[:rows]).min())
+        embeddings = encode_images(encoder, images, batch)
+        lowest[f"vision, batch {batch}"] = float(row_cosines(embeddings, reference.images[image_rows]).min())
         encoded = encode_texts(encoder, texts, batch)
         lowest[f"text, batch {batch}"] = float(row_cosines(encoded, expected).min())
     context = target.model["context_length"]
@@ -109,6 +149,13 @@ def other_shapes(encoder: Encoder, prepared: Prepared, reference: Embeddings, ta
         padded = texts.padded(context, prepared.manifest["pad_token"])
         lowest[f"text, {context} tokens"] = float(row_cosines(encode_texts(encoder, padded), expected).min())
     return lowest
+
+
+def _alike(inputs: np.ndarray | Images, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` images of one size and their rows; some come twice where fewer have that size."""
+    known = inputs.by_size()[0] if isinstance(inputs, Images) else np.arange(len(inputs))
+    rows = np.resize(known[:count], count)
+    return np.stack([inputs[row] for row in rows]), rows
 
 
 def judge(record: dict[str, Any], gate: Gate, precision: str) -> list[str]:
@@ -125,6 +172,11 @@ def judge(record: dict[str, Any], gate: Gate, precision: str) -> list[str]:
         drop = record.get("zero_shot", {}).get("top1_drop", 0.0)
         if drop > gate.max_top1_drop:
             reasons.append(f"top-1 drop {drop:.2f} points > {gate.max_top1_drop} (gates.{precision}.max_top1_drop)")
+        changed = 100 - record.get("classifier", {}).get("agreement_percent", 100.0)
+        if changed > gate.max_flips:
+            reasons.append(
+                f"the zero-shot head changes {changed:.2f} % > {gate.max_flips} (gates.{precision}.max_flips)"
+            )
         if record["flips"] > gate.max_flips:
             reasons.append(f"{record['flips']:.2f} % flipped > {gate.max_flips} (gates.{precision}.max_flips)")
     return reasons

@@ -98,8 +98,11 @@ def prepare_call(encoder: "Encoder", request: dict) -> Callable[[], object]:
 
     rng = np.random.default_rng(0)
     if request["tower"] == "vision":
-        pixels = rng.normal(size=(request["batch"], 3, *request["image_size"])).astype(np.float32)
-        return lambda: encoder.encode_images(pixels)
+        if encoder.image_input == "images":
+            images = rng.integers(0, 256, (request["batch"], *request["photo_size"], 3), dtype=np.uint8)
+        else:
+            images = rng.normal(size=(request["batch"], 3, *request["image_size"])).astype(np.float32)
+        return lambda: encoder.encode_images(images)
     ids = np.full((request["batch"], request["tokens"]), 1, dtype=np.int64)
     mask = np.ones_like(ids)
     return lambda: encoder.encode_texts(ids, mask)

@@ -21,6 +21,7 @@ class Settings:
     seed: int = 0
     checkpoint: Path = MISSING
     output: Path = MISSING
+    images: bool = False  # keep the evaluation images for graphs that preprocess
 
 
 @stage
@@ -30,7 +31,8 @@ def prepare(settings: Settings) -> None:
     processor = load_processor(settings.checkpoint)
     for name in ("calibration", "evaluation"):
         with new_folder(settings.output / name) as folder:
-            write_prepared(name, dataset, settings.data.templates, processor, model, folder)
+            keep = settings.images and name == "evaluation"
+            write_prepared(name, dataset, settings.data.templates, processor, model, folder, keep)
             if name == "evaluation":
                 embeddings = encode_set(open_encoder(settings.checkpoint), load_prepared(folder))
                 save_embeddings(embeddings, folder / "reference.npz")

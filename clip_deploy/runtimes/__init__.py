@@ -13,12 +13,18 @@ RUNTIMES = ("eager", "torchscript", "aoti", "ort", "openvino")
 
 
 class Encoder(Protocol):
-    """An opened target. Embeddings are float32 [batch, dimension], with the projection and not normalised."""
+    """An opened target. Embeddings are float32 [batch, dimension], with the projection and not normalised.
+
+    Attributes:
+        image_input: what encode_images takes, "pixel_values" or "images".
+    """
+
+    image_input: str
 
     def __init__(self, folder: Path, target: Target, threads: int | None) -> None: ...
 
-    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Encode float32 [batch, 3, height, width]."""
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        """Encode pixel_values, float32 [batch, 3, height, width], or images, uint8 [batch, height, width, 3] in RGB."""
         ...
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ from clip_deploy.artifact import Target
 
 
 class Encoder:
+    image_input = "pixel_values"
+
     def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
         if threads:
             torch.set_num_threads(threads)
@@ -17,8 +19,8 @@ class Encoder:
         self.vision, self.text = (aoti_load_package(folder / f"{tower}.pt2") for tower in ("vision", "text"))
 
     @torch.inference_mode()
-    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        return self.vision(torch.from_numpy(pixel_values)).numpy()
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        return self.vision(torch.from_numpy(images)).numpy()
 
     @torch.inference_mode()
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ from clip_deploy.checkpoint import load_model
 
 
 class Encoder:
+    image_input = "pixel_values"
+
     def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
         if threads:
             torch.set_num_threads(threads)
@@ -17,8 +19,8 @@ class Encoder:
         self.model = load_model(folder)
 
     @torch.inference_mode()
-    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        return self.model.get_image_features(pixel_values=torch.from_numpy(pixel_values)).pooler_output.numpy()
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        return self.model.get_image_features(pixel_values=torch.from_numpy(images)).pooler_output.numpy()
 
     @torch.inference_mode()
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:

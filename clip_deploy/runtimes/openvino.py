@@ -11,6 +11,8 @@ HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # left to itself the plu
 
 
 class Encoder:
+    image_input = "pixel_values"
+
     def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
         properties: dict[str, str | int] = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -25,8 +27,8 @@ class Encoder:
         )
         self.text_inputs = target.model["text_inputs"]
 
-    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        return self.vision.infer({"pixel_values": pixel_values})[0].copy()
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        return self.vision.infer({"pixel_values": images})[0].copy()
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}

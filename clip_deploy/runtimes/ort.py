@@ -18,9 +18,14 @@ class Encoder:
             for tower in ("vision", "text")
         )
         self.text_inputs = target.model["text_inputs"]
+        self.image_input = target.image_input
 
-    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        return self.vision.run(None, {"pixel_values": pixel_values})[0]
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        return self.vision.run(None, {self.image_input: images})[0]
+
+    def classify(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities [batch, labels] from a graph with a zero-shot head; images as encode_images takes them."""
+        return self.vision.run(["probabilities"], {self.image_input: images})[0]
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
