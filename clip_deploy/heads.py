@@ -46,14 +46,21 @@ def encode_labels(
 
     Raises UnavailableError where the model has no scale of its own.
     """
-    scale, bias = getattr(model, "logit_scale", None), getattr(model, "logit_bias", None)
-    if scale is None:
-        raise UnavailableError(f"onnx.classifier: a {type(model).__name__} has no logit_scale to score labels with")
+    scale, bias = _scale(model), getattr(model, "logit_bias", None)
     texts = tokenize(processor, facts, [template.format(label) for label in labels])
     given = {name: torch.from_numpy(getattr(texts, name)) for name in facts["text_inputs"]}
     embeddings = normalized(model.get_text_features(**given).pooler_output.numpy())
-    weights = np.ascontiguousarray(float(scale.exp()) * embeddings.T, dtype=np.float32)
+    weights = np.ascontiguousarray(scale * embeddings.T, dtype=np.float32)
     return Labels(labels, weights, None if bias is None else float(bias))
+
+
+def _scale(model: "PreTrainedModel") -> float:
+    """What the model multiplies cosines by: exp(logit_scale), or 1 / temperature (ALIGN)."""
+    if hasattr(model, "logit_scale"):
+        return float(model.logit_scale.exp())
+    if hasattr(model, "temperature"):
+        return 1 / float(model.temperature)
+    raise UnavailableError(f"onnx.classifier: a {type(model).__name__} has no logit_scale or temperature")
 
 
 def put_behind(shell: Shell, tower: str, normalize: bool, labels: Labels | None) -> None:

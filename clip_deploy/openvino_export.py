@@ -20,7 +20,6 @@ from clip_deploy.config import AccuracyBudget, OpenVinoConfig, Precision
 from clip_deploy.encode import Embeddings, encode_images, encode_texts
 from clip_deploy.errors import UnavailableError
 from clip_deploy.prepared import Prepared, feeds
-from clip_deploy.towers import dynamic_axes, example_inputs, split
 
 INSTALL = "pip install '.[openvino]'"
 CALIBRATION_BATCH = 4
@@ -36,10 +35,12 @@ def export_openvino(
     """
     openvino = _imported("openvino")
     _check_cpu(openvino, settings.precision)
+    from clip_deploy.towers import dynamic_axes, example_inputs, split  # seconds, which a missing library need not take
+
     source = read_target(checkpoint)
     inputs = example_inputs(source.model)
     models = {
-        name: _convert(openvino, tower, inputs[name], name, source.model)
+        name: _convert(openvino, tower, inputs[name], name, source.model, set(dynamic_axes(source.model)[name]))
         for name, tower in split(load_model(checkpoint), inputs).items()
     }
     facts: dict[str, Any] = {"note": "OpenVINO's converter, from PyTorch"}
@@ -68,7 +69,7 @@ def _check_cpu(openvino: Any, precision: Precision) -> None:
         raise UnavailableError("OpenVINO finds no bfloat16 instructions on this CPU")
 
 
-def _convert(openvino: Any, tower: Any, inputs: tuple, name: str, model: dict[str, Any]) -> Any:
+def _convert(openvino: Any, tower: Any, inputs: tuple, name: str, model: dict[str, Any], axes: set[int]) -> Any:
     names = ["pixel_values"] if name == "vision" else model["text_inputs"]
     try:
         with warnings.catch_warnings():
@@ -79,7 +80,6 @@ def _convert(openvino: Any, tower: Any, inputs: tuple, name: str, model: dict[st
     shapes = {}
     for port, given, values in zip(converted.inputs, names, inputs, strict=True):
         port.get_tensor().set_names({given})
-        axes = dynamic_axes(model)[name]
         shapes[given] = openvino.PartialShape([-1 if axis in axes else size for axis, size in enumerate(values.shape)])
     converted.outputs[0].get_tensor().set_names({OUTPUTS[name]})
     converted.reshape(shapes)

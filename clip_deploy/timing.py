@@ -44,11 +44,13 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
         were, [height, width]; the reference gets pixel_values in any case.
         `{"status": "unavailable", "reason": ...}` where the target cannot run here.
     """
+    described = read_target(folder)
+    if described.unavailable:
+        return {"status": "unavailable", "reason": described.unavailable}
     try:
         with Worker(folder, settings.threads) as target, Worker(reference, settings.threads) as other:
             target.wait()
             other.wait()
-            described = read_target(folder)
             towers, memory = _measure_towers(target, other, described.model, settings, seed)
             whole = {"preprocessed_size": settings.image_size} if described.image_input == "images" else {}
             return {

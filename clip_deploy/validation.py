@@ -14,6 +14,7 @@ from clip_deploy.parity import compare, normalized, row_cosines
 from clip_deploy.prepared import Images, Prepared
 from clip_deploy.runtimes import Encoder, open_encoder
 
+LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
 BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
 
 
@@ -93,6 +94,9 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
         },
         "shapes": shapes,
     }
+    if target.model.get("normalize"):
+        lengths = np.linalg.norm(np.concatenate([actual.images, _texts(actual)]), axis=1)
+        record["length_error"] = float(np.abs(lengths - 1).max())
     if target.model.get("classifier"):
         record["classifier"] = head(encoder, prepared, reference, target.model["classifier"])
     clean = Embeddings(*(np.nan_to_num(part) for part in (actual.images, actual.captions, actual.prompts)))
@@ -162,6 +166,8 @@ def judge(record: dict[str, Any], gate: Gate, precision: str) -> list[str]:
     """Every way in which the target misses its gate; random weights are held to the cosine only."""
     reasons = [f"{tower} gives NaN or infinity" for tower, parity in record["parity"].items() if not parity["finite"]]
     cosines = {tower: parity["cosine_min"] for tower, parity in record["parity"].items()} | record["shapes"]
+    if record.get("length_error", 0.0) > LENGTH_ERROR:
+        reasons.append(f"onnx.normalize: an embedding's length is off 1 by {record['length_error']:.1e}")
     low = sorted((name for name in cosines if not cosines[name] >= gate.min_cosine), key=lambda name: cosines[name])
     if low:
         others = f", and {len(low) - 1} more ({', '.join(low[1:])})" if low[1:] else ""

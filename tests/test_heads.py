@@ -131,6 +131,19 @@ def test_probabilities_are_a_softmax_for_clip(exported, images):
     assert np.linalg.norm(encoder.encode_images(pixels)) == pytest.approx(1, abs=1e-5)
 
 
+def test_embeddings_that_are_not_of_unit_length_fail(exported, images, tmp_path):
+    folder = tmp_path / "onnx"
+    shutil.copytree(exported, folder)
+    model = onnx.load(folder / "text.onnx")
+    last = next(node for node in model.graph.node if "text_embeds" in node.output)
+    model.graph.output[0].name = "twice"
+    model.graph.node.append(onnx.helper.make_node("Add", [last.output[0]] * 2, ["twice"]))
+    onnx.save(model, folder / "text.onnx")
+    record = validate(folder, load_prepared(images), images / "reference.npz", GATES, 0)
+    assert record["status"] == "fail"
+    assert "an embedding's length is off 1 by 1.0e+00" in " ".join(record["reasons"])
+
+
 def test_siglip_scores_labels_with_its_bias_and_a_sigmoid(siglip, tmp_path):
     import torch
 
