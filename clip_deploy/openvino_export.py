@@ -1,7 +1,8 @@
 """OpenVINO IR of both towers, as OpenVINO's own converter reads them from PyTorch; INT8 by NNCF.
 
 NNCF's accuracy control works on one model at a time: each tower is held to the whole budget while the other stays in
-FP32, and validate judges both together.
+FP32, and validate judges both together. It compiles with the plugin's own choice of precision, bf16 where the CPU has
+it; what is shipped, and the share of the budget that is reported, computes in FP32 what is not INT8.
 """
 
 import warnings
@@ -35,6 +36,8 @@ def export_openvino(
     """
     openvino = _imported("openvino")
     _check_cpu(openvino, settings.precision)
+    if settings.precision is Precision.int8:
+        _imported("nncf")
     from clip_deploy.towers import dynamic_axes, example_inputs, split  # seconds, which a missing library need not take
 
     source = read_target(checkpoint)

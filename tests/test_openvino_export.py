@@ -39,6 +39,13 @@ def test_a_missing_library_makes_an_unavailable_row_that_says_how_to_install_it(
     assert check(folder, sets)["reasons"] == [reason]
 
 
+def test_openvino_alone_is_not_enough_for_int8(convert, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", type("openvino", (), {}))
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    folder = convert(precision=Precision.int8)
+    assert read_target(folder).unavailable == "nncf is not installed: pip install '.[openvino]'"
+
+
 def test_a_cpu_without_bfloat16_is_named(convert, monkeypatch):
     class Core:
         def get_property(self, device, name):

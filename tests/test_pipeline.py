@@ -60,7 +60,7 @@ def test_every_target_is_built_checked_and_timed(built):
     record = metrics(built)
     assert list(record) == TARGETS
     for target, row in record.items():
-        if target.startswith("openvino") and not find_spec("openvino"):
+        if target.startswith("openvino") and not (find_spec("openvino") and find_spec("nncf")):
             assert row["status"] == "unavailable"
             continue
         assert row["status"] == "pass", (target, (built.path / "reports/report.md").read_text())
