@@ -87,18 +87,32 @@ def _described(settings: QuantizeConfig, calibration: Prepared, reduced: bool) -
 
 
 def _write_within(towers: "_Towers", budget: AccuracyBudget, seed: int) -> dict[str, Any]:
-    """Search with rounded operands, then judge the real graphs: where they miss the budget, leave more in float."""
+    """Search with rounded operands, then judge the real graphs: where they miss the budget, leave more in float.
+
+    From the search's answer upwards in steps of a tenth of the nodes until the budget holds, then back by bisection.
+    """
     switched = towers.switched()
     found = search(switched, towers.calibration, budget, seed)
     order = list(found.sensitivity)
     reference = encode_set(towers.encoder(towers.work), towers.calibration)
-    left = len(found.left_in_float)
-    while True:
+
+    def judged(left: int) -> dict[str, float]:
         towers.write(order[:left])
-        loss = losses(encode_set(towers.encoder(towers.small), towers.calibration), reference, towers.calibration, seed)
-        if within(loss, budget) or left == len(order):
-            return {**asdict(found), "left_in_float": order[:left], **loss}
-        left = min(len(order), left + math.ceil(len(order) / 10))
+        return losses(encode_set(towers.encoder(towers.small), towers.calibration), reference, towers.calibration, seed)
+
+    written = left = len(found.left_in_float)
+    missed = left - 1  # the search found the budget missed there, or nothing is left out
+    loss = judged(left)
+    while not within(loss, budget) and left < len(order):
+        missed, left = left, min(len(order), left + math.ceil(len(order) / 10))
+        written, loss = left, judged(left)
+    while left - missed > 1:
+        written = (missed + left) // 2
+        trial = judged(written)
+        missed, left, loss = (missed, written, trial) if within(trial, budget) else (written, left, loss)
+    if written != left:
+        towers.write(order[:left])
+    return {**asdict(found), "left_in_float": order[:left], **loss}
 
 
 class _Towers:

@@ -446,7 +446,10 @@ def _search_section(rows: list[Row]) -> list[str]:
 
 
 def _build_table(rows: list[Row]) -> list[str]:
-    return _table(["Target", "Build"], [[f"`{row.target}`", row.build or "the checkpoint as it came"] for row in rows])
+    def plain(row: Row) -> str:
+        return "the checkpoint as it came" if row.target == REFERENCE else MISSING
+
+    return _table(["Target", "Build"], [[f"`{row.target}`", row.build or plain(row)] for row in rows])
 
 
 def _number(value: float | None) -> str:
