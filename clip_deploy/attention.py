@@ -26,13 +26,16 @@ class Match:
     output: ir.Value
 
 
-def fuse_attention(model: ir.Model, heads: int) -> int:
-    """Replace every attention of a tower with `heads` heads, in place; return how many were replaced."""
+def fuse_attention(model: ir.Model, heads: int, packed: bool = True) -> int:
+    """Replace every attention of a tower with `heads` heads, in place; return how many were replaced.
+
+    `packed`: with one product for query, key and value where all three read one input.
+    """
     model.opset_imports.setdefault(RUNTIME, 1)
     fused = 0
     for node in list(model.graph):
         if match := _match(node):
-            _replace(model.graph, match, heads)
+            _replace(model.graph, match, heads, packed)
             fused += 1
     return fused
 
@@ -128,13 +131,13 @@ def _additive(mask: ir.Value) -> ir.Value:
     return node.outputs[0]
 
 
-def _replace(graph: ir.Graph, match: Match, heads: int) -> None:
+def _replace(graph: ir.Graph, match: Match, heads: int, packed: bool) -> None:
     last = _made_by(match.output)
     assert last is not None  # _to_rows gave it
     attributes: dict[str, int | float] = {"num_heads": heads}
     if match.scale:
         attributes["scale"] = match.scale
-    inputs = _pack(graph, last, match) or [match.query, match.key, match.value]
+    inputs = (_pack(graph, last, match) if packed else None) or [match.query, match.key, match.value]
     if match.mask is not None:
         inputs = [*inputs, *[None] * (5 - len(inputs)), match.mask]
     node = ir.node("MultiHeadAttention", inputs, attributes, domain=RUNTIME)

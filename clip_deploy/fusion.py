@@ -70,10 +70,12 @@ def optimize(source: Path, settings: OptimizeConfig, calibration: Prepared, outp
     )
 
 
-def rewrites_of(shape: dict[str, int], settings: OptimizeConfig) -> list[list[tuple[str, Rewrite]]]:
+def rewrites_of(
+    shape: dict[str, int], settings: OptimizeConfig, packed: bool = True
+) -> list[list[tuple[str, Rewrite]]]:
     """The rewrites of a tower, step by step; of several in one step, the first that leaves the outputs is kept."""
     return [
-        [("attention", partial(_edit, lambda model: fuse_attention(model, shape["heads"]) > 0))],
+        [("attention", partial(_edit, lambda model: fuse_attention(model, shape["heads"], packed) > 0))],
         [
             ("causal mask", partial(_edit, lambda model: replace_masks(model, causal=True))),
             ("padding mask", partial(_edit, lambda model: replace_masks(model, causal=False))),

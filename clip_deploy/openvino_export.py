@@ -1,11 +1,14 @@
-"""OpenVINO IR of both towers, as OpenVINO's own converter reads them from PyTorch; INT8 by NNCF.
+"""OpenVINO IR of both towers, read from our fused graphs; INT8 by NNCF.
+
+OpenVINO's own reading of a PyTorch tower computes the last layer for every token and QuickGELU in three nodes; from the
+fused graph it takes pooling, patches and activations as they are. Query, key and value keep a product each: its plugin
+cuts a packed INT8 product by copying it.
 
 NNCF's accuracy control works on one model at a time: each tower is held to the whole budget while the other stays in
-FP32, and validate judges both together. It compiles with the plugin's own choice of precision, bf16 where the CPU has
-it; what is shipped, and the share of the budget that is reported, computes in FP32 what is not INT8.
+FP32, and validate judges both together.
 """
 
-import warnings
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -16,8 +19,7 @@ import numpy as np
 
 from clip_deploy.accuracy import losses
 from clip_deploy.artifact import Target, read_target
-from clip_deploy.checkpoint import load_model
-from clip_deploy.config import AccuracyBudget, OpenVinoConfig, Precision
+from clip_deploy.config import AccuracyBudget, OpenVinoConfig, OptimizeConfig, Precision
 from clip_deploy.encode import Embeddings, encode_images, encode_texts
 from clip_deploy.errors import UnavailableError
 from clip_deploy.prepared import Prepared, feeds
@@ -27,35 +29,33 @@ CALIBRATION_BATCH = 4
 OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
 
 
-def export_openvino(
-    checkpoint: Path, settings: OpenVinoConfig, calibration: Prepared, seed: int, output: Path
-) -> Target:
+def export_openvino(source: Path, settings: OpenVinoConfig, calibration: Prepared, seed: int, output: Path) -> Target:
     """Write vision.xml and text.xml with their weights, in float32, for bfloat16 (float16 weights) or in INT8.
 
-    Raises UnavailableError where OpenVINO or NNCF is missing, a tower cannot be converted, or the CPU has no bfloat16.
+    `source` is an ONNX target in FP32; what stands around its towers (preprocessing, heads) is left out.
+    Raises UnavailableError where the source could not be built, OpenVINO or NNCF is missing, a tower cannot be
+    converted, or the CPU has no bfloat16.
     """
     openvino = _imported("openvino")
     _check_cpu(openvino, settings.precision)
-    if settings.precision is Precision.int8:
-        _imported("nncf")
-    from clip_deploy.towers import dynamic_axes, example_inputs, split  # seconds, which a missing library need not take
-
-    source = read_target(checkpoint)
-    inputs = example_inputs(source.model)
-    models = {
-        name: _convert(openvino, tower, inputs[name], name, source.model, set(dynamic_axes(source.model)[name]))
-        for name, tower in split(load_model(checkpoint), inputs).items()
-    }
-    facts: dict[str, Any] = {"note": "OpenVINO's converter, from PyTorch"}
-    if settings.precision is Precision.int8:
-        models, facts = _quantise(openvino, models, source.model, settings.accuracy_budget, calibration, seed)
+    nncf = _imported("nncf") if settings.precision is Precision.int8 else None
+    target = read_target(source)
+    if target.unavailable:
+        raise UnavailableError(f"{source.name}: {target.unavailable}")
+    models, undone = _convert(openvino, source, target.model, output)
+    facts: dict[str, Any] = {name: target.build[name] for name in ("opset", "exporter")} | {"source": source.name}
+    if undone:
+        facts["rewrites_undone"] = undone
+    if nncf is not None:
+        models, made = _quantise(openvino, nncf, models, target.model, settings.accuracy_budget, calibration, seed)
+        facts |= made
     for name, model in models.items():
         openvino.save_model(model, output / f"{name}.xml", compress_to_fp16=settings.precision is Precision.bf16)
     return Target(
         runtime="openvino",
         precision=settings.precision.value,
         files=sorted(path.name for path in output.iterdir()),
-        model=source.model,
+        model={**target.model, "normalize": False, "classifier": None},
         build=facts,
     )
 
@@ -72,20 +72,30 @@ def _check_cpu(openvino: Any, precision: Precision) -> None:
         raise UnavailableError("OpenVINO finds no bfloat16 instructions on this CPU")
 
 
-def _convert(openvino: Any, tower: Any, inputs: tuple, name: str, model: dict[str, Any], axes: set[int]) -> Any:
-    names = ["pixel_values"] if name == "vision" else model["text_inputs"]
+def _convert(openvino: Any, source: Path, model: dict[str, Any], output: Path) -> tuple[dict[str, Any], list[str]]:
+    """Both towers, fused, as OpenVINO models; and the rewrites that had to be undone."""
+    from clip_deploy.fusion import fuse, rewrites_of  # seconds, which a missing library need not take
+    from clip_deploy.shell import take_off
+
+    models, undone = {}, []
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        for tower, shape in model["towers"].items():
+            bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
+            take_off(source / fused.name, bare)
+            undone += fuse(bare, fused, rewrites_of(shape, OptimizeConfig(), packed=False), model["example_texts"])
+            models[tower] = _read(openvino, fused, ["pixel_values"] if tower == "vision" else model["text_inputs"])
+    return models, undone
+
+
+def _read(openvino: Any, path: Path, inputs: list[str]) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracer warnings: validate checks other shapes
-            converted = openvino.convert_model(tower, example_input=inputs)
+        converted = openvino.convert_model(path)
     except Exception as error:  # the converter's errors share no base class
-        raise UnavailableError(f"OpenVINO does not convert the {name} tower: {str(error).splitlines()[0]}") from error
-    shapes = {}
-    for port, given, values in zip(converted.inputs, names, inputs, strict=True):
-        port.get_tensor().set_names({given})
-        shapes[given] = openvino.PartialShape([-1 if axis in axes else size for axis, size in enumerate(values.shape)])
-    converted.outputs[0].get_tensor().set_names({OUTPUTS[name]})
-    converted.reshape(shapes)
+        reason = str(error).strip().splitlines()[-1]
+        raise UnavailableError(f"OpenVINO does not convert the {path.stem} tower: {reason}") from error
+    for port, name in zip(converted.inputs, inputs, strict=True):
+        port.get_tensor().set_names({name})
+    converted.outputs[0].get_tensor().set_names({OUTPUTS[path.stem]})
     return converted
 
 
@@ -113,13 +123,17 @@ class _Towers:
 
 def _quantise(
     openvino: Any,
+    nncf: Any,
     models: dict[str, Any],
     description: dict[str, Any],
     budget: AccuracyBudget | None,
     calibration: Prepared,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    nncf = _imported("nncf")
+    """Both towers in INT8, and how. The fastest arrangement is tried first: symmetric, without SmoothQuant's products.
+
+    Where that breaks the budget, NNCF's accuracy control searches from its most accurate one.
+    """
     text_inputs = description["text_inputs"]
     core = openvino.Core()
     compiled = {
@@ -127,23 +141,26 @@ def _quantise(
     }
     whole = _Towers(compiled, text_inputs)
     reference = Embeddings(**whole.embeddings("vision", calibration), **whole.embeddings("text", calibration))
-    facts: dict[str, Any] = {
-        "converter": "torch",
-        "method": "NNCF",
-        "calibration_images": len(calibration.pixel_values),
-    }
+    facts: dict[str, Any] = {"method": "NNCF", "calibration_images": len(calibration.pixel_values)}
+    transformer = {"model_type": nncf.ModelType.TRANSFORMER}
+    plain = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1))
+    fastest = {"preset": nncf.QuantizationPreset.PERFORMANCE, "advanced_parameters": plain, **transformer}
+    accurate = {"preset": nncf.QuantizationPreset.MIXED, **transformer}
     quantised = {}
     for name, model in models.items():
         data = nncf.Dataset(list(feeds(calibration.inputs(name, text_inputs), CALIBRATION_BATCH)))
-        settings = {"model_type": nncf.ModelType.TRANSFORMER, "preset": nncf.QuantizationPreset.MIXED}
+        quantised[name] = nncf.quantize(model, data, **fastest)
         if budget is None or not description["trained"]:
-            quantised[name] = nncf.quantize(model, data, **settings)
             continue
         spent = _budget_spent(name, budget, reference, calibration, text_inputs, seed)
-        quantised[name] = nncf.quantize_with_accuracy_control(
-            model, data, data, spent, max_drop=1.0, drop_type=nncf.DropType.ABSOLUTE, **settings
-        )
-        share = -spent(core.compile_model(quantised[name], "CPU"), [])[0]
+        share = -spent(core.compile_model(quantised[name], "CPU"), None)[0]
+        facts[f"{name}_arrangement"] = "symmetric"
+        if share > 1:
+            quantised[name] = nncf.quantize_with_accuracy_control(
+                model, data, data, spent, max_drop=1.0, drop_type=nncf.DropType.ABSOLUTE, **accurate
+            )
+            share = -spent(core.compile_model(quantised[name], "CPU"), None)[0]
+            facts[f"{name}_arrangement"] = "SmoothQuant and accuracy control"
         facts[f"budget_spent_by_{name}"] = f"{100 * share:.0f} %"
     return quantised, facts
 

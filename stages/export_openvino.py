@@ -1,4 +1,4 @@
-"""Convert the checkpoint's towers to OpenVINO, in FP32, for bf16 or in INT8 by NNCF."""
+"""Convert both towers to OpenVINO, fused, in FP32, for bf16 or in INT8 by NNCF."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

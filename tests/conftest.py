@@ -90,6 +90,12 @@ def reference(model, processor, source):
     return folder
 
 
+@pytest.fixture(scope="module", params=["checkpoint", "siglip", "chinese_clip"])
+def family(request):
+    """A checkpoint of each family: CLIP, SigLIP with its pooling head, and one with a BERT text tower."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="session")
 def sets(checkpoint, tmp_path_factory):
     """A folder with small evaluation and calibration sets and the reference's embeddings."""

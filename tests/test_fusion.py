@@ -17,12 +17,6 @@ from clip_deploy.prepared import load_prepared
 from clip_deploy.towers import split
 
 
-@pytest.fixture(scope="module", params=["checkpoint", "siglip", "chinese_clip"])
-def family(request):
-    """A checkpoint of each family: CLIP, SigLIP with its pooling head, and one with a BERT text tower."""
-    return request.getfixturevalue(request.param)
-
-
 def fused(source, folder, calibration=None, **settings):
     settings = OptimizeConfig(**settings)
     fallback = Target("ort", settings.precision.value)

@@ -1,12 +1,16 @@
 import sys
 
+import numpy as np
 import pytest
 
+from clip_deploy import onnx_graph, openvino_export
 from clip_deploy.artifact import Target, build, read_target
-from clip_deploy.config import AccuracyBudget, Gate, GatesConfig, OpenVinoConfig, Precision
+from clip_deploy.config import AccuracyBudget, Gate, GatesConfig, OnnxConfig, OpenVinoConfig, Precision
 from clip_deploy.errors import UnavailableError
+from clip_deploy.onnx_export import export_onnx
 from clip_deploy.openvino_export import export_openvino
 from clip_deploy.prepared import load_prepared
+from clip_deploy.runtimes import open_encoder
 from clip_deploy.validation import validate
 
 GATES = GatesConfig(
@@ -17,8 +21,8 @@ GATES = GatesConfig(
 
 
 @pytest.fixture
-def convert(checkpoint, sets, tmp_path):
-    def run(source=checkpoint, **settings):
+def convert(onnx_target, sets, tmp_path):
+    def run(source=onnx_target, **settings):
         chosen, calibration = OpenVinoConfig(**settings), load_prepared(sets / "calibration")
         output, fallback = tmp_path / "openvino", Target("openvino", chosen.precision.value)
         build(output, lambda folder: export_openvino(source, chosen, calibration, 0, folder), fallback)
@@ -85,6 +89,45 @@ def test_int8_is_calibrated_by_nncf_within_the_budget(convert, sets, budget):
     assert ("budget_spent_by_vision" in facts) == (budget is not None)
 
 
-def test_siglip_with_its_pooling_head_converts(convert, siglip):
+def test_every_family_gives_what_its_onnx_graphs_give(convert, family, tmp_path):
     pytest.importorskip("openvino")
-    assert read_target(convert(source=siglip)).unavailable is None
+    source = tmp_path / "onnx-fp32"
+    build(source, lambda folder: export_onnx(family, OnnxConfig(), folder), Target("ort", "fp32"))
+    folder = convert(source=source)
+    target, encoder = read_target(folder), open_encoder(folder)
+    assert "rewrites_undone" not in target.build
+    encode = {"vision": encoder.encode_images, "text": encoder.encode_texts}
+    for tower in ("vision", "text"):
+        inputs = onnx_graph.random_feeds(source / f"{tower}.onnx", target.model["example_texts"])
+        given = [inputs.get(name, np.ones((1, 1))) for name in ("input_ids", "attention_mask")]
+        actual = encode[tower](*([inputs["pixel_values"]] if tower == "vision" else given))
+        expected = onnx_graph.run(source / f"{tower}.onnx", inputs)
+        assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_what_stands_around_the_towers_is_left_out(convert, checkpoint, sets, tmp_path):
+    pytest.importorskip("openvino")
+    source = tmp_path / "onnx-fp32"
+    settings = OnnxConfig(preprocess=True, normalize=True, classifier=["a red circle", "a blue square"])
+    build(source, lambda folder: export_onnx(checkpoint, settings, folder), Target("ort", "fp32"))
+    record = check(convert(source=source), sets)
+    assert record["status"] == "pass", record["reasons"]
+
+
+def test_a_source_that_could_not_be_built_is_named(convert, monkeypatch, tmp_path):
+    def refuse(folder):
+        raise UnavailableError("the dynamo exporter failed")
+
+    monkeypatch.setitem(sys.modules, "openvino", type("openvino", (), {}))
+    build(tmp_path / "onnx-fp32", refuse, Target("ort", "fp32"))
+    assert read_target(convert(source=tmp_path / "onnx-fp32")).unavailable == "onnx-fp32: the dynamo exporter failed"
+
+
+def test_accuracy_control_takes_over_where_the_fastest_arrangement_breaks_the_budget(convert, sets, monkeypatch):
+    pytest.importorskip("nncf")
+    spent = iter([2.0, 2.0, 0.5, 0.5] * 20)
+    monkeypatch.setattr(openvino_export, "_budget_spent", lambda *_: lambda *_: (-next(spent), None))
+    folder = convert(precision=Precision.int8, accuracy_budget=AccuracyBudget(max_top1_drop=0, max_flips=0))
+    facts = read_target(folder).build
+    assert facts["vision_arrangement"] == "SmoothQuant and accuracy control"
+    assert check(folder, sets)["status"] == "pass"

@@ -7,17 +7,16 @@ import openvino
 
 from clip_deploy.artifact import Target
 
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # left to itself the plugin computes FP32 models in bf16
+HINTS = {"fp32": "f32", "bf16": "bf16"}  # left to itself the plugin takes bf16 where the CPU has it, as for INT8's rest
 
 
 class Encoder:
     image_input = "pixel_values"
 
     def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
-        properties: dict[str, str | int] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": HINTS[target.precision],
-        }
+        properties: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY"}
+        if target.precision in HINTS:
+            properties["INFERENCE_PRECISION_HINT"] = HINTS[target.precision]
         if threads:
             properties["INFERENCE_NUM_THREADS"] = threads
         core = openvino.Core()
