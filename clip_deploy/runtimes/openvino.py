@@ -27,8 +27,8 @@ class Encoder:
         self.text_inputs = target.model["text_inputs"]
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
-        return self.vision.infer({"pixel_values": images})[0].copy()
+        return self.vision.infer({"pixel_values": images}, share_inputs=True)[0].copy()
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.text.infer({name: given[name] for name in self.text_inputs})[0].copy()
+        return self.text.infer({name: given[name] for name in self.text_inputs}, share_inputs=True)[0].copy()
