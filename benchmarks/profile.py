@@ -74,14 +74,18 @@ def markdown(settings: Settings) -> str:
 
 
 def profile(folder: Path, tower: str, settings: Settings) -> Profile:
-    """Raises ConfigError where the folder holds no graph of the tower."""
-    if (folder / f"{tower}.onnx").exists():
-        return by_onnxruntime(folder / f"{tower}.onnx", settings)
-    if (folder / f"{tower}.xml").exists():
-        return by_openvino(folder / f"{tower}.xml", settings)
-    raise ConfigError(
-        f"{folder} holds neither {tower}.onnx nor {tower}.xml; accepted are built ONNX or OpenVINO targets"
-    )
+    """Raises ConfigError where the folder holds no graph of the tower, or it does not run at that batch and length."""
+    readers = {"onnx": by_onnxruntime, "xml": by_openvino}
+    kind = next((kind for kind in readers if (folder / f"{tower}.{kind}").exists()), None)
+    if kind is None:
+        accepted = "accepted are built ONNX or OpenVINO targets"
+        raise ConfigError(f"{folder} holds neither {tower}.onnx nor {tower}.xml; {accepted}")
+    try:
+        return readers[kind](folder / f"{tower}.{kind}", settings)
+    except Exception as error:  # the runtimes' errors share no base class
+        given = f"batch={settings.batch} tokens={settings.tokens}"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{folder.name}: the {tower} tower does not run at {given} ({reason}); try others") from error
 
 
 def by_onnxruntime(path: Path, settings: Settings) -> Profile:

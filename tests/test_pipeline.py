@@ -21,6 +21,7 @@ TARGETS = [
     "torchscript-fp32",
     "torchscript-bf16",
     "openvino-fp32",
+    "openvino-bf16",
     "openvino-int8",
     "onnx-fp32",
     "ort-fp32",
@@ -28,8 +29,8 @@ TARGETS = [
     "ort-int8-dynamic",
     "ort-int8-static",
 ]
-ONNX = TARGETS[6:]
-OPENVINO = TARGETS[4:6]
+ONNX = TARGETS[7:]
+OPENVINO = TARGETS[4:7]
 MISSING = [] if find_spec("openvino") and find_spec("nncf") else OPENVINO  # their rows are unavailable
 BUILDS = {
     "onnx-fp32": "export_onnx",
@@ -41,6 +42,7 @@ BUILDS = {
     "torchscript-fp32": "export_torchscript@torchscript-fp32",
     "torchscript-bf16": "export_torchscript@torchscript-bf16",
     "openvino-fp32": "export_openvino@openvino-fp32",
+    "openvino-bf16": "export_openvino@openvino-bf16",
     "openvino-int8": "export_openvino@openvino-int8",
 }
 

@@ -36,7 +36,8 @@ from clip_deploy.results import rounded, write_json
 BASIS = "ort-fp32"  # its median latency is 1.00x, its size 100 %
 TARGETS = (
     *(REFERENCE, EXPORTED, "torchscript-fp32", "torchscript-bf16"),
-    *(BASIS, "ort-int8-dynamic", "ort-int8-static", "openvino-fp32", "openvino-int8"),
+    *(BASIS, "ort-int8-dynamic", "ort-int8-static"),
+    *("openvino-fp32", "openvino-bf16", "openvino-int8"),
 )
 WORKER = ("-m", "benchmarks.peers.worker")
 NAMED = ("torch", "transformers", "onnxruntime", "optimum-onnx", "olive-ai", "openvino", "nncf", "numpy")
