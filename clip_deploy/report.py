@@ -259,7 +259,7 @@ def markdown(title: str, rows: list[Row], facts: dict[str, str]) -> str:
         "Attention fused",
     ]
     lines = [f"# {title}", "", *(f"- **{name}**: {value}" for name, value in facts.items()), ""]
-    lines += _table(head, [_cells(row) for row in rows])
+    lines += table(head, [_cells(row) for row in rows])
     lines += ["", *_reasons(rows)]
     lines += ["## Batch sizes", "", *_batch_tables(rows, batches)]
     lines += ["## Graphs", "", *_graph_table(rows), *_pixel_section(rows), *_head_section(rows)]
@@ -284,7 +284,8 @@ HOW = """
 """.splitlines()
 
 
-def _table(head: list[str], body: list[list[str]]) -> list[str]:
+def table(head: list[str], body: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table; columns from the third on are set flush right."""
     rule = ["---", "---", *("---:" for _ in head[2:])]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]
 
@@ -294,13 +295,13 @@ def _cells(row: Row) -> list[str]:
     return [
         f"`{row.target}`",
         row.status if row.status == "pass" else f"**{row.status}**",
-        _number(vision.get("p50_ms")),
+        number(vision.get("p50_ms")),
         _speedup(vision),
-        _number(text.get("p50_ms")),
+        number(text.get("p50_ms")),
         _speedup(text),
-        _number(best_throughput(row, "vision")),
-        _number(row.memory_mb),
-        _number(row.size_mb),
+        number(best_throughput(row, "vision")),
+        number(row.memory_mb),
+        number(row.size_mb),
         " / ".join(f"{value:.4f}" for value in row.cosine_min.values()) or MISSING,
         _percent(zero_shot.get("top1")),
         _interval(zero_shot, "top1_drop") if row.target != REFERENCE else MISSING,
@@ -343,9 +344,9 @@ def _batch_tables(rows: list[Row], batches: list[int]) -> list[str]:
             sizes = [row.timing(tower, str(batch)) for batch in batches]
             if any(sizes):
                 body.append([f"`{row.target}`", "p50 / p90 / p99 ms", *(_percentiles(size) for size in sizes)])
-                body.append(["", unit, *(_number(size.get("throughput_per_s")) for size in sizes)])
+                body.append(["", unit, *(number(size.get("throughput_per_s")) for size in sizes)])
                 body.append(["", "speed-up", *(_speedup(size) for size in sizes)])
-        lines += [f"### {tower.capitalize()}", "", *_table(head, body), ""]
+        lines += [f"### {tower.capitalize()}", "", *table(head, body), ""]
     return lines
 
 
@@ -377,7 +378,7 @@ def _graph_table(rows: list[Row]) -> list[str]:
                     f"{graph['ir_version']}, {graph['producer']}",
                 ]
             )
-    return [*_table(head, body), ""] if body else ["No ONNX target.", ""]
+    return [*table(head, body), ""] if body else ["No ONNX target.", ""]
 
 
 def _pixel_section(rows: list[Row]) -> list[str]:
@@ -386,8 +387,8 @@ def _pixel_section(rows: list[Row]) -> list[str]:
     body = [
         [
             f"`{row.target}`",
-            _number(row.pixels["max_diff"]),
-            _number(row.pixels["mean_diff"]),
+            number(row.pixels["max_diff"]),
+            number(row.pixels["mean_diff"]),
             f"{row.pixels['differing_percent']:.3f} %",
         ]
         for row in rows
@@ -396,7 +397,7 @@ def _pixel_section(rows: list[Row]) -> list[str]:
     if not body:
         return []
     title = "## Preprocessing inside the graph, against the checkpoint's processor (in 1/255, before normalisation)"
-    return [title, "", *_table(head, body), ""]
+    return [title, "", *table(head, body), ""]
 
 
 def _head_section(rows: list[Row]) -> list[str]:
@@ -411,7 +412,7 @@ def _head_section(rows: list[Row]) -> list[str]:
         for row in rows
         if row.classifier
     ]
-    return ["## Zero-shot heads", "", *_table(head, body), ""] if body else []
+    return ["## Zero-shot heads", "", *table(head, body), ""] if body else []
 
 
 def _search_section(rows: list[Row]) -> list[str]:
@@ -437,10 +438,10 @@ def _search_section(rows: list[Row]) -> list[str]:
             f"{100 * point['share']:.0f} %: {point['flips']:.2f} % ({point['cosine']:.5f})" for point in found["curve"]
         ]
         curves.append([f"`{row.target}`", ", ".join(points)])
-    lines = ["## INT8 within its accuracy budget", "", *_table(head, body), ""]
+    lines = ["## INT8 within its accuracy budget", "", *table(head, body), ""]
     return [
         *lines,
-        *_table(["Target", "Share of nodes in INT8: answers that flip (mean cosine), on the calibration set"], curves),
+        *table(["Target", "Share of nodes in INT8: answers that flip (mean cosine), on the calibration set"], curves),
         "",
     ]
 
@@ -449,10 +450,10 @@ def _build_table(rows: list[Row]) -> list[str]:
     def plain(row: Row) -> str:
         return "the checkpoint as it came" if row.target == REFERENCE else MISSING
 
-    return _table(["Target", "Build"], [[f"`{row.target}`", row.build or plain(row)] for row in rows])
+    return table(["Target", "Build"], [[f"`{row.target}`", row.build or plain(row)] for row in rows])
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three significant digits, never in scientific notation."""
     if value is None:
         return MISSING
@@ -478,7 +479,7 @@ def _interval(record: dict[str, float], key: str) -> str:
 
 
 def _percentiles(timing: dict[str, float]) -> str:
-    return " / ".join(_number(timing.get(f"p{q}_ms")) for q in (50, 90, 99)) if timing else MISSING
+    return " / ".join(number(timing.get(f"p{q}_ms")) for q in (50, 90, 99)) if timing else MISSING
 
 
 def page(title: str, rows: list[Row], facts: dict[str, str]) -> str:

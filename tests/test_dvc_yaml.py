@@ -16,7 +16,8 @@ from clip_deploy.runtimes import RUNTIMES
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-SCRIPTS = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py"))
+COMMANDS = {"compare"}  # run by hand, with no settings: no stage of the pipeline
+SCRIPTS = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WATCHED = [name for name in SCRIPTS if name != "probe"]  # probe always runs
 
 # What the import statements do not show: modules opened by name, processes and files.

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from clip_deploy.report import _number, fastest, markdown, metrics, page, plots, read_rows
+from clip_deploy.report import fastest, markdown, metrics, number, page, plots, read_rows
 from clip_deploy.results import write_json
 
 TIMING = {
@@ -78,7 +78,7 @@ def test_what_int8_leaves_in_float_and_its_curve_are_in_the_report(rows):
     [(1.0, "1.00"), (0.19, "0.190"), (59.62, "59.6"), (369.4, "369"), (2633.4, "2,633"), (0, "0.00")],
 )
 def test_numbers_have_three_digits(value, written):
-    assert _number(value) == written
+    assert number(value) == written
 
 
 def test_every_configured_target_has_a_row_in_order_and_no_other_has(rows):

@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py"))
+COMMANDS = {"compare"}  # run by hand, with no settings: tests/test_compare.py
+STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WITHOUT_TORCH = ("probe", "optimize", "quantize", "validate", "benchmark", "report")
 
 
