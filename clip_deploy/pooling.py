@@ -47,7 +47,7 @@ def _pools(node: ir.Node) -> bool:
 
 def _gather_by_token(graph: ir.Graph, attention: ir.Node) -> None:
     """Gather [row, token] where the TorchScript exporter gathers from [batch * sequence, width]."""
-    keys = attention.inputs[1]
+    tokens = _projected_from(attention.inputs[1])
     for node in list(graph):
         flat = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
         shape = array(flat.inputs[1]) if flat is not None and flat.op_type == "Reshape" else None
@@ -56,9 +56,9 @@ def _gather_by_token(graph: ir.Graph, attention: ir.Node) -> None:
             continue
         for use in list(rows.uses()):
             if use.node.op_type == "Shape":  # of the same batch and sequence
-                use.node.replace_input_with(0, keys)
+                use.node.replace_input_with(0, tokens)
         one = initializer(graph, "token_axis", np.array([1]))
-        sizes = ir.node("Shape", [keys])
+        sizes = ir.node("Shape", [tokens])
         length = ir.node("Gather", [sizes.outputs[0], one])
         index = ir.node("Unsqueeze", [node.inputs[1], one])
         row, token = (ir.node(kind, [index.outputs[0], length.outputs[0]]) for kind in ("Div", "Mod"))
@@ -67,6 +67,16 @@ def _gather_by_token(graph: ir.Graph, attention: ir.Node) -> None:
         made = [sizes, length, index, row, token, pair, pooled]
         ir.convenience.replace_nodes_and_values(graph, node, [node], made, node.outputs, pooled.outputs)
         return
+
+
+def _projected_from(keys: ir.Value | None) -> ir.Value | None:
+    """The tokens behind keys: of the same batch and length, without keeping a product alive that gives queries too."""
+    value = keys
+    for kind in ("Split", "Add", "MatMul"):
+        maker = value.producer() if value is not None else None
+        if maker is not None and maker.op_type == kind:
+            value = next((item for item in maker.inputs if array(item) is None), value)
+    return value
 
 
 def _follows(node: ir.Node, first: ir.Node) -> bool:
@@ -189,7 +199,7 @@ class _Moved:
             return padding if last else None
         zero, one = self.constant(np.array(0)), self.constant(np.array(1))
         position = self.insert("Gather", [self.pooling.inputs[1], self.constant(np.array([1]))], {"axis": 1})
-        length = self.insert("Gather", [self.insert("Shape", [keys]), one])
+        length = self.insert("Gather", [self.insert("Shape", [_projected_from(keys)]), one])
         tokens = self.insert("Range", [zero, length, one])
         before = self.insert("LessOrEqual", [tokens, position])
         visible = self.insert("Cast", [before], {"to": int(ir.DataType.INT32)})

@@ -93,6 +93,8 @@ def test_the_last_layer_runs_on_the_pooled_token_only(checkpoint, tmp_path, opse
         *whole, last = attention_shapes(tmp_path / "ort" / f"{tower}.onnx", tokens)
         assert {shape[1] for shape in whole} == {tokens}
         assert last[1] == 1
+        kinds = [node.op_type for node in onnx.load(tmp_path / "ort" / f"{tower}.onnx").graph.node]
+        assert kinds.count("Split") == len(whole) + 1  # none of the last layer's product for all tokens, query included
 
 
 def attention_shapes(path, tokens):
