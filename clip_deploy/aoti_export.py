@@ -1,4 +1,4 @@
-"""AOTInductor packages of both towers: torch.export, then C++ compiled for this machine's instruction sets."""
+"""AOTInductor packages of both towers: our fused graphs through torch.export, compiled for this CPU or GPU."""
 
 import errno
 import os
@@ -6,51 +6,115 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch.export import Dim
 
 from clip_deploy.artifact import Target, read_target
-from clip_deploy.checkpoint import load_model
-from clip_deploy.config import Precision
+from clip_deploy.config import Device, OptimizeConfig, Precision
 from clip_deploy.errors import UnavailableError
-from clip_deploy.torchscript import BFloat16
-from clip_deploy.towers import dynamic_axes, example_inputs, split
+from clip_deploy.float16 import SCAN_ROWS, halve
+from clip_deploy.fusion import fuse, rewrites_of
+from clip_deploy.graph_module import GraphModule
+from clip_deploy.prepared import Prepared, feeds
+from clip_deploy.runtimes.pytorch import require
+from clip_deploy.shell import take_off
+from clip_deploy.towers import dynamic_axes, example_inputs
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+NOTES = {
+    Device.cpu: "compiled for this CPU's instruction sets",
+    Device.cuda: "compiled for this GPU, called through CUDA graphs",
+}
 
 
-def export_aoti(checkpoint: Path, precision: Precision, output: Path) -> Target:
+def export_aoti(
+    source: Path, precision: Precision, calibration: Prepared, output: Path, device: Device = Device.cpu
+) -> Target:
     """Write vision.pt2 and text.pt2, which PyTorch loads without the model's Python.
 
-    Raises UnavailableError where a tower cannot be exported, or no C++ compiler is found.
+    `source` is an ONNX target in FP32; what stands around its towers (preprocessing, heads) is left out. In float16,
+    nodes that would overflow on the calibration set stay in float32.
+    Raises UnavailableError where the source could not be built, a tower cannot be exported, there is no such device or
+    no C++ compiler is found.
     """
-    source = read_target(checkpoint)
-    inputs, axes = example_inputs(source.model), dynamic_axes(source.model)
-    for name, tower in split(load_model(checkpoint), inputs).items():
-        if precision is Precision.bf16:
-            tower = BFloat16(tower).eval()
-        longest = {"batch": None, "sequence": source.model["context_length"]}
-        dimensions = {axis: Dim(word, max=longest[word]) for axis, word in axes[name].items()}
-        shapes = tuple(dimensions for _ in inputs[name])
-        try:
-            with warnings.catch_warnings(), torch.no_grad(), _cache_in(output):
-                warnings.simplefilter("ignore")  # deprecations inside PyTorch
-                program = torch.export.export(tower, inputs[name], dynamic_shapes=shapes)
-                _compile(program, output / f"{name}.pt2")
-        except Exception as error:  # PyTorch's compilers share no base class of errors
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UnavailableError(f"AOTInductor does not compile the {name} tower: {reason}") from error
+    require(device.value)
+    target = read_target(source)
+    if target.unavailable:
+        raise UnavailableError(f"{source.name}: {target.unavailable}")
+    undone: list[str] = []
+    in_fp32: list[str] = []
+    with _cache_in(output):
+        for tower, shape in target.model["towers"].items():
+            graph, missed, kept = _fused(source, tower, shape, target.model, precision, calibration, output)
+            undone += missed
+            in_fp32 += kept
+            floating = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+            with _reported(tower), torch.no_grad():
+                module = GraphModule(graph, floating).eval().to(device.value)
+                _compile(_program(module, tower, target.model, device), output / f"{tower}.pt2")
+    facts = {"rewrites_undone": undone, "left_in_fp32": in_fp32}
     return Target(
         runtime="aoti",
         precision=precision.value,
+        device=device.value,
         files=["vision.pt2", "text.pt2"],
-        model=source.model,
-        build={"note": "torch.export and AOTInductor, compiled for this CPU's instruction sets"},
+        model={**target.model, "normalize": False, "classifier": None},
+        build={"compiler": f"AOTInductor, {NOTES[device]}", "source": source.name}
+        | {key: value for key, value in facts.items() if value},
     )
+
+
+def _program(module: GraphModule, tower: str, model: dict[str, Any], device: Device) -> torch.export.ExportedProgram:
+    """Trace a tower for every batch, and every length of text up to the context."""
+    longest = {"batch": None, "sequence": model["context_length"]}
+    dimensions = {axis: Dim(word, max=longest[word]) for axis, word in dynamic_axes(model)[tower].items()}
+    example = tuple(tensor.to(device.value) for tensor in example_inputs(model)[tower])
+    return torch.export.export(module, example, dynamic_shapes=(tuple(dimensions for _ in example),))
+
+
+def _fused(
+    source: Path,
+    tower: str,
+    shape: dict[str, int],
+    model: dict[str, Any],
+    precision: Precision,
+    calibration: Prepared,
+    output: Path,
+) -> tuple[ir.Model, list[str], list[str]]:
+    """One tower's fused graph, the rewrites that had to be undone, and the nodes that float16 leaves in float32."""
+    settings = OptimizeConfig(precision=Precision.fp16 if precision is Precision.fp16 else Precision.fp32)
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
+        take_off(source / fused.name, bare)
+        undone = fuse(bare, fused, rewrites_of(shape, settings), model["example_texts"])
+        kept: dict[str, float] = {}
+        if precision is Precision.fp16:
+            kept = halve(fused, partial(feeds, calibration.inputs(tower, model["text_inputs"]), SCAN_ROWS))
+        graph = ir.load(fused)
+        for value in graph.graph.initializers.values():  # the file goes with the folder
+            if value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy().copy())
+    return graph, undone, [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
+
+
+@contextmanager
+def _reported(tower: str) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside PyTorch
+            yield
+    except UnavailableError:
+        raise
+    except Exception as error:  # PyTorch's compilers share no base class of errors
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UnavailableError(f"AOTInductor does not compile the {tower} tower: {reason}") from error
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class Target:
         build: how it was made (opset, fused nodes, quantisation settings...), for the report.
         unavailable: why it could not be built here, or None.
         search: which nodes INT8 leaves in float and why (sensitivity.Search), where there was a budget.
+        device: where it runs, "cpu" or "cuda".
         image_input: what its image tower takes: "pixel_values", or "images" (uint8 RGB) where it preprocesses itself.
     """
 
@@ -36,6 +37,7 @@ class Target:
     build: dict[str, Any] = field(default_factory=dict)
     unavailable: str | None = None
     search: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
     image_input: str = "pixel_values"
 
 

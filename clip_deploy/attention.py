@@ -40,11 +40,13 @@ def fuse_attention(model: ir.Model, heads: int, packed: bool = True) -> int:
     return fused
 
 
-def replace_masks(model: ir.Model, causal: bool) -> bool:
+def replace_masks(model: ir.Model, causal: bool, padding: bool = True) -> bool:
     """Let each attention derive its mask from `attention_mask`, in place of the nodes that compute one.
 
     Args:
         causal: whether tokens see only those before them.
+        padding: whether padding is masked at all; needless where texts are padded behind the token that is pooled and
+            no token sees those behind it, and a GPU's fastest kernels take no such mask.
 
     Returns:
         Whether there was a mask to replace. That the graph gives what it gave is for the caller to check.
@@ -54,18 +56,51 @@ def replace_masks(model: ir.Model, causal: bool) -> bool:
     given = next((value for value in graph.inputs if value.name == "attention_mask"), None)
     if not masked:
         return False
-    padding = None
-    if given is not None:
+    mask = None
+    if given is not None and padding:
         cast = ir.node("Cast", [given], {"to": ir.DataType.INT32})
         cast.outputs[0].name = "key_padding_mask"
         graph.insert_before(graph[0], cast)
-        padding = cast.outputs[0]
+        mask = cast.outputs[0]
     for node in masked:
         node.replace_input_with(5, None)
-        node.replace_input_with(4, padding)
+        node.replace_input_with(4, mask)
         if causal:
             node.attributes["unidirectional"] = ir.AttrInt64("unidirectional", 1)
     return True
+
+
+def take_in_products(model: ir.Model) -> bool:
+    """Let each attention hold its packed product: com.microsoft.Attention for MatMul, Split and MultiHeadAttention.
+
+    On a GPU that spares copying the product's three parts; on a CPU, and for INT8, it is the slower form.
+    """
+    graph = model.graph
+    found = [(node, held) for node in graph if (held := _packed_product(node)) is not None]
+    for node, (product, split) in found:
+        mask, added = ([*node.inputs, *[None] * 3])[4:6]
+        attention = ir.Node(
+            RUNTIME,
+            "Attention",
+            [product.inputs[0], product.inputs[1], node.inputs[3], mask, None, added],
+            node.attributes.values(),
+            name=node.name,
+        )
+        attention.outputs[0].name = f"{node.outputs[0].name}_packed"
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [attention], node.outputs, attention.outputs)
+        graph.remove([split, product], safe=True)
+    return bool(found)
+
+
+def _packed_product(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """The MatMul and the Split that give an attention its three inputs, and nothing else."""
+    if node.op_type != "MultiHeadAttention" or len(node.inputs) < 4 or node.inputs[3] is None:
+        return None
+    split = _made_by(node.inputs[0])
+    product = _made_by(split.inputs[0]) if split is not None and split.op_type == "Split" else None
+    if split is None or product is None or product.op_type != "MatMul" or list(node.inputs[:3]) != list(split.outputs):
+        return None
+    return (product, split) if all(len(value.uses()) == 1 for value in (*split.outputs, *product.outputs)) else None
 
 
 def _match(node: ir.Node) -> Match | None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from clip_deploy.artifact import Target
-from clip_deploy.config import ModelConfig
+from clip_deploy.artifact import Target, read_target
+from clip_deploy.config import Device, ModelConfig, Precision, TorchConfig
 from clip_deploy.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ EXAMPLE_TEXTS = ["a photo of a cat", "two dogs that run along the beach in the e
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def fetch(model: ModelConfig, output: Path) -> Target:
-    """Put the checkpoint's files into `output` and describe them.
+def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Target:
+    """Put the checkpoint's files into `output` and describe them; it is the reference, which runs on `device`.
 
     Raises CheckpointError where there is none, its weights are pickled or truncated, or it is no dual encoder.
     """
@@ -34,7 +34,33 @@ def fetch(model: ModelConfig, output: Path) -> Target:
     verify(output)
     weights = sorted(path.name for path in output.glob("*.safetensors"))
     description = {**describe(output), "trained": model.trained}
-    return Target(runtime="eager", precision="fp32", files=["config.json", *weights], model=description)
+    return Target("eager", "fp32", ["config.json", *weights], description, device=device.value)
+
+
+def export_torch(checkpoint: Path, settings: TorchConfig, device: Device, output: Path) -> Target:
+    """Save the checkpoint in `settings.precision` as safetensors, its configuration and processor beside."""
+    import torch
+
+    halves = {Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16}
+    source = read_target(checkpoint)
+    for path in checkpoint.glob("*"):
+        if path.name not in source.files and any(path.match(pattern) for pattern in PATTERNS):
+            shutil.copyfile(path, output / path.name)
+    load_model(checkpoint).to(halves.get(settings.precision, torch.float32)).save_pretrained(output)
+    weights = sorted(path.name for path in output.glob("*.safetensors"))
+    note = (
+        "torch.compile for each shape, CUDA graphs"
+        if settings.compile
+        else f"the checkpoint in {settings.precision.value}"
+    )
+    return Target(
+        runtime="compiled" if settings.compile else "eager",
+        precision=settings.precision.value,
+        device=device.value,
+        files=["config.json", *weights],
+        model=source.model,
+        build={"note": note},
+    )
 
 
 def _local_folder(model: ModelConfig) -> Path:

@@ -14,6 +14,14 @@ from clip_deploy.errors import ConfigError
 
 REFERENCE = "torch-fp32"  # the untouched checkpoint: the first row, and what every other row is held against
 EXPORTED = "onnx-fp32"  # the target that export_onnx builds
+BUILDERS = (  # sections of params.yaml with a target a key
+    "export_torch",
+    "export_torchscript",
+    "export_aoti",
+    "export_openvino",
+    "optimize",
+    "quantize",
+)
 GROUPS = ("model", "data", "benchmark", "gates")  # folders under conf/
 OPSETS = {"torchscript": (14, 20), "dynamo": (18, 23)}  # what each exporter really writes (torch 2.13)
 ANTIALIAS_OPSET = 18  # ONNX's Resize has `antialias` from here on
@@ -32,6 +40,11 @@ class Precision(Enum):
     fp16 = "fp16"
     bf16 = "bf16"
     int8 = "int8"
+
+
+class Device(Enum):
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class Quantization(Enum):
@@ -114,6 +127,7 @@ class BenchmarkConfig:
     warmup: int = 5  # calls thrown away: allocators and thread pools settle
     iterations: int = 500  # timed calls per tower and batch size, at most
     seconds: float = 0.4  # time limit for them, each side; at least 5 rounds are run
+    power_seconds: float = 1.0  # on a GPU: how long its power is measured
     sequence_length: int | None = None  # tokens; null: the model's whole context
     image_size: list[int] = field(default_factory=lambda: [480, 640])  # height, width; for graphs that preprocess
 
@@ -124,7 +138,7 @@ class BenchmarkConfig:
             raise ConfigError(
                 f"benchmark.image_size is {self.image_size}: give height and width in pixels, as [480, 640]"
             )
-        for name in ("threads", "iterations", "seconds"):
+        for name in ("threads", "iterations", "seconds", "power_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"benchmark.{name} is {getattr(self, name)}: it must be above 0")
 
@@ -182,12 +196,20 @@ class OnnxConfig:
 
 
 @dataclass
-class TorchScriptConfig:
+class TorchConfig:
     precision: Precision = Precision.fp32
+    compile: bool = False  # torch.compile, and a CUDA graph for each shape
 
     def __post_init__(self) -> None:
-        if self.precision is Precision.fp16:
-            raise ConfigError("export_torchscript: precision fp16 is slow on a CPU; accepted are fp32, bf16, int8")
+        if self.precision is Precision.int8:
+            raise ConfigError(
+                "export_torch: precision int8 is made by export_torchscript; accepted are fp32, fp16, bf16"
+            )
+
+
+@dataclass
+class TorchScriptConfig:
+    precision: Precision = Precision.fp32
 
 
 @dataclass
@@ -253,8 +275,8 @@ class AotiConfig:
     precision: Precision = Precision.fp32
 
     def __post_init__(self) -> None:
-        if self.precision not in (Precision.fp32, Precision.bf16):
-            raise ConfigError(f"export_aoti: precision is {self.precision.value}; accepted are fp32, bf16")
+        if self.precision is Precision.int8:
+            raise ConfigError("export_aoti: precision is int8; accepted are fp32, fp16, bf16")
 
 
 @dataclass
@@ -266,6 +288,8 @@ class Params:
     benchmark: str
     gates: str
     onnx: OnnxConfig
+    device: Device
+    export_torch: dict[str, TorchConfig]
     export_torchscript: dict[str, TorchScriptConfig]
     export_aoti: dict[str, AotiConfig]
     export_openvino: dict[str, OpenVinoConfig]
@@ -275,7 +299,7 @@ class Params:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        built = (self.export_torchscript, self.export_aoti, self.export_openvino, self.optimize, self.quantize)
+        built = [getattr(self, section) for section in BUILDERS]
         names = [REFERENCE, EXPORTED, *(name for section in built for name in section)]
         for name in names:
             if not re.fullmatch(r"[a-z0-9-]+", name):
@@ -289,6 +313,7 @@ class Params:
             raise ConfigError(f"targets must begin with {REFERENCE}: every other row is measured against it")
         if len(set(self.targets)) < len(self.targets):
             raise ConfigError(f"targets lists a name twice: {', '.join(self.targets)}")
+        self._check_device()
         whole = [name for name, settings in self.optimize.items() if settings.precision is Precision.fp32]
         for section in ("optimize", "quantize"):
             for name, settings in getattr(self, section).items():
@@ -297,6 +322,31 @@ class Params:
                     raise ConfigError(
                         f"{section}.{name}.source is {settings.source!r}: accepted are {', '.join(accepted)} (in fp32)"
                     )
+
+    def _check_device(self) -> None:
+        """Refuse what cannot run on the chosen device at all, whatever the machine."""
+        for section in BUILDERS:
+            for name, settings in getattr(self, section).items():
+                if reason := _misplaced(section, settings, self.device):
+                    raise ConfigError(
+                        f"device is {self.device.value} and {section}.{name} {reason}: take the target out, or change "
+                        "device and all that goes with it: `python -m stages.device cpu`, or `cuda`"
+                    )
+
+
+def _misplaced(section: str, settings: Any, device: Device) -> str | None:
+    """Why a target has no place on the device."""
+    if device is Device.cuda and section in ("export_openvino", "quantize"):
+        return "is made for a CPU"
+    if device is Device.cuda and settings.precision is Precision.int8:
+        return "is int8, which PyTorch computes on a CPU only"
+    if (
+        device is Device.cpu
+        and section.startswith(("export_torch", "export_aoti"))
+        and settings.precision is Precision.fp16
+    ):
+        return "is fp16, which PyTorch computes slowly on a CPU"
+    return None
 
 
 SCHEMAS = {"model": ModelConfig, "data": DataConfig, "benchmark": BenchmarkConfig, "gates": GatesConfig}

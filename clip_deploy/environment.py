@@ -48,7 +48,7 @@ def hardware() -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
-        "gpus": _gpus(),
+        "gpus": gpus(),
     }
 
 
@@ -67,7 +67,7 @@ def _processor() -> tuple[str, set[str]]:
     return (name[1].strip() if name else platform.machine()), set(flags[1].split()) if flags else set()
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """Name, memory and driver of each NVIDIA GPU."""
     if not shutil.which("nvidia-smi"):
         return []

@@ -19,6 +19,8 @@ LARGEST = float(np.finfo(np.float16).max) / HEADROOM
 HIDDEN = -1e4  # a masked score: its softmax is 0 in any precision
 MASKS_BELOW = -1e30  # no trained constant is that low
 
+SCAN_ROWS = 8  # calibration inputs to run at a time
+
 Batches = Callable[[], Iterable[dict[str, np.ndarray]]]
 
 

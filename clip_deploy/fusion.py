@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime.transformers.optimizer as transformer_optimizer
 from onnxruntime.transformers.fusion_options import FusionOptions
@@ -22,38 +23,44 @@ from onnxscript.rewriter.rules.common import gemm_to_matmul_add_rule
 
 from clip_deploy import onnx_graph
 from clip_deploy.artifact import Target, read_target
-from clip_deploy.attention import array, fuse_attention, initializer, replace_masks
-from clip_deploy.config import OptimizeConfig, Precision
+from clip_deploy.attention import array, fuse_attention, initializer, replace_masks, take_in_products
+from clip_deploy.config import Device, OptimizeConfig, Precision
 from clip_deploy.errors import DeployError, UnavailableError
-from clip_deploy.float16 import clamp_masks, halve
+from clip_deploy.float16 import SCAN_ROWS, clamp_masks, halve
 from clip_deploy.patches import multiply_patches
-from clip_deploy.pooling import pool_early
+from clip_deploy.pooling import find_in_float, pool_early
 from clip_deploy.prepared import Prepared, feeds
 from clip_deploy.shell import put_on, take_off
 
 FOLD_BYTES = 1 << 30  # weights are folded, whatever their size
-SCAN_ROWS = 8  # calibration inputs run at a time
 TOLERANCE = 1e-4  # largest difference that a rewrite may make, relative to the output's largest value
 
 Rewrite = Callable[[Path, Path], bool]
+Step = list[tuple[str, Rewrite]]  # alternatives, by name
 
 
-def optimize(source: Path, settings: OptimizeConfig, calibration: Prepared, output: Path) -> Target:
-    """Fuse both towers of the ONNX target `source` into `output`, in float32 or float16.
+def optimize(
+    source: Path, settings: OptimizeConfig, calibration: Prepared, output: Path, device: Device = Device.cpu
+) -> Target:
+    """Fuse both towers of the ONNX target `source` into `output`, in float32 or float16, to run on `device`.
 
     Raises UnavailableError where the source could not be built, or gives NaN or Inf on the calibration set in float16.
     """
     target = read_target(source)
     if target.unavailable:
         raise UnavailableError(f"{source.name}: {target.unavailable}")
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it names each operator that it cannot fold
+    for name in ("onnxscript", transformer_optimizer.__name__):  # what cannot be folded, who made the graph
+        logging.getLogger(name).setLevel(logging.ERROR)
     undone: list[str] = []
     in_fp32: list[str] = []
     with tempfile.TemporaryDirectory(dir=output) as folder:
         for tower, shape in target.model["towers"].items():
             bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
             shell = take_off(source / fused.name, bare)
-            undone += fuse(bare, fused, rewrites_of(shape, settings), target.model["example_texts"])
+            rewrites = rewrites_of(shape, settings)
+            if device is Device.cuda:
+                rewrites = for_cuda(rewrites, target.model["context_length"])
+            undone += fuse(bare, fused, rewrites, target.model["example_texts"])
             if settings.precision is Precision.fp16:
                 inputs = calibration.inputs(tower, target.model["text_inputs"])
                 kept = halve(fused, partial(feeds, inputs, SCAN_ROWS))
@@ -65,14 +72,26 @@ def optimize(source: Path, settings: OptimizeConfig, calibration: Prepared, outp
     return replace(
         target,
         precision=settings.precision.value,
+        device=device.value,
         files=onnx_graph.files_of(output),
         build={**target.build, "source": source.name, **facts},
     )
 
 
-def rewrites_of(
-    shape: dict[str, int], settings: OptimizeConfig, packed: bool = True
-) -> list[list[tuple[str, Rewrite]]]:
+def for_cuda(rewrites: list[Step], context: int) -> list[Step]:
+    """The same with what a GPU needs besides: no mask where the order masks enough, and no search in integers."""
+    alone: Rewrite = partial(_edit, lambda model: replace_masks(model, causal=True, padding=False))
+    first = [("causal mask alone", alone)]
+    masks: list[Step] = [first + step if step and step[0][0] == "causal mask" else step for step in rewrites]
+    held: Rewrite = partial(_edit, take_in_products)
+    return [
+        *masks,
+        [("packed attention", held)],
+        [("end of text", partial(_edit, lambda model: find_in_float(model, context)))],
+    ]
+
+
+def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = True) -> list[Step]:
     """The rewrites of a tower, step by step; of several in one step, the first that leaves the outputs is kept."""
     return [
         [("attention", partial(_edit, lambda model: fuse_attention(model, shape["heads"], packed) > 0))],
@@ -80,14 +99,15 @@ def rewrites_of(
             ("causal mask", partial(_edit, lambda model: replace_masks(model, causal=True))),
             ("padding mask", partial(_edit, lambda model: replace_masks(model, causal=False))),
         ],
-        [("onnxruntime", partial(_rewrite_onnxruntime, shape, settings.skip_layer_norm))],
+        [("onnxruntime", partial(_rewrite_onnxruntime, shape, False))],
         [("patches", partial(_edit, multiply_patches))],
         [("early pooling", partial(_edit, pool_early))],
+        [("skip", partial(_rewrite_onnxruntime, shape, True))] if settings.skip_layer_norm else [],
         [("masks", partial(_edit, clamp_masks))] if settings.precision is Precision.fp16 else [],
     ]
 
 
-def fuse(source: Path, output: Path, rewrites: list[list[tuple[str, Rewrite]]], texts: dict[str, list]) -> list[str]:
+def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list]) -> list[str]:
     """Rewrite one tower, and return the steps that had to be undone.
 
     Args:
@@ -159,6 +179,9 @@ def _rewrite_onnxruntime(shape: dict[str, int], skip_layer_norm: bool, source: P
         optimization_options=options,
         opt_level=0,
     )
+    inputs = onnx.load(source, load_external_data=False).graph.input
+    del fused.model.graph.input[:]  # it drops one that nothing reads; the encoder's callers still give it
+    fused.model.graph.input.extend(inputs)
     onnx_graph.save(ir.from_proto(fused.model), output)
     return True
 

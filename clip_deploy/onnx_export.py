@@ -36,7 +36,8 @@ def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
         UnavailableError: the exporter cannot convert this model, or ONNX cannot express its preprocessing.
         DeployError: the file does not hold the opset asked for.
     """
-    model = read_target(checkpoint).model
+    source = read_target(checkpoint)
+    model = source.model
     shells = _shells(checkpoint, settings, model)
     model = {**model, **_known(settings)}
     with tempfile.TemporaryDirectory(dir=output) as folder:
@@ -46,6 +47,7 @@ def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
     return Target(
         runtime="ort",
         precision="fp32",
+        device=source.device,
         files=onnx_graph.files_of(output),
         model=model,
         build={"opset": settings.opset, "exporter": settings.writer, **_asked_for(settings)},

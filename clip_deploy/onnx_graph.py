@@ -99,17 +99,18 @@ def name_nodes(model: onnx.ModelProto) -> None:
 
 
 def float_tensors(model: onnx.ModelProto, work: Path) -> list[str]:
-    """Names of the float32 inputs and results; ONNX Runtime infers the types behind its own operators too.
+    """Names of the float32 inputs and of the results that are used; ONNX Runtime infers those of its own operators too.
 
     Args:
         model: a graph that runs.
         work: a folder for temporary files.
     """
     inputs = [value.name for value in model.graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
+    used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
     typed = copy_of(model)
     del typed.graph.output[:]
     typed.graph.output.extend(
-        onnx.ValueInfoProto(name=name) for node in model.graph.node for name in node.output if name
+        onnx.ValueInfoProto(name=name) for node in model.graph.node for name in node.output if name in used
     )
     save(ir.from_proto(typed), work / "types.onnx")
     session = onnxruntime.InferenceSession(work / "types.onnx", providers=["CPUExecutionProvider"])

@@ -35,6 +35,37 @@ def pool_early(model: ir.Model) -> bool:
     return True
 
 
+def find_in_float(model: ir.Model, longest: int) -> bool:
+    """Search for the end of a text in float32: ONNX Runtime's CUDA provider has no ArgMax of integers.
+
+    Of equal tokens the first must win, which ArgMax leaves open there: a falling ramp decides.
+
+    Args:
+        longest: text in tokens.
+    """
+    graph = model.graph
+    searches = [node for node in graph if node.op_type == "ArgMax" and _is_cast_to_integer(node.inputs[0])]
+    for node in searches:
+        tokens = node.inputs[0]
+        ramp = initializer(graph, f"{node.name}_ramp", np.arange(longest, 0, -1, dtype=np.float32))
+        factor = initializer(graph, f"{node.name}_factor", np.array(longest + 1, dtype=np.float32))
+        zero, one = (initializer(graph, f"{node.name}_{value}", np.array([value])) for value in (0, 1))
+        number = ir.node("Cast", [tokens], {"to": int(ir.DataType.FLOAT)})
+        length = ir.node("Shape", [tokens], {"start": 1, "end": 2})
+        falling = ir.node("Slice", [ramp, zero, length.outputs[0], zero, one])
+        scaled = ir.node("Mul", [number.outputs[0], factor])
+        score = ir.node("Add", [scaled.outputs[0], falling.outputs[0]])
+        graph.insert_before(node, [number, length, falling, scaled, score])
+        node.replace_input_with(0, score.outputs[0])
+    return bool(searches)
+
+
+def _is_cast_to_integer(value: ir.Value | None) -> bool:
+    maker = value.producer() if value is not None else None
+    kinds = (ir.DataType.INT32, ir.DataType.INT64)
+    return maker is not None and maker.op_type == "Cast" and maker.attributes.get_int("to", 0) in kinds
+
+
 def _pools(node: ir.Node) -> bool:
     """Whether a node takes one token of each row of [batch, sequence, width]."""
     if node.op_type == "GatherND":

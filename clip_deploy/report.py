@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ class Row:
     search: dict[str, Any] = field(default_factory=dict)  # sensitivity.Search
     pixels: dict[str, float] = field(default_factory=dict)  # pixels.pixel_parity
     classifier: dict[str, Any] = field(default_factory=dict)  # validation.head
+    device: str = "cpu"
+    gpu_memory_mb: float | None = None
+    power: dict[str, Any] = field(default_factory=dict)  # timing.measure's
+    placement: dict[str, Any] = field(default_factory=dict)  # tower -> nodes by provider, and whether a CUDA graph
     preprocessed_size: list[int] = field(default_factory=list)  # of the images that it was timed with: height, width
 
     def timing(self, tower: str, batch: str | None = None) -> dict[str, float]:
@@ -91,6 +96,10 @@ def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
         search=checked.get("search", {}),
         pixels=checked.get("pixels", {}),
         classifier=checked.get("classifier", {}),
+        device=checked.get("device", "cpu"),
+        gpu_memory_mb=timed.get("gpu_memory_mb"),
+        power=timed.get("power", {}),
+        placement=checked.get("placement", {}),
         preprocessed_size=timed.get("preprocessed_size", []),
     )
 
@@ -131,6 +140,8 @@ def _metrics(row: Row) -> dict[str, Any]:
         "text_speedup": text.get("speedup"),
         "images_per_s": best_throughput(row, "vision"),
         "memory_mb": row.memory_mb,
+        "gpu_memory_mb": row.gpu_memory_mb,
+        "j_per_1000_images": row.power.get("j_per_1000_images"),
         "size_mb": row.size_mb,
         "cosine_min": min(row.cosine_min.values(), default=None),
         "top1_percent": row.zero_shot.get("top1"),
@@ -188,14 +199,17 @@ def write_report(
     evaluation: dict[str, Any],
     settings: dict[str, str],
     output: Path,
+    sections: Sequence[str] = (),
 ) -> None:
-    """Write report.md, report.html, metrics.json and plots/*.json into `output`."""
-    title = f"{settings['model']} on {environment['hardware']['cpu']}"
+    """Write report.md (with the lines of `sections`), report.html, metrics.json and plots/*.json into `output`."""
+    hardware = environment["hardware"]
+    on = ", ".join(hardware["gpus"]) if any(row.device == "cuda" for row in rows) else ""
+    title = f"{settings['model']} on {on or hardware['cpu']}"
     write_json(output / "metrics.json", metrics(rows))
     for name, content in plots(rows).items():
         write_json(output / "plots" / f"{name}.json", content)
     facts = describe_run(rows, environment, checkpoint, evaluation, settings)
-    write_text(output / "report.md", markdown(title, rows, facts))
+    write_text(output / "report.md", markdown(title, rows, facts, sections))
     write_text(output / "report.html", page(title, rows, facts))
 
 
@@ -237,7 +251,7 @@ def fastest(rows: list[Row]) -> str:
     return ", ".join(named) or "none"
 
 
-def markdown(title: str, rows: list[Row], facts: dict[str, str]) -> str:
+def markdown(title: str, rows: list[Row], facts: dict[str, str], sections: Sequence[str] = ()) -> str:
     """The report for a terminal, a pull request or a README."""
     batches = sorted({int(batch) for row in rows for batch in row.timings.get("vision", {})})
     first = batches[0] if batches else 1
@@ -262,6 +276,7 @@ def markdown(title: str, rows: list[Row], facts: dict[str, str]) -> str:
     lines += table(head, [_cells(row) for row in rows])
     lines += ["", *_reasons(rows)]
     lines += ["## Batch sizes", "", *_batch_tables(rows, batches)]
+    lines += sections
     lines += ["## Graphs", "", *_graph_table(rows), *_pixel_section(rows), *_head_section(rows)]
     lines += _search_section(rows)
     lines += ["## How it was made", "", *_build_table(rows), *HOW]

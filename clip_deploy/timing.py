@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from clip_deploy.artifact import read_target, size_bytes
+from clip_deploy import gpu
+from clip_deploy.artifact import Target, read_target, size_bytes
 from clip_deploy.config import BenchmarkConfig
 from clip_deploy.errors import DeployError, UnavailableError
 
@@ -40,7 +41,8 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
         For each tower and batch size: p50_ms, p90_ms, p99_ms (where the number of calls supports them), calls,
         throughput_per_s (images or texts), speedup over the reference with its 95 % interval speedup_low, speedup_high,
         the reference's reference_p50_ms beside it; and memory_mb (peak resident memory above the empty interpreter at
-        the smallest batch) and size_mb. Where the target preprocesses its images, preprocessed_size says how large they
+        the smallest batch) and size_mb. On a GPU also gpu_memory_mb (of the process, at the smallest batch) and power
+        (see _power). Where the target preprocesses its images, preprocessed_size says how large they
         were, [height, width]; the reference gets pixel_values in any case.
         `{"status": "unavailable", "reason": ...}` where the target cannot run here.
     """
@@ -51,14 +53,17 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
         with Worker(folder, settings.threads) as target, Worker(reference, settings.threads) as other:
             target.wait()
             other.wait()
-            towers, memory = _measure_towers(target, other, described.model, settings, seed)
+            clock = gpu.clock_mhz()
+            towers, memory = _measure_towers(target, other, described, settings, seed)
+            on_gpu = _power(target, described, towers["vision"], settings, clock) if described.device == "cuda" else {}
             whole = {"preprocessed_size": settings.image_size} if described.image_input == "images" else {}
             return {
                 "status": "measured",
                 "threads": settings.threads,
                 **whole,
                 "towers": towers,
-                "memory_mb": memory / 1e6,
+                **memory,
+                **on_gpu,
                 "size_mb": size_bytes(folder) / 1e6,
             }
     except UnavailableError as error:
@@ -66,26 +71,60 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
 
 
 def _measure_towers(
-    target: "Worker", other: "Worker", model: dict, settings: BenchmarkConfig, seed: int
-) -> tuple[dict[str, Any], int]:
+    target: "Worker", other: "Worker", described: Target, settings: BenchmarkConfig, seed: int
+) -> tuple[dict[str, Any], dict[str, float]]:
     requests = [
-        {
-            "tower": tower,
-            "batch": batch,
-            "image_size": model["image_size"],
-            "photo_size": settings.image_size,
-            "tokens": settings.sequence_length or model["context_length"],
-        }
-        for batch in settings.batch_sizes
-        for tower in ("vision", "text")
+        _request(tower, batch, described, settings) for batch in settings.batch_sizes for tower in ("vision", "text")
     ]
     towers: dict[str, Any] = {"vision": {}, "text": {}}
-    memory = 0
+    memory: dict[str, float] = {}
     for request in tqdm(requests, desc="benchmark", disable=None):
         towers[request["tower"]][str(request["batch"])] = _measure_one(target, other, request, settings, seed)
         if request["batch"] == settings.batch_sizes[0]:
-            memory = target.ask({"memory": True})["bytes"]
+            memory = _megabytes(target.ask({"memory": True}))
     return towers, memory
+
+
+def _request(tower: str, batch: int, described: Target, settings: BenchmarkConfig) -> dict[str, Any]:
+    return {
+        "tower": tower,
+        "batch": batch,
+        "image_size": described.model["image_size"],
+        "photo_size": settings.image_size,
+        "tokens": settings.sequence_length or described.model["context_length"],
+        "device": described.device,
+    }
+
+
+def _megabytes(answer: dict[str, int | None]) -> dict[str, float]:
+    named = {"memory_mb": answer["bytes"], "gpu_memory_mb": answer.get("gpu_bytes")}
+    return {name: value / 1e6 for name, value in named.items() if value is not None}
+
+
+def _power(
+    target: "Worker", described: Target, sizes: dict[str, Any], settings: BenchmarkConfig, clock: int | None
+) -> dict[str, Any]:
+    """Images encoded without a pause at the best batch size: what the whole GPU takes, by NVML's counter of energy.
+
+    Returns:
+        power: batch, mean_w, j_per_1000_images, and clock_mhz before the benchmark and after it; empty without NVML.
+    """
+    batch = max(sizes, key=lambda size: sizes[size]["throughput_per_s"])
+    target.ask(_request("vision", int(batch), described, settings))
+    target.ask({"calls": max(1, settings.warmup)})
+    started, before = monotonic(), gpu.energy_j()
+    calls = target.ask({"seconds": settings.power_seconds})["calls"]
+    seconds, after = monotonic() - started, gpu.energy_j()
+    if before is None or after is None:
+        return {}
+    return {
+        "power": {
+            "batch": int(batch),
+            "mean_w": (after - before) / seconds,
+            "j_per_1000_images": 1000 * (after - before) / (calls * int(batch)),
+            "clock_mhz": [clock, gpu.clock_mhz()],
+        }
+    }
 
 
 def _measure_one(

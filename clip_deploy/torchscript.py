@@ -12,20 +12,22 @@ from torch import nn
 
 from clip_deploy.artifact import Target, read_target
 from clip_deploy.checkpoint import load_model
-from clip_deploy.config import Precision
+from clip_deploy.config import Device, Precision
 from clip_deploy.errors import UnavailableError
-from clip_deploy.towers import example_inputs, split
+from clip_deploy.runtimes.pytorch import require
+from clip_deploy.towers import Rounded, example_inputs, split
 
 NOTE = "torch.jit.trace, deprecated"
-BF16_NOTE = "torch.jit.trace, deprecated; all in bfloat16"
+HALVES = {Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16}
 INT8_NOTE = "quantize_dynamic on every Linear, deprecated, saved as TorchScript"
 
 
-def export_torchscript(checkpoint: Path, precision: Precision, output: Path) -> Target:
+def export_torchscript(checkpoint: Path, precision: Precision, output: Path, device: Device = Device.cpu) -> Target:
     """Trace both towers of `checkpoint` into `output`: vision.pt and text.pt, each loadable without the model's Python.
 
-    Raises UnavailableError where a tower cannot be traced or quantised.
+    Raises UnavailableError where a tower cannot be traced or quantised, or there is no such device.
     """
+    require(device.value)
     source = read_target(checkpoint)
     inputs = example_inputs(source.model)
     for name, tower in split(load_model(checkpoint), inputs).items():
@@ -33,28 +35,24 @@ def export_torchscript(checkpoint: Path, precision: Precision, output: Path) -> 
             warnings.simplefilter("ignore")  # deprecation, said above; tracer warnings: validate checks other shapes
             if precision is Precision.int8:
                 tower = _quantized(tower)
-            elif precision is Precision.bf16:
-                tower = BFloat16(tower).eval()
-            traced = _trace(tower, inputs[name])
+            elif precision in HALVES:
+                tower = Rounded(tower, HALVES[precision]).eval()
+            traced = _trace(tower.to(device.value), tuple(tensor.to(device.value) for tensor in inputs[name]))
         torch.jit.save(traced, output / f"{name}.pt")
     return Target(
         runtime="torchscript",
         precision=precision.value,
+        device=device.value,
         files=["vision.pt", "text.pt"],
         model=source.model,
-        build={"note": {Precision.int8: INT8_NOTE, Precision.bf16: BF16_NOTE}.get(precision, NOTE)},
+        build={"note": _note(precision)},
     )
 
 
-class BFloat16(nn.Module):
-    """A tower that computes in bfloat16 and takes and gives float32."""
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower = tower.bfloat16()
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.tower(*(value.bfloat16() if value.is_floating_point() else value for value in inputs)).float()
+def _note(precision: Precision) -> str:
+    if precision is Precision.int8:
+        return INT8_NOTE
+    return f"{NOTE}; all in {str(HALVES[precision]).removeprefix('torch.')}" if precision in HALVES else NOTE
 
 
 def _quantized(tower: nn.Module) -> nn.Module:

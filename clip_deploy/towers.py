@@ -39,6 +39,19 @@ class TextTower(nn.Module):
         return self.model.get_text_features(input_ids=input_ids, **masked).pooler_output
 
 
+class Rounded(nn.Module):
+    """A tower that computes in `floating` and takes and gives float32."""
+
+    def __init__(self, tower: nn.Module, floating: torch.dtype) -> None:
+        super().__init__()
+        self.floating = floating
+        self.tower = tower.to(floating)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        rounded = (value.to(self.floating) if value.is_floating_point() else value for value in inputs)
+        return self.tower(*rounded).float()
+
+
 class PoolingAttention(nn.Module):
     """nn.MultiheadAttention as transformers' own layers compute attention, so that exporters write one pattern.
 

@@ -12,7 +12,7 @@ from clip_deploy.encode import Embeddings, encode_images, encode_set, encode_tex
 from clip_deploy.errors import DeployError, UnavailableError
 from clip_deploy.parity import compare, normalized, row_cosines
 from clip_deploy.prepared import Images, Prepared
-from clip_deploy.runtimes import Encoder, open_encoder
+from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
 
 LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
 BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
@@ -44,6 +44,10 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
             record["graphs"] = graphs(folder, target.build["opset"])
             record |= shell(folder, target, prepared)
         record |= measure(encoder, prepared, load_embeddings(reference), target, seed)
+        if isinstance(encoder, PlacedEncoder) and target.device == "cuda":
+            record["placement"] = encoder.placement()
+    except UnavailableError as error:
+        return record | {"reasons": [str(error)]}
     except DeployError as error:
         return record | {"status": "fail", "reasons": [str(error)]}
     reasons = judge(record, gate, target.precision)
@@ -51,7 +55,12 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
 
 
 def _what(target: Target) -> dict[str, Any]:
-    known = {"runtime": target.runtime, "build": target.build, "trained": target.model.get("trained", True)}
+    known = {
+        "runtime": target.runtime,
+        "device": target.device,
+        "build": target.build,
+        "trained": target.model.get("trained", True),
+    }
     return known | ({"search": target.search} if target.search else {})
 
 
@@ -84,6 +93,8 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
     try:
         actual = encode_set(encoder, prepared)
         shapes = other_shapes(encoder, prepared, reference, target)
+    except UnavailableError:
+        raise
     except Exception as error:  # whatever the runtime raises is this row's result
         raise DeployError(f"encoding failed: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
     alike = normalized if target.model.get("normalize") else np.asarray  # lengths are compared where they are kept
@@ -128,7 +139,7 @@ class _Classifier:
 
     def __init__(self, encoder: Any) -> None:
         self.image_input, self.encode_images = encoder.image_input, encoder.classify
-        self.encode_texts = encoder.encode_texts
+        self.encode_texts, self.text_inputs = encoder.encode_texts, encoder.text_inputs
 
 
 def _texts(embeddings: Embeddings) -> np.ndarray:

@@ -4,7 +4,8 @@ Reads one JSON request a line from standard input and answers with one JSON line
     {"tower": "vision", "batch": 8}     take these inputs from now on
     {"calls": 5}                        run so often and answer the milliseconds of each call
     {"rows": true}                      run once and answer the embeddings
-    {"memory": true}                    peak memory above the empty interpreter, in bytes
+    {"seconds": 1.0}                    run for so long and answer the number of calls
+    {"memory": true}                    peak memory above the empty interpreter and this process's on the GPU, in bytes
 What fails is answered as {"error": reason}.
 """
 
@@ -15,14 +16,16 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from clip_deploy import gpu
 from clip_deploy.errors import DeployError
 
 if TYPE_CHECKING:
-    from clip_deploy.runtimes import Encoder
+    from clip_deploy.runtimes import DeviceEncoder, Encoder
 
 
 def peak_bytes() -> int:
@@ -65,7 +68,9 @@ def serve(open_target: Callable[[Path, int], "Encoder"], prepare: Callable[["Enc
             return {"ms": [timed(call, perf_counter) for _ in range(request["calls"])]}
         if "rows" in request:
             return {"rows": call().tolist()}
-        return {"bytes": peak_bytes() - EMPTY}
+        if "seconds" in request:
+            return {"calls": repeated(call, request["seconds"])}
+        return {"bytes": peak_bytes() - EMPTY, "gpu_bytes": gpu.process_bytes(os.getpid())}
 
     try:
         encoder = open_target(Path(sys.argv[1]), int(sys.argv[2]))
@@ -93,19 +98,46 @@ def die_with_parent() -> None:
 
 
 def prepare_call(encoder: "Encoder", request: dict) -> Callable[[], object]:
-    """A call without arguments on inputs of the asked shape; speed does not depend on their values."""
+    """A call without arguments on inputs of the asked shape; speed does not depend on their values.
+
+    On a GPU the inputs lie there already, and the call ends when the GPU has done its work.
+    """
     import numpy as np
 
+    encode: Callable[[], object]
     rng = np.random.default_rng(0)
     if request["tower"] == "vision":
         if encoder.image_input == "images":
             images = rng.integers(0, 256, (request["batch"], *request["photo_size"], 3), dtype=np.uint8)
         else:
             images = rng.normal(size=(request["batch"], 3, *request["image_size"])).astype(np.float32)
-        return lambda: encoder.encode_images(images)
-    ids = np.full((request["batch"], request["tokens"]), 1, dtype=np.int64)
-    mask = np.ones_like(ids)
-    return lambda: encoder.encode_texts(ids, mask)
+        arrays, encode = [images], partial(encoder.encode_images, images)
+    else:
+        ids = np.full((request["batch"], request["tokens"]), 1, dtype=np.int64)
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        arrays, encode = [given[name] for name in encoder.text_inputs], partial(encoder.encode_texts, *given.values())
+    if request.get("device", "cpu") == "cuda":
+        return _on_device(cast("DeviceEncoder", encoder), request["tower"], arrays)
+    return encode
+
+
+def _on_device(encoder: "DeviceEncoder", tower: str, arrays: list) -> Callable[[], None]:
+    call = encoder.bind(tower, arrays)
+
+    def run() -> None:
+        call()
+        encoder.wait()
+
+    return run
+
+
+def repeated(call: Callable[[], object], seconds: float) -> int:
+    """Calls done in about `seconds`."""
+    calls, end = 0, perf_counter() + seconds
+    while perf_counter() < end:
+        call()
+        calls += 1
+    return calls
 
 
 def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:

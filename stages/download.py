@@ -7,19 +7,21 @@ from omegaconf import MISSING
 
 from clip_deploy.artifact import Target, build
 from clip_deploy.checkpoint import fetch
-from clip_deploy.config import ModelConfig
+from clip_deploy.config import Device, ModelConfig
 from stages import stage
 
 
 @dataclass
 class Settings:
     model: ModelConfig = MISSING
+    device: Device = Device.cpu
     output: Path = MISSING
 
 
 @stage
 def download(settings: Settings) -> None:
-    build(settings.output, lambda folder: fetch(settings.model, folder), Target("eager", "fp32"))
+    fallback = Target("eager", "fp32", device=settings.device.value)
+    build(settings.output, lambda folder: fetch(settings.model, folder, settings.device), fallback)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compile the checkpoint's towers ahead of time with AOTInductor."""
+"""Compile both towers ahead of time with AOTInductor, fused, for a CPU or a GPU."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,22 +7,30 @@ from omegaconf import MISSING
 
 from clip_deploy.aoti_export import export_aoti as export
 from clip_deploy.artifact import Target, build
-from clip_deploy.config import AotiConfig
+from clip_deploy.config import AotiConfig, Device
+from clip_deploy.prepared import load_prepared
 from stages import stage
 
 
 @dataclass
 class Settings:
     export_aoti: dict[str, AotiConfig] = field(default_factory=dict)
+    device: Device = Device.cpu
     target: str = MISSING
     source: Path = MISSING
+    calibration: Path = MISSING
     output: Path = MISSING
 
 
 @stage
 def export_aoti(settings: Settings) -> None:
-    precision = settings.export_aoti[settings.target].precision
-    build(settings.output, lambda folder: export(settings.source, precision, folder), Target("aoti", precision.value))
+    precision, device = settings.export_aoti[settings.target].precision, settings.device
+    calibration = load_prepared(settings.calibration)
+    build(
+        settings.output,
+        lambda folder: export(settings.source, precision, calibration, folder, device),
+        Target("aoti", precision.value, device=device.value),
+    )
 
 
 if __name__ == "__main__":

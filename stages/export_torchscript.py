@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.artifact import Target, build
-from clip_deploy.config import TorchScriptConfig
+from clip_deploy.config import Device, TorchScriptConfig
 from clip_deploy.torchscript import export_torchscript as export
 from stages import stage
 
@@ -14,6 +14,7 @@ from stages import stage
 @dataclass
 class Settings:
     export_torchscript: dict[str, TorchScriptConfig] = field(default_factory=dict)
+    device: Device = Device.cpu
     target: str = MISSING
     source: Path = MISSING
     output: Path = MISSING
@@ -22,8 +23,8 @@ class Settings:
 @stage
 def export_torchscript(settings: Settings) -> None:
     precision = settings.export_torchscript[settings.target].precision
-    fallback = Target("torchscript", precision.value)
-    build(settings.output, lambda folder: export(settings.source, precision, folder), fallback)
+    fallback = Target("torchscript", precision.value, device=settings.device.value)
+    build(settings.output, lambda folder: export(settings.source, precision, folder, settings.device), fallback)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.artifact import Target, build
-from clip_deploy.config import OptimizeConfig
+from clip_deploy.config import Device, OptimizeConfig
 from clip_deploy.fusion import optimize as fuse
 from clip_deploy.prepared import load_prepared
 from stages import stage
@@ -15,6 +15,7 @@ from stages import stage
 @dataclass
 class Settings:
     optimize: dict[str, OptimizeConfig] = field(default_factory=dict)
+    device: Device = Device.cpu
     target: str = MISSING
     source: Path = MISSING
     calibration: Path = MISSING
@@ -24,9 +25,9 @@ class Settings:
 @stage
 def optimize(settings: Settings) -> None:
     chosen = settings.optimize[settings.target]
-    fallback = Target("ort", chosen.precision.value)
+    fallback = Target("ort", chosen.precision.value, device=settings.device.value)
     calibration = load_prepared(settings.calibration)
-    build(settings.output, lambda folder: fuse(settings.source, chosen, calibration, folder), fallback)
+    build(settings.output, lambda folder: fuse(settings.source, chosen, calibration, folder, settings.device), fallback)
 
 
 if __name__ == "__main__":

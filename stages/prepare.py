@@ -12,6 +12,7 @@ from clip_deploy.dataset import load
 from clip_deploy.encode import encode_set, save_embeddings
 from clip_deploy.prepared import load_prepared, write_prepared
 from clip_deploy.runtimes import open_encoder
+from clip_deploy.runtimes.pytorch import is_available
 from stages import stage
 
 
@@ -27,14 +28,15 @@ class Settings:
 @stage
 def prepare(settings: Settings) -> None:
     dataset = load(settings.data, settings.seed)
-    model = read_target(settings.checkpoint).model
+    target = read_target(settings.checkpoint)
+    model, device = target.model, target.device if is_available(target.device) else "cpu"
     processor = load_processor(settings.checkpoint)
     for name in ("calibration", "evaluation"):
         with new_folder(settings.output / name) as folder:
             keep = settings.images and name == "evaluation"
             write_prepared(name, dataset, settings.data.templates, processor, model, folder, keep)
             if name == "evaluation":
-                embeddings = encode_set(open_encoder(settings.checkpoint), load_prepared(folder))
+                embeddings = encode_set(open_encoder(settings.checkpoint, device=device), load_prepared(folder))
                 save_embeddings(embeddings, folder / "reference.npz")
 
 

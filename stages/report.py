@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.artifact import read_target
+from clip_deploy.gpu_report import gpu_sections
 from clip_deploy.report import read_rows, write_report
 from clip_deploy.results import read_json
 from stages import stage
@@ -34,6 +35,7 @@ def report(settings: Settings) -> None:
         read_json(settings.evaluation / "manifest.json"),
         {"model": settings.model_name, "data": settings.data_name},
         settings.output,
+        gpu_sections(rows),
     )
     print(f"{settings.output / 'report.md'}: {len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass")
 

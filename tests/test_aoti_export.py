@@ -15,9 +15,10 @@ GATES = GatesConfig(fp32=Gate(min_cosine=0.9999))
 
 
 @pytest.fixture(scope="module")
-def package(checkpoint, tmp_path_factory):
+def package(onnx_target, sets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("aoti") / "aoti-fp32"
-    build(folder, lambda output: export_aoti(checkpoint, Precision.fp32, output), Target("aoti", "fp32"))
+    calibration = load_prepared(sets / "calibration")
+    build(folder, lambda output: export_aoti(onnx_target, Precision.fp32, calibration, output), Target("aoti", "fp32"))
     return folder
 
 
@@ -42,12 +43,13 @@ def test_a_package_runs_without_the_models_python(package):
     assert done.stdout.strip() == "(3, 64) False"
 
 
-def test_without_a_compiler_the_row_is_unavailable(checkpoint, tmp_path, monkeypatch):
+def test_without_a_compiler_the_row_is_unavailable(onnx_target, sets, tmp_path, monkeypatch):
     from torch._inductor import config
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     folder = tmp_path / "aoti-fp32"
-    build(folder, lambda output: export_aoti(checkpoint, Precision.fp32, output), Target("aoti", "fp32"))
+    calibration = load_prepared(sets / "calibration")
+    build(folder, lambda output: export_aoti(onnx_target, Precision.fp32, calibration, output), Target("aoti", "fp32"))
     reason = read_target(folder).unavailable
     assert reason.startswith("AOTInductor does not compile the vision tower: ")
     assert [path.name for path in folder.iterdir()] == ["target.json"]

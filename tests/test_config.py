@@ -62,7 +62,17 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
         ("max_top1_drop: 1.0", "max_top1_drop: -1", r"max_top1_drop is -1\.0: accepted are 0 to 100"),
         ("precision: fp16}", "precision: int8}", r"int8 is made by `quantize`; accepted are fp32, fp16"),
         ("precision: fp16}", "precision: bf16}", r"no bf16 products on a CPU; accepted are fp32, fp16"),
-        ("precision: bf16}", "precision: fp16}", r"fp16 is slow on a CPU; accepted are fp32, bf16, int8"),
+        (
+            "torchscript-bf16: {precision: bf16}",
+            "torchscript-bf16: {precision: fp16}",
+            r"is fp16, which PyTorch computes slowly",
+        ),
+        (
+            "device: cpu",
+            "device: cuda",
+            r"device is cuda and export_torchscript.torch-int8 is int8, .*`python -m stages.device",
+        ),
+        ("device: cpu", "device: tpu", r"device: .*tpu.*cuda"),
         (
             "export_aoti: {}",
             "export_aoti: {a: {precision: int8}}",

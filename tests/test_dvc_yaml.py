@@ -11,12 +11,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from clip_deploy.config import GROUPS, is_per_target, sections
+from clip_deploy.config import BUILDERS, GROUPS, is_per_target, sections
 from clip_deploy.runtimes import RUNTIMES
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-COMMANDS = {"compare"}  # run by hand, with no settings: no stage of the pipeline
+COMMANDS = {"compare", "device"}  # run by hand, with no settings: no stages of the pipeline
 SCRIPTS = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WATCHED = [name for name in SCRIPTS if name != "probe"]  # probe always runs
 
@@ -126,5 +126,5 @@ def test_no_measured_result_is_cached():
 
 
 def test_target_keys_are_slugs():
-    for section in ("export_torchscript", "export_aoti", "export_openvino", "optimize", "quantize"):
+    for section in BUILDERS:
         assert all(re.fullmatch(r"[a-z0-9-]+", key) for key in PARAMS[section])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,23 @@ def test_another_accuracy_budget_rebuilds_only_the_int8_targets(copy):
     copy.edit("params.yaml", "max_flips: 2.0", "max_flips: 3.0")
     budgeted = ("ort-int8-dynamic", "ort-int8-static", "openvino-int8")
     assert copy.repro() == {BUILDS[target] for target in budgeted}  # both budgets leave the same nodes in float
+
+
+def test_a_gpus_rows_stay_without_one(copy):
+    copy.run(sys.executable, "-m", "stages.device", "cuda")
+    some = ["torch-fp32", "torch-compile-fp16", "aoti-fp16", "onnx-fp32", "ort-cuda-fp16"]
+    params = yaml.safe_load((copy.path / "params.yaml").read_text())
+    for target in set(params["targets"]) - set(some):
+        copy.edit("params.yaml", f"  - {target}\n", "")
+    copy.edit("params.yaml", "benchmark: gpu", "benchmark: quick")
+    copy.repro()
+    assert list(metrics(copy)) == some
+    if shutil.which("nvidia-smi"):
+        return
+    assert metrics(copy) == {target: {"status": "unavailable"} for target in some}
+    page = (copy.path / "reports/report.md").read_text()
+    assert "- `aoti-fp16` unavailable: no CUDA device that PyTorch can use" in page
+    assert "- `ort-cuda-fp16` unavailable: no CUDA device: NVIDIA's driver is not installed" in page
 
 
 def test_a_new_target_builds_that_target_alone(copy):

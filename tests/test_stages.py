@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = {"compare"}  # run by hand, with no settings: tests/test_compare.py
+COMMANDS = {"compare", "device"}  # run by hand, with no settings: tests/test_compare.py, tests/test_device.py
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WITHOUT_TORCH = ("probe", "optimize", "quantize", "validate", "benchmark", "report")
 
@@ -18,8 +18,8 @@ def run(*arguments, cwd=ROOT, code=None):
     return subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_there_are_twelve_stages():
-    assert len(STAGES) == 12
+def test_there_are_thirteen_stages():
+    assert len(STAGES) == 13
 
 
 @pytest.mark.parametrize("name", STAGES)

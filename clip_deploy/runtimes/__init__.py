@@ -1,15 +1,17 @@
 """One module for each format, all behind the same two verbs. A new runtime is a new file here, named in RUNTIMES."""
 
 import importlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from clip_deploy.artifact import Target, read_target
 from clip_deploy.errors import DeployError, UnavailableError
 
-RUNTIMES = ("eager", "torchscript", "aoti", "ort", "openvino")
+RUNTIMES = ("eager", "compiled", "torchscript", "aoti", "ort", "openvino")
 
 
 class Encoder(Protocol):
@@ -17,9 +19,11 @@ class Encoder(Protocol):
 
     Attributes:
         image_input: what encode_images takes, "pixel_values" or "images".
+        text_inputs: those of "input_ids" and "attention_mask" that the model takes.
     """
 
     image_input: str
+    text_inputs: list[str]
 
     def __init__(self, folder: Path, target: Target, threads: int | None) -> None: ...
 
@@ -32,15 +36,37 @@ class Encoder(Protocol):
         ...
 
 
-def open_encoder(folder: Path, threads: int | None = None) -> Encoder:
+class DeviceEncoder(Encoder, Protocol):
+    """One that runs on a GPU and can be timed without the way there and back."""
+
+    def bind(self, tower: str, arrays: list[np.ndarray]) -> Callable[[], object]:
+        """Put a tower's inputs on the GPU; the call runs on them and need not wait for the result."""
+        ...
+
+    def wait(self) -> None:
+        """Until the GPU has done what was called."""
+        ...
+
+
+@runtime_checkable
+class PlacedEncoder(Protocol):
+    """One whose library places each node by itself."""
+
+    def placement(self) -> dict[str, dict[str, Any]]:
+        """Of each tower that was called on a GPU: how many nodes each provider runs, and whether as a CUDA graph."""
+        ...
+
+
+def open_encoder(folder: Path, threads: int | None = None, device: str | None = None) -> Encoder:
     """Open the target in `folder`.
 
     Args:
         folder: one of artifacts/.
         threads: of the library's pool; None leaves its default.
+        device: "cpu" or "cuda" instead of the target's own.
 
     Raises:
-        UnavailableError: it could not be built, or the library that runs it is missing.
+        UnavailableError: it could not be built, or the library or the device that runs it is missing.
         DeployError: the runtime refuses its files.
     """
     target = read_target(folder)
@@ -53,7 +79,9 @@ def open_encoder(folder: Path, threads: int | None = None) -> Encoder:
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed") from error
     try:
-        return module.Encoder(folder, target, threads)
+        return module.Encoder(folder, replace(target, device=device or target.device), threads)
+    except UnavailableError:
+        raise
     except Exception as error:  # the runtimes' errors share no base class
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise DeployError(f"{folder.name} does not load: {reason}") from error

@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-import torch
 from torch._inductor import aoti_load_package
 
 from clip_deploy.artifact import Target
-from clip_deploy.runtimes import torchscript
+from clip_deploy.runtimes import pytorch
 
 
-class Encoder(torchscript.Encoder):
-    """Called as TorchScript's towers are; only loading differs."""
+class Encoder(pytorch.Encoder):
+    graphs = True
 
-    def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
-        if threads:
-            torch.set_num_threads(threads)
-        self.text_inputs = target.model["text_inputs"]
-        self.vision, self.text = (aoti_load_package(folder / f"{tower}.pt2") for tower in ("vision", "text"))
+    def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
+        single = target.device == "cuda"  # its lock cannot be captured
+        return {
+            tower: aoti_load_package(folder / f"{tower}.pt2", run_single_threaded=single)
+            for tower in ("vision", "text")
+        }

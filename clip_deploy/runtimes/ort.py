@@ -1,32 +1,146 @@
-"""ONNX graphs, run by ONNX Runtime's CPU provider. Needs neither torch nor transformers."""
+"""ONNX graphs, run by ONNX Runtime on a CPU or a GPU. Needs neither torch nor transformers.
 
+On a GPU each shape has a session of its own: with the shape fixed, ONNX Runtime computes all that depends on it while
+loading, nothing is left for the CPU, and the call can be recorded as a CUDA graph. Inputs and outputs stay on the GPU.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
+from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 from clip_deploy.artifact import Target
+from clip_deploy.errors import UnavailableError
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+MOST_SESSIONS = 16  # shapes kept on a GPU, each with its own copy of the weights
+
+Provider = tuple[str, dict[str, str]]
 
 
 class Encoder:
     def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
-        options = onnxruntime.SessionOptions()
-        if threads:
-            options.intra_op_num_threads = threads
-        self.vision, self.text = (
-            onnxruntime.InferenceSession(folder / f"{tower}.onnx", options, providers=["CPUExecutionProvider"])
-            for tower in ("vision", "text")
-        )
+        self.folder, self.threads = folder, threads
         self.text_inputs = target.model["text_inputs"]
         self.image_input = target.image_input
+        self.names = {"vision": [self.image_input], "text": self.text_inputs}
+        self.fixed: dict[tuple, FixedCall] = {}
+        self.on_gpu = target.device == "cuda"
+        if self.on_gpu:
+            _load_cuda()
+            self.sessions: dict[str, InferenceSession] = {}
+        else:
+            self.sessions = {tower: self._open(tower, (CPU, {})) for tower in ("vision", "text")}
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
-        return self.vision.run(None, {self.image_input: images})[0]
+        return self._run("vision", [images])
 
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Probabilities [batch, labels] from a graph with a zero-shot head; images as encode_images takes them."""
-        return self.vision.run(["probabilities"], {self.image_input: images})[0]
+        if "vision" not in self.sessions:
+            self.sessions["vision"] = self._open("vision", (CUDA, {}))
+        return self.sessions["vision"].run(["probabilities"], {self.image_input: images})[0]
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.text.run(None, {name: given[name] for name in self.text_inputs})[0]
+        return self._run("text", [given[name] for name in self.text_inputs])
+
+    def bind(self, tower: str, arrays: list[np.ndarray]) -> Callable[[], object]:
+        """A call on inputs that are on the GPU already; ONNX Runtime waits for the result itself."""
+        return self._fixed(tower, arrays)
+
+    def placement(self) -> dict[str, dict[str, Any]]:
+        """Of each tower that was called on a GPU: how many nodes each provider runs, and whether as a CUDA graph."""
+        return {key[0]: {"nodes": call.nodes, "graph": call.graph} for key, call in self.fixed.items()}
+
+    def wait(self) -> None:
+        """Nothing is left to wait for."""
+
+    def _run(self, tower: str, arrays: list[np.ndarray]) -> np.ndarray:
+        if self.on_gpu:
+            return self._fixed(tower, arrays).encode(arrays)
+        return self.sessions[tower].run(None, dict(zip(self.names[tower], arrays, strict=True)))[0]
+
+    def _open(self, tower: str, provider: Provider, shape: dict[str, int] | None = None) -> InferenceSession:
+        options = SessionOptions()
+        if self.threads:
+            options.intra_op_num_threads = self.threads
+        for axis, length in (shape or {}).items():
+            options.add_free_dimension_override_by_name(axis, length)
+        if provider[0] != CPU:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        return InferenceSession(self.folder / f"{tower}.onnx", options, providers=[provider])
+
+    def _fixed(self, tower: str, arrays: list[np.ndarray]) -> "FixedCall":
+        key = (tower, *(array.shape for array in arrays))
+        if key not in self.fixed:
+            if len(self.fixed) == MOST_SESSIONS:
+                self.fixed.pop(next(iter(self.fixed)))
+            axes = {"batch": arrays[0].shape[0]} | ({"sequence": arrays[0].shape[1]} if tower == "text" else {})
+            inputs = dict(zip(self.names[tower], arrays, strict=True))
+            self.fixed[key] = FixedCall(partial(self._open, tower, shape=axes), inputs)
+        return self.fixed[key]
+
+
+class FixedCall:
+    """One tower at one shape, its inputs and output bound to memory on the GPU.
+
+    Attributes:
+        graph: whether it is replayed as a CUDA graph.
+        nodes: how many nodes each provider runs.
+    """
+
+    def __init__(self, open_session: Callable[[Provider], InferenceSession], inputs: dict[str, np.ndarray]) -> None:
+        try:
+            self.session, self.graph = open_session((CUDA, {"enable_cuda_graph": "1"})), True
+        except Exception as error:  # a class of its own for each code, in a private module
+            if "graph capture" not in str(error):
+                raise
+            self.session, self.graph = open_session((CUDA, {})), False  # for a node that the GPU cannot run
+        if self.session.get_providers()[0] != CUDA:
+            raise UnavailableError("ONNX Runtime's CUDA provider does not load here: it fell back to the CPU")
+        self.nodes = count_nodes(self.session)
+        self.binding = self.session.io_binding()
+        self.inputs = {name: OrtValue.ortvalue_from_numpy(array, "cuda", 0) for name, array in inputs.items()}
+        for given in self.session.get_inputs():
+            self.binding.bind_ortvalue_input(given.name, self.inputs[given.name])
+        output = self.session.get_outputs()[0]
+        rows = next(iter(inputs.values())).shape[0]
+        self.output = OrtValue.ortvalue_from_shape_and_type([rows, output.shape[1]], np.float32, "cuda", 0)
+        self.binding.bind_ortvalue_output(output.name, self.output)
+
+    def __call__(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+    def encode(self, arrays: list[np.ndarray]) -> np.ndarray:
+        for held, array in zip(self.inputs.values(), arrays, strict=True):
+            held.update_inplace(np.ascontiguousarray(array))
+        self()
+        return self.output.numpy()
+
+
+def count_nodes(session: InferenceSession) -> dict[str, int]:
+    """Nodes of the optimised graph by the provider that runs them."""
+    counts: dict[str, int] = {}
+    for part in session.get_provider_graph_assignment_info():
+        counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
+    return counts
+
+
+def _load_cuda() -> None:
+    """Let ONNX Runtime find CUDA and cuDNN where they came as Python packages.
+
+    Raises UnavailableError where this ONNX Runtime has no CUDA provider, or there is no GPU.
+    """
+    if CUDA not in onnxruntime.get_available_providers():
+        raise UnavailableError("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise UnavailableError("no CUDA device: NVIDIA's driver is not installed") from error
+    onnxruntime.preload_dlls()

@@ -2,27 +2,15 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from clip_deploy.artifact import Target
+from clip_deploy.runtimes import pytorch
 
 
-class Encoder:
-    image_input = "pixel_values"
-
-    def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
-        if threads:
-            torch.set_num_threads(threads)
-        self.text_inputs = target.model["text_inputs"]
-        self.vision = torch.jit.load(folder / "vision.pt").eval()
-        self.text = torch.jit.load(folder / "text.pt").eval()
-
-    @torch.inference_mode()
-    def encode_images(self, images: np.ndarray) -> np.ndarray:
-        return self.vision(torch.from_numpy(images)).numpy()
-
-    @torch.inference_mode()
-    def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.text(*(torch.from_numpy(given[name]) for name in self.text_inputs)).numpy()
+class Encoder(pytorch.Encoder):
+    def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
+        return {
+            tower: torch.jit.load(folder / f"{tower}.pt", map_location=target.device).eval()
+            for tower in ("vision", "text")
+        }

@@ -1,0 +1,104 @@
+"""The report's sections on a GPU: memory, power, where each node ran; and the table of the tutorial on CLIP there."""
+
+from clip_deploy.report import MISSING, Row, best_throughput, number, table
+
+# Latency in ms and GPU memory in GB at batch 1, as the tutorial that this project grew out of printed them for an RTX
+# 3090; it does not say which tower, which batch of texts or what of the way there and back it timed.
+TUTORIAL = {
+    "PyTorch FP32": ("torch-fp32", 20, 2.5),
+    "PyTorch FP16": ("torch-fp16", 12, 1.3),
+    "TorchScript": ("torchscript-fp16", 18, 2.5),
+    "ONNX Runtime": ("ort-cuda-fp32", 15, 2.0),
+    "ONNX and TensorRT": ("trt-fp16", 8, 1.5),
+}
+TIMED = (
+    "Timed: one call on inputs that lie on the GPU already, until the GPU has done its work, by the host's clock; the "
+    "way there and back, decoding and preprocessing are not in it."
+)
+
+
+def gpu_sections(rows: list[Row]) -> list[str]:
+    """Lines of Markdown; none where no row ran on a GPU."""
+    ran = [row for row in rows if row.device == "cuda" and row.timings]
+    if not ran:
+        return []
+    return [
+        "## On the GPU",
+        "",
+        TIMED + " Power is the whole GPU's while images are encoded without a pause at the named batch size.",
+        "",
+        *_usage(ran),
+        "",
+        "## The tutorial's table",
+        "",
+        "Latency at batch 1, beside what the tutorial printed for an RTX 3090 (another GPU, other weights, and what it "
+        "timed is not said): compare the order of the forms, not the milliseconds.",
+        "",
+        *_tutorial({row.target: row for row in rows}),
+        "",
+    ]
+
+
+def _usage(rows: list[Row]) -> list[str]:
+    head = [
+        "Target",
+        "Nodes by provider",
+        "CUDA graph",
+        "GPU memory MB",
+        "Mean W (batch)",
+        "J per 1,000 images",
+        "Clock MHz, before / after",
+    ]
+    return table(head, [_usage_cells(row) for row in rows])
+
+
+def _usage_cells(row: Row) -> list[str]:
+    power = row.power
+    clocks = " / ".join(number(clock) for clock in power.get("clock_mhz", []))
+    return [
+        f"`{row.target}`",
+        "; ".join(f"{tower} {_nodes(placed['nodes'])}" for tower, placed in row.placement.items()) or MISSING,
+        ", ".join(f"{tower} {'yes' if placed['graph'] else 'no'}" for tower, placed in row.placement.items())
+        or MISSING,
+        number(row.gpu_memory_mb),
+        f"{number(power['mean_w'])} ({power['batch']})" if power else MISSING,
+        number(power.get("j_per_1000_images")),
+        clocks or MISSING,
+    ]
+
+
+def _nodes(counts: dict[str, int]) -> str:
+    """How many nodes each provider runs; the CPU's are marked."""
+    named = {name.removesuffix("ExecutionProvider"): count for name, count in counts.items()}
+    return ", ".join(f"**{count} CPU**" if name == "CPU" else f"{count} {name}" for name, count in named.items())
+
+
+def _tutorial(rows: dict[str, Row]) -> list[str]:
+    head = [
+        "Form",
+        "Target",
+        "Vision ms",
+        "Text ms",
+        "Images/s",
+        "GPU memory GB",
+        "Size MB",
+        "Tutorial, RTX 3090: ms",
+        "GB",
+    ]
+    body = []
+    for form, (target, latency, memory) in TUTORIAL.items():
+        row = rows.get(target)
+        body.append(
+            [
+                form,
+                f"`{target}`" + ("" if row is not None and row.timings else " (not measured here)"),
+                number(row.timing("vision").get("p50_ms") if row else None),
+                number(row.timing("text").get("p50_ms") if row else None),
+                number(best_throughput(row, "vision") if row else None),
+                number(row.gpu_memory_mb / 1000 if row and row.gpu_memory_mb else None),
+                number(row.size_mb if row else None),
+                str(latency),
+                str(memory),
+            ]
+        )
+    return table(head, body)

@@ -1,0 +1,19 @@
+"""A checkpoint through torch.compile; on a GPU each shape is compiled by itself and replayed as a CUDA graph."""
+
+from pathlib import Path
+
+import torch
+
+from clip_deploy.artifact import Target
+from clip_deploy.runtimes import eager, pytorch
+
+MOST_SHAPES = 64  # dynamo gives up at 8
+
+
+class Encoder(eager.Encoder):
+    graphs = True
+
+    def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
+        torch._dynamo.config.recompile_limit = MOST_SHAPES
+        towers = super().load(folder, target)
+        return {name: torch.compile(tower, dynamic=False) for name, tower in towers.items()}

@@ -1,0 +1,116 @@
+"""Towers that PyTorch calls, on a CPU or a GPU: what the runtimes of PyTorch's own formats share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clip_deploy.artifact import Target
+from clip_deploy.errors import UnavailableError
+
+MOST_GRAPHS = 16  # shapes whose CUDA graphs are kept; each holds its own activations
+WARM_UP = 3  # calls before a capture: libraries choose kernels and take their workspaces
+
+Tower = Callable[..., Tensor]
+
+
+def is_available(device: str) -> bool:
+    """Whether PyTorch can use "cpu" or "cuda" here."""
+    return device == "cpu" or torch.cuda.is_available()
+
+
+def require(device: str) -> None:
+    """Raises UnavailableError where PyTorch cannot use the device."""
+    if not is_available(device):
+        raise UnavailableError("no CUDA device that PyTorch can use")
+
+
+@dataclass
+class Graph:
+    """A captured call: fill the inputs, replay, read the output."""
+
+    inputs: list[Tensor]
+    output: Tensor
+    replay: Callable[[], None]
+
+
+def capture(tower: Tower, inputs: list[Tensor]) -> Graph:
+    """Record `tower` on these device tensors as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            tower(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # libraries have threads of their own
+        output = tower(*inputs)
+    return Graph(inputs, output, graph.replay)
+
+
+class Encoder:
+    """Loads nothing itself: subclasses give the towers.
+
+    Attributes:
+        graphs: whether each shape's call is recorded once and replayed, where the target runs on a GPU.
+    """
+
+    image_input = "pixel_values"
+    graphs = False
+
+    def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
+        require(target.device)
+        if threads:
+            torch.set_num_threads(threads)
+        self.device = target.device
+        self.text_inputs = target.model["text_inputs"]
+        self.captured: dict[tuple, Graph] = {}
+        self.towers: dict[str, Tower] = self.load(folder, target)
+
+    def load(self, folder: Path, target: Target) -> dict[str, Tower]:
+        raise NotImplementedError
+
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        return self._encode("vision", [images])
+
+    def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._encode("text", [given[name] for name in self.text_inputs])
+
+    @torch.inference_mode()
+    def bind(self, tower: str, arrays: list[np.ndarray]) -> Callable[[], object]:
+        """A call on inputs that are on the device already; it does not wait for the result."""
+        tensors = [torch.from_numpy(array).to(self.device) for array in arrays]
+        if self._uses_graphs():
+            return self._graph(tower, tensors).replay
+        return partial(torch.inference_mode()(self.towers[tower]), *tensors)
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def _encode(self, tower: str, arrays: list[np.ndarray]) -> np.ndarray:
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self._uses_graphs():
+            graph = self._graph(tower, tensors)
+            for held, tensor in zip(graph.inputs, tensors, strict=True):
+                held.copy_(tensor)
+            graph.replay()
+            return graph.output.cpu().numpy()
+        return self.towers[tower](*(tensor.to(self.device) for tensor in tensors)).cpu().numpy()
+
+    def _uses_graphs(self) -> bool:
+        return self.graphs and self.device == "cuda"
+
+    def _graph(self, tower: str, tensors: list[Tensor]) -> Graph:
+        key = (tower, *(tensor.shape for tensor in tensors))
+        if key not in self.captured:
+            if len(self.captured) == MOST_GRAPHS:
+                self.captured.pop(next(iter(self.captured)))
+            self.captured[key] = capture(self.towers[tower], [tensor.to(self.device).clone() for tensor in tensors])
+        return self.captured[key]

@@ -1,0 +1,61 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from clip_deploy.config import Device, load_params
+from clip_deploy.errors import ConfigError
+from stages.device import choose
+
+
+@pytest.fixture
+def copy(tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    return tmp_path
+
+
+def test_both_devices_settings_are_whole_and_going_there_and_back_loses_nothing(copy):
+    params, conf = copy / "params.yaml", copy / "conf"
+    params.write_text(params.read_text().replace("  - ort-fp16\n", "  # - ort-fp16, for now\n"))
+    before = params.read_text()
+    head = before[: before.index("device:")]
+
+    assert choose("cuda", params, conf / "devices").endswith(f"what it held for cpu is in {conf}/devices/cpu.yaml")
+    chosen = load_params(params, conf)
+    assert chosen.device is Device.cuda
+    assert "ort-cuda-fp16" in chosen.targets
+    assert params.read_text().startswith(head)
+    assert not (conf / "devices" / "cuda.yaml").exists()
+
+    choose("cpu", params, conf / "devices")
+    assert params.read_text() == before
+    assert (conf / "devices" / "cuda.yaml").read_bytes() == (ROOT / "conf" / "devices" / "cuda.yaml").read_bytes()
+
+
+def test_the_device_in_use_is_left_alone(copy):
+    before = (copy / "params.yaml").read_bytes()
+    assert choose("cpu", copy / "params.yaml", copy / "conf" / "devices").endswith("is set for cpu already")
+    assert (copy / "params.yaml").read_bytes() == before
+
+
+def test_an_unknown_device_and_a_lost_line_are_named(copy):
+    params, devices = copy / "params.yaml", copy / "conf" / "devices"
+    with pytest.raises(ConfigError, match="device is 'tpu': accepted are cpu, cuda"):
+        choose("tpu", params, devices)
+    params.write_text(params.read_text().replace("device: cpu\n", ""))
+    with pytest.raises(ConfigError, match="has no line `device: cpu`"):
+        choose("cuda", params, devices)
+
+
+@pytest.mark.parametrize(("words", "said"), [([], "usage: "), (["tpu"], "error: device is 'tpu'")])
+def test_the_command_fails_in_one_line(copy, words, said):
+    command = [sys.executable, "-m", "stages.device", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,136 @@
+"""On a GPU: every runtime there gives the reference's embeddings, and what is timed is what is checked."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clip_deploy import gpu
+from clip_deploy.aoti_export import export_aoti
+from clip_deploy.artifact import Target, build, read_target
+from clip_deploy.checkpoint import export_torch
+from clip_deploy.config import BenchmarkConfig, Device, Gate, GatesConfig, OptimizeConfig, Precision, TorchConfig
+from clip_deploy.errors import UnavailableError
+from clip_deploy.fusion import optimize
+from clip_deploy.prepared import load_prepared
+from clip_deploy.runtimes import open_encoder
+from clip_deploy.timing import _power, measure
+from clip_deploy.torchscript import export_torchscript
+from clip_deploy.validation import validate
+
+CUDA = Device.cuda
+GATES = GatesConfig(fp32=Gate(min_cosine=0.9999), fp16=Gate(min_cosine=0.999), bf16=Gate(min_cosine=0.99))
+BUILDS = {
+    "torch-fp16": lambda s, folder: export_torch(s.checkpoint, TorchConfig(Precision.fp16), CUDA, folder),
+    "torch-bf16": lambda s, folder: export_torch(s.checkpoint, TorchConfig(Precision.bf16), CUDA, folder),
+    "torch-compile-fp16": lambda s, folder: export_torch(s.checkpoint, TorchConfig(Precision.fp16, True), CUDA, folder),
+    "torchscript-fp16": lambda s, folder: export_torchscript(s.checkpoint, Precision.fp16, folder, CUDA),
+    "aoti-fp16": lambda s, folder: export_aoti(s.onnx, Precision.fp16, s.calibration, folder, CUDA),
+    "ort-cuda-fp32": lambda s, folder: optimize(s.onnx, OptimizeConfig(), s.calibration, folder, CUDA),
+    "ort-cuda-fp16": lambda s, folder: optimize(
+        s.onnx, OptimizeConfig(precision=Precision.fp16, skip_layer_norm=True), s.calibration, folder, CUDA
+    ),
+}
+
+
+class Sources:
+    def __init__(self, checkpoint, onnx, sets):
+        self.checkpoint, self.onnx, self.calibration = checkpoint, onnx, load_prepared(sets / "calibration")
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def built(request, checkpoint, onnx_target, sets, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu") / request.param
+    sources = Sources(checkpoint, onnx_target, sets)
+    build(folder, lambda output: BUILDS[request.param](sources, output), Target("eager", "fp32"))
+    return folder
+
+
+@pytest.mark.gpu
+def test_a_target_on_the_gpu_gives_the_references_embeddings(built, sets):
+    evaluation = load_prepared(sets / "evaluation")
+    record = validate(built, evaluation, sets / "evaluation" / "reference.npz", GATES, 0)
+    assert record["status"] == "pass", record["reasons"]
+    for tower, placed in record.get("placement", {}).items():
+        assert list(placed["nodes"]) == ["CUDAExecutionProvider"], tower
+        assert placed["graph"], tower
+
+
+@pytest.mark.gpu
+def test_a_bound_call_gives_what_encoding_gives(built):
+    encoder = open_encoder(built)
+    size = read_target(built).model["image_size"]
+    images = np.random.default_rng(0).normal(size=(2, 3, *size)).astype(np.float32)
+    expected = encoder.encode_images(images)
+    call = encoder.bind("vision", [images])
+    call()
+    encoder.wait()
+    np.testing.assert_allclose(encoder.encode_images(images), expected, atol=0.01)
+    turned = encoder.encode_images(images[::-1].copy())  # of the same shape: the same graph, other inputs
+    np.testing.assert_allclose(turned[::-1], expected, atol=0.01)
+    assert np.abs(turned - expected).max() > 0.1
+
+
+@pytest.mark.gpu
+def test_memory_and_power_of_the_gpu_are_measured(checkpoint, tmp_path):
+    folder = tmp_path / "torch-fp16"
+    build(
+        folder,
+        lambda output: export_torch(checkpoint, TorchConfig(Precision.fp16), CUDA, output),
+        Target("eager", "fp16"),
+    )
+    settings = BenchmarkConfig(batch_sizes=[1, 8], seconds=0.1, power_seconds=0.5)
+    record = measure(folder, folder, settings, 0)
+    assert record["gpu_memory_mb"] > 100
+    assert record["power"]["mean_w"] > 20
+    assert all(clock > 0 for clock in record["power"]["clock_mhz"])
+
+
+def test_without_a_gpu_every_target_for_one_says_so(checkpoint, onnx_target, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnavailableError, match="no CUDA device that PyTorch can use"):
+        open_encoder(checkpoint, device="cuda")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UnavailableError, match="this ONNX Runtime has no CUDA provider"):
+        open_encoder(onnx_target, device="cuda")
+
+
+def test_energy_is_counted_over_the_images_that_it_encoded(monkeypatch):
+    energies = iter([1000.0, 1050.0])
+    monkeypatch.setattr(gpu, "energy_j", lambda: next(energies))
+    monkeypatch.setattr(gpu, "clock_mhz", lambda: 1980)
+    asked = []
+
+    class Worker:
+        def ask(self, request):
+            asked.append(request)
+            return {"calls": 100} if "seconds" in request else {}
+
+    target = Target("ort", "fp16", model={"image_size": [32, 32], "context_length": 16}, device="cuda")
+    sizes = {"1": {"throughput_per_s": 900.0}, "32": {"throughput_per_s": 9000.0}, "256": {"throughput_per_s": 8000.0}}
+    power = _power(Worker(), target, sizes, BenchmarkConfig(), 345)["power"]
+    assert power["batch"] == 32
+    assert power["j_per_1000_images"] == 1000 * 50.0 / 3200
+    assert power["clock_mhz"] == [345, 1980]
+    assert [request["batch"] for request in asked if "batch" in request] == [32]
+
+
+def test_nvml_that_is_missing_measures_nothing(monkeypatch):
+    monkeypatch.setattr(gpu, "_nvml", lambda: None)
+    assert gpu.process_bytes(1) is None
+    assert gpu.energy_j() is None
+    assert gpu.clock_mhz() is None
+
+
+def test_a_checkpoint_in_half_precision_is_half_as_large_and_loads(checkpoint, tmp_path):
+    folder = tmp_path / "torch-fp16"
+    settings = TorchConfig(Precision.fp16)
+    build(folder, lambda output: export_torch(checkpoint, settings, Device.cpu, output), Target("eager", "fp16"))
+    weights = [(path / "model.safetensors").stat().st_size for path in (folder, checkpoint)]
+    assert weights[0] == pytest.approx(weights[1] / 2, rel=0.05)
+    images = np.zeros((1, 3, *read_target(checkpoint).model["image_size"]), np.float32)
+    half, whole = (open_encoder(path).encode_images(images)[0] for path in (folder, checkpoint))
+    assert half @ whole / np.linalg.norm(half) / np.linalg.norm(whole) > 0.999
+    assert replace(read_target(folder), build={}).runtime == "eager"

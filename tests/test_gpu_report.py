@@ -1,0 +1,33 @@
+from clip_deploy.gpu_report import gpu_sections
+from clip_deploy.report import Row
+
+TIMING = {"p50_ms": 0.5, "throughput_per_s": 2000.0, "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1}
+
+
+def row(target, **facts):
+    timings = {tower: {"1": {**TIMING, "unstable": False}} for tower in ("vision", "text")}
+    return Row(target=target, status="pass", device="cuda", timings=timings, size_mb=300.0, **facts)
+
+
+def test_nodes_on_the_cpu_are_marked_and_power_is_stated():
+    placed = {
+        "vision": {"nodes": {"CUDAExecutionProvider": 131}, "graph": True},
+        "text": {"nodes": {"CUDAExecutionProvider": 543, "CPUExecutionProvider": 1}, "graph": False},
+    }
+    power = {"batch": 256, "mean_w": 512.25, "j_per_1000_images": 14.0, "clock_mhz": [345, 1980]}
+    lines = gpu_sections([row("ort-cuda-fp16", placement=placed, power=power, gpu_memory_mb=812.0)])
+    assert (
+        "| `ort-cuda-fp16` | vision 131 CUDA; text 543 CUDA, **1 CPU** | vision yes, text no | 812 | 512 (256) | 14.0 "
+        "| 345 / 1,980 |"
+    ) in lines
+
+
+def test_the_tutorials_table_says_what_was_not_measured():
+    lines = gpu_sections([row("torch-fp32", gpu_memory_mb=1500.0)])
+    assert "| PyTorch FP32 | `torch-fp32` | 0.500 | 0.500 | 2,000 | 1.50 | 300 | 20 | 2.5 |" in lines
+    assert "| ONNX and TensorRT | `trt-fp16` (not measured here) | - | - | - | - | - | 8 | 1.5 |" in lines
+
+
+def test_without_a_row_on_a_gpu_there_is_no_section():
+    assert gpu_sections([Row(target="torch-fp32", status="pass")]) == []
+    assert gpu_sections([Row(target="torch-fp16", status="unavailable", device="cuda")]) == []

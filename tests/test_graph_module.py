@@ -1,0 +1,84 @@
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from clip_deploy import onnx_graph
+from clip_deploy.artifact import Target, build, read_target
+from clip_deploy.config import OnnxConfig, OptimizeConfig
+from clip_deploy.errors import UnavailableError
+from clip_deploy.fusion import for_cuda, fuse, rewrites_of
+from clip_deploy.graph_module import GraphModule
+from clip_deploy.onnx_export import export_onnx
+from clip_deploy.towers import dynamic_axes, example_inputs
+
+
+@pytest.fixture(scope="module", params=[17, 18, 23])
+def source(family, request, tmp_path_factory):
+    """An ONNX target of each family, of both exporters, and with ONNX's own Attention."""
+    folder = tmp_path_factory.mktemp("onnx") / "onnx-fp32"
+    settings = OnnxConfig(opset=request.param)
+    build(folder, lambda output: export_onnx(family, settings, output), Target("ort", "fp32"))
+    return folder
+
+
+def fused(source, tower, output, on_gpu=False):
+    """The tower's fused graph, and its model's description."""
+    model = read_target(source).model
+    rewrites = rewrites_of(model["towers"][tower], OptimizeConfig(skip_layer_norm=on_gpu))
+    if on_gpu:
+        rewrites = for_cuda(rewrites, model["context_length"])
+    undone = fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", rewrites, model["example_texts"])
+    assert undone == []
+    return output / f"{tower}.onnx", model
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_the_module_gives_what_the_graph_gives_and_is_exported_for_any_batch(source, tower, tmp_path):
+    path, model = fused(source, tower, tmp_path)
+    feeds = onnx_graph.random_feeds(path, model["example_texts"])
+    module = GraphModule(ir.load(path)).eval()
+    inputs = tuple(torch.from_numpy(feeds[name]) for name in module.inputs)
+    expected = onnx_graph.run(path, feeds)
+    with torch.inference_mode():
+        np.testing.assert_allclose(module(*inputs), expected, atol=1e-4 * np.abs(expected).max())
+
+    shapes = {axis: torch.export.Dim.DYNAMIC for axis in dynamic_axes(model)[tower]}
+    example = example_inputs(model)[tower]
+    program = torch.export.export(module, example, dynamic_shapes=(tuple(shapes for _ in example),))
+    actual = program.module()(*inputs).detach()
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_half_precision_is_the_modules_own_affair(onnx_target, tmp_path):
+    path = fused(onnx_target, "vision", tmp_path)[0]
+    feeds = onnx_graph.random_feeds(path, {})
+    module = GraphModule(ir.load(path), torch.bfloat16).eval()
+    assert {buffer.dtype for buffer in module.buffers() if buffer.is_floating_point()} == {torch.bfloat16}
+    with torch.inference_mode():
+        actual = module(torch.from_numpy(feeds["pixel_values"]))
+    expected = onnx_graph.run(path, feeds)
+    assert actual.dtype == torch.float32
+    assert np.abs(actual.numpy() - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_an_unknown_operator_is_named(onnx_target, tmp_path):
+    model = ir.load(onnx_target / "vision.onnx")  # not fused: its Softmax has no counterpart
+    with pytest.raises(UnavailableError, match=r"the graph has \w+, which has no PyTorch counterpart here"):
+        GraphModule(model)
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_a_graph_for_a_gpu_searches_in_float_and_holds_its_products(source, tower, tmp_path):
+    path, model = fused(source, tower, tmp_path, on_gpu=True)
+    graph = ir.load(path).graph
+    kinds = [node.op_type for node in graph]
+    layers = model["towers"][tower]["layers"]
+    assert kinds.count("Attention") >= layers - 1
+    assert kinds.count("Split") <= 1
+    assert "SkipLayerNormalization" in kinds
+    searches = [node.inputs[0].producer().op_type for node in graph if node.op_type == "ArgMax"]
+    assert set(searches) <= {"Add"}
+    feeds = onnx_graph.random_feeds(source / path.name, model["example_texts"])
+    expected = onnx_graph.run(source / path.name, feeds)
+    np.testing.assert_allclose(onnx_graph.run(path, feeds), expected, atol=1e-4 * np.abs(expected).max())
