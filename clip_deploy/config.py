@@ -21,6 +21,7 @@ BUILDERS = (  # sections of params.yaml with a target a key
     "export_openvino",
     "optimize",
     "quantize",
+    "build_engine",
 )
 GROUPS = ("model", "data", "benchmark", "gates")  # folders under conf/
 OPSETS = {"torchscript": (14, 20), "dynamo": (18, 23)}  # what each exporter really writes (torch 2.13)
@@ -280,6 +281,23 @@ class AotiConfig:
 
 
 @dataclass
+class BuildEngineConfig:
+    precision: Precision = Precision.fp32
+    min_batch: int = 1
+    opt_batch: int = 8  # what kernels are chosen for
+    max_batch: int = 256  # an opened engine holds memory for it
+
+    def __post_init__(self) -> None:
+        if self.precision not in (Precision.fp32, Precision.fp16):
+            raise ConfigError(f"build_engine: precision is {self.precision.value}; accepted are fp32, fp16")
+        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
+            raise ConfigError(
+                f"build_engine: min_batch, opt_batch, max_batch are {self.min_batch}, {self.opt_batch}, "
+                f"{self.max_batch}: accepted are numbers from 1 that do not fall, as 1, 8, 256"
+            )
+
+
+@dataclass
 class Params:
     """All of params.yaml."""
 
@@ -295,6 +313,7 @@ class Params:
     export_openvino: dict[str, OpenVinoConfig]
     optimize: dict[str, OptimizeConfig]
     quantize: dict[str, QuantizeConfig]
+    build_engine: dict[str, BuildEngineConfig]
     targets: list[str]
     seed: int = 0
 
@@ -336,6 +355,8 @@ class Params:
 
 def _misplaced(section: str, settings: Any, device: Device) -> str | None:
     """Why a target has no place on the device."""
+    if device is Device.cpu and section == "build_engine":
+        return "is made for a GPU"
     if device is Device.cuda and section in ("export_openvino", "quantize"):
         return "is made for a CPU"
     if device is Device.cuda and settings.precision is Precision.int8:

@@ -21,6 +21,7 @@ LIBRARIES = {
     "datasets": ("datasets",),
     "openvino": ("openvino",),
     "nncf": ("nncf",),
+    "tensorrt": ("tensorrt", "tensorrt-rtx-cu13-bindings"),
 }
 INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 
