@@ -145,6 +145,26 @@ class BenchmarkConfig:
 
 
 @dataclass
+class EndToEndConfig:
+    """Which targets are timed from JPEG bytes, and how long; sizes, threads and warm-up are those of the benchmark."""
+
+    targets: list[str] = field(default_factory=list)
+    images: int = 32  # distinct JPEGs, of benchmark.image_size
+    workers: int | None = None  # threads that decode and preprocess; null: benchmark.threads
+    passes: int = 3  # the median is reported, with the slowest and the fastest
+    seconds: float = 0.2  # of one pass at one batch size
+
+    def __post_init__(self) -> None:
+        if len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"end_to_end.targets lists a name twice: {', '.join(self.targets)}")
+        for name in ("images", "passes", "seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"end_to_end.{name} is {getattr(self, name)}: it must be above 0")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"end_to_end.workers is {self.workers}: give 1 or more, or null for benchmark.threads")
+
+
+@dataclass
 class Gate:
     """What a target of one precision class must reach to be fit for use."""
 
@@ -315,6 +335,7 @@ class Params:
     quantize: dict[str, QuantizeConfig]
     build_engine: dict[str, BuildEngineConfig]
     targets: list[str]
+    end_to_end: EndToEndConfig
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -325,9 +346,10 @@ class Params:
                 raise ConfigError(f"target {name!r}: names are made of a-z, 0-9 and - (they become paths)")
             if names.count(name) > 1:
                 raise ConfigError(f"target {name!r} is built twice: give each target of params.yaml its own name")
-        for target in self.targets:
-            if target not in names:
-                raise ConfigError(f"targets lists {target!r}, which nothing builds: known are {', '.join(names)}")
+        for key, listed in (("targets", self.targets), ("end_to_end.targets", self.end_to_end.targets)):
+            for target in listed:
+                if target not in names:
+                    raise ConfigError(f"{key} lists {target!r}, which nothing builds: known are {', '.join(names)}")
         if not self.targets or self.targets[0] != REFERENCE:
             raise ConfigError(f"targets must begin with {REFERENCE}: every other row is measured against it")
         if len(set(self.targets)) < len(self.targets):

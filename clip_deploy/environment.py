@@ -11,6 +11,7 @@ from pathlib import Path
 
 LIBRARIES = {
     "torch": ("torch",),
+    "torchvision": ("torchvision",),
     "transformers": ("transformers",),
     "tokenizers": ("tokenizers",),
     "onnx": ("onnx",),

@@ -61,28 +61,31 @@ def preprocessing_shell(processor: "BaseImageProcessor", image_size: list[int]) 
     Raises:
         UnavailableError: the processor has an option that ONNX cannot express, or gives other pixels than the nodes.
     """
-    settings = read_preprocessing(processor)
+    try:
+        settings = read_preprocessing(processor)
+    except UnavailableError as error:
+        raise _unavailable(str(error)) from error
     shell = build_shell(settings, image_size)
     _hold_against(processor, settings, image_size)
     return shell
 
 
 def read_preprocessing(processor: "BaseImageProcessor") -> Preprocessing:
-    """Raises UnavailableError naming the option that cannot be expressed."""
+    """Raises UnavailableError naming the option that is none of those that Preprocessing holds."""
     name = type(processor).__name__
     size, crop = dict(processor.size or {}), dict(processor.crop_size or {})
     if getattr(processor, "do_pad", None):
-        raise _unavailable(f"{name} pads (do_pad)")
+        raise UnavailableError(f"{name} pads (do_pad)")
     resample = None
     if processor.do_resize:
         resample = int(BILINEAR if processor.resample is None else processor.resample)
         if resample not in FILTERS:
-            raise _unavailable(f"{name} resizes with resample {FILTER_NAMES.get(resample, resample)}")
+            raise UnavailableError(f"{name} resizes with resample {FILTER_NAMES.get(resample, resample)}")
         if set(size) not in ({"shortest_edge"}, {"height", "width"}):
-            raise _unavailable(f"{name} resizes to size {size}")
+            raise UnavailableError(f"{name} resizes to size {size}")
     cropped = bool(getattr(processor, "do_center_crop", False))
     if "shortest_edge" in size and processor.do_resize and not cropped:
-        raise _unavailable(f"{name} resizes to size {size} without do_center_crop")
+        raise UnavailableError(f"{name} resizes to size {size} without do_center_crop")
     black, white = (_middle(processor, level) for level in (0, 255))
     return Preprocessing(
         resample=resample,

@@ -125,6 +125,11 @@ def _attention(graphs: dict[str, Any]) -> str:
     return f"{fused}/{sum(graph['fusion']['attention_expected'] for graph in graphs.values())}"
 
 
+def read_flows(targets: list[str], folder: Path) -> list[dict[str, Any]]:
+    """What end_to_end.measure_feeds found for each target, with its name."""
+    return [{"target": target, **read_json(folder / f"{target}.json")} for target in targets]
+
+
 def metrics(rows: list[Row]) -> dict[str, dict[str, Any]]:
     """The decisive numbers for `dvc metrics diff`, keyed <target>.<quantity>_<unit>."""
     return {row.target: {key: value for key, value in _metrics(row).items() if value is not None} for row in rows}
@@ -198,6 +203,7 @@ def write_report(
     checkpoint: dict[str, Any],
     evaluation: dict[str, Any],
     settings: dict[str, str],
+    flows: list[dict[str, Any]],
     output: Path,
     sections: Sequence[str] = (),
 ) -> None:
@@ -209,8 +215,8 @@ def write_report(
     for name, content in plots(rows).items():
         write_json(output / "plots" / f"{name}.json", content)
     facts = describe_run(rows, environment, checkpoint, evaluation, settings)
-    write_text(output / "report.md", markdown(title, rows, facts, sections))
-    write_text(output / "report.html", page(title, rows, facts))
+    write_text(output / "report.md", markdown(title, rows, facts, flows, sections))
+    write_text(output / "report.html", page(title, rows, facts, flows))
 
 
 def describe_run(
@@ -251,7 +257,13 @@ def fastest(rows: list[Row]) -> str:
     return ", ".join(named) or "none"
 
 
-def markdown(title: str, rows: list[Row], facts: dict[str, str], sections: Sequence[str] = ()) -> str:
+def markdown(
+    title: str,
+    rows: list[Row],
+    facts: dict[str, str],
+    flows: Sequence[dict[str, Any]] = (),
+    sections: Sequence[str] = (),
+) -> str:
     """The report for a terminal, a pull request or a README."""
     batches = sorted({int(batch) for row in rows for batch in row.timings.get("vision", {})})
     first = batches[0] if batches else 1
@@ -277,6 +289,7 @@ def markdown(title: str, rows: list[Row], facts: dict[str, str], sections: Seque
     lines += ["", *_reasons(rows)]
     lines += ["## Batch sizes", "", *_batch_tables(rows, batches)]
     lines += sections
+    lines += _flow_section(flows)
     lines += ["## Graphs", "", *_graph_table(rows), *_pixel_section(rows), *_head_section(rows)]
     lines += _search_section(rows)
     lines += ["## How it was made", "", *_build_table(rows), *HOW]
@@ -363,6 +376,63 @@ def _batch_tables(rows: list[Row], batches: list[int]) -> list[str]:
                 body.append(["", "speed-up", *(_speedup(size) for size in sizes)])
         lines += [f"### {tower.capitalize()}", "", *table(head, body), ""]
     return lines
+
+
+THROUGH_HOST = "the encoder takes no GPU tensors, so pixels go through the host"
+
+
+def _flow_section(flows: Sequence[dict[str, Any]]) -> list[str]:
+    """From JPEG to embedding: one row for each feed of each target."""
+    if not flows:
+        return []
+    head = [
+        "Target, feed",
+        "Status",
+        "Images/s, best batch [slowest, fastest pass]",
+        "Best batch",
+        "Decode ms",
+        "Preprocess ms",
+        "Encode ms",
+        "Bottleneck",
+        "Lowest cosine",
+        "Workers",
+    ]
+    rows = [(flow["target"], feed, row) for flow in flows for feed, row in flow["feeds"].items()]
+    lines = ["## From JPEG to embedding", "", *(_flow_facts(flows)), *table(head, [_flow_cells(*row) for row in rows])]
+    reasons = [f"- `{target}` {feed} {row['status']}: {row['reason']}" for target, feed, row in rows if "reason" in row]
+    reasons += [f"- `{target}` {feed}: {THROUGH_HOST}" for target, feed, row in rows if row.get("through_host")]
+    return [*lines, "", *reasons, *([""] if reasons else [])]
+
+
+def _flow_facts(flows: Sequence[dict[str, Any]]) -> list[str]:
+    """What was fed and how, in words; the same for every target that ran."""
+    flow = next((flow for flow in flows if "photos" in flow), None)
+    if flow is None:
+        return []
+    photos = flow["photos"]
+    return [
+        f"{photos['count']} JPEGs of {photos['height']} x {photos['width']} pixels, quality {photos['quality']}, "
+        f"{number(photos['kilobytes'])} kB each, from memory. Workers decode and preprocess the next batches while the "
+        f"encoder, with {flow['threads']} threads, encodes one. Milliseconds are of one image, each part alone on the "
+        "machine, decoding and preprocessing in one worker; where workers and encoder share the cores, the whole can "
+        "be slower than its slowest part. The cosine is with what the checkpoint's own processor makes of the files.",
+        "",
+    ]
+
+
+def _flow_cells(target: str, feed: str, row: dict[str, Any]) -> list[str]:
+    best = row.get("batches", {}).get(str(row.get("best_batch")), {})
+    low, high = number(best.get("images_per_s_low")), number(best.get("images_per_s_high"))
+    return [
+        f"`{target}`, {feed}",
+        row["status"] if row["status"] == "measured" else f"**{row['status']}**",
+        f"{number(best['images_per_s'])} [{low}, {high}]" if best else MISSING,
+        str(row.get("best_batch", MISSING)),
+        *(number(best.get(f"{part}_ms")) for part in ("decode", "preprocess", "encode")),
+        best.get("bottleneck", MISSING),
+        f"{row['cosine_min']:.4f}" if "cosine_min" in row else MISSING,
+        str(row.get("workers", MISSING)),
+    ]
 
 
 def _graph_table(rows: list[Row]) -> list[str]:
@@ -497,12 +567,14 @@ def _percentiles(timing: dict[str, float]) -> str:
     return " / ".join(number(timing.get(f"p{q}_ms")) for q in (50, 90, 99)) if timing else MISSING
 
 
-def page(title: str, rows: list[Row], facts: dict[str, str]) -> str:
+def page(title: str, rows: list[Row], facts: dict[str, str], flows: Sequence[dict[str, Any]] = ()) -> str:
     """The report as one self-contained HTML page: no request leaves it."""
     content = {
         "title": title,
         "facts": facts,
         "rows": [rounded({**asdict(row), "images_per_s": best_throughput(row, "vision")}) for row in rows],
+        "flows": rounded(flows),
+        "flow_facts": "".join(_flow_facts(flows)),
     }
     data = json.dumps(content).replace("<", "\\u003c")  # no row may close the script
     return PAGE.read_text(encoding="utf-8").replace("__CONTENT__", data)

@@ -183,6 +183,11 @@ def speedup_interval(turns: list[list[float]], reference: list[list[float]], see
     return float(np.median(theirs) / np.median(ours)), float(low), float(high)
 
 
+def thread_variables(threads: int) -> dict[str, str]:
+    """The environment variables that set the pools of a process's libraries."""
+    return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
 class Worker:
     """A worker process, stopped except while it answers.
 
@@ -190,14 +195,13 @@ class Worker:
     """
 
     def __init__(self, folder: Path, threads: int, program: Sequence[str] = PROGRAM) -> None:
-        variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         self.name = folder.name
         self.process = subprocess.Popen(
             [*program, str(folder), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **variables, **ALLOCATOR},
+            env={**os.environ, **thread_variables(threads), **ALLOCATOR},
         )
 
     def wait(self) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from clip_deploy import gpu
 from clip_deploy.errors import DeployError
@@ -55,8 +55,7 @@ def serve(open_target: Callable[[Path, int], "Encoder"], prepare: Callable[["Enc
         prepare: from the encoder and a request with "tower" to the call that is timed from then on.
     """
     die_with_parent()
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    answers = answer_stream()
     call: Callable[[], Any] = lambda: None  # noqa: E731
 
     def answer(request: dict) -> dict[str, object]:
@@ -89,6 +88,13 @@ def reason(error: Exception) -> str:
     if isinstance(error, DeployError):
         return str(error)
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def answer_stream() -> TextIO:
+    """Standard output for the answers alone: what libraries print there goes to standard error from now on."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return answers
 
 
 def die_with_parent() -> None:

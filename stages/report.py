@@ -6,8 +6,9 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.artifact import read_target
+from clip_deploy.config import EndToEndConfig
 from clip_deploy.gpu_report import gpu_sections
-from clip_deploy.report import read_rows, write_report
+from clip_deploy.report import read_flows, read_rows, write_report
 from clip_deploy.results import read_json
 from stages import stage
 
@@ -15,6 +16,7 @@ from stages import stage
 @dataclass
 class Settings:
     targets: list[str] = field(default_factory=list)
+    end_to_end: EndToEndConfig = MISSING
     model_name: str = MISSING
     data_name: str = MISSING
     environment: Path = MISSING
@@ -28,15 +30,10 @@ class Settings:
 @stage
 def report(settings: Settings) -> None:
     rows = read_rows(settings.targets, settings.validation, settings.benchmark_results)
-    write_report(
-        rows,
-        read_json(settings.environment),
-        read_target(settings.checkpoint).model,
-        read_json(settings.evaluation / "manifest.json"),
-        {"model": settings.model_name, "data": settings.data_name},
-        settings.output,
-        gpu_sections(rows),
-    )
+    flows = read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end")
+    environment, evaluation = read_json(settings.environment), read_json(settings.evaluation / "manifest.json")
+    model, names = read_target(settings.checkpoint).model, {"model": settings.model_name, "data": settings.data_name}
+    write_report(rows, environment, model, evaluation, names, flows, settings.output, gpu_sections(rows))
     print(f"{settings.output / 'report.md'}: {len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass")
 
 

@@ -26,6 +26,7 @@ EXTRA = {
     "prepare": {"clip_deploy.runtimes.eager"},  # it opens the checkpoint
     "validate": RUNTIME_MODULES,
     "benchmark": {"clip_deploy.worker", *RUNTIME_MODULES},
+    "end_to_end": RUNTIME_MODULES,
 }
 DATA_FILES = {"report": {"clip_deploy/report.html"}}
 
@@ -120,7 +121,7 @@ def test_every_setting_that_no_section_fills_is_given_on_the_command_line(name):
 
 def test_no_measured_result_is_cached():
     """The run cache would replay an old timing as a new one."""
-    for name in ("probe", "validate", "benchmark", "report"):
+    for name in ("probe", "validate", "benchmark", "end_to_end", "report"):
         for out in stage(name)["outs"]:
             assert next(iter(out.values()))["cache"] is False
 

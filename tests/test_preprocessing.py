@@ -118,7 +118,7 @@ def test_bilinear_differs_by_two_levels_at_most():
 )
 def test_an_option_that_onnx_cannot_express_is_named(processor, message):
     with pytest.raises(UnavailableError) as error:
-        read_preprocessing(processor)
+        preprocessing_shell(processor, [224, 224])
     assert message in str(error.value)
 
 

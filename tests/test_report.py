@@ -129,3 +129,59 @@ def test_speed_ups_of_a_busy_machine_are_marked_and_win_nothing(tmp_path):
     assert "~ 600.00x" in text
     assert "~ 500.00x" in text
     assert "--single-item benchmark@a" in text
+
+
+FLOW = {
+    "target": "ort-fp32",
+    "threads": 2,
+    "photos": {"count": 32, "height": 480, "width": 640, "quality": 90, "kilobytes": 82.0},
+    "feeds": {
+        "pil": {
+            "status": "measured",
+            "cosine_min": 1.0,
+            "workers": 2,
+            "through_host": False,
+            "best_batch": 8,
+            "batches": {
+                "1": {"images_per_s": 300.0},
+                "8": {
+                    "images_per_s": 400.0,
+                    "images_per_s_low": 390.0,
+                    "images_per_s_high": 410.0,
+                    "decode_ms": 3.0,
+                    "preprocess_ms": 1.5,
+                    "encode_ms": 0.5,
+                    "bottleneck": "decode",
+                },
+            },
+        },
+        "nvjpeg": {"status": "unavailable", "reason": "PyTorch sees no <GPU>"},
+    },
+}
+
+
+def test_the_way_from_jpeg_to_embedding_has_a_row_for_each_feed(rows):
+    text = markdown("title", rows, {}, flows=[FLOW])
+    assert "32 JPEGs of 480 x 640 pixels, quality 90, 82.0 kB each" in text
+    assert "| `ort-fp32`, pil | measured | 400 [390, 410] | 8 | 3.00 | 1.50 | 0.500 | decode | 1.0000 | 2 |" in text
+    assert "| `ort-fp32`, nvjpeg | **unavailable** | - | - | - | - | - | - | - | - |" in text
+    assert "- `ort-fp32` nvjpeg unavailable: PyTorch sees no <GPU>" in text
+    data = page("title", rows, {}, [FLOW]).split('id="content">')[1].split("</script>")[0]
+    assert json.loads(data)["flows"][0]["feeds"]["nvjpeg"]["reason"] == "PyTorch sees no <GPU>"
+
+
+def test_a_feed_with_wrong_embeddings_is_marked_beside_its_speed(rows):
+    wrong = {
+        **FLOW["feeds"]["pil"],
+        "status": "wrong",
+        "reason": "cosine 0.5000 < 0.99: other pixels",
+        "cosine_min": 0.5,
+    }
+    text = markdown("title", rows, {}, [{**FLOW, "feeds": {"nvjpeg": {**wrong, "through_host": True}}}])
+    assert "| `ort-fp32`, nvjpeg | **wrong** | 400 [390, 410] |" in text
+    assert "- `ort-fp32` nvjpeg wrong: cosine 0.5000 < 0.99: other pixels" in text
+    assert "- `ort-fp32` nvjpeg: the encoder takes no GPU tensors, so pixels go through the host" in text
+
+
+def test_without_feeds_the_report_has_no_such_section(rows):
+    assert "From JPEG" not in markdown("title", rows, {}, [])

@@ -18,8 +18,8 @@ def run(*arguments, cwd=ROOT, code=None):
     return subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_there_are_fourteen_stages():
-    assert len(STAGES) == 14
+def test_there_are_fifteen_stages():
+    assert len(STAGES) == 15
 
 
 @pytest.mark.parametrize("name", STAGES)

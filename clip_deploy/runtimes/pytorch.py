@@ -1,6 +1,6 @@
 """Towers that PyTorch calls, on a CPU or a GPU: what the runtimes of PyTorch's own formats share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ class Encoder:
 
     Attributes:
         graphs: whether each shape's call is recorded once and replayed, where the target runs on a GPU.
+        takes_device_tensors: whether encode_images also takes a tensor that is on the GPU already.
     """
 
     image_input = "pixel_values"
@@ -67,6 +68,7 @@ class Encoder:
         if threads:
             torch.set_num_threads(threads)
         self.device = target.device
+        self.takes_device_tensors = self.device == "cuda"
         self.text_inputs = target.model["text_inputs"]
         self.captured: dict[tuple, Graph] = {}
         self.towers: dict[str, Tower] = self.load(folder, target)
@@ -74,7 +76,7 @@ class Encoder:
     def load(self, folder: Path, target: Target) -> dict[str, Tower]:
         raise NotImplementedError
 
-    def encode_images(self, images: np.ndarray) -> np.ndarray:
+    def encode_images(self, images: np.ndarray | Tensor) -> np.ndarray:
         return self._encode("vision", [images])
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
@@ -94,8 +96,8 @@ class Encoder:
             torch.cuda.synchronize()
 
     @torch.inference_mode()
-    def _encode(self, tower: str, arrays: list[np.ndarray]) -> np.ndarray:
-        tensors = [torch.from_numpy(array) for array in arrays]
+    def _encode(self, tower: str, arrays: Sequence[np.ndarray | Tensor]) -> np.ndarray:
+        tensors = [torch.as_tensor(array) for array in arrays]
         if self._uses_graphs():
             graph = self._graph(tower, tensors)
             for held, tensor in zip(graph.inputs, tensors, strict=True):

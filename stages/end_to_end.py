@@ -1,0 +1,41 @@
+"""Time one target from JPEG bytes to embeddings, through each feed that suits it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from clip_deploy.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.end_to_end import measure_feeds
+from clip_deploy.prepared import load_prepared
+from clip_deploy.results import write_json
+from stages import stage
+
+
+@dataclass
+class Settings:
+    benchmark: BenchmarkConfig = MISSING
+    end_to_end: EndToEndConfig = MISSING
+    seed: int = 0
+    source: Path = MISSING
+    checkpoint: Path = MISSING
+    evaluation: Path = MISSING
+    output: Path = MISSING
+
+
+@stage
+def end_to_end(settings: Settings) -> None:
+    prepared = load_prepared(settings.evaluation)
+    record = measure_feeds(
+        settings.source, settings.checkpoint, prepared, settings.benchmark, settings.end_to_end, settings.seed
+    )
+    write_json(settings.output, record)
+    for name, row in record["feeds"].items():
+        best = row.get("batches", {}).get(str(row.get("best_batch")), {})
+        speed = f", {best['images_per_s']:.0f} images/s, bottleneck: {best['bottleneck']}" if best else ""
+        reason = f": {row['reason']}" if "reason" in row else ""
+        print(f"{settings.source.name} {name}: {row['status']}{reason}{speed}")
+
+
+if __name__ == "__main__":
+    end_to_end()
