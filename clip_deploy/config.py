@@ -48,6 +48,13 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Provider(Enum):
+    """What runs a graph in ONNX Runtime."""
+
+    own = "own"  # its own kernels, for the CPU or CUDA
+    tensorrt = "tensorrt"
+
+
 class Quantization(Enum):
     dynamic = "dynamic"
     static = "static"
@@ -238,6 +245,7 @@ class OptimizeConfig:
     source: str = EXPORTED
     precision: Precision = Precision.fp32
     skip_layer_norm: bool = False  # fuse it with the addition before; on the CPU that takes four times as long
+    provider: Provider = Provider.own  # tensorrt: the graph as it was exported, which TensorRT fuses by itself
 
     def __post_init__(self) -> None:
         if self.precision is Precision.int8:
@@ -379,6 +387,8 @@ def _misplaced(section: str, settings: Any, device: Device) -> str | None:
     """Why a target has no place on the device."""
     if device is Device.cpu and section == "build_engine":
         return "is made for a GPU"
+    if device is Device.cpu and section == "optimize" and settings.provider is Provider.tensorrt:
+        return "has provider tensorrt, which runs on a GPU"
     if device is Device.cuda and section in ("export_openvino", "quantize"):
         return "is made for a CPU"
     if device is Device.cuda and settings.precision is Precision.int8:

@@ -24,7 +24,7 @@ from onnxscript.rewriter.rules.common import gemm_to_matmul_add_rule
 from clip_deploy import onnx_graph
 from clip_deploy.artifact import Target, read_target
 from clip_deploy.attention import array, fuse_attention, initializer, replace_masks, take_in_products
-from clip_deploy.config import Device, OptimizeConfig, Precision
+from clip_deploy.config import Device, OptimizeConfig, Precision, Provider
 from clip_deploy.errors import DeployError, UnavailableError
 from clip_deploy.float16 import SCAN_ROWS, clamp_masks, halve
 from clip_deploy.patches import multiply_patches
@@ -37,6 +37,9 @@ TOLERANCE = 1e-4  # largest difference that a rewrite may make, relative to the 
 
 Rewrite = Callable[[Path, Path], bool]
 Step = list[tuple[str, Rewrite]]  # alternatives, by name
+
+
+RUNTIMES = {Provider.own: "ort", Provider.tensorrt: "ort_tensorrt"}
 
 
 def optimize(
@@ -58,7 +61,9 @@ def optimize(
             bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
             shell = take_off(source / fused.name, bare)
             rewrites = rewrites_of(shape, settings)
-            if device is Device.cuda:
+            if settings.provider is Provider.tensorrt:
+                rewrites = rewrites[-1:]  # masks alone: TensorRT reads no operators of ONNX Runtime's own
+            elif device is Device.cuda:
                 rewrites = for_cuda(rewrites, target.model["context_length"])
             undone += fuse(bare, fused, rewrites, target.model["example_texts"])
             if settings.precision is Precision.fp16:
@@ -69,8 +74,11 @@ def optimize(
     facts: dict[str, Any] = {"rewrites_undone": undone} if undone else {}
     if settings.precision is Precision.fp16:
         facts["left_in_fp32"] = in_fp32
+    elif device is Device.cuda:
+        facts["products"] = "may be in TF32, the provider's default for float32"
     return replace(
         target,
+        runtime=RUNTIMES[settings.provider],
         precision=settings.precision.value,
         device=device.value,
         files=onnx_graph.files_of(output),

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from clip_deploy.artifact import Target, build
 from clip_deploy.config import Device, OptimizeConfig
+from clip_deploy.fusion import RUNTIMES
 from clip_deploy.fusion import optimize as fuse
 from clip_deploy.prepared import load_prepared
 from stages import stage
@@ -25,7 +26,7 @@ class Settings:
 @stage
 def optimize(settings: Settings) -> None:
     chosen = settings.optimize[settings.target]
-    fallback = Target("ort", chosen.precision.value, device=settings.device.value)
+    fallback = Target(RUNTIMES[chosen.provider], chosen.precision.value, device=settings.device.value)
     calibration = load_prepared(settings.calibration)
     build(settings.output, lambda folder: fuse(settings.source, chosen, calibration, folder, settings.device), fallback)
 

@@ -11,11 +11,21 @@ from clip_deploy import gpu
 from clip_deploy.aoti_export import export_aoti
 from clip_deploy.artifact import Target, build, read_target
 from clip_deploy.checkpoint import export_torch
-from clip_deploy.config import BenchmarkConfig, Device, Gate, GatesConfig, OptimizeConfig, Precision, TorchConfig
+from clip_deploy.config import (
+    BenchmarkConfig,
+    Device,
+    Gate,
+    GatesConfig,
+    OptimizeConfig,
+    Precision,
+    Provider,
+    TorchConfig,
+)
 from clip_deploy.errors import UnavailableError
 from clip_deploy.fusion import optimize
 from clip_deploy.prepared import load_prepared
 from clip_deploy.runtimes import open_encoder
+from clip_deploy.runtimes.ort_tensorrt import find_devices
 from clip_deploy.timing import _power, measure
 from clip_deploy.torchscript import export_torchscript
 from clip_deploy.validation import validate
@@ -32,6 +42,9 @@ BUILDS = {
     "ort-cuda-fp16": lambda s, folder: optimize(
         s.onnx, OptimizeConfig(precision=Precision.fp16, skip_layer_norm=True), s.calibration, folder, CUDA
     ),
+    "ort-trt-fp16": lambda s, folder: optimize(
+        s.onnx, OptimizeConfig(precision=Precision.fp16, provider=Provider.tensorrt), s.calibration, folder, CUDA
+    ),
 }
 
 
@@ -40,9 +53,18 @@ class Sources:
         self.checkpoint, self.onnx, self.calibration = checkpoint, onnx, load_prepared(sets / "calibration")
 
 
+def _skip_without_tensorrt():
+    try:
+        find_devices()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="module", params=BUILDS)
 def built(request, checkpoint, onnx_target, sets, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpu") / request.param
+    if request.param == "ort-trt-fp16":
+        _skip_without_tensorrt()
     sources = Sources(checkpoint, onnx_target, sets)
     build(folder, lambda output: BUILDS[request.param](sources, output), Target("eager", "fp32"))
     return folder
@@ -54,7 +76,7 @@ def test_a_target_on_the_gpu_gives_the_references_embeddings(built, sets):
     record = validate(built, evaluation, sets / "evaluation" / "reference.npz", GATES, 0)
     assert record["status"] == "pass", record["reasons"]
     for tower, placed in record.get("placement", {}).items():
-        assert list(placed["nodes"]) == ["CUDAExecutionProvider"], tower
+        assert "CPUExecutionProvider" not in placed["nodes"], tower
         assert placed["graph"], tower
 
 

@@ -24,6 +24,8 @@ Provider = tuple[str, dict[str, str]]
 
 
 class Encoder:
+    provider = CUDA  # what must run the nodes on a GPU
+
     def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
         self.folder, self.threads = folder, threads
         self.text_inputs = target.model["text_inputs"]
@@ -35,7 +37,7 @@ class Encoder:
             _load_cuda()
             self.sessions: dict[str, InferenceSession] = {}
         else:
-            self.sessions = {tower: self._open(tower, (CPU, {})) for tower in ("vision", "text")}
+            self.sessions = {tower: self.open(tower, (CPU, {})) for tower in ("vision", "text")}
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         return self._run("vision", [images])
@@ -43,7 +45,7 @@ class Encoder:
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Probabilities [batch, labels] from a graph with a zero-shot head; images as encode_images takes them."""
         if "vision" not in self.sessions:
-            self.sessions["vision"] = self._open("vision", (CUDA, {}))
+            self.sessions["vision"] = self.open("vision", (CUDA, {}))
         return self.sessions["vision"].run(["probabilities"], {self.image_input: images})[0]
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
@@ -66,15 +68,22 @@ class Encoder:
             return self._fixed(tower, arrays).encode(arrays)
         return self.sessions[tower].run(None, dict(zip(self.names[tower], arrays, strict=True)))[0]
 
-    def _open(self, tower: str, provider: Provider, shape: dict[str, int] | None = None) -> InferenceSession:
+    def open(self, tower: str, provider: Provider, shape: dict[str, int] | None = None) -> InferenceSession:
+        return InferenceSession(self.folder / f"{tower}.onnx", self.options(shape), providers=[provider])
+
+    def open_fixed(self, tower: str, shape: dict[str, int], graph: bool) -> InferenceSession:
+        """A session for one shape on a GPU, to be recorded as a CUDA graph or not."""
+        return self.open(tower, (CUDA, {"enable_cuda_graph": str(int(graph))}), shape)
+
+    def options(self, shape: dict[str, int] | None) -> SessionOptions:
         options = SessionOptions()
         if self.threads:
             options.intra_op_num_threads = self.threads
         for axis, length in (shape or {}).items():
             options.add_free_dimension_override_by_name(axis, length)
-        if provider[0] != CPU:
+        if self.on_gpu:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        return InferenceSession(self.folder / f"{tower}.onnx", options, providers=[provider])
+        return options
 
     def _fixed(self, tower: str, arrays: list[np.ndarray]) -> "FixedCall":
         key = (tower, *(array.shape for array in arrays))
@@ -83,7 +92,7 @@ class Encoder:
                 self.fixed.pop(next(iter(self.fixed)))
             axes = {"batch": arrays[0].shape[0]} | ({"sequence": arrays[0].shape[1]} if tower == "text" else {})
             inputs = dict(zip(self.names[tower], arrays, strict=True))
-            self.fixed[key] = FixedCall(partial(self._open, tower, shape=axes), inputs)
+            self.fixed[key] = FixedCall(partial(self.open_fixed, tower, axes), self.provider, inputs)
         return self.fixed[key]
 
 
@@ -95,15 +104,17 @@ class FixedCall:
         nodes: how many nodes each provider runs.
     """
 
-    def __init__(self, open_session: Callable[[Provider], InferenceSession], inputs: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, open_session: Callable[[bool], InferenceSession], provider: str, inputs: dict[str, np.ndarray]
+    ) -> None:
         try:
-            self.session, self.graph = open_session((CUDA, {"enable_cuda_graph": "1"})), True
+            self.session, self.graph = open_session(True), True
         except Exception as error:  # a class of its own for each code, in a private module
             if "graph capture" not in str(error):
                 raise
-            self.session, self.graph = open_session((CUDA, {})), False  # for a node that the GPU cannot run
-        if self.session.get_providers()[0] != CUDA:
-            raise UnavailableError("ONNX Runtime's CUDA provider does not load here: it fell back to the CPU")
+            self.session, self.graph = open_session(False), False  # for a node that the GPU cannot run
+        if self.session.get_providers()[0] != provider:
+            raise UnavailableError(f"ONNX Runtime's {provider} does not load here: it fell back to another")
         self.nodes = count_nodes(self.session)
         self.binding = self.session.io_binding()
         self.inputs = {name: OrtValue.ortvalue_from_numpy(array, "cuda", 0) for name, array in inputs.items()}
