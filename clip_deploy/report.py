@@ -44,6 +44,7 @@ class Row:
     device: str = "cpu"
     gpu_memory_mb: float | None = None
     power: dict[str, Any] = field(default_factory=dict)  # timing.measure's
+    matrix_tflops: float | None = None
     placement: dict[str, Any] = field(default_factory=dict)  # tower -> nodes by provider, and whether a CUDA graph
     preprocessed_size: list[int] = field(default_factory=list)  # of the images that it was timed with: height, width
 
@@ -99,6 +100,7 @@ def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
         device=checked.get("device", "cpu"),
         gpu_memory_mb=timed.get("gpu_memory_mb"),
         power=timed.get("power", {}),
+        matrix_tflops=timed.get("matrix_tflops"),
         placement=checked.get("placement", {}),
         preprocessed_size=timed.get("preprocessed_size", []),
     )

@@ -41,9 +41,10 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
         For each tower and batch size: p50_ms, p90_ms, p99_ms (where the number of calls supports them), calls,
         throughput_per_s (images or texts), speedup over the reference with its 95 % interval speedup_low, speedup_high,
         the reference's reference_p50_ms beside it; and memory_mb (peak resident memory above the empty interpreter at
-        the smallest batch) and size_mb. On a GPU also gpu_memory_mb (of the process, at the smallest batch) and power
-        (see _power). Where the target preprocesses its images, preprocessed_size says how large they
-        were, [height, width]; the reference gets pixel_values in any case.
+        the smallest batch) and size_mb. On a GPU also gpu_memory_mb (of the process, at the smallest batch), power (see
+        _power), matrix_tflops (what FP16 products reach there) and with each timing gflop, the reference's work. Where
+        the target preprocesses its images, preprocessed_size says how large they were, [height, width]; the reference
+        gets pixel_values in any case.
         `{"status": "unavailable", "reason": ...}` where the target cannot run here.
     """
     described = read_target(folder)
@@ -55,7 +56,10 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
             other.wait()
             clock = gpu.clock_mhz()
             towers, memory = _measure_towers(target, other, described, settings, seed)
-            on_gpu = _power(target, described, towers["vision"], settings, clock) if described.device == "cuda" else {}
+            on_gpu = {}
+            if described.device == "cuda":
+                on_gpu = _power(target, described, towers["vision"], settings, clock)
+                on_gpu["matrix_tflops"] = other.ask({"matrix_rate": True})["tflops"]
             whole = {"preprocessed_size": settings.image_size} if described.image_input == "images" else {}
             return {
                 "status": "measured",
@@ -132,6 +136,7 @@ def _measure_one(
 ) -> dict[str, Any]:
     for worker in (target, other):
         worker.ask(request)
+    work = {"gflop": other.ask({"flop": True})["flop"] / 1e9} if request["device"] == "cuda" else {}
     calls = {worker: calls_per_turn(worker, settings.warmup) for worker in (target, other)}
     turns: dict[Worker, list[list[float]]] = {target: [], other: []}
     started = monotonic()
@@ -143,7 +148,7 @@ def _measure_one(
         count = sum(map(len, turns[target]))
         over = monotonic() - started > 2 * settings.seconds or count >= settings.iterations
         if over and len(turns[target]) >= LEAST_ROUNDS:
-            return summarize(turns[target], turns[other], request["batch"], seed)
+            return {**summarize(turns[target], turns[other], request["batch"], seed), **work}
 
 
 def calls_per_turn(worker: "Worker", warmup: int) -> int:

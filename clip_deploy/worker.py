@@ -5,6 +5,8 @@ Reads one JSON request a line from standard input and answers with one JSON line
     {"calls": 5}                        run so often and answer the milliseconds of each call
     {"rows": true}                      run once and answer the embeddings
     {"seconds": 1.0}                    run for so long and answer the number of calls
+    {"flop": true}                      count the call's floating-point operations; PyTorch only
+    {"matrix_rate": true}               time matrix products on the GPU and answer TFLOP/s; PyTorch only
     {"memory": true}                    peak memory above the empty interpreter and this process's on the GPU, in bytes
 What fails is answered as {"error": reason}.
 """
@@ -69,6 +71,10 @@ def serve(open_target: Callable[[Path, int], "Encoder"], prepare: Callable[["Enc
             return {"rows": call().tolist()}
         if "seconds" in request:
             return {"calls": repeated(call, request["seconds"])}
+        if "flop" in request or "matrix_rate" in request:
+            from clip_deploy.roofline import count_flop, matrix_tflops
+
+            return {"flop": count_flop(call)} if "flop" in request else {"tflops": matrix_tflops()}
         return {"bytes": peak_bytes() - EMPTY, "gpu_bytes": gpu.process_bytes(os.getpid())}
 
     try:

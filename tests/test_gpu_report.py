@@ -28,6 +28,30 @@ def test_the_tutorials_table_says_what_was_not_measured():
     assert "| ONNX and TensorRT | `trt-fp16` (not measured here) | - | - | - | - | - | 8 | 1.5 |" in lines
 
 
+def timed(target, latency, status="pass", **facts):
+    timings = {tower: {"256": {**TIMING, "p50_ms": latency, "gflop": 2250.0}} for tower in ("vision", "text")}
+    return Row(target=target, status=status, device="cuda", timings=timings, **facts)
+
+
+def test_our_fastest_row_stands_beside_the_compilers():
+    rows = [
+        timed("torch-fp16", 1.0),
+        timed("aoti-fp16", 6.0, matrix_tflops=740.0),
+        timed("ort-cuda-fp16", 7.0, matrix_tflops=760.0),
+        timed("torch-compile-fp16", 8.0),
+        timed("trt-fp16", 9.0),
+        timed("ort-trt-fp16", 5.0, status="fail"),
+    ]
+    lines = gpu_sections(rows)
+    assert "| vision | 256 | `aoti-fp16` | 6.00 | `torch-compile-fp16` | 8.00 | 0.75 | 51 % |" in lines
+    assert any("ran at 750 TFLOP/s here (median of the rows)" in line for line in lines)
+
+
+def test_one_side_alone_has_no_ratio():
+    lines = gpu_sections([timed("trt-fp16", 9.0)])
+    assert "| text | 256 | - | - | `trt-fp16` | 9.00 | - | - |" in lines
+
+
 def test_without_a_row_on_a_gpu_there_is_no_section():
     assert gpu_sections([Row(target="torch-fp32", status="pass")]) == []
     assert gpu_sections([Row(target="torch-fp16", status="unavailable", device="cuda")]) == []
