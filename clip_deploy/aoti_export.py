@@ -56,7 +56,7 @@ def export_aoti(
             floating = torch.bfloat16 if precision is Precision.bf16 else torch.float32
             with _reported(tower), torch.no_grad():
                 module = GraphModule(graph, floating).eval().to(device.value)
-                _compile(_program(module, tower, target.model, device), output / f"{tower}.pt2")
+                _compile(_program(module, tower, target.model, device), output / f"{tower}.pt2", device)
     facts = {"rewrites_undone": undone, "left_in_fp32": in_fp32}
     return Target(
         runtime="aoti",
@@ -131,9 +131,11 @@ def _cache_in(folder: Path) -> Iterator[None]:
                 os.environ[CACHE] = before
 
 
-def _compile(program: torch.export.ExportedProgram, path: Path) -> None:
-    torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(path),
-        inductor_configs={"cpp.dynamic_threads": True},  # else the number of threads is compiled in
-    )
+OPTIONS = {
+    Device.cpu: {"cpp.dynamic_threads": True},  # else the number of threads is compiled in
+    Device.cuda: {"aot_inductor.compile_wrapper_opt_level": "O0"},  # it launches kernels, which a CUDA graph replaces
+}
+
+
+def _compile(program: torch.export.ExportedProgram, path: Path, device: Device) -> None:
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=OPTIONS[device])

@@ -68,7 +68,7 @@ class GraphModule(nn.Module):
         return values[self.output].float()
 
     def _rounded(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.floating) if tensor.is_floating_point() else tensor
+        return tensor.to(self.floating) if tensor.dtype is torch.float32 else tensor
 
     def _add(self, node: ir.Node) -> None:
         inputs = [value.name or "" if value is not None else "" for value in node.inputs]

@@ -7,9 +7,11 @@ from clip_deploy import onnx_graph
 from clip_deploy.artifact import Target, build, read_target
 from clip_deploy.config import OnnxConfig, OptimizeConfig
 from clip_deploy.errors import UnavailableError
+from clip_deploy.float16 import halve
 from clip_deploy.fusion import for_cuda, fuse, rewrites_of
 from clip_deploy.graph_module import GraphModule
 from clip_deploy.onnx_export import export_onnx
+from clip_deploy.prepared import load_prepared
 from clip_deploy.towers import dynamic_axes, example_inputs
 
 
@@ -60,6 +62,21 @@ def test_half_precision_is_the_modules_own_affair(onnx_target, tmp_path):
     expected = onnx_graph.run(path, feeds)
     assert actual.dtype == torch.float32
     assert np.abs(actual.numpy() - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_a_graph_in_float16_stays_in_float16(onnx_target, sets, tower, tmp_path):
+    path, model = fused(onnx_target, tower, tmp_path)
+    inputs = load_prepared(sets / "calibration").inputs(tower, model["text_inputs"])
+    feeds = {name: array[:4].copy() for name, array in inputs.items()}
+    halve(path, lambda: [feeds])
+    module = GraphModule(ir.load(path)).eval()
+    assert {buffer.dtype for buffer in module.buffers() if buffer.is_floating_point()} == {torch.float16}
+    with torch.inference_mode():
+        actual = module(*(torch.from_numpy(feeds[name]) for name in module.inputs))
+    expected = onnx_graph.run(path, feeds)
+    assert actual.dtype == torch.float32
+    assert np.abs(actual.numpy() - expected).max() < 0.01 * np.abs(expected).max()
 
 
 def test_an_unknown_operator_is_named(onnx_target, tmp_path):

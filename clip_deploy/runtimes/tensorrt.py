@@ -43,8 +43,9 @@ class Engine:
         self.engine = self.runtime.deserialize_cuda_engine((folder / f"{tower}.engine").read_bytes())
         if self.engine is None:
             raise DeployError(f"TensorRT refuses {tower}.engine: {self.log.first_error()}")
-        self.options = {"runtime_config": self._compile_at_once(library)} if is_rtx(library) else {}
-        self.contexts: dict[tuple, Any] = {}  # of each shape: a CUDA graph holds its context's memory
+        self.options = self._options(library)
+        self.memory = torch.empty(self.engine.device_memory_size_v2, dtype=torch.uint8, device="cuda")
+        self.contexts: dict[tuple, Any] = {}  # of each shape: a CUDA graph holds its context
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         context = self._context(tensors)
@@ -60,9 +61,12 @@ class Engine:
         if shapes not in self.contexts:
             self._refuse_batch(shapes[0][0])
             context = self.engine.create_execution_context(**self.options)
+            if context is None:
+                raise DeployError(f"TensorRT makes no context: {self.log.first_error()}")
             for name, shape in zip(self.inputs, shapes, strict=True):
                 if not context.set_input_shape(name, shape):
                     raise DeployError(f"{name} of shape {list(shape)}: {self.log.first_error()}")
+            context.set_device_memory(self.memory.data_ptr(), len(self.memory))
             if len(self.contexts) == pytorch.MOST_GRAPHS:
                 self.contexts.pop(next(iter(self.contexts)))
             self.contexts[shapes] = context
@@ -77,13 +81,19 @@ class Engine:
                 f"set build_engine.{self.target}.{limit}"
             )
 
-    def _compile_at_once(self, library: Any) -> Any:
-        """Compile a shape's own kernels before its first run ends; later ones would never enter a captured graph.
+    def _options(self, library: Any) -> dict[str, Any]:
+        """Of a context: all share one memory, as they run one after the other.
 
-        Contexts share them through a cache. It stays in memory: in the target's folder it would be a change to DVC.
+        TensorRT-RTX compiles a shape's own kernels before its first run ends, as later ones would never enter a
+        captured graph. Contexts share them through a cache. It stays in memory: in the target's folder it would be a
+        change to DVC.
         """
+        strategy = library.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not is_rtx(library):
+            return {"strategy": strategy}
         config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
         config.dynamic_shapes_kernel_specialization_strategy = library.DynamicShapesKernelSpecializationStrategy.EAGER
         self.cache = config.create_runtime_cache()
         config.set_runtime_cache(self.cache)
-        return config
+        return {"runtime_config": config}
