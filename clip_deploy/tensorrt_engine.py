@@ -142,7 +142,6 @@ def _configure(library: Any, config: Any, output: Path) -> Path | None:
     https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/timing-cache-migration.html
     """
     if is_rtx(library):
-        config.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)  # what allocates as it runs makes no CUDA graph
         return None
     valid = "-".join(validity(library).values())
     cache = output.parent.parent / f".timing-{re.sub('[^A-Za-z0-9.]+', '-', valid)}.cache"  # beside the targets

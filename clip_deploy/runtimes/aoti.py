@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch._inductor import aoti_load_package
 
 from clip_deploy.artifact import Target
@@ -12,6 +13,7 @@ class Encoder(pytorch.Encoder):
     graphs = True
 
     def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
+        torch.zeros(1, device=target.device)  # a package loaded before CUDA is initialised ends the process
         single = target.device == "cuda"  # its lock cannot be captured
         return {
             tower: aoti_load_package(folder / f"{tower}.pt2", run_single_threaded=single)

@@ -47,7 +47,7 @@ def capture(tower: Tower, inputs: list[Tensor]) -> Graph:
             tower(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # libraries have threads of their own
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # libraries have threads too
         output = tower(*inputs)
     return Graph(inputs, output, graph.replay)
 

@@ -43,9 +43,8 @@ class Engine:
         self.engine = self.runtime.deserialize_cuda_engine((folder / f"{tower}.engine").read_bytes())
         if self.engine is None:
             raise DeployError(f"TensorRT refuses {tower}.engine: {self.log.first_error()}")
-        self.options = self._options(library)
-        self.memory = torch.empty(self.engine.device_memory_size_v2, dtype=torch.uint8, device="cuda")
-        self.contexts: dict[tuple, Any] = {}  # of each shape: a CUDA graph holds its context
+        self.options = {"runtime_config": self._compile_at_once(library)} if is_rtx(library) else {}
+        self.contexts: dict[tuple, Any] = {}  # of each shape: a CUDA graph holds its context's memory
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         context = self._context(tensors)
@@ -66,7 +65,6 @@ class Engine:
             for name, shape in zip(self.inputs, shapes, strict=True):
                 if not context.set_input_shape(name, shape):
                     raise DeployError(f"{name} of shape {list(shape)}: {self.log.first_error()}")
-            context.set_device_memory(self.memory.data_ptr(), len(self.memory))
             if len(self.contexts) == pytorch.MOST_GRAPHS:
                 self.contexts.pop(next(iter(self.contexts)))
             self.contexts[shapes] = context
@@ -81,19 +79,13 @@ class Engine:
                 f"set build_engine.{self.target}.{limit}"
             )
 
-    def _options(self, library: Any) -> dict[str, Any]:
-        """Of a context: all share one memory, as they run one after the other.
+    def _compile_at_once(self, library: Any) -> Any:
+        """Compile a shape's own kernels before its first run ends; later ones would never enter a captured graph.
 
-        TensorRT-RTX compiles a shape's own kernels before its first run ends, as later ones would never enter a
-        captured graph. Contexts share them through a cache. It stays in memory: in the target's folder it would be a
-        change to DVC.
+        Contexts share them through a cache. It stays in memory: in the target's folder it would be a change to DVC.
         """
-        strategy = library.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not is_rtx(library):
-            return {"strategy": strategy}
         config = self.engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
         config.dynamic_shapes_kernel_specialization_strategy = library.DynamicShapesKernelSpecializationStrategy.EAGER
         self.cache = config.create_runtime_cache()
         config.set_runtime_cache(self.cache)
-        return {"runtime_config": config}
+        return config
