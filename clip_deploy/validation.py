@@ -7,6 +7,7 @@ import numpy as np
 
 from clip_deploy import accuracy
 from clip_deploy.artifact import Target, read_target, size_bytes
+from clip_deploy.child import CrashError, call_in_child
 from clip_deploy.config import Gate, GatesConfig
 from clip_deploy.encode import Embeddings, encode_images, encode_set, encode_texts, image_inputs, load_embeddings
 from clip_deploy.errors import DeployError, UnavailableError
@@ -16,6 +17,15 @@ from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
 
 LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
 BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
+
+
+def validate_apart(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> dict[str, Any]:
+    """As validate, in a process of its own: a runtime that crashes makes the target fail."""
+    try:
+        return call_in_child(validate, folder, prepared, reference, gates, seed)
+    except CrashError as crash:
+        target = read_target(folder)
+        return {"status": "fail", "reasons": [str(crash)], "precision": target.precision, **_what(target)}
 
 
 def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> dict[str, Any]:

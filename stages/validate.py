@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from clip_deploy.config import GatesConfig
 from clip_deploy.prepared import load_prepared
 from clip_deploy.results import write_json
-from clip_deploy.validation import validate as check
+from clip_deploy.validation import validate_apart as check
 from stages import stage
 
 

@@ -1,5 +1,5 @@
 from clip_deploy.gpu_report import gpu_sections
-from clip_deploy.report import Row
+from clip_deploy.report import Row, fastest
 
 TIMING = {"p50_ms": 0.5, "throughput_per_s": 2000.0, "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1}
 
@@ -29,7 +29,10 @@ def test_the_tutorials_table_says_what_was_not_measured():
 
 
 def timed(target, latency, status="pass", **facts):
-    timings = {tower: {"256": {**TIMING, "p50_ms": latency, "gflop": 2250.0}} for tower in ("vision", "text")}
+    timings = {
+        tower: {"256": {**TIMING, "p50_ms": latency, "gflop": 2250.0, "unstable": False}}
+        for tower in ("vision", "text")
+    }
     return Row(target=target, status=status, device="cuda", timings=timings, **facts)
 
 
@@ -50,6 +53,13 @@ def test_our_fastest_row_stands_beside_the_compilers():
 def test_one_side_alone_has_no_ratio():
     lines = gpu_sections([timed("trt-fp16", 9.0)])
     assert "| text | 256 | - | - | `trt-fp16` | 9.00 | - | - |" in lines
+
+
+def test_on_a_gpu_the_fastest_row_has_the_lowest_latency():
+    slow, fast = timed("torch-fp32", 8.0), timed("aoti-fp16", 6.0)
+    for timing in slow.timings.values():
+        timing["256"]["speedup"] = 9.0
+    assert fastest([slow, fast]) == "aoti-fp16 (vision, 6.00 ms), aoti-fp16 (text, 6.00 ms)"
 
 
 def test_without_a_row_on_a_gpu_there_is_no_section():

@@ -1,15 +1,18 @@
+import os
 import shutil
+import signal
 
 import numpy as np
 import onnx
 import pytest
 
+from clip_deploy import validation
 from clip_deploy.artifact import Target, build
 from clip_deploy.config import Gate, GatesConfig, Precision
 from clip_deploy.errors import UnavailableError
 from clip_deploy.prepared import load_prepared
 from clip_deploy.torchscript import export_torchscript
-from clip_deploy.validation import judge, validate
+from clip_deploy.validation import judge, validate, validate_apart
 
 GATES = GatesConfig(fp32=Gate(min_cosine=0.9999, max_top1_drop=0.1, max_flips=0.5))
 
@@ -115,6 +118,15 @@ def test_an_unavailable_target_keeps_its_row(check, tmp_path):
         ["no INT8 kernels here"],
         "int8",
     )
+
+
+def test_a_runtime_that_crashes_fails_and_leaves_the_pipeline_alone(onnx_target, sets, monkeypatch):
+    monkeypatch.setattr(validation, "open_encoder", lambda folder: os.kill(os.getpid(), signal.SIGTERM))
+    prepared = load_prepared(sets / "evaluation")
+    record = validate_apart(onnx_target, prepared, sets / "evaluation" / "reference.npz", GatesConfig(), 0)
+    assert record["status"] == "fail"
+    assert record["reasons"] == ["the process crashed with SIGTERM"]
+    assert record["build"]["opset"] == 18
 
 
 def test_random_weights_are_held_to_the_cosine_only():
