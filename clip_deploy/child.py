@@ -1,13 +1,14 @@
 """Call a function in a process of its own: a library that crashes there takes one row with it, and not the pipeline."""
 
+import ctypes
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from clip_deploy.errors import DeployError
-from clip_deploy.worker import die_with_parent
 
 
 class CrashError(DeployError):
@@ -35,6 +36,12 @@ def call_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     if returned:
         return answer
     raise answer
+
+
+def die_with_parent() -> None:
+    """A stopped process would outlive a killed parent for ever. See prctl(2), PR_SET_PDEATHSIG."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple) -> None:

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clip_deploy.child import die_with_parent
 from clip_deploy.config import BenchmarkConfig, EndToEndConfig
 from clip_deploy.errors import DeployError
 from clip_deploy.feeds import Feed, open_feed
 from clip_deploy.parity import compare
 from clip_deploy.prepared import batches
 from clip_deploy.runtimes import Encoder, open_encoder
-from clip_deploy.worker import answer_stream, die_with_parent, reason, timed
+from clip_deploy.worker import answer_stream, reason, timed
 
 if TYPE_CHECKING:
     from clip_deploy.preprocessing import Preprocessing

@@ -11,11 +11,9 @@ Reads one JSON request a line from standard input and answers with one JSON line
 What fails is answered as {"error": reason}.
 """
 
-import ctypes
 import json
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +22,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from clip_deploy import gpu
+from clip_deploy.child import die_with_parent
 from clip_deploy.errors import DeployError
 
 if TYPE_CHECKING:
@@ -101,12 +100,6 @@ def answer_stream() -> TextIO:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return answers
-
-
-def die_with_parent() -> None:
-    """A stopped process would outlive a killed parent for ever. See prctl(2), PR_SET_PDEATHSIG."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def prepare_call(encoder: "Encoder", request: dict) -> Callable[[], object]:
