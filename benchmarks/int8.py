@@ -18,8 +18,8 @@ from onnxruntime.quantization import quantize_dynamic, quantize_static
 
 from clip_deploy import onnx_graph
 from clip_deploy.accuracy import flips, zero_shot
-from clip_deploy.artifact import Target, build, read_target, size_bytes
-from clip_deploy.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig
+from clip_deploy.core.artifact import Target, build, read_target, size_bytes
+from clip_deploy.core.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig
 from clip_deploy.encode import Embeddings, encode_set, load_embeddings
 from clip_deploy.parity import row_cosines
 from clip_deploy.prepared import Prepared, load_prepared

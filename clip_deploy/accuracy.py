@@ -4,7 +4,7 @@ from math import comb
 
 import numpy as np
 
-from clip_deploy.config import AccuracyBudget
+from clip_deploy.core.config import AccuracyBudget
 from clip_deploy.encode import Embeddings
 from clip_deploy.parity import normalized, row_cosines
 from clip_deploy.prepared import Prepared

@@ -14,9 +14,9 @@ import onnx_ir as ir
 import torch
 from torch.export import Dim
 
-from clip_deploy.artifact import Target, read_target
-from clip_deploy.config import Device, OptimizeConfig, Precision
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import Device, OptimizeConfig, Precision
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.float16 import SCAN_ROWS, halve
 from clip_deploy.fusion import fuse, rewrites_of
 from clip_deploy.graph_module import GraphModule

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from clip_deploy.artifact import Target, read_target
-from clip_deploy.config import Device, ModelConfig, Precision, TorchConfig
-from clip_deploy.errors import CheckpointError
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import Device, ModelConfig, Precision, TorchConfig
+from clip_deploy.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.errors import DeployError
+from clip_deploy.core.errors import DeployError
 from clip_deploy.report import MISSING, number, table
 
 GIVE = "give a reports folder, with metrics.json and environment.json as `dvc repro` writes them"

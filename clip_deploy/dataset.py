@@ -13,8 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from clip_deploy import shapes
-from clip_deploy.config import DataConfig
-from clip_deploy.errors import DataError
+from clip_deploy.core.config import DataConfig
+from clip_deploy.core.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from clip_deploy.errors import DataError
+from clip_deploy.core.errors import DataError
 from clip_deploy.prepared import Images, Prepared, Texts, batches
 from clip_deploy.runtimes import Encoder
 

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from clip_deploy.artifact import Target, read_target
 from clip_deploy.checkpoint import load_processor
-from clip_deploy.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.encode import encode_images
-from clip_deploy.errors import UnavailableError
 from clip_deploy.feeds import FEEDS, check_feed, decode_rgb
 from clip_deploy.flow import Job
 from clip_deploy.prepared import Prepared

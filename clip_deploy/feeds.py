@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError
 
 if TYPE_CHECKING:
     from clip_deploy.preprocessing import Preprocessing

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from clip_deploy import onnx_graph
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError
 
 HEADROOM = 2.0  # what a deployment's inputs may exceed those of the calibration set by
 LARGEST = float(np.finfo(np.float16).max) / HEADROOM

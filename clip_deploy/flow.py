@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_deploy.child import die_with_parent
-from clip_deploy.config import BenchmarkConfig, EndToEndConfig
-from clip_deploy.errors import DeployError
+from clip_deploy.core.child import die_with_parent
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.core.errors import DeployError
 from clip_deploy.feeds import Feed, open_feed
 from clip_deploy.parity import compare
 from clip_deploy.prepared import batches

@@ -22,10 +22,10 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules.common import gemm_to_matmul_add_rule
 
 from clip_deploy import onnx_graph
-from clip_deploy.artifact import Target, read_target
 from clip_deploy.attention import array, fuse_attention, initializer, replace_masks, take_in_products
-from clip_deploy.config import Device, OptimizeConfig, Precision, Provider
-from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import Device, OptimizeConfig, Precision, Provider
+from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.float16 import SCAN_ROWS, clamp_masks, halve
 from clip_deploy.patches import multiply_patches
 from clip_deploy.pooling import find_in_float, pool_early

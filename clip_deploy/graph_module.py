@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_deploy.attention import array
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError
 
 DTYPES = {
     ir.DataType.FLOAT: torch.float32,

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.parity import normalized
 from clip_deploy.prepared import tokenize
 from clip_deploy.shell import BEHIND, EMBEDS, Nodes, Shell

@@ -14,10 +14,10 @@ from torch import nn
 from torch.export import Dim
 
 from clip_deploy import onnx_graph
-from clip_deploy.artifact import Target, read_target
 from clip_deploy.checkpoint import load_model, load_processor
-from clip_deploy.config import OnnxConfig
-from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import OnnxConfig
+from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.heads import encode_labels, put_behind
 from clip_deploy.pixels import IMAGES, PIXELS
 from clip_deploy.preprocessing import preprocessing_shell

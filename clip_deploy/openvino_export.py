@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from clip_deploy.accuracy import losses
-from clip_deploy.artifact import Target, read_target
-from clip_deploy.config import AccuracyBudget, OpenVinoConfig, OptimizeConfig, Precision
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import AccuracyBudget, OpenVinoConfig, OptimizeConfig, Precision
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.encode import Embeddings, encode_images, encode_texts
-from clip_deploy.errors import UnavailableError
 from clip_deploy.prepared import Prepared, feeds
 
 INSTALL = "pip install '.[openvino]'"

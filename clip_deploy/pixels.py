@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from clip_deploy.errors import DataError
+from clip_deploy.core.errors import DataError
 from clip_deploy.prepared import Prepared, batches
 from clip_deploy.shell import FRONT
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from clip_deploy.errors import DataError
-from clip_deploy.results import read_json
+from clip_deploy.core.errors import DataError
+from clip_deploy.core.results import read_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin

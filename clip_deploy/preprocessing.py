@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from clip_deploy import onnx_graph
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.pixels import IMAGES, PIXELS, SCALE, grey_levels
 from clip_deploy.shell import FRONT, Nodes, Shell
 

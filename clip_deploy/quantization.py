@@ -25,11 +25,11 @@ from onnxruntime.quantization import (
 
 from clip_deploy import onnx_graph
 from clip_deploy.accuracy import losses, within
-from clip_deploy.artifact import Target, read_target
-from clip_deploy.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig, ReduceRange
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig, ReduceRange
+from clip_deploy.core.environment import has_vnni
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.encode import encode_set
-from clip_deploy.environment import has_vnni
-from clip_deploy.errors import UnavailableError
 from clip_deploy.prepared import Prepared, feeds
 from clip_deploy.runtimes.ort import Encoder
 from clip_deploy.sensitivity import Rounding, Switched, search

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.artifact import write_text
-from clip_deploy.config import REFERENCE
-from clip_deploy.results import read_json, rounded, write_json
+from clip_deploy.core.artifact import write_text
+from clip_deploy.core.config import REFERENCE
+from clip_deploy.core.results import read_json, rounded, write_json
 
 PAGE = Path(__file__).with_name("report.html")
 MISSING = "-"

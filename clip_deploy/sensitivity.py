@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from clip_deploy import onnx_graph
 from clip_deploy.accuracy import losses, within
-from clip_deploy.config import AccuracyBudget
+from clip_deploy.core.config import AccuracyBudget
 from clip_deploy.encode import encode_set
 from clip_deploy.parity import row_cosines
 from clip_deploy.prepared import Prepared

@@ -14,14 +14,14 @@ from typing import Any
 import onnx_ir as ir
 
 from clip_deploy import onnx_graph
-from clip_deploy.artifact import Target, read_target
-from clip_deploy.config import BuildEngineConfig, Precision
-from clip_deploy.environment import gpus
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import BuildEngineConfig, Precision
+from clip_deploy.core.environment import gpus
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.float16 import SCAN_ROWS, clamp_masks, halve
 from clip_deploy.prepared import Prepared, feeds
+from clip_deploy.runtimes.tensorrt_library import INSTALL, is_rtx, load_tensorrt, log_of, validity
 from clip_deploy.shell import take_off
-from clip_deploy.tensorrt_library import INSTALL, is_rtx, load_tensorrt, log_of, validity
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 

@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_deploy import gpu
-from clip_deploy.artifact import Target, read_target, size_bytes
-from clip_deploy.config import BenchmarkConfig
-from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.core.artifact import Target, read_target, size_bytes
+from clip_deploy.core.config import BenchmarkConfig
+from clip_deploy.core.errors import DeployError, UnavailableError
 
 ROUND_MS = 20.0  # each side's turn lasts about so long
 LEAST_ROUNDS = 5

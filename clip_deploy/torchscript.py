@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from clip_deploy.artifact import Target, read_target
 from clip_deploy.checkpoint import load_model
-from clip_deploy.config import Device, Precision
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import Device, Precision
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.runtimes.pytorch import require
 from clip_deploy.towers import Rounded, example_inputs, split
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from clip_deploy import accuracy
-from clip_deploy.artifact import Target, read_target, size_bytes
-from clip_deploy.child import CrashError, call_in_child
-from clip_deploy.config import Gate, GatesConfig
+from clip_deploy.core.artifact import Target, read_target, size_bytes
+from clip_deploy.core.child import CrashError, call_in_child
+from clip_deploy.core.config import Gate, GatesConfig
+from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.encode import Embeddings, encode_images, encode_set, encode_texts, image_inputs, load_embeddings
-from clip_deploy.errors import DeployError, UnavailableError
 from clip_deploy.parity import compare, normalized, row_cosines
 from clip_deploy.prepared import Images, Prepared
 from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder

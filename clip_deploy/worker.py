@@ -22,8 +22,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from clip_deploy import gpu
-from clip_deploy.child import die_with_parent
-from clip_deploy.errors import DeployError
+from clip_deploy.core.child import die_with_parent
+from clip_deploy.core.errors import DeployError
 
 if TYPE_CHECKING:
     from clip_deploy.runtimes import DeviceEncoder, Encoder

@@ -24,8 +24,8 @@ except ModuleNotFoundError as missing:
         "or `source .venv/bin/activate` first"
     )
 
-from clip_deploy.config import GROUPS, read_yaml, sections, typed
-from clip_deploy.errors import DeployError
+from clip_deploy.core.config import GROUPS, read_yaml, sections, typed
+from clip_deploy.core.errors import DeployError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PARAMS = Path("params.yaml")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.config import BenchmarkConfig
-from clip_deploy.results import write_json
+from clip_deploy.core.config import BenchmarkConfig
+from clip_deploy.core.results import write_json
 from clip_deploy.timing import measure
 from stages import stage
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.artifact import Target, build
-from clip_deploy.config import BuildEngineConfig
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import BuildEngineConfig
 from clip_deploy.prepared import load_prepared
 from clip_deploy.tensorrt_engine import build_engine as build_towers
 from stages import stage

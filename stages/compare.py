@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from clip_deploy.compare import comparison, read_run
-from clip_deploy.errors import DeployError
+from clip_deploy.core.errors import DeployError
 
 
 def main(arguments: list[str]) -> int:

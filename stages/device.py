@@ -8,8 +8,8 @@ import re
 import sys
 from pathlib import Path
 
-from clip_deploy.artifact import write_text
-from clip_deploy.errors import ConfigError, DeployError
+from clip_deploy.core.artifact import write_text
+from clip_deploy.core.errors import ConfigError, DeployError
 from stages import PARAMS
 
 LINE = re.compile(r"^device: *(\w+).*$", re.MULTILINE)

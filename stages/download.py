@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.artifact import Target, build
 from clip_deploy.checkpoint import fetch
-from clip_deploy.config import Device, ModelConfig
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import Device, ModelConfig
 from stages import stage
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.core.results import write_json
 from clip_deploy.end_to_end import measure_feeds
 from clip_deploy.prepared import load_prepared
-from clip_deploy.results import write_json
 from stages import stage
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.artifact import Target, build
 from clip_deploy.checkpoint import export_torch as export
-from clip_deploy.config import Device, TorchConfig
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import Device, TorchConfig
 from stages import stage
 
 

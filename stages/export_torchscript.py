@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.artifact import Target, build
-from clip_deploy.config import Device, TorchScriptConfig
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import Device, TorchScriptConfig
 from clip_deploy.torchscript import export_torchscript as export
 from stages import stage
 

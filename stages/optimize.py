@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.artifact import Target, build
-from clip_deploy.config import Device, OptimizeConfig
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import Device, OptimizeConfig
 from clip_deploy.fusion import RUNTIMES
 from clip_deploy.fusion import optimize as fuse
 from clip_deploy.prepared import load_prepared

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.artifact import new_folder, read_target
 from clip_deploy.checkpoint import load_processor
-from clip_deploy.config import DataConfig
+from clip_deploy.core.artifact import new_folder, read_target
+from clip_deploy.core.config import DataConfig
 from clip_deploy.dataset import load
 from clip_deploy.encode import encode_set, save_embeddings
 from clip_deploy.prepared import load_prepared, write_prepared

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.config import load_choice, load_params
-from clip_deploy.environment import fingerprint, hardware, software
-from clip_deploy.errors import ConfigError
-from clip_deploy.results import write_json
+from clip_deploy.core.config import load_choice, load_params
+from clip_deploy.core.environment import fingerprint, hardware, software
+from clip_deploy.core.errors import ConfigError
+from clip_deploy.core.results import write_json
 from stages import CONF, PARAMS, stage
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.artifact import read_target
-from clip_deploy.config import EndToEndConfig
+from clip_deploy.core.artifact import read_target
+from clip_deploy.core.config import EndToEndConfig
+from clip_deploy.core.results import read_json
 from clip_deploy.gpu_report import gpu_sections
 from clip_deploy.report import read_flows, read_rows, write_report
-from clip_deploy.results import read_json
 from stages import stage
 
 

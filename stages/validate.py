@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.config import GatesConfig
+from clip_deploy.core.config import GatesConfig
+from clip_deploy.core.results import write_json
 from clip_deploy.prepared import load_prepared
-from clip_deploy.results import write_json
 from clip_deploy.validation import validate_apart as check
 from stages import stage
 

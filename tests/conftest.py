@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The built-in model as the target torch-fp32."""
-    from clip_deploy.artifact import Target, build
     from clip_deploy.checkpoint import fetch
-    from clip_deploy.config import ModelConfig
+    from clip_deploy.core.artifact import Target, build
+    from clip_deploy.core.config import ModelConfig
 
     folder = tmp_path_factory.mktemp("artifacts") / "torch-fp32"
     build(folder, lambda output: fetch(ModelConfig(path=str(TINY)), output), Target("eager", "fp32"))
@@ -79,9 +79,9 @@ def small_tokenizer(length):
 
 def reference(model, processor, source):
     """Save a checkpoint to `source` and fetch it as a target."""
-    from clip_deploy.artifact import Target, build
     from clip_deploy.checkpoint import fetch
-    from clip_deploy.config import ModelConfig
+    from clip_deploy.core.artifact import Target, build
+    from clip_deploy.core.config import ModelConfig
 
     model.save_pretrained(source)
     processor.save_pretrained(source)
@@ -99,9 +99,9 @@ def family(request):
 @pytest.fixture(scope="session")
 def sets(checkpoint, tmp_path_factory):
     """A folder with small evaluation and calibration sets and the reference's embeddings."""
-    from clip_deploy.artifact import read_target
     from clip_deploy.checkpoint import load_processor
-    from clip_deploy.config import DataConfig
+    from clip_deploy.core.artifact import read_target
+    from clip_deploy.core.config import DataConfig
     from clip_deploy.dataset import load
     from clip_deploy.encode import encode_set, save_embeddings
     from clip_deploy.prepared import load_prepared, write_prepared
@@ -121,8 +121,8 @@ def sets(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def onnx_target(checkpoint):
     """The built-in model exported at opset 18."""
-    from clip_deploy.artifact import Target, build
-    from clip_deploy.config import OnnxConfig
+    from clip_deploy.core.artifact import Target, build
+    from clip_deploy.core.config import OnnxConfig
     from clip_deploy.onnx_export import export_onnx
 
     folder = checkpoint.parent / "onnx-fp32"

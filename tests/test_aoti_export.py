@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 
 from clip_deploy.aoti_export import export_aoti
-from clip_deploy.artifact import Target, build, read_target
-from clip_deploy.config import Gate, GatesConfig, Precision
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import Gate, GatesConfig, Precision
 from clip_deploy.prepared import load_prepared
 from clip_deploy.validation import validate
 

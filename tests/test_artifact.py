@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from clip_deploy.artifact import Target, build, new_folder, read_target, size_bytes, write_text
-from clip_deploy.errors import DeployError, UnavailableError
-from clip_deploy.results import rounded, write_json
+from clip_deploy.core.artifact import Target, build, new_folder, read_target, size_bytes, write_text
+from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.results import rounded, write_json
 
 
 def test_a_failed_build_leaves_the_old_target(tmp_path):

@@ -10,10 +10,10 @@ import torch
 from conftest import TINY
 from transformers import BertConfig, BertModel
 
-from clip_deploy.artifact import read_target
 from clip_deploy.checkpoint import describe, fetch, load_model, verify
-from clip_deploy.config import ModelConfig
-from clip_deploy.errors import CheckpointError, ConfigError
+from clip_deploy.core.artifact import read_target
+from clip_deploy.core.config import ModelConfig
+from clip_deploy.core.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ import sys, time
 from pathlib import Path
 time.sleep = lambda seconds: None  # the client tries again after 1, 2, 4... seconds
 from clip_deploy.checkpoint import fetch
-from clip_deploy.config import ModelConfig
-from clip_deploy.errors import CheckpointError
+from clip_deploy.core.config import ModelConfig
+from clip_deploy.core.errors import CheckpointError
 try:
     fetch(ModelConfig(repo_id="someone/tiny-clip", revision=sys.argv[1]), Path(sys.argv[2]))
 except CheckpointError as error:

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from clip_deploy.child import CrashError, call_in_child
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.child import CrashError, call_in_child
+from clip_deploy.core.errors import UnavailableError
 
 
 def test_an_answer_comes_from_another_process():

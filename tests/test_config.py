@@ -3,8 +3,8 @@ import shutil
 import pytest
 from conftest import ROOT
 
-from clip_deploy.config import GROUPS, OnnxConfig, load_choice, load_params
-from clip_deploy.errors import ConfigError
+from clip_deploy.core.config import GROUPS, OnnxConfig, load_choice, load_params
+from clip_deploy.core.errors import ConfigError
 
 CONF = ROOT / "conf"
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_deploy.config import DataConfig
+from clip_deploy.core.config import DataConfig
+from clip_deploy.core.errors import ConfigError, DataError
 from clip_deploy.dataset import load
-from clip_deploy.errors import ConfigError, DataError
 
 COUNTS = {"evaluation_samples": 16, "calibration_samples": 4}
 

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from conftest import ROOT
 
-from clip_deploy.config import Device, OptimizeConfig, Precision, Provider, load_params
-from clip_deploy.errors import ConfigError, UnavailableError
+from clip_deploy.core.config import Device, OptimizeConfig, Precision, Provider, load_params
+from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.fusion import optimize
 from clip_deploy.prepared import load_prepared
 from clip_deploy.runtimes import ort_tensorrt

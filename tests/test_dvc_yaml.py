@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from clip_deploy.config import BUILDERS, GROUPS, is_per_target, sections
+from clip_deploy.core.config import BUILDERS, GROUPS, is_per_target, sections
 from clip_deploy.runtimes import RUNTIMES
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -28,6 +28,7 @@ EXTRA = {
     "benchmark": {"clip_deploy.worker", *RUNTIME_MODULES},
     "end_to_end": RUNTIME_MODULES,
 }
+SHARED = "clip_deploy.core"  # watched as a folder: every stage uses most of it
 DATA_FILES = {"report": {"clip_deploy/report.html"}}
 
 
@@ -50,6 +51,8 @@ def needed(graph, name):
     modules = {f"stages.{name}", *EXTRA.get(name, set())}
     for module in list(modules):
         modules |= graph.find_upstream_modules(module)
+    if any(module.startswith(SHARED) for module in modules):
+        modules |= {SHARED, *graph.find_descendants(SHARED)}
     return {path_of(module) for module in modules - {"clip_deploy"}} | DATA_FILES.get(name, set())
 
 

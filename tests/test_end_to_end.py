@@ -10,11 +10,11 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from clip_deploy import end_to_end, feeds, flow
-from clip_deploy.artifact import Target, build
 from clip_deploy.checkpoint import load_processor
-from clip_deploy.config import BenchmarkConfig, EndToEndConfig, OnnxConfig
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, OnnxConfig
+from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.end_to_end import make_photos, measure_feeds, reference_embeddings, run_feed
-from clip_deploy.errors import ConfigError, UnavailableError
 from clip_deploy.feeds import PilFeed, TorchFeed, check_feed, decode_rgb
 from clip_deploy.flow import Job, bottleneck, judge, measure_feed, prefetched
 from clip_deploy.onnx_export import export_onnx

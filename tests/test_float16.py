@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from clip_deploy import float16
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.float16 import clamp_masks, halve, ranges
 
 ROWS = np.linspace(-1, 1, 24, dtype=np.float32).reshape(6, 4)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from clip_deploy import fusion, onnx_export, onnx_graph
-from clip_deploy.artifact import Target, build, read_target
 from clip_deploy.checkpoint import load_model
-from clip_deploy.config import OnnxConfig, OptimizeConfig, Precision
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import OnnxConfig, OptimizeConfig, Precision
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.fusion import optimize
 from clip_deploy.onnx_export import export_onnx
 from clip_deploy.prepared import load_prepared

@@ -9,9 +9,9 @@ import torch
 
 from clip_deploy import gpu
 from clip_deploy.aoti_export import export_aoti
-from clip_deploy.artifact import Target, build, read_target
 from clip_deploy.checkpoint import export_torch
-from clip_deploy.config import (
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import (
     BenchmarkConfig,
     Device,
     Gate,
@@ -21,7 +21,7 @@ from clip_deploy.config import (
     Provider,
     TorchConfig,
 )
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.fusion import optimize
 from clip_deploy.prepared import load_prepared
 from clip_deploy.runtimes import open_encoder

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from clip_deploy import onnx_graph
-from clip_deploy.artifact import Target, build, read_target
-from clip_deploy.config import OnnxConfig, OptimizeConfig
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import OnnxConfig, OptimizeConfig
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.float16 import halve
 from clip_deploy.fusion import for_cuda, fuse, rewrites_of
 from clip_deploy.graph_module import GraphModule

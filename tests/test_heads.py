@@ -12,9 +12,9 @@ from conftest import ROOT
 from PIL import Image
 
 from clip_deploy import onnx_graph
-from clip_deploy.artifact import Target, build, read_target
 from clip_deploy.checkpoint import load_processor
-from clip_deploy.config import (
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import (
     AccuracyBudget,
     DataConfig,
     Gate,

@@ -4,9 +4,9 @@ import onnx_ir as ir
 import pytest
 
 from clip_deploy import onnx_graph
-from clip_deploy.artifact import Target, build
-from clip_deploy.config import Exporter, OnnxConfig
-from clip_deploy.errors import DeployError
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import Exporter, OnnxConfig
+from clip_deploy.core.errors import DeployError
 from clip_deploy.onnx_export import export_onnx
 from clip_deploy.runtimes import open_encoder
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from clip_deploy import onnx_graph, openvino_export
-from clip_deploy.artifact import Target, build, read_target
-from clip_deploy.config import AccuracyBudget, Gate, GatesConfig, OnnxConfig, OpenVinoConfig, Precision
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import AccuracyBudget, Gate, GatesConfig, OnnxConfig, OpenVinoConfig, Precision
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.onnx_export import export_onnx
 from clip_deploy.openvino_export import export_openvino
 from clip_deploy.prepared import load_prepared

@@ -13,9 +13,9 @@ from benchmarks.peers.inputs import cases, paddings, write_inputs
 from benchmarks.peers.project import stage_of
 from benchmarks.peers.race import Case, Contestant, duels, lanes, padding, race, result
 from benchmarks.peers.table import duel_rows, markdown, reasons, rows
-from clip_deploy.artifact import read_target
-from clip_deploy.config import read_yaml
-from clip_deploy.errors import ConfigError, UnavailableError
+from clip_deploy.core.artifact import read_target
+from clip_deploy.core.config import read_yaml
+from clip_deploy.core.errors import ConfigError, UnavailableError
 
 OURS = (sys.executable, "-m", "benchmarks.peers.worker")
 

@@ -6,12 +6,20 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
 from clip_deploy import onnx_graph, shapes
-from clip_deploy.artifact import Target, build, read_target
 from clip_deploy.checkpoint import load_processor
-from clip_deploy.config import Gate, GatesConfig, OnnxConfig, OptimizeConfig, Precision, Quantization, QuantizeConfig
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import (
+    Gate,
+    GatesConfig,
+    OnnxConfig,
+    OptimizeConfig,
+    Precision,
+    Quantization,
+    QuantizeConfig,
+)
+from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.dataset import Dataset, Sample
 from clip_deploy.encode import encode_images, encode_set, save_embeddings
-from clip_deploy.errors import ConfigError, UnavailableError
 from clip_deploy.fusion import optimize
 from clip_deploy.onnx_export import export_onnx
 from clip_deploy.pixels import grey_levels
@@ -138,7 +146,7 @@ def test_old_opsets_are_refused_with_the_way_out():
 
 @pytest.mark.parametrize("settings", [{"opset": 18, "exporter": "torchscript"}, {"opset": 21}])
 def test_any_exporter_and_opset_from_18_on_will_do(siglip, tmp_path, settings):
-    from clip_deploy.config import Exporter
+    from clip_deploy.core.config import Exporter
 
     exporter = Exporter(settings.get("exporter", "auto"))
     folder = exported(siglip, tmp_path / "onnx", opset=settings["opset"], exporter=exporter)

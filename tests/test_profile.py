@@ -1,7 +1,7 @@
 import pytest
 
 from benchmarks.profile import Settings, gathered, markdown, table
-from clip_deploy.errors import ConfigError
+from clip_deploy.core.errors import ConfigError
 
 
 def test_every_node_of_both_towers_is_counted_by_its_operator(onnx_target):

@@ -3,8 +3,8 @@ import onnx
 import pytest
 
 from clip_deploy import onnx_graph
-from clip_deploy.artifact import Target, build, read_target
-from clip_deploy.config import Calibration, OptimizeConfig, Quantization, QuantizeConfig, ReduceRange
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import Calibration, OptimizeConfig, Quantization, QuantizeConfig, ReduceRange
 from clip_deploy.fusion import optimize
 from clip_deploy.parity import row_cosines
 from clip_deploy.prepared import load_prepared

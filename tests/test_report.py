@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from clip_deploy.core.results import write_json
 from clip_deploy.report import fastest, markdown, metrics, number, page, plots, read_rows
-from clip_deploy.results import write_json
 
 TIMING = {
     "p50_ms": 2.0,

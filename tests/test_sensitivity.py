@@ -9,8 +9,8 @@ from onnx import numpy_helper
 
 from clip_deploy import onnx_graph
 from clip_deploy.accuracy import flips
-from clip_deploy.artifact import Target, build, read_target
-from clip_deploy.config import AccuracyBudget, OptimizeConfig, Quantization, QuantizeConfig
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import AccuracyBudget, OptimizeConfig, Quantization, QuantizeConfig
 from clip_deploy.encode import encode_set
 from clip_deploy.fusion import optimize
 from clip_deploy.parity import row_cosines

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 
 from clip_deploy import shapes
-from clip_deploy.config import DataConfig
+from clip_deploy.core.config import DataConfig
 from clip_deploy.dataset import load, pixel_hash
 
 RECORD = json.loads((TINY / "training.json").read_text())

@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from clip_deploy import tensorrt_engine, tensorrt_library
-from clip_deploy.artifact import Target, build, read_target
-from clip_deploy.config import BuildEngineConfig, Gate, GatesConfig, OnnxConfig, OptimizeConfig, Precision
-from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy import tensorrt_engine
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import BuildEngineConfig, Gate, GatesConfig, OnnxConfig, OptimizeConfig, Precision
+from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.fusion import optimize
 from clip_deploy.onnx_export import export_onnx
 from clip_deploy.prepared import load_prepared
-from clip_deploy.runtimes import open_encoder
+from clip_deploy.runtimes import open_encoder, tensorrt_library
+from clip_deploy.runtimes.tensorrt_library import is_rtx, load_tensorrt
 from clip_deploy.tensorrt_engine import build_engine, shapes_of
-from clip_deploy.tensorrt_library import is_rtx, load_tensorrt
 from clip_deploy.validation import validate
 
 GATES = GatesConfig(fp32=Gate(min_cosine=0.9999), fp16=Gate(min_cosine=0.999, max_top1_drop=2, max_flips=5))

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from clip_deploy.artifact import Target, build
-from clip_deploy.config import BenchmarkConfig
-from clip_deploy.errors import ConfigError, UnavailableError
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import BenchmarkConfig
+from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.timing import Worker, measure, percentiles, speedup_interval, summarize
 
 

@@ -7,9 +7,9 @@ import onnx
 import pytest
 
 from clip_deploy import validation
-from clip_deploy.artifact import Target, build
-from clip_deploy.config import Gate, GatesConfig, Precision
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import Gate, GatesConfig, Precision
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.prepared import load_prepared
 from clip_deploy.torchscript import export_torchscript
 from clip_deploy.validation import judge, validate, validate_apart

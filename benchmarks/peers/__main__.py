@@ -27,11 +27,11 @@ from benchmarks.peers.inputs import cases, paddings, write_inputs
 from benchmarks.peers.project import build_targets
 from benchmarks.peers.race import Contestant, duels, lanes, padding, race, result
 from benchmarks.peers.table import markdown
-from clip_deploy.artifact import read_target, size_bytes, write_text
-from clip_deploy.config import EXPORTED, REFERENCE, typed
-from clip_deploy.environment import hardware, software
-from clip_deploy.errors import ConfigError, DeployError
-from clip_deploy.results import rounded, write_json
+from clip_deploy.core.artifact import read_target, size_bytes, write_text
+from clip_deploy.core.config import EXPORTED, REFERENCE, typed
+from clip_deploy.core.environment import hardware, software
+from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.results import rounded, write_json
 
 BASIS = "ort-fp32"  # its median latency is 1.00x, its size 100 %
 TARGETS = (

@@ -8,8 +8,8 @@ import venv
 from pathlib import Path
 
 from benchmarks.peers import contestant
-from clip_deploy.environment import fingerprint, hardware
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.environment import fingerprint, hardware
+from clip_deploy.core.errors import UnavailableError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers.worker import input_names
-from clip_deploy.artifact import read_target
 from clip_deploy.checkpoint import load_processor
-from clip_deploy.config import DataConfig
+from clip_deploy.core.artifact import read_target
+from clip_deploy.core.config import DataConfig
 from clip_deploy.dataset import Dataset, load
 from clip_deploy.prepared import tokenize
 

@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 
 from benchmarks.pipeline import copy_project, environment
-from clip_deploy.config import EXPORTED, REFERENCE, read_yaml
-from clip_deploy.errors import ConfigError
+from clip_deploy.core.config import EXPORTED, REFERENCE, read_yaml
+from clip_deploy.core.errors import ConfigError
 
 SECTIONS = ("export_torchscript", "export_aoti", "export_openvino", "optimize", "quantize")  # each named as its stage
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.parity import compare
 from clip_deploy.report import WIDE
 from clip_deploy.timing import LEAST_ROUNDS, Worker, calls_per_turn, speedup_interval

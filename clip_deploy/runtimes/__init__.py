@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from clip_deploy.artifact import Target, read_target
-from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.errors import DeployError, UnavailableError
 
 RUNTIMES = ("eager", "compiled", "torchscript", "aoti", "ort", "ort_tensorrt", "openvino", "tensorrt")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch._inductor import aoti_load_package
 
-from clip_deploy.artifact import Target
+from clip_deploy.core.artifact import Target
 from clip_deploy.runtimes import pytorch
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from clip_deploy.artifact import Target
 from clip_deploy.checkpoint import load_model
+from clip_deploy.core.artifact import Target
 from clip_deploy.runtimes import pytorch
 from clip_deploy.towers import ImageTower, Rounded, TextTower
 

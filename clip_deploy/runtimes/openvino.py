@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 
-from clip_deploy.artifact import Target
+from clip_deploy.core.artifact import Target
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}  # left to itself the plugin takes bf16 where the CPU has it, as for INT8's rest
 

@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
-from clip_deploy.artifact import Target
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.artifact import Target
+from clip_deploy.core.errors import UnavailableError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 MOST_SESSIONS = 16  # shapes kept on a GPU, each with its own copy of the weights

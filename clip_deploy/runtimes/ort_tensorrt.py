@@ -12,8 +12,8 @@ from typing import Any
 import onnxruntime
 from onnxruntime import InferenceSession
 
-from clip_deploy.artifact import Target
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.artifact import Target
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.runtimes import ort
 
 BUILT_IN, PLUGIN = "TensorrtExecutionProvider", "onnxruntime_ep_nv_tensorrt_rtx"

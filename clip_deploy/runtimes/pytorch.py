@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_deploy.artifact import Target
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.artifact import Target
+from clip_deploy.core.errors import UnavailableError
 
 MOST_GRAPHS = 16  # shapes whose CUDA graphs are kept; each holds its own activations
 WARM_UP = 3  # calls before a capture: libraries choose kernels and take their workspaces

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_deploy.artifact import Target
-from clip_deploy.errors import DeployError
+from clip_deploy.core.artifact import Target
+from clip_deploy.core.errors import DeployError
 from clip_deploy.runtimes import pytorch
-from clip_deploy.tensorrt_library import is_rtx, load_tensorrt, log_of, validity
+from clip_deploy.runtimes.tensorrt_library import is_rtx, load_tensorrt, log_of, validity
 
 OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
 

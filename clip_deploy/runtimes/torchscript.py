@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from clip_deploy.artifact import Target
+from clip_deploy.core.artifact import Target
 from clip_deploy.runtimes import pytorch
 
 

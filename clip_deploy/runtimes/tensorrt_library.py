@@ -4,8 +4,8 @@ import functools
 from importlib import import_module
 from typing import Any
 
-from clip_deploy.environment import gpus
-from clip_deploy.errors import UnavailableError
+from clip_deploy.core.environment import gpus
+from clip_deploy.core.errors import UnavailableError
 
 PACKAGES = ("tensorrt", "tensorrt_rtx_bindings")  # the data centre's, then that for RTX cards; one API
 INSTALL = "pip install '.[tensorrt-rtx]'"

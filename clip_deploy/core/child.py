@@ -8,7 +8,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from clip_deploy.errors import DeployError
+from clip_deploy.core.errors import DeployError
 
 
 class CrashError(DeployError):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.errors import DeployError, UnavailableError
+from clip_deploy.core.errors import DeployError, UnavailableError
 
 MANIFEST = "target.json"
 

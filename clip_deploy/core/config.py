@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from clip_deploy.errors import ConfigError
+from clip_deploy.core.errors import ConfigError
 
 REFERENCE = "torch-fp32"  # the untouched checkpoint: the first row, and what every other row is held against
 EXPORTED = "onnx-fp32"  # the target that export_onnx builds

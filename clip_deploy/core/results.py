@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.artifact import write_text
-from clip_deploy.errors import DeployError
+from clip_deploy.core.artifact import write_text
+from clip_deploy.core.errors import DeployError
 
 DIGITS = 5  # significant digits of a measured number
 

@@ -1,0 +1,1 @@
+"""What every stage uses: settings, errors, target folders, result files, the machine, child processes."""
