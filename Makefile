@@ -21,7 +21,7 @@ repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/
 	dvc repro
 
 test: $(VENV)/ready ## set up .venv and run all tests
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/ready ## lint, format and types
 	ruff check .
@@ -50,6 +50,7 @@ lock: ## renew requirements.lock from pyproject.toml, in a new environment
 	@echo '# Made by `make lock`; torch brings its own CUDA packages where its build has them.' > requirements.lock
 	build/lock/bin/python -m pip freeze --exclude clip-deploy | sed -E \
 	  -e '/^(nvidia|triton|cuda)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' \
+	  -e "s/^(tensorrt_rtx.*)/\1; $(GPU)/" \
 	  -e "s/^onnxruntime(-gpu)?==(.*)/onnxruntime-gpu==\2; $(GPU)\nonnxruntime==\2; $(CPU)/" >> requirements.lock
 
 clean: ## remove what the pipeline built (reports stay)

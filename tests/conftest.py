@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-shapes"
@@ -18,7 +19,8 @@ os.environ["DVC_NO_ANALYTICS"] = "1"
 
 
 def pytest_collection_modifyitems(items):
-    """Skip, visibly, what needs a GPU where there is none."""
+    """Begin with what runs longest; skip, visibly, what needs a GPU where there is none."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
     if shutil.which("nvidia-smi"):
         return
     for item in items:
@@ -200,10 +202,15 @@ def project(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
+def built(tmp_path_factory, worker_id):
     """A copy in which the whole pipeline has run once and been committed. Tests take their own copy of it."""
-    project = new_project(tmp_path_factory.mktemp("built") / "project")
-    project.repro()
-    project.run("git", "add", "-A")
-    project.run("git", "commit", "-q", "-m", "Reproduce")
-    return project
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "built"  # one for all of pytest-xdist's workers
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            project = new_project(tmp_path_factory.mktemp("building") / "project")
+            project.repro()
+            project.run("git", "add", "-A")
+            project.run("git", "commit", "-q", "-m", "Reproduce")
+            project.path.rename(folder)
+    return Project(folder)
