@@ -1,4 +1,8 @@
-"""FP16 graphs that cannot overflow: ranges found on the calibration set say which nodes stay in FP32."""
+"""Half precision: BF16, and FP16 that cannot overflow: ranges found on the calibration set say what stays in FP32.
+
+Where an integer is computed from floats, as the place of a text's end is, its floats stay in FP32: half precision holds
+whole numbers to 2048 (FP16) and 256 (BF16) only.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterable
@@ -9,15 +13,18 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from clip_deploy import onnx_graph
+from clip_deploy.attention import initializer
 from clip_deploy.core.errors import UnavailableError
 
 HEADROOM = 2.0  # what a deployment's inputs may exceed those of the calibration set by
 LARGEST = float(np.finfo(np.float16).max) / HEADROOM
 HIDDEN = -1e4  # a masked score: its softmax is 0 in any precision
 MASKS_BELOW = -1e30  # no trained constant is that low
+
+FIXED = {"Range", "Resize"}  # their inputs are float32, or ONNX Runtime's kernels are
+TELLING = {"Shape", "Size", "IsNaN", "IsInf"}  # of a float what any precision tells
 
 SCAN_ROWS = 8  # calibration inputs to run at a time
 
@@ -57,31 +64,116 @@ def halve(path: Path, batches: Batches) -> dict[str, float]:
         batches: calls for the calibration inputs, batch by batch.
 
     Returns:
-        The largest absolute value at each node that stays in float32, by the node's name.
+        The largest absolute value at each node that would overflow and stays in float32, by the node's name.
 
     Raises:
         UnavailableError: the outputs hold NaN or Inf, before or after the conversion.
     """
     _refuse_non_finite(path, batches, "FP32")
+    model = _load(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        largest = ranges(model, batches, Path(folder))
+    overflowing = _overflowing(model.graph, largest | {item.name: _magnitude(item) for item in model.graph.initializer})
+    _lower(model, path, set(largest), set(overflowing), ir.DataType.FLOAT16)
+    _refuse_non_finite(path, batches, "FP16")
+    return overflowing
+
+
+def to_bfloat16(path: Path) -> None:
+    """Convert a graph's weights and computation to bfloat16 in place, which has float32's range; only GPUs run it."""
+    model = _load(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        floats = set(onnx_graph.float_tensors(model, Path(folder)))
+    folded = {node.name for node in model.graph.node if node.op_type == "Expand"}  # by the CPU, which has it in FP32
+    _lower(model, path, floats, folded, ir.DataType.BFLOAT16)
+
+
+def _load(path: Path) -> onnx.ModelProto:
     model = onnx.load(path)
     onnx_graph.name_nodes(model)
     del model.graph.value_info[:]  # the fusions leave stale types
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        largest = ranges(model, batches, Path(folder))
-    onnx_graph.declare_floats(model, largest)
-    largest |= {tensor.name: _magnitude(tensor) for tensor in model.graph.initializer}
-    overflowing = _overflowing(model.graph, largest)
-    halved = convert_float_to_float16(
-        model, keep_io_types=True, disable_shape_infer=True, node_block_list=list(overflowing)
-    )
+    return model
+
+
+def _lower(model: onnx.ModelProto, path: Path, floats: set[str], in_fp32: set[str], dtype: ir.DataType) -> None:
+    """Write the graph to `path` with its float32 tensors in another type, but for these nodes' and _exact ones'."""
+    lowered = ir.from_proto(model)
+    graph = lowered.graph
+    floats = floats | {name for name, value in graph.initializers.items() if value.dtype == ir.DataType.FLOAT}
+    whole = in_fp32 | _exact(graph, floats)
+    cast_to: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def cast(value: ir.Value, to: ir.DataType, node: ir.Node) -> ir.Value:
+        """The value in another type, for `node` and those behind it."""
+        if (value, to) not in cast_to:
+            if value.is_initializer():
+                cast_to[value, to] = _converted(graph, value, to)
+            else:
+                made = ir.node("Cast", [value], {"to": int(to)})
+                made.outputs[0].name = f"{value.name}_{to.name.lower()}"
+                graph.insert_before(node, made)
+                cast_to[value, to] = made.outputs[0]
+        return cast_to[value, to]
+
+    lower_made: set[ir.Value] = set()
+    for node in list(graph):
+        wanted = ir.DataType.FLOAT if node.name in whole else dtype
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.name in floats and (value in lower_made) != (wanted == dtype):
+                node.replace_input_with(index, cast(value, wanted, node))
+        if wanted == dtype:
+            _lower_attributes(node, dtype)
+            lower_made |= {value for value in node.outputs if value.name in floats}
+    for index, value in enumerate(graph.outputs):
+        if value in lower_made:
+            _restore(graph, index)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
     for part in path.parent.glob(f"{path.name}*"):
         part.unlink()
-    result = ir.from_proto(halved)
-    _join(result.graph, set(overflowing))
-    result.graph.sort()  # the converter appends its casts of the inputs at the end
-    onnx_graph.save(result, path)
-    _refuse_non_finite(path, batches, "FP16")
-    return overflowing
+    onnx_graph.save(lowered, path)
+
+
+def _exact(graph: ir.Graph, floats: set[str]) -> set[str]:
+    """Nodes with floats that an integer or a truth value is computed from, and those whose type is fixed."""
+    exact = {node for node in graph if node.op_type in FIXED}
+    stack = [node for node in graph if node.op_type not in TELLING and not _gives(node, floats)]
+    while stack:
+        node = stack.pop()
+        if node not in exact and any(value is not None and value.name in floats for value in node.inputs):
+            exact.add(node)
+            stack += [maker for value in node.inputs if value is not None and (maker := value.producer())]
+    return {node.name or "" for node in exact}
+
+
+def _gives(node: ir.Node, floats: set[str]) -> bool:
+    return any(value.name in floats for value in node.outputs)
+
+
+def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Another initializer with the same content, rounded."""
+    assert value.const_value is not None
+    return initializer(graph, f"{value.name}_{dtype.name.lower()}", value.const_value.numpy().astype(dtype.numpy()))
+
+
+def _lower_attributes(node: ir.Node, dtype: ir.DataType) -> None:
+    if node.op_type == "Cast" and node.attributes.get_int("to", 0) == ir.DataType.FLOAT:
+        node.attributes["to"] = ir.AttrInt64("to", int(dtype))
+    for name, attribute in node.attributes.items():
+        if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.FLOAT:
+            content = ir.tensor(attribute.as_tensor().numpy().astype(dtype.numpy()))
+            node.attributes[name] = ir.AttrTensor(name, content)
+
+
+def _restore(graph: ir.Graph, index: int) -> None:
+    """Give an output in float32 again, under its name."""
+    value = graph.outputs[index]
+    back = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+    back.outputs[0].name, value.name = value.name, f"{value.name}_lower"
+    back.outputs[0].shape, back.outputs[0].type, value.type = value.shape, value.type, None
+    graph.append(back)
+    graph.outputs[index] = back.outputs[0]
 
 
 def ranges(model: onnx.ModelProto, batches: Batches, work: Path) -> dict[str, float]:
@@ -109,24 +201,6 @@ def _overflowing(graph: onnx.GraphProto, largest: dict[str, float]) -> dict[str,
         if not value <= LARGEST:
             found[node.name] = value
     return found
-
-
-def _join(graph: ir.Graph, in_fp32: set[str]) -> None:
-    """Take float32 nodes' operands as they were: the converter casts each to float16 and back."""
-    for back in list(graph):
-        half = back.inputs[0].producer() if back.op_type == "Cast" and back.inputs[0] else None
-        whole = half.inputs[0] if half is not None and half.op_type == "Cast" else None
-        if half is None or whole is None or back.attributes.get_int("to", 0) != TensorProto.FLOAT:
-            continue
-        maker = whole.producer()
-        if maker.name in in_fp32 if maker else whole.is_graph_input():
-            name = back.outputs[0].name
-            back.outputs[0].replace_all_uses_with(whole, replace_graph_outputs=True)
-            if whole.is_graph_output():
-                back.outputs[0].name, whole.name = f"{name}_cast", name
-            for cast in (back, half):
-                if not cast.outputs[0].uses():
-                    graph.remove(cast, safe=True)
 
 
 def _magnitude(tensor: TensorProto) -> float:

@@ -26,7 +26,7 @@ from clip_deploy.attention import array, fuse_attention, initializer, replace_ma
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, OptimizeConfig, Precision, Provider
 from clip_deploy.core.errors import DeployError, UnavailableError
-from clip_deploy.float16 import SCAN_ROWS, clamp_masks, halve
+from clip_deploy.float16 import SCAN_ROWS, clamp_masks, halve, to_bfloat16
 from clip_deploy.patches import multiply_patches
 from clip_deploy.pooling import find_in_float, pool_early
 from clip_deploy.prepared import Prepared, feeds
@@ -45,7 +45,7 @@ RUNTIMES = {Provider.own: "ort", Provider.tensorrt: "ort_tensorrt"}
 def optimize(
     source: Path, settings: OptimizeConfig, calibration: Prepared, output: Path, device: Device = Device.cpu
 ) -> Target:
-    """Fuse both towers of the ONNX target `source` into `output`, in float32 or float16, to run on `device`.
+    """Fuse both towers of the ONNX target `source` into `output`, in float32, float16 or bfloat16, to run on `device`.
 
     Raises UnavailableError where the source could not be built, or gives NaN or Inf on the calibration set in float16.
     """
@@ -70,11 +70,13 @@ def optimize(
                 inputs = calibration.inputs(tower, target.model["text_inputs"])
                 kept = halve(fused, partial(feeds, inputs, SCAN_ROWS))
                 in_fp32 += [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
+            elif settings.precision is Precision.bf16:
+                to_bfloat16(fused)
             put_on(fused, shell, output / fused.name)
     facts: dict[str, Any] = {"rewrites_undone": undone} if undone else {}
     if settings.precision is Precision.fp16:
         facts["left_in_fp32"] = in_fp32
-    elif device is Device.cuda:
+    elif settings.precision is Precision.fp32 and device is Device.cuda:
         facts["products"] = "may be in TF32, the provider's default for float32"
     return replace(
         target,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -21,6 +22,7 @@ from clip_deploy.core.errors import UnavailableError
 DTYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.INT32: torch.int32,
     ir.DataType.INT64: torch.int64,
     ir.DataType.BOOL: torch.bool,
@@ -106,8 +108,14 @@ class GraphModule(nn.Module):
             self.integers[name] = content
         else:
             self.weights[name] = f"constant_{len(self.weights)}"
-            self.register_buffer(self.weights[name], self._rounded(torch.from_numpy(np.array(content, order="C"))))
+            self.register_buffer(self.weights[name], self._rounded(_tensor(content)))
         return name
+
+
+def _tensor(content: np.ndarray) -> Tensor:
+    if content.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(content.astype(np.float32)).bfloat16()
+    return torch.from_numpy(np.array(content, order="C"))
 
 
 Biases = dict[ir.Node, tuple[np.ndarray | None, ir.Value]]

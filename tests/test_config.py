@@ -60,8 +60,13 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
             r"smooth_quant is 2\.0: accepted are null and 0",
         ),
         ("max_top1_drop: 1.0", "max_top1_drop: -1", r"max_top1_drop is -1\.0: accepted are 0 to 100"),
-        ("precision: fp16}", "precision: int8}", r"int8 is made by `quantize`; accepted are fp32, fp16"),
-        ("precision: fp16}", "precision: bf16}", r"no bf16 products on a CPU; accepted are fp32, fp16"),
+        ("precision: fp16}", "precision: int8}", r"int8 is made by `quantize`; accepted are fp32, fp16, bf16"),
+        ("precision: fp16}", "precision: bf16}", r"ort-fp16 is bf16, in which ONNX Runtime has products on a GPU only"),
+        (
+            "precision: fp16}",
+            "precision: bf16, provider: tensorrt}",
+            r"bf16 is for provider own; with tensorrt, accepted are fp32, fp16",
+        ),
         (
             "torchscript-bf16: {precision: bf16}",
             "torchscript-bf16: {precision: fp16}",

@@ -42,6 +42,9 @@ BUILDS = {
     "ort-cuda-fp16": lambda s, folder: optimize(
         s.onnx, OptimizeConfig(precision=Precision.fp16, skip_layer_norm=True), s.calibration, folder, CUDA
     ),
+    "ort-cuda-bf16": lambda s, folder: optimize(
+        s.onnx, OptimizeConfig(precision=Precision.bf16, skip_layer_norm=True), s.calibration, folder, CUDA
+    ),
     "ort-trt-fp16": lambda s, folder: optimize(
         s.onnx, OptimizeConfig(precision=Precision.fp16, provider=Provider.tensorrt), s.calibration, folder, CUDA
     ),

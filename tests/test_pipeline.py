@@ -122,6 +122,7 @@ def test_a_gpus_rows_stay_without_one(copy):
         "aoti-fp16",
         "onnx-fp32",
         "ort-cuda-fp16",
+        "ort-cuda-bf16",
         "trt-fp16",
     ]
     keep(copy, some)

@@ -249,9 +249,9 @@ class OptimizeConfig:
 
     def __post_init__(self) -> None:
         if self.precision is Precision.int8:
-            raise ConfigError("optimize: precision int8 is made by `quantize`; accepted are fp32, fp16")
-        if self.precision is Precision.bf16:
-            raise ConfigError("optimize: ONNX Runtime has no bf16 products on a CPU; accepted are fp32, fp16")
+            raise ConfigError("optimize: precision int8 is made by `quantize`; accepted are fp32, fp16, bf16")
+        if self.precision is Precision.bf16 and self.provider is Provider.tensorrt:
+            raise ConfigError("optimize: precision bf16 is for provider own; with tensorrt, accepted are fp32, fp16")
 
 
 @dataclass
@@ -389,6 +389,8 @@ def _misplaced(section: str, settings: Any, device: Device) -> str | None:
         return "is made for a GPU"
     if device is Device.cpu and section == "optimize" and settings.provider is Provider.tensorrt:
         return "has provider tensorrt, which runs on a GPU"
+    if device is Device.cpu and section == "optimize" and settings.precision is Precision.bf16:
+        return "is bf16, in which ONNX Runtime has products on a GPU only"
     if device is Device.cuda and section in ("export_openvino", "quantize"):
         return "is made for a CPU"
     if device is Device.cuda and settings.precision is Precision.int8:

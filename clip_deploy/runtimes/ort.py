@@ -110,6 +110,8 @@ class FixedCall:
         try:
             self.session, self.graph = open_session(True), True
         except Exception as error:  # a class of its own for each code, in a private module
+            if "NOT_IMPLEMENTED" in str(error):
+                raise UnavailableError(f"ONNX Runtime has no kernel for it: {str(error).splitlines()[0]}") from error
             if "graph capture" not in str(error):
                 raise
             self.session, self.graph = open_session(False), False  # for a node that the GPU cannot run
