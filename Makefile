@@ -20,7 +20,9 @@ $(VENV)/ready: requirements.lock
 repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/report.md
 	dvc repro
 
+TRITON := triton==3.7.1  # PyTorch for CUDA brings its own; without it, its interpreter tests our GPU kernels
 test: $(VENV)/ready ## set up .venv and run all tests
+	@python -c 'import triton' 2>/dev/null || python -m pip install --quiet --disable-pip-version-check $(firstword $(TRITON))
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/ready ## lint, format and types

@@ -30,7 +30,7 @@ from clip_deploy.float16 import SCAN_ROWS, clamp_masks, halve, to_bfloat16
 from clip_deploy.patches import multiply_patches
 from clip_deploy.pooling import find_in_float, pool_early
 from clip_deploy.prepared import Prepared, feeds
-from clip_deploy.shell import put_on, take_off
+from clip_deploy.shell import Shell, put_on, take_off
 
 FOLD_BYTES = 1 << 30  # weights are folded, whatever their size
 TOLERANCE = 1e-4  # largest difference that a rewrite may make, relative to the output's largest value
@@ -39,7 +39,7 @@ Rewrite = Callable[[Path, Path], bool]
 Step = list[tuple[str, Rewrite]]  # alternatives, by name
 
 
-RUNTIMES = {Provider.own: "ort", Provider.tensorrt: "ort_tensorrt"}
+RUNTIMES = {Provider.own: "ort", Provider.tensorrt: "ort_tensorrt", Provider.torch: "fused"}
 
 
 def optimize(
@@ -47,6 +47,7 @@ def optimize(
 ) -> Target:
     """Fuse both towers of the ONNX target `source` into `output`, in float32, float16 or bfloat16, to run on `device`.
 
+    For PyTorch, what stands around the towers (preprocessing, heads) is left out.
     Raises UnavailableError where the source could not be built, or gives NaN or Inf on the calibration set in float16.
     """
     target = read_target(source)
@@ -60,9 +61,13 @@ def optimize(
         for tower, shape in target.model["towers"].items():
             bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
             shell = take_off(source / fused.name, bare)
+            if settings.provider is Provider.torch:
+                shell = Shell()
             rewrites = rewrites_of(shape, settings)
             if settings.provider is Provider.tensorrt:
                 rewrites = rewrites[-1:]  # masks alone: TensorRT reads no operators of ONNX Runtime's own
+            elif settings.provider is Provider.torch:
+                rewrites = by_order(rewrites)
             elif device is Device.cuda:
                 rewrites = for_cuda(rewrites, target.model["context_length"])
             undone += fuse(bare, fused, rewrites, target.model["example_texts"])
@@ -76,8 +81,12 @@ def optimize(
     facts: dict[str, Any] = {"rewrites_undone": undone} if undone else {}
     if settings.precision is Precision.fp16:
         facts["left_in_fp32"] = in_fp32
-    elif settings.precision is Precision.fp32 and device is Device.cuda:
+    elif settings.precision is Precision.fp32 and settings.provider is Provider.own and device is Device.cuda:
         facts["products"] = "may be in TF32, the provider's default for float32"
+    if settings.provider is Provider.torch:
+        bare_model = {**target.model, "normalize": False, "classifier": None}
+        target = replace(target, image_input="pixel_values", model=bare_model)
+        facts["kernels"] = "ours or the library's, the faster for each shape"
     return replace(
         target,
         runtime=RUNTIMES[settings.provider],
@@ -88,14 +97,18 @@ def optimize(
     )
 
 
-def for_cuda(rewrites: list[Step], context: int) -> list[Step]:
-    """The same with what a GPU needs besides: no mask where the order masks enough, and no search in integers."""
+def by_order(rewrites: list[Step]) -> list[Step]:
+    """The same without a mask of padding where the order of tokens masks enough: a GPU's fastest kernels take none."""
     alone: Rewrite = partial(_edit, lambda model: replace_masks(model, causal=True, padding=False))
     first = [("causal mask alone", alone)]
-    masks: list[Step] = [first + step if step and step[0][0] == "causal mask" else step for step in rewrites]
+    return [first + step if step and step[0][0] == "causal mask" else step for step in rewrites]
+
+
+def for_cuda(rewrites: list[Step], context: int) -> list[Step]:
+    """The same with what ONNX Runtime needs on a GPU: products inside attention, and no search in integers."""
     held: Rewrite = partial(_edit, take_in_products)
     return [
-        *masks,
+        *by_order(rewrites),
         [("packed attention", held)],
         [("end of text", partial(_edit, lambda model: find_in_float(model, context)))],
     ]

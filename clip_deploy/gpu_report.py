@@ -14,7 +14,7 @@ TUTORIAL = {
     "ONNX and TensorRT": ("trt-fp16", 8, 1.5),
 }
 COMPILERS = ("torch-compile-", "trt-", "ort-trt-")  # what a user would reach for first
-OURS = ("aoti-", "ort-cuda-")  # our own fused graphs
+OURS = ("torch-fused-", "aoti-", "ort-cuda-")  # our own fused graphs
 TIMED = (
     "Timed: one call on inputs that lie on the GPU already, until the GPU has done its work, by the host's clock; the "
     "way there and back, decoding and preprocessing are not in it."

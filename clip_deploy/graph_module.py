@@ -1,7 +1,8 @@
-"""A fused ONNX graph as a PyTorch module, so that PyTorch's compilers get the graph that the other runtimes get.
+"""A fused ONNX graph as a PyTorch module, so that PyTorch's compilers and kernels get the graph that others get.
 
-Products with their bias become linear layers, attention becomes scaled_dot_product_attention. What an exporter computes
-of shapes is done on Python's integers, symbolic ones while torch.export traces, so that one program serves every batch.
+Products with their bias and activation become one step, and so do attention over a packed product and a sum with its
+normalisation: `operators` says what runs them. What an exporter computes of shapes is done on Python's integers,
+symbolic ones while torch.export traces, so that one program serves every batch.
 """
 
 from collections.abc import Callable
@@ -38,16 +39,54 @@ class Step:
     outputs: list[str]
 
 
+class Operators:
+    """What nearly all of a tower's time goes into, in PyTorch's own operators; `rows` are [batch, tokens, width]."""
+
+    def linear(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None = None, activation: "Activation | None" = None
+    ) -> Tensor:
+        """rows @ weight.T + bias, then the activation; weight is [out, in]."""
+        product = F.linear(rows, weight, bias)
+        return product if activation is None else activation(product)
+
+    def attend(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+        """Attention over queries, keys and values, [batch, tokens, 3 * width]; gives [batch, tokens, width]."""
+        return _attention(*packed.chunk(3, -1), num_heads=heads, scale=scale, unidirectional=int(causal))
+
+    def add_and_normalise(
+        self,
+        rows: Tensor,
+        skip: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        added: Tensor | None = None,
+        *,
+        epsilon: float,
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of rows, skip and `added` [width], normalised, and the sum itself."""
+        total = rows + skip if added is None else rows + added + skip
+        return F.layer_norm(total, weight.shape, weight, bias, epsilon), total
+
+    def cut_patches(self, pixels: Tensor, size: tuple[int, int], floating: torch.dtype) -> Tensor:
+        """The image's patches of `size`, row by row: [batch, channels, height, width] to [batch, patches, values]."""
+        tall, wide = size
+        grid = pixels.to(floating).unflatten(3, (-1, wide)).unflatten(2, (-1, tall))
+        return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
 class GraphModule(nn.Module):
     """A fused tower: takes the graph's inputs in their order and gives its first output, as float32.
 
     Raises UnavailableError where the graph has an operator that is not known here.
     """
 
-    def __init__(self, model: ir.Model, floating: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: ir.Model, floating: torch.dtype = torch.float32, operators: Operators | None = None
+    ) -> None:
         """`floating`: what float32 becomes inside the graph, its weights and casts included."""
         super().__init__()
         self.floating = floating
+        self.operators = operators or Operators()
         self.inputs = [value.name or "" for value in model.graph.inputs]
         self.output = model.graph.outputs[0].name or ""
         self.integers: dict[str, np.ndarray] = {}  # of shapes and axes
@@ -56,6 +95,7 @@ class GraphModule(nn.Module):
         self._biases, self._folded = _biases(model.graph)
         for node in model.graph:
             self._add(node)
+        self._drop_unread()
         for name, value in model.graph.initializers.items():
             if any(name in step.inputs for step in self.steps):
                 self._hold(name, value.const_value.numpy())
@@ -80,19 +120,31 @@ class GraphModule(nn.Module):
         if node in self._folded:
             return
         if weight is not None and weight.ndim == 2:
-            bias, output = self._biases.get(node, (None, node.outputs[0]))
-            names = [
-                self._hold(f"{node.name}_{part}", held)
-                for part, held in (("w", weight.T), ("b", bias))
-                if held is not None
-            ]
-            self.steps.append(Step(F.linear, [inputs[0], *names], [output.name or ""]))
+            self._add_product(node, weight)
         elif node.op_type == "Constant":
             self._hold(outputs[0], attributes["value"].numpy())
+        elif node.op_type == "Transpose" and (cut := _cut_patches(node)):
+            source, size, patches, dtype = cut
+            floating = self.floating if dtype is torch.float32 else dtype
+            call = partial(self.operators.cut_patches, size=size, floating=floating)
+            self.steps.append(Step(call, [source.name or ""], [patches.outputs[0].name or ""]))
+            self._folded.add(patches)
+        elif node.op_type == "Split" and (attention := self._packed_by(node)):
+            heads, causal = attention.attributes.get_int("num_heads"), attention.attributes.get_int("unidirectional", 0)
+            scale = attention.attributes.get_float("scale", 0.0)
+            call = partial(self.operators.attend, heads=heads, scale=scale, causal=bool(causal))
+            self.steps.append(Step(call, inputs[:1], [attention.outputs[0].name or ""]))
+            self._folded.add(attention)
         elif node.op_type == "MultiHeadAttention":
             if node in self._biases:  # its products add them
                 inputs[3] = ""
             self.steps.append(Step(partial(_attention, **attributes), inputs, outputs))
+        elif node.op_type == "SkipLayerNormalization":
+            call = partial(self.operators.add_and_normalise, epsilon=attributes["epsilon"])
+            total = outputs[3] if len(outputs) > 3 else ""
+            self.steps.append(Step(call, inputs, [outputs[0], total or f"{outputs[0]}_total"]))
+        elif node.op_type == "Shape" and (cast := node.inputs[0].producer()) and cast.op_type == "Cast":
+            self.steps.append(Step(partial(_shape, **attributes), [cast.inputs[0].name or ""], outputs))
         elif node.op_type == "Cast":
             dtype = DTYPES[ir.DataType(attributes["to"])]
             dtype = self.floating if dtype is torch.float32 else dtype
@@ -101,6 +153,40 @@ class GraphModule(nn.Module):
             self.steps.append(Step(partial(OPERATORS[node.op_type], **attributes), inputs, outputs))
         else:
             raise UnavailableError(f"the graph has {node.op_type}, which has no PyTorch counterpart here")
+
+    def _add_product(self, node: ir.Node, weight: np.ndarray) -> None:
+        """A product with its bias, and with the activation that alone reads it."""
+        bias, output = self._biases.get(node, (None, node.outputs[0]))
+        names = [
+            self._hold(f"{node.name}_{part}", held) for part, held in (("w", weight.T), ("b", bias)) if held is not None
+        ]
+        call: Callable[..., Tensor] = self.operators.linear
+        users = [use.node for use in output.uses()]
+        if len(users) == 1 and users[0].op_type in ACTIVATIONS and len(users[0].inputs) == 1:
+            settings = {name: attribute.value for name, attribute in users[0].attributes.items()}
+            call = partial(call, activation=Activation(users[0].op_type, **settings))
+            output = users[0].outputs[0]
+            self._folded.add(users[0])
+        self.steps.append(Step(call, [node.inputs[0].name, *names], [output.name or ""]))
+
+    def _drop_unread(self) -> None:
+        """Leave out steps whose outputs no other reads: a shape needs no cast, a fused step not its parts."""
+        read, kept = {self.output}, []
+        for step in reversed(self.steps):
+            if read & set(step.outputs):
+                kept.append(step)
+                read |= set(step.inputs) - {""}
+        self.steps = kept[::-1]
+
+    def _packed_by(self, split: ir.Node) -> ir.Node | None:
+        """The attention that takes all three parts of a packed product, with no mask but the order of tokens."""
+        users = {use.node for value in split.outputs for use in value.uses()}
+        attention = users.pop() if len(users) == 1 else None
+        if attention is None or attention not in self._biases or list(attention.inputs[:3]) != list(split.outputs):
+            return None
+        padding, added = ([*attention.inputs, *[None] * 3])[4:6]
+        causal = attention.attributes.get_int("unidirectional", 0)
+        return attention if added is None and (padding is None or causal) else None
 
     def _hold(self, name: str, content: np.ndarray) -> str:
         """Keep a constant: short integers for shapes, all else as a buffer."""
@@ -159,6 +245,20 @@ def _attention_biases(attention: ir.Node) -> Biases | None:
             return None
         found[product] = (np.concatenate([parts[value] for value in maker.outputs]), product.outputs[0])
     return found
+
+
+def _cut_patches(transpose: ir.Node) -> tuple[ir.Value, tuple[int, int], ir.Node, torch.dtype] | None:
+    """What patches.multiply_patches wrote: the image before any cast, a patch's size, the last node, its type."""
+    grid, patches = transpose.inputs[0].producer(), [use.node for use in transpose.outputs[0].uses()]
+    shape = array(grid.inputs[1]) if grid is not None and grid.op_type == "Reshape" else None
+    whole = shape is not None and len(patches) == 1 and patches[0].op_type == "Reshape"
+    if grid is None or shape is None or not whole or list(transpose.attributes["perm"].as_ints()) != [0, 2, 4, 1, 3, 5]:
+        return None
+    image, dtype = grid.inputs[0], DTYPES[grid.inputs[0].dtype or ir.DataType.FLOAT]
+    cast = image.producer()
+    if cast is not None and cast.op_type == "Cast":
+        image, dtype = cast.inputs[0], DTYPES[ir.DataType(cast.attributes.get_int("to", 1))]
+    return image, (int(shape[3]), int(shape[5])), patches[0], dtype
 
 
 def _is_linear(node: ir.Node) -> bool:
@@ -296,16 +396,8 @@ def _divide(first: Any, second: Any) -> Any:
     return first // second
 
 
-def _quick_gelu(tensor: Tensor, alpha: float = 1.702) -> Tensor:
-    return tensor * torch.sigmoid(alpha * tensor)
-
-
-def _gelu(tensor: Tensor, approximate: str = "none") -> Tensor:
-    return F.gelu(tensor, approximate=approximate)
-
-
-def _fast_gelu(tensor: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.gelu(tensor if bias is None else tensor + bias, approximate="tanh")
+def _activate(tensor: Tensor, bias: Tensor | None = None, *, kind: str, **settings: Any) -> Tensor:
+    return Activation(kind, **settings)(tensor if bias is None else tensor + bias)
 
 
 def _normalise(
@@ -327,6 +419,27 @@ def _transpose(tensor: Tensor, perm: list[int]) -> Tensor:
     return tensor.permute(*perm)
 
 
+@dataclass(frozen=True)
+class Activation:
+    """Gelu, FastGelu (its approximation by tanh) or QuickGelu, as ONNX and com.microsoft define them."""
+
+    kind: str
+    approximate: str = "none"  # of Gelu, "tanh" or "none"
+    alpha: float = 1.702  # of QuickGelu
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if self.kind == "QuickGelu":
+            return tensor * torch.sigmoid(self.alpha * tensor)
+        return F.gelu(tensor, approximate=self.form)
+
+    @property
+    def form(self) -> str:
+        """Of Gelu, "tanh" or "none"."""
+        return "tanh" if self.kind == "FastGelu" else self.approximate
+
+
+ACTIVATIONS = ("Gelu", "FastGelu", "QuickGelu")
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": partial(_pair, lambda first, second: first + second),
     "And": partial(_pair, lambda first, second: first & second),
@@ -336,17 +449,14 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Div": partial(_pair, _divide),
     "Equal": partial(_pair, lambda first, second: first == second),
     "Expand": _expand,
-    "FastGelu": _fast_gelu,
     "Gather": _gather,
     "GatherND": _gather_rows,
-    "Gelu": _gelu,
     "Identity": lambda value: value,
     "LayerNormalization": _normalise,
     "LessOrEqual": partial(_pair, lambda first, second: first <= second),
     "MatMul": lambda first, second: first @ second,
     "Mod": partial(_pair, lambda first, second: first % second),
     "Mul": partial(_pair, lambda first, second: first * second),
-    "QuickGelu": _quick_gelu,
     "Range": _range,
     "Relu": F.relu,
     "Reshape": _reshape,
@@ -361,4 +471,5 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Where": _where,
+    **{kind: partial(_activate, kind=kind) for kind in ACTIVATIONS},
 }

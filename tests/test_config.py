@@ -65,7 +65,7 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
         (
             "precision: fp16}",
             "precision: bf16, provider: tensorrt}",
-            r"bf16 is for provider own; with tensorrt, accepted are fp32, fp16",
+            r"bf16 is not for provider tensorrt; accepted are fp32, fp16",
         ),
         (
             "torchscript-bf16: {precision: bf16}",

@@ -1,7 +1,10 @@
 """On a GPU: every runtime there gives the reference's embeddings, and what is timed is what is checked."""
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from clip_deploy import gpu
 from clip_deploy.aoti_export import export_aoti
 from clip_deploy.checkpoint import export_torch
+from clip_deploy.core import environment
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import (
     BenchmarkConfig,
@@ -32,11 +36,19 @@ from clip_deploy.validation import validate
 
 CUDA = Device.cuda
 GATES = GatesConfig(fp32=Gate(min_cosine=0.9999), fp16=Gate(min_cosine=0.999), bf16=Gate(min_cosine=0.99))
+
+
+def fused(precision):
+    return OptimizeConfig(precision=precision, provider=Provider.torch, skip_layer_norm=True)
+
+
 BUILDS = {
     "torch-fp16": lambda s, folder: export_torch(s.checkpoint, TorchConfig(Precision.fp16), CUDA, folder),
     "torch-bf16": lambda s, folder: export_torch(s.checkpoint, TorchConfig(Precision.bf16), CUDA, folder),
     "torch-compile-fp16": lambda s, folder: export_torch(s.checkpoint, TorchConfig(Precision.fp16, True), CUDA, folder),
     "torchscript-fp16": lambda s, folder: export_torchscript(s.checkpoint, Precision.fp16, folder, CUDA),
+    "torch-fused-fp16": lambda s, folder: optimize(s.onnx, fused(Precision.fp16), s.calibration, folder, CUDA),
+    "torch-fused-bf16": lambda s, folder: optimize(s.onnx, fused(Precision.bf16), s.calibration, folder, CUDA),
     "aoti-fp16": lambda s, folder: export_aoti(s.onnx, Precision.fp16, s.calibration, folder, CUDA),
     "ort-cuda-fp32": lambda s, folder: optimize(s.onnx, OptimizeConfig(), s.calibration, folder, CUDA),
     "ort-cuda-fp16": lambda s, folder: optimize(
@@ -140,6 +152,33 @@ def test_energy_is_counted_over_the_images_that_it_encoded(monkeypatch):
     assert power["j_per_1000_images"] == 1000 * 50.0 / 3200
     assert power["clock_mhz"] == [345, 1980]
     assert [request["batch"] for request in asked if "batch" in request] == [32]
+
+
+def test_of_several_gpus_the_one_that_cuda_shows_is_measured(monkeypatch):
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    for visible, handle in ((None, 0), ("1", 1), ("3,2", 3), ("GPU-5a", "GPU-5a")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu._nvml.__wrapped__() == (nvml, handle)
+
+
+def test_gpus_are_those_that_cuda_shows(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho $@\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert environment.gpus() == ["--query-gpu=name,memory.total,driver_version --format=csv,noheader"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert environment.gpus() == ["-i 1 --query-gpu=name,memory.total,driver_version --format=csv,noheader"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert environment.gpus() == []
 
 
 def test_nvml_that_is_missing_measures_nothing(monkeypatch):

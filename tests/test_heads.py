@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -17,16 +18,19 @@ from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import (
     AccuracyBudget,
     DataConfig,
+    Device,
     Gate,
     GatesConfig,
     OnnxConfig,
     OptimizeConfig,
     Precision,
+    Provider,
     Quantization,
     QuantizeConfig,
 )
 from clip_deploy.dataset import load
 from clip_deploy.fusion import optimize
+from clip_deploy.graph_module import GraphModule
 from clip_deploy.onnx_export import export_onnx
 from clip_deploy.prepared import load_prepared, write_prepared
 from clip_deploy.quantization import quantize
@@ -108,6 +112,19 @@ def test_fp16_keeps_what_is_around_the_encoder_in_fp32(exported, images, sets, t
     record = check(folder, images)
     assert record["pixels"]["max_diff"] <= 1.01
     assert record["classifier"]["agreement_percent"] > 98
+
+
+def test_what_pytorch_runs_with_our_kernels_is_the_encoder_alone(exported, sets, tmp_path):
+    settings = OptimizeConfig(precision=Precision.fp16, provider=Provider.torch, skip_layer_norm=True)
+    target = optimize(exported, settings, load_prepared(sets / "calibration"), tmp_path, Device.cuda)
+    assert (target.runtime, target.precision, target.device) == ("fused", "fp16", "cuda")
+    assert (target.image_input, target.model["normalize"], target.model["classifier"]) == ("pixel_values", False, None)
+    steps = [step.call for step in GraphModule(ir.load(tmp_path / "vision.onnx")).steps]
+    named = [getattr(call, "func", call).__name__ for call in steps]
+    layers = target.model["towers"]["vision"]["layers"]
+    assert [named.count(name) for name in ("cut_patches", "attend")] == [1, layers - 1]  # the last takes one query
+    assert named.count("add_and_normalise") >= 2 * (layers - 1)
+    assert not {"_quick_gelu", "_gelu", "_cast"} & set(named[:-1])
 
 
 @pytest.mark.parametrize("method", Quantization)

@@ -49,10 +49,11 @@ class Device(Enum):
 
 
 class Provider(Enum):
-    """What runs a graph in ONNX Runtime."""
+    """What runs an optimized graph."""
 
-    own = "own"  # its own kernels, for the CPU or CUDA
-    tensorrt = "tensorrt"
+    own = "own"  # ONNX Runtime's own kernels, for the CPU or CUDA
+    tensorrt = "tensorrt"  # TensorRT inside ONNX Runtime
+    torch = "torch"  # PyTorch with our kernels, on a GPU
 
 
 class Quantization(Enum):
@@ -251,7 +252,7 @@ class OptimizeConfig:
         if self.precision is Precision.int8:
             raise ConfigError("optimize: precision int8 is made by `quantize`; accepted are fp32, fp16, bf16")
         if self.precision is Precision.bf16 and self.provider is Provider.tensorrt:
-            raise ConfigError("optimize: precision bf16 is for provider own; with tensorrt, accepted are fp32, fp16")
+            raise ConfigError("optimize: precision bf16 is not for provider tensorrt; accepted are fp32, fp16")
 
 
 @dataclass
@@ -387,8 +388,8 @@ def _misplaced(section: str, settings: Any, device: Device) -> str | None:
     """Why a target has no place on the device."""
     if device is Device.cpu and section == "build_engine":
         return "is made for a GPU"
-    if device is Device.cpu and section == "optimize" and settings.provider is Provider.tensorrt:
-        return "has provider tensorrt, which runs on a GPU"
+    if device is Device.cpu and section == "optimize" and settings.provider is not Provider.own:
+        return f"has provider {settings.provider.value}, which runs on a GPU"
     if device is Device.cpu and section == "optimize" and settings.precision is Precision.bf16:
         return "is bf16, in which ONNX Runtime has products on a GPU only"
     if device is Device.cuda and section in ("export_openvino", "quantize"):

@@ -11,7 +11,7 @@ import numpy as np
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.errors import DeployError, UnavailableError
 
-RUNTIMES = ("eager", "compiled", "torchscript", "aoti", "ort", "ort_tensorrt", "openvino", "tensorrt")
+RUNTIMES = ("eager", "compiled", "torchscript", "aoti", "fused", "ort", "ort_tensorrt", "openvino", "tensorrt")
 
 
 class Encoder(Protocol):

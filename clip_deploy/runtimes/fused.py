@@ -1,0 +1,30 @@
+"""Fused ONNX graphs, run on a GPU by PyTorch with our kernels and replayed as CUDA graphs. Needs no transformers."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from clip_deploy.core.artifact import Target
+from clip_deploy.core.errors import UnavailableError
+from clip_deploy.graph_module import GraphModule
+from clip_deploy.runtimes import pytorch
+
+FLOATING = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}  # a graph in FP16 says so itself
+
+
+class Encoder(pytorch.Encoder):
+    graphs = True
+
+    def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
+        try:
+            from clip_deploy.runtimes.tuning import TunedOperators
+        except ModuleNotFoundError as error:
+            raise UnavailableError(f"{error.name} is not installed: it comes with PyTorch for CUDA") from error
+        operators = TunedOperators()
+        return {
+            tower: GraphModule(ir.load(folder / f"{tower}.onnx"), FLOATING[target.precision], operators).to(
+                target.device
+            )
+            for tower in ("vision", "text")
+        }

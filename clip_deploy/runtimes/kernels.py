@@ -1,0 +1,295 @@
+"""Kernels for NVIDIA GPUs, in Triton (https://triton-lang.org), for what the libraries leave in several passes.
+
+An encoder's products are short (a width of 512 to 1,024), so what stands between them, reading and writing every row,
+takes long beside them. One kernel multiplies, adds the bias and applies the activation; one attends straight from the
+packed product; one adds the skip connection and normalises; one cuts an image into patches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from clip_deploy.graph_module import Activation
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _activated(x, alpha, KIND: tl.constexpr):
+    if KIND == "QuickGelu":
+        x = x * tl.sigmoid(alpha * x)
+    elif KIND == "tanh":
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif KIND == "erf":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product(
+    rows,
+    weight,
+    output,
+    bias,
+    M,
+    N,
+    K,
+    alpha,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """output [M, N] = activation(rows [M, K] @ weight [N, K].T + bias), by programs that take tile after tile."""
+    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
+        first = tile // (GROUP * across) * GROUP  # tiles that share weights are taken together
+        height = tl.minimum(down - first, GROUP)
+        row = (first + tile % (GROUP * across) % height) * BLOCK_M
+        column = tile % (GROUP * across) // height * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for step in range(tl.cdiv(K, BLOCK_K)):
+            left = rows.load([row, step * BLOCK_K])
+            right = weight.load([column, step * BLOCK_K])
+            total = tl.dot(left, right.T, total)
+        if HAS_BIAS:
+            columns = column + tl.arange(0, BLOCK_N)
+            total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        output.store([row, column], _activated(total, alpha, KIND).to(output.dtype))
+
+
+@triton.jit
+def _cut(
+    pixels,
+    patches,
+    across,
+    channels: tl.constexpr,
+    tall: tl.constexpr,
+    wide: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One patch of one image: [channels, tall, wide] of it in one row."""
+    patch, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    size: tl.constexpr = channels * tall * wide
+    inside = place < size
+    channel, row, column = place // (tall * wide), place // wide % tall, place % wide
+    width, count = across * wide, tl.num_programs(0)
+    start = (image * channels + channel) * count * (tall * wide) + (patch // across * tall + row) * width
+    values = tl.load(pixels + start + patch % across * wide + column, mask=inside)
+    tl.store(patches + (image * count + patch) * size + place, values.to(patches.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activate(values, count, alpha, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < count
+    x = tl.load(values + places, mask=inside).to(tl.float32)
+    tl.store(values + places, _activated(x, alpha, KIND).to(values.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attend(
+    packed,
+    output,
+    tokens,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One head of one row's attention for BLOCK_Q queries; softmax is taken over the keys block by block."""
+    batch, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    width: tl.constexpr = HEADS * HEAD
+    columns = head * HEAD + tl.arange(0, HEAD)
+    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    packed += batch * tokens * 3 * width
+    q = tl.load(packed + query[:, None] * (3 * width) + columns[None, :], mask=query[:, None] < tokens, other=0.0)
+    highest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    weights = tl.zeros((BLOCK_Q,), tl.float32)
+    total = tl.zeros((BLOCK_Q, HEAD), tl.float32)
+    end = tokens
+    if CAUSAL:
+        end = tl.minimum(tokens, (tl.program_id(0) + 1) * BLOCK_Q)
+    for start in range(0, end, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        place = packed + key[:, None] * (3 * width) + columns[None, :]
+        k = tl.load(place + width, mask=key[:, None] < tokens, other=0.0)
+        v = tl.load(place + 2 * width, mask=key[:, None] < tokens, other=0.0)
+        seen = key[None, :] < tokens
+        if CAUSAL:
+            seen = seen & (key[None, :] <= query[:, None])
+        scores = tl.where(seen, tl.dot(q, k.T) * scale, -float("inf"))
+        above = tl.maximum(highest, tl.max(scores, 1))
+        shrink, shares = tl.exp2(highest - above), tl.exp2(scores - above[:, None])
+        weights = weights * shrink + tl.sum(shares, 1)
+        total = tl.dot(shares.to(v.dtype), v, total * shrink[:, None])
+        highest = above
+    output += batch * tokens * width
+    place = output + query[:, None] * width + columns[None, :]
+    tl.store(place, (total / weights[:, None]).to(output.dtype.element_ty), mask=query[:, None] < tokens)
+
+
+@triton.jit
+def _add_and_normalise(
+    rows,
+    skip,
+    added,
+    gain,
+    shift,
+    normalised,
+    total,
+    width,
+    epsilon,
+    HAS_ADDED: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    place = tl.program_id(0).to(tl.int64) * width + columns
+    x = tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(skip + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ADDED:
+        x += tl.load(added + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(total + place, x.to(total.dtype.element_ty), mask=inside)
+    x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
+    x *= tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        x += tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normalised + place, x.to(normalised.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut: a program's tile, and how it is pipelined."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    warps: int
+    together: int = 1  # programs on a multiprocessor
+
+    def __str__(self) -> str:
+        return f"{self.m} x {self.n} x {self.k}, {self.stages} stages, {self.warps} warps, {self.together} together"
+
+
+LARGE = (
+    Tiles(128, 256, 64, 3, 8),
+    Tiles(128, 128, 64, 4, 8),
+    Tiles(128, 128, 64, 2, 4, 2),
+    Tiles(64, 256, 64, 4, 4),
+    Tiles(64, 128, 64, 3, 4, 2),
+)
+SMALL = (Tiles(64, 128, 64, 4, 4), Tiles(64, 64, 128, 4, 4), Tiles(64, 32, 128, 5, 4), Tiles(64, 16, 128, 6, 4))
+GROUP = 8  # rows of tiles that are taken together
+QUERIES = (
+    (16, 64, 1),
+    (32, 32, 2),
+    (32, 128, 4),
+    (64, 64, 4),
+    (128, 128, 8),
+    (128, 64, 4),
+)  # block of queries, of keys, warps
+
+
+def by_library(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+    """cuBLAS, and a pass for the activation behind it."""
+    if activation is not None and _form(activation) == "tanh" and bias is not None:
+        return torch._addmm_activation(bias, rows, weight.T, use_gelu=True)
+    product = F.linear(rows, weight, bias)
+    if activation is not None:
+        block = 2048
+        grid = (triton.cdiv(product.numel(), block),)
+        _activate[grid](product, product.numel(), activation.alpha, _form(activation), block)
+    return product
+
+
+def by_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None, tiles: Tiles) -> Tensor:
+    """One kernel for product, bias and activation."""
+    (count, depth), width = rows.shape, len(weight)
+    output = torch.empty(count, width, dtype=rows.dtype, device=rows.device)
+    programs = min(tiles.together * _multiprocessors(), triton.cdiv(count, tiles.m) * triton.cdiv(width, tiles.n))
+    _product[(programs,)](
+        TensorDescriptor.from_tensor(rows, [tiles.m, tiles.k]),
+        TensorDescriptor.from_tensor(weight, [tiles.n, tiles.k]),
+        TensorDescriptor.from_tensor(output, [tiles.m, tiles.n]),
+        bias,
+        count,
+        width,
+        depth,
+        activation.alpha if activation else 1.0,
+        _form(activation),
+        bias is not None,
+        tiles.m,
+        tiles.n,
+        tiles.k,
+        GROUP,
+        num_stages=tiles.stages,
+        num_warps=tiles.warps,
+    )
+    return output
+
+
+def _form(activation: Activation | None) -> str:
+    if activation is None:
+        return ""
+    return "QuickGelu" if activation.kind == "QuickGelu" else {"tanh": "tanh", "none": "erf"}[activation.form]
+
+
+def _multiprocessors() -> int:
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 4
+
+
+def attend(packed: Tensor, heads: int, scale: float, causal: bool, blocks: tuple[int, int, int]) -> Tensor:
+    batch, tokens, width = packed.shape
+    output = torch.empty(batch, tokens, width // 3, dtype=packed.dtype, device=packed.device)
+    queries, keys, warps = blocks
+    grid = (triton.cdiv(tokens, queries), batch * heads)
+    head = width // 3 // heads
+    _attend[grid](packed, output, tokens, scale * LOG2_E, heads, head, causal, queries, keys, num_warps=warps)
+    return output
+
+
+def cut_patches(pixels: Tensor, size: tuple[int, int], floating: torch.dtype) -> Tensor:
+    images, channels, height, width = pixels.shape
+    tall, wide = size
+    count, long = height // tall * (width // wide), channels * tall * wide
+    patches = torch.empty(images, count, long, dtype=floating, device=pixels.device)
+    block = triton.next_power_of_2(long)
+    _cut[(count, images)](pixels.contiguous(), patches, width // wide, channels, tall, wide, block, num_warps=8)
+    return patches
+
+
+def add_and_normalise(
+    rows: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    width = rows.shape[-1]
+    normalised, total = torch.empty_like(rows), torch.empty_like(rows)
+    _add_and_normalise[(rows.numel() // width,)](
+        rows,
+        skip,
+        added,
+        weight,
+        bias,
+        normalised,
+        total,
+        width,
+        epsilon,
+        added is not None,
+        bias is not None,
+        triton.next_power_of_2(width),
+        num_warps=4,
+    )
+    return normalised, total

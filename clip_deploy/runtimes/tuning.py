@@ -1,0 +1,97 @@
+"""A tower's operators on a GPU: our kernels or a library's, whichever is the faster for a shape.
+
+Each shape is timed once in a process, when it is first met; the fastest way is kept.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from clip_deploy.graph_module import Activation, Operators
+from clip_deploy.runtimes import kernels
+
+SHORTEST = 16  # a block of queries that the tensor cores take
+FEW_ROWS = 256  # of a product, which then has too few large tiles for all multiprocessors
+LONGEST = 128  # tokens that our attention takes; longer sequences go to PyTorch's kernels
+HEADS = (16, 32, 64, 128)  # widths of a head that the tensor cores take
+CALLS, TRIES = 8, 9  # of each way that is timed: calls in a CUDA graph, and replays, whose median counts
+
+
+class TunedOperators(Operators):
+    """The operators of a tower in float16 or bfloat16 on a GPU."""
+
+    def __init__(self) -> None:
+        self.fastest: dict[tuple, Callable[..., Any]] = {}  # by operator and shapes
+
+    def linear(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None
+    ) -> Tensor:
+        if rows.dtype is torch.float32 or rows.shape[-1] % 8 or weight.shape[0] % 8:
+            return super().linear(rows, weight, bias, activation)
+        flat = rows.reshape(-1, rows.shape[-1])
+        key = ("linear", flat.shape, weight.shape, bias is None, activation, rows.dtype)
+        product = self._choose(key, _ways_to_multiply(len(flat), activation), flat, weight, bias, activation)
+        return product.view(*rows.shape[:-1], weight.shape[0])
+
+    def attend(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+        _, tokens, width = packed.shape
+        head = width // 3 // heads
+        if packed.dtype is torch.float32 or tokens > LONGEST or head not in HEADS:
+            return super().attend(packed, heads, scale, causal)
+        fit = [blocks for blocks in kernels.QUERIES if blocks[0] <= max(SHORTEST, 2 * tokens)]
+        ways = [partial(kernels.attend, blocks=blocks) for blocks in fit]
+        return self._choose(("attend", packed.shape, heads, causal), ways, packed, heads, scale or head**-0.5, causal)
+
+    def add_and_normalise(
+        self,
+        rows: Tensor,
+        skip: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        added: Tensor | None = None,
+        *,
+        epsilon: float,
+    ) -> tuple[Tensor, Tensor]:
+        if not rows.is_contiguous() or not skip.is_contiguous() or rows.shape != skip.shape:
+            return super().add_and_normalise(rows, skip, weight, bias, added, epsilon=epsilon)
+        return kernels.add_and_normalise(rows, skip, weight, bias, added, epsilon)
+
+    def cut_patches(self, pixels: Tensor, size: tuple[int, int], floating: torch.dtype) -> Tensor:
+        return kernels.cut_patches(pixels, size, floating)
+
+    def _choose(self, key: tuple, ways: Sequence[Callable[..., Tensor]], *given: Any) -> Tensor:
+        """Call the fastest way for these shapes; time all where they are new."""
+        if key not in self.fastest:
+            self.fastest[key] = min(ways, key=lambda way: median_ms(way, given))
+        return self.fastest[key](*given)
+
+
+def median_ms(way: Callable[..., Tensor], given: tuple[Any, ...]) -> float:
+    """Milliseconds of a call on the GPU, replayed from a CUDA graph; infinite where it needs more than this GPU has."""
+    try:
+        way(*given)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+    torch.cuda.synchronize()
+    graph, marks = torch.cuda.CUDAGraph(), [torch.cuda.Event(enable_timing=True) for _ in range(TRIES + 1)]
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(CALLS):
+            way(*given)
+    graph.replay()
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in pairwise(marks))[TRIES // 2] / CALLS
+
+
+def _ways_to_multiply(rows: int, activation: Activation | None) -> list[Callable[..., Tensor]]:
+    """cuBLAS is taken unasked where there are many rows and nothing to fuse."""
+    tiles = kernels.SMALL if rows <= FEW_ROWS else kernels.LARGE if activation else ()
+    return [kernels.by_library, *(partial(kernels.by_tiles, tiles=item) for item in tiles)]

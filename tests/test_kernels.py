@@ -1,0 +1,83 @@
+"""Our kernels give what PyTorch's operators give: on a GPU where there is one, else in Triton's interpreter."""
+
+import shutil
+
+import pytest
+import torch
+
+from clip_deploy.graph_module import Activation, Operators
+
+ON_GPU = shutil.which("nvidia-smi") is not None
+kernels = pytest.importorskip("clip_deploy.runtimes.kernels", exc_type=ModuleNotFoundError)
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+LIBRARY = Operators()
+
+
+def random(*shape, dtype=torch.float16, scale=1.0):
+    generator = torch.Generator().manual_seed(len(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def whole(tensor):
+    return None if tensor is None else tensor.float()
+
+
+@pytest.mark.parametrize("blocks", kernels.QUERIES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("batch", "tokens", "heads", "width"), [(2, 50, 4, 64), (1, 77, 2, 64), (3, 9, 2, 32)])
+def test_attention_takes_its_parts_from_the_packed_product(batch, tokens, heads, width, causal, blocks):
+    packed = random(batch, tokens, 3 * heads * width)
+    expected = LIBRARY.attend(packed.float(), heads, 0.125, causal)
+    actual = kernels.attend(packed, heads, 0.125, causal, blocks)
+    torch.testing.assert_close(actual.float(), expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("activation", [None, *map(Activation, ("QuickGelu", "Gelu", "FastGelu"))])
+@pytest.mark.parametrize("tiles", [kernels.LARGE[0], kernels.SMALL[-1]], ids=str)
+def test_a_product_adds_its_bias_and_applies_its_activation(tiles, activation, dtype):
+    rows, weight, bias = random(70, 96, dtype=dtype), random(160, 96, dtype=dtype, scale=0.1), random(160, dtype=dtype)
+    tolerance = 3e-3 if dtype is torch.float16 else 2e-2
+    for added in (bias, None):
+        expected = LIBRARY.linear(rows.float(), weight.float(), whole(added), activation)
+        actual = kernels.by_tiles(rows, weight, added, activation, tiles)
+        torch.testing.assert_close(actual.float(), expected, atol=tolerance, rtol=tolerance)
+        if ON_GPU or activation is None or activation.kind != "FastGelu":  # cuBLAS's own GELU has no CPU counterpart
+            library = kernels.by_library(rows, weight, added, activation)
+            torch.testing.assert_close(library.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("has_added", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_sum_is_normalised_and_kept(has_bias, has_added):
+    rows, skip, weight = random(3, 7, 96), random(3, 7, 96), random(96)
+    bias, added = random(96) if has_bias else None, random(96) if has_added else None
+    given = (rows, skip, weight, bias, added)
+    expected = LIBRARY.add_and_normalise(*map(whole, given), epsilon=1e-5)
+    actual = kernels.add_and_normalise(*given, 1e-5)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (2, 6), (8, 3)])
+def test_patches_are_cut_row_by_row_and_rounded(size):
+    pixels = random(2, 3, 8, 12, dtype=torch.float32)
+    assert torch.equal(
+        kernels.cut_patches(pixels, size, torch.float16), LIBRARY.cut_patches(pixels, size, torch.float16)
+    )
+
+
+@pytest.mark.gpu
+def test_the_fastest_way_is_found_once_for_each_shape(monkeypatch):
+    from clip_deploy.runtimes import tuning
+
+    timed, operators = [], tuning.TunedOperators()
+    measure = tuning.median_ms
+    monkeypatch.setattr(tuning, "median_ms", lambda way, given: timed.append(way) or measure(way, given))
+    rows, weight = random(64, 128), random(256, 128)
+    first = operators.linear(rows, weight)
+    count = len(timed)
+    assert count > 1
+    torch.testing.assert_close(operators.linear(rows, weight), first)
+    assert len(timed) == count
