@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from clip_deploy import onnx_graph
@@ -186,7 +185,7 @@ def ranges(model: onnx.ModelProto, batches: Batches, work: Path) -> dict[str, fl
         scan.graph.node.append(helper.make_node("ReduceMax", [f"{name}/abs"], [f"{name}/largest"], keepdims=0))
         scan.graph.output.append(helper.make_tensor_value_info(f"{name}/largest", TensorProto.FLOAT, []))
     onnx_graph.save(ir.from_proto(scan), work / "scan.onnx")
-    session = onnxruntime.InferenceSession(work / "scan.onnx", providers=["CPUExecutionProvider"])
+    session = onnx_graph.open_session(work / "scan.onnx")
     found = np.zeros(len(names))
     for feeds in batches():
         found = np.maximum(found, np.array(session.run(None, feeds)))
@@ -209,7 +208,7 @@ def _magnitude(tensor: TensorProto) -> float:
 
 
 def _refuse_non_finite(path: Path, batches: Batches, precision: str) -> None:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnx_graph.open_session(path)
     for feeds in batches():
         if not all(np.isfinite(output).all() for output in session.run(None, feeds)):
             raise UnavailableError(f"{path.stem} gives NaN or Inf in {precision} on the calibration set")

@@ -1,20 +1,25 @@
-"""What NVML tells of the first GPU: memory of a process, energy, power, clocks. All None where there is none.
+"""What NVML tells of the GPU that CUDA calls the first: memory of a process, energy, power, clocks. Else all None.
 
 Needs nvidia-ml-py (module pynvml). See https://docs.nvidia.com/deploy/nvml-api/.
 """
 
+import os
 from functools import cache
 from typing import Any
 
 
 @cache
 def _nvml() -> tuple[Any, Any] | None:
-    """The module and the first GPU's handle."""
+    """The module and the handle of the first GPU in CUDA_VISIBLE_DEVICES, which NVML itself does not read."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+        by_index = first.isdecimal()
+        return pynvml, (
+            pynvml.nvmlDeviceGetHandleByIndex(int(first)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(first)
+        )
     except Exception:  # missing module, driver or GPU: each has its own class, none of them importable without it
         return None
 

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
+from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DeployError
 
 EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
@@ -113,7 +114,7 @@ def float_tensors(model: onnx.ModelProto, work: Path) -> list[str]:
         onnx.ValueInfoProto(name=name) for node in model.graph.node for name in node.output if name in used
     )
     save(ir.from_proto(typed), work / "types.onnx")
-    session = onnxruntime.InferenceSession(work / "types.onnx", providers=["CPUExecutionProvider"])
+    session = open_session(work / "types.onnx")
     return inputs + [value.name for value in session.get_outputs() if value.type == "tensor(float)"]
 
 
@@ -135,13 +136,20 @@ def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
     return [item.dim_param or item.dim_value for item in value.type.tensor_type.shape.dim]
 
 
+def open_session(graph: Path | bytes, severity: int = 2) -> onnxruntime.InferenceSession:
+    """A graph on the CPU, with a thread for each core left to this process: ONNX Runtime counts those of the machine.
+
+    `severity`: what it logs, from 0 (all) to 4 (fatal errors).
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = cores(), severity
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
 def run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
     """The first output of a graph for `feeds`, on the CPU; DeployError where it does not run."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # the error below says it
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return session.run(None, feeds)[0]
+        return open_session(path, severity=4).run(None, feeds)[0]  # the error below says it
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise DeployError(f"{path.name} does not run: {str(error).splitlines()[0]}") from error
 

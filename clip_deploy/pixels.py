@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
+from clip_deploy import onnx_graph
 from clip_deploy.core.errors import DataError
 from clip_deploy.prepared import Prepared, batches
 from clip_deploy.shell import FRONT
@@ -25,7 +25,7 @@ def pixel_parity(path: Path, prepared: Prepared) -> dict[str, float]:
     if prepared.images is None:
         raise DataError("the prepared set holds no images: run `dvc repro` with onnx.preprocess")
     model, scale = front_of(path)
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnx_graph.open_session(ir.to_proto(model).SerializeToString())
     largest, total, differing, count = 0.0, 0.0, 0, 0
     for group in prepared.images.by_size():
         for part in batches(len(group), BATCH):

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
@@ -88,7 +87,7 @@ class Switched:
             self.switches[tower] = [node.name for node in quantisable(model.graph)]
             switched = work / f"{tower}-switched.onnx"
             onnx_graph.save(ir.from_proto(with_switches(model, rounding[tower])), switched)
-            self.sessions[tower] = onnxruntime.InferenceSession(switched, providers=["CPUExecutionProvider"])
+            self.sessions[tower] = onnx_graph.open_session(switched)
 
     @property
     def names(self) -> list[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader
 
@@ -63,7 +62,7 @@ def _ranges(model: onnx.ModelProto, names: list[str], reader: CalibrationDataRea
     """Largest absolute value of each channel, over all calibration rows."""
     copy = onnx_graph.copy_of(model)
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = onnxruntime.InferenceSession(copy.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnx_graph.open_session(copy.SerializeToString())
     found: dict[str, np.ndarray] = {}
     while (feeds := reader.get_next()) is not None:
         for name, values in zip(names, session.run(names, feeds), strict=True):

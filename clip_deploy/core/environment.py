@@ -47,11 +47,16 @@ def hardware() -> dict:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "gpus": gpus(),
     }
+
+
+def cores() -> int:
+    """Those that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_vnni(instruction_sets: list[str]) -> bool:
@@ -70,10 +75,12 @@ def _processor() -> tuple[str, set[str]]:
 
 
 def gpus() -> list[str]:
-    """Name, memory and driver of each NVIDIA GPU."""
-    if not shutil.which("nvidia-smi"):
+    """Name, memory and driver of each NVIDIA GPU that CUDA_VISIBLE_DEVICES leaves to this process."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not shutil.which("nvidia-smi") or visible == "":
         return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    chosen = ["-i", visible] if visible is not None else []
+    query = ["nvidia-smi", *chosen, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
