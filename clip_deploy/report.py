@@ -47,6 +47,8 @@ class Row:
     matrix_tflops: float | None = None
     placement: dict[str, Any] = field(default_factory=dict)  # tower -> nodes by provider, and whether a CUDA graph
     preprocessed_size: list[int] = field(default_factory=list)  # of the images that it was timed with: height, width
+    runtime: str = ""
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was judged
 
     def timing(self, tower: str, batch: str | None = None) -> dict[str, float]:
         """One tower's timing at a batch size, the smallest if none is named; empty where it was not timed."""
@@ -103,6 +105,8 @@ def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
         matrix_tflops=timed.get("matrix_tflops"),
         placement=checked.get("placement", {}),
         preprocessed_size=timed.get("preprocessed_size", []),
+        runtime=checked.get("runtime", ""),
+        files=checked.get("files", {}),
     )
 
 
@@ -208,8 +212,12 @@ def write_report(
     flows: list[dict[str, Any]],
     output: Path,
     sections: Sequence[str] = (),
+    shipping: dict[str, Any] | None = None,
 ) -> None:
-    """Write report.md (with the lines of `sections`), report.html, metrics.json and plots/*.json into `output`."""
+    """Write report.md (with the lines of `sections`), report.html, metrics.json and plots/*.json into `output`.
+
+    `shipping` is what recommend.shown says.
+    """
     hardware = environment["hardware"]
     on = ", ".join(hardware["gpus"]) if any(row.device == "cuda" for row in rows) else ""
     title = f"{settings['model']} on {on or hardware['cpu']}"
@@ -217,8 +225,8 @@ def write_report(
     for name, content in plots(rows).items():
         write_json(output / "plots" / f"{name}.json", content)
     facts = describe_run(rows, environment, checkpoint, evaluation, settings)
-    write_text(output / "report.md", markdown(title, rows, facts, flows, sections))
-    write_text(output / "report.html", page(title, rows, facts, flows))
+    write_text(output / "report.md", markdown(title, rows, facts, flows, sections, shipping))
+    write_text(output / "report.html", page(title, rows, facts, flows, shipping))
 
 
 def describe_run(
@@ -270,6 +278,7 @@ def markdown(
     facts: dict[str, str],
     flows: Sequence[dict[str, Any]] = (),
     sections: Sequence[str] = (),
+    shipping: dict[str, Any] | None = None,
 ) -> str:
     """The report for a terminal, a pull request or a README."""
     batches = sorted({int(batch) for row in rows for batch in row.timings.get("vision", {})})
@@ -293,7 +302,7 @@ def markdown(
     ]
     lines = [f"# {title}", "", *(f"- **{name}**: {value}" for name, value in facts.items()), ""]
     lines += table(head, [_cells(row) for row in rows])
-    lines += ["", *_reasons(rows)]
+    lines += ["", *_reasons(rows), *_shipping_section(shipping)]
     lines += ["## Batch sizes", "", *_batch_tables(rows, batches)]
     lines += sections
     lines += _flow_section(flows)
@@ -310,8 +319,8 @@ HOW = """
   latencies, reference over target, from processes that took turns on the same cores; the interval is a bootstrap over
   the turns. The row of `torch-fp32` is timed against itself: its interval shows the noise. Compare rows by speed-up:
   latencies of rows that were timed minutes apart carry the machine's drift as well.
-- p90 and p99 are stated only where at least 5 calls lie beyond them; images/s and texts/s are means over all calls.
-  Texts are timed at the model's whole context.
+- p90 and p99 (and the p95 of `recommend`) are stated only where at least 5 calls lie beyond them; images/s and texts/s
+  are means over all calls. Texts are timed at the model's whole context.
 - Both processes keep freed memory (glibc's malloc thresholds are fixed), as a server with a caching allocator does.
 - Memory is the peak resident set above an empty interpreter, libraries included, after the smallest batch.
 - Drop is the reference's zero-shot top-1 minus the target's, with a paired bootstrap interval; a flip is an image
@@ -358,6 +367,15 @@ def _reasons(rows: list[Row]) -> list[str]:
     if shaky := [row.target for row in rows if _is_shaky(row)]:
         lines.append(f"- ~ marks speed-ups that decide nothing: {UNSTABLE.format(target=shaky[0])}")
     return [*lines, ""] if lines else []
+
+
+def _shipping_section(shipping: dict[str, Any] | None) -> list[str]:
+    """What recommend chose, and why each other target lost."""
+    if not shipping:
+        return []
+    lines = ["## Which one to ship", "", *(f"- {fact}" for fact in shipping["facts"]), ""]
+    body = [[f"`{target}`", reason] for target, reason in shipping["losers"].items()]
+    return [*lines, *(table(["Target", "Why not"], body) if body else []), ""]
 
 
 def _is_shaky(row: Row) -> bool:
@@ -574,7 +592,13 @@ def _percentiles(timing: dict[str, float]) -> str:
     return " / ".join(number(timing.get(f"p{q}_ms")) for q in (50, 90, 99)) if timing else MISSING
 
 
-def page(title: str, rows: list[Row], facts: dict[str, str], flows: Sequence[dict[str, Any]] = ()) -> str:
+def page(
+    title: str,
+    rows: list[Row],
+    facts: dict[str, str],
+    flows: Sequence[dict[str, Any]] = (),
+    shipping: dict[str, Any] | None = None,
+) -> str:
     """The report as one self-contained HTML page: no request leaves it."""
     content = {
         "title": title,
@@ -582,6 +606,7 @@ def page(title: str, rows: list[Row], facts: dict[str, str], flows: Sequence[dic
         "rows": [rounded({**asdict(row), "images_per_s": best_throughput(row, "vision")}) for row in rows],
         "flows": rounded(flows),
         "flow_facts": "".join(_flow_facts(flows)),
+        "shipping": shipping or {"facts": [], "losers": {}, "front": []},
     }
     data = json.dumps(content).replace("<", "\\u003c")  # no row may close the script
     return PAGE.read_text(encoding="utf-8").replace("__CONTENT__", data)

@@ -38,7 +38,7 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
     """Time both towers of `folder` at every batch size, interleaved with `reference`.
 
     Returns:
-        For each tower and batch size: p50_ms, p90_ms, p99_ms (where the number of calls supports them), calls,
+        For each tower and batch size: p50_ms, p90_ms, p95_ms, p99_ms (where the number of calls supports them), calls,
         throughput_per_s (images or texts), speedup over the reference with its 95 % interval speedup_low, speedup_high,
         the reference's reference_p50_ms beside it; and memory_mb (peak resident memory above the empty interpreter at
         the smallest batch) and size_mb. On a GPU also gpu_memory_mb (of the process, at the smallest batch), power (see
@@ -173,8 +173,8 @@ def summarize(turns: list[list[float]], reference: list[list[float]], batch: int
 
 
 def percentiles(times: np.ndarray) -> dict[str, float]:
-    """p50, p90 and p99 in ms, each only where at least BEYOND calls lie beyond it."""
-    supported = [q for q in (50, 90, 99) if q == 50 or len(times) * (100 - q) / 100 >= BEYOND]
+    """p50, p90, p95 and p99 in ms, each only where at least BEYOND calls lie beyond it."""
+    supported = [q for q in (50, 90, 95, 99) if q == 50 or len(times) * (100 - q) / 100 >= BEYOND]
     return {f"p{q}_ms": float(np.percentile(times, q)) for q in supported}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from clip_deploy import accuracy
-from clip_deploy.core.artifact import Target, read_target, size_bytes
+from clip_deploy.core.artifact import Target, read_target, sha256, size_bytes
 from clip_deploy.core.child import CrashError, call_in_child
 from clip_deploy.core.config import Gate, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
@@ -48,7 +48,7 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
     except DeployError as error:
         return record | {"status": "fail", "reasons": [str(error)]}
     gate: Gate = getattr(gates, target.precision)
-    record |= {"size_mb": size_bytes(folder) / 1e6}
+    record |= {"size_mb": size_bytes(folder) / 1e6, "files": {name: sha256(folder / name) for name in target.files}}
     try:
         if any(name.endswith(".onnx") for name in target.files):
             record["graphs"] = graphs(folder, target.build["opset"])

@@ -1,4 +1,4 @@
-"""Gather the configured targets' results into report.md, report.html, metrics.json and the plots."""
+"""Gather the configured targets' results into report.md, report.html, metrics.json, recommendation.json and plots."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.artifact import read_target
-from clip_deploy.core.config import EndToEndConfig
+from clip_deploy.core.config import EndToEndConfig, RecommendConfig
 from clip_deploy.core.results import read_json
 from clip_deploy.gpu_report import gpu_sections
+from clip_deploy.recommend import write_recommendation
 from clip_deploy.report import read_flows, read_rows, write_report
 from stages import stage
 
@@ -17,6 +18,7 @@ from stages import stage
 class Settings:
     targets: list[str] = field(default_factory=list)
     end_to_end: EndToEndConfig = MISSING
+    recommend: RecommendConfig = MISSING
     model_name: str = MISSING
     data_name: str = MISSING
     environment: Path = MISSING
@@ -33,7 +35,8 @@ def report(settings: Settings) -> None:
     flows = read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end")
     environment, evaluation = read_json(settings.environment), read_json(settings.evaluation / "manifest.json")
     model, names = read_target(settings.checkpoint).model, {"model": settings.model_name, "data": settings.data_name}
-    write_report(rows, environment, model, evaluation, names, flows, settings.output, gpu_sections(rows))
+    shipping = write_recommendation(rows, settings.recommend, settings.output / "recommendation.json")
+    write_report(rows, environment, model, evaluation, names, flows, settings.output, gpu_sections(rows), shipping)
     print(f"{settings.output / 'report.md'}: {len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass")
 
 

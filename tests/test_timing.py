@@ -9,7 +9,13 @@ from clip_deploy.timing import Worker, measure, percentiles, speedup_interval, s
 
 @pytest.mark.parametrize(
     ("calls", "names"),
-    [(5, ["p50_ms"]), (49, ["p50_ms"]), (50, ["p50_ms", "p90_ms"]), (500, ["p50_ms", "p90_ms", "p99_ms"])],
+    [
+        (5, ["p50_ms"]),
+        (49, ["p50_ms"]),
+        (50, ["p50_ms", "p90_ms"]),
+        (100, ["p50_ms", "p90_ms", "p95_ms"]),
+        (500, ["p50_ms", "p90_ms", "p95_ms", "p99_ms"]),
+    ],
 )
 def test_no_percentile_beyond_what_the_calls_support(calls, names):
     assert list(percentiles(np.arange(float(calls)))) == names

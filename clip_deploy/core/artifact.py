@@ -1,6 +1,7 @@
 """A target's folder: its files, and target.json saying what they are. Written whole or not at all."""
 
 import errno
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -52,6 +53,12 @@ def read_target(folder: Path) -> Target:
 def size_bytes(folder: Path) -> int:
     """Bytes that the target's files take on disk, external data included."""
     return sum((folder / name).stat().st_size for name in read_target(folder).files)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build(output: Path, make: Callable[[Path], Target], fallback: Target) -> None:

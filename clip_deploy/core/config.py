@@ -190,6 +190,27 @@ class GatesConfig:
 
 
 @dataclass
+class RecommendConfig:
+    """What a target must keep to be recommended, besides its gate; None: no limit."""
+
+    batch: int = 1  # one of benchmark.batch_sizes
+    max_top1_drop: float | None = 1.0  # percentage points
+    max_p95_ms: float | None = None  # of each tower at that batch
+    max_memory_mb: float | None = None  # on a GPU, of its memory
+    max_size_mb: float | None = None  # of both towers' files
+    device: Device | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ConfigError(f"recommend.batch is {self.batch}: give one of benchmark.batch_sizes")
+        for name in ("max_p95_ms", "max_memory_mb", "max_size_mb"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ConfigError(f"recommend.{name} is {getattr(self, name)}: give more than 0, or null for no limit")
+        if self.max_top1_drop is not None and not 0 <= self.max_top1_drop <= 100:
+            raise ConfigError(f"recommend.max_top1_drop is {self.max_top1_drop}: accepted are 0 to 100, and null")
+
+
+@dataclass
 class OnnxConfig:
     opset: int = 18
     exporter: Exporter = Exporter.auto
@@ -346,6 +367,7 @@ class Params:
     targets: list[str]
     end_to_end: EndToEndConfig
     seed: int = 0
+    recommend: RecommendConfig = field(default_factory=RecommendConfig)
 
     def __post_init__(self) -> None:
         built = [getattr(self, section) for section in BUILDERS]
@@ -414,8 +436,13 @@ def load_params(path: Path, conf: Path) -> Params:
     Raises ConfigError naming the key, what it holds and what is accepted.
     """
     params = typed(Params, read_yaml(path), str(path))
-    for group in GROUPS:
-        load_choice(conf, group, getattr(params, group))
+    choices = {group: load_choice(conf, group, getattr(params, group)) for group in GROUPS}
+    timed = choices["benchmark"].batch_sizes
+    if params.recommend.batch not in timed:
+        raise ConfigError(
+            f"{path}: recommend.batch is {params.recommend.batch}, and benchmark {params.benchmark} times "
+            f"{', '.join(map(str, timed))}: give one of these, or add it to conf/benchmark/{params.benchmark}.yaml"
+        )
     return params
 
 

@@ -1,0 +1,276 @@
+"""Which target to ship: the fastest that passes its gate and keeps the limits, and why each other one lost."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from clip_deploy.core.config import RecommendConfig
+from clip_deploy.core.results import write_json
+from clip_deploy.report import Row, metrics, number
+
+TOWERS = ("vision", "text")
+BUSY = "the machine was busy (~), time it again"
+PACKAGED = "ort"  # the runtime of what the stage `package` can put into a folder that needs no torch
+
+
+@dataclass
+class Recommendation:
+    """reports/recommendation.json.
+
+    Attributes:
+        limits: what was asked for.
+        ship: the winner for each tower; empty where nothing is fit.
+        package: the same among what ONNX Runtime runs, which is what the stage `package` takes.
+        single: of those, the best for both towers at once.
+        note: what is packaged and, where it is not the winner or nothing, why.
+        alike: for each tower, targets whose speed cannot be told apart from the winner's.
+        front: targets than which no other fit one is as fast on images, as accurate and as small.
+        packaged: what `targets` says of those in `package` and of `single`: all that the stage depends on.
+        losers: for each other target, why it lost.
+        targets: what the gate said of each, its files' hashes and its metrics.
+    """
+
+    limits: dict[str, Any]
+    ship: dict[str, str] = field(default_factory=dict)
+    package: dict[str, str] = field(default_factory=dict)
+    single: str | None = None
+    note: str = ""
+    alike: dict[str, list[str]] = field(default_factory=dict)
+    front: list[str] = field(default_factory=list)
+    packaged: dict[str, dict[str, Any]] = field(default_factory=dict)
+    losers: dict[str, str] = field(default_factory=dict)
+    targets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a call takes, with its 95 % interval: a share of the reference's time on a CPU, ms on a GPU."""
+
+    middle: float
+    low: float
+    high: float
+
+
+def write_recommendation(rows: list[Row], limits: RecommendConfig, path: Path) -> dict[str, Any]:
+    """Write what `recommend` finds to `path`, and return what the report shows of it."""
+    advice = recommend(rows, limits)
+    write_json(path, asdict(advice))
+    return shown(advice, rows)
+
+
+def recommend(rows: list[Row], limits: RecommendConfig) -> Recommendation:
+    """Judge all rows of the report by `limits`."""
+    refused = {row.target: reason for row in rows if (reason := refusal(row, limits))}
+    kept = [row for row in rows if row.target not in refused]
+    fit = steady(kept, limits.batch)
+    packable = steady([row for row in kept if row.runtime == PACKAGED and row.files], limits.batch)
+    refused |= {row.target: f"its timing decides nothing: {BUSY}" for row in kept if row not in fit}
+    ship, package = choose(fit, limits.batch), choose(packable, limits.batch)
+    by_name = {row.target: row for row in rows}
+    alike = {tower: _alike_to(by_name[winner], fit, tower, limits.batch) for tower, winner in ship.items()}
+    lost = [row for row in rows if row.target not in ship.values()]
+    single = min(packable, key=lambda row: _both(row, limits.batch)).target if packable else None
+    targets = _targets(rows)
+    return Recommendation(
+        limits={key: value.value if isinstance(value, Enum) else value for key, value in asdict(limits).items()},
+        ship=ship,
+        package=package,
+        single=single,
+        note=_note(ship, package, by_name),
+        alike={tower: names for tower, names in alike.items() if names},
+        front=[row.target for row in pareto(fit, limits.batch)],
+        losers={row.target: refused.get(row.target) or _slower(row, ship, by_name, limits.batch) for row in lost},
+        packaged={name: row for name, row in targets.items() if name in (*package.values(), single)},
+        targets=targets,
+    )
+
+
+def refusal(row: Row, limits: RecommendConfig) -> str | None:
+    """Why a target is not fit to ship, the first reason that holds, or None."""
+    if row.status == "unavailable":
+        return f"unavailable: {row.reasons[0]}"
+    if row.status != "pass":
+        return f"gate failed: {row.reasons[0]}"
+    if limits.device is not None and row.device != limits.device.value:
+        return f"runs on {row.device}, recommend.device is {limits.device.value}"
+    drop = row.zero_shot.get("top1_drop") if row.trained else None
+    if limits.max_top1_drop is not None and drop is not None and drop > limits.max_top1_drop:
+        return f"over max_top1_drop: {drop:.2f} > {limits.max_top1_drop} points"
+    memory = row.gpu_memory_mb if row.device == "cuda" else row.memory_mb
+    for name, most, value in (
+        ("max_memory_mb", limits.max_memory_mb, memory),
+        ("max_size_mb", limits.max_size_mb, row.size_mb),
+    ):
+        if most is not None and (value is None or value > most):
+            return f"over {name}: {number(value)} > {number(most)}" if value is not None else f"{name}: not measured"
+    return _too_slow(row, limits)
+
+
+def _too_slow(row: Row, limits: RecommendConfig) -> str | None:
+    for tower in TOWERS:
+        timing = row.timing(tower, str(limits.batch))
+        if not timing:
+            return f"not timed at batch {limits.batch}"
+        if limits.max_p95_ms is None:
+            continue
+        if "p95_ms" not in timing:
+            return f"max_p95_ms: {timing['calls']:.0f} calls of the {tower} tower support no p95 (100 do)"
+        if timing["p95_ms"] > limits.max_p95_ms:
+            return f"over max_p95_ms: {tower} {number(timing['p95_ms'])} > {number(limits.max_p95_ms)}"
+    return None
+
+
+def steady(rows: list[Row], batch: int) -> list[Row]:
+    """Those whose timing is not spoilt by a busy machine; all of them where there is no other."""
+    return [row for row in rows if not is_shaky(row, batch)] or rows
+
+
+def is_shaky(row: Row, batch: int) -> bool:
+    return any(row.timing(tower, str(batch)).get("unstable") for tower in TOWERS)
+
+
+def choose(fit: list[Row], batch: int) -> dict[str, str]:
+    """The fastest for each tower; one for both where the other tower's best cannot be told apart from it."""
+    if not fit:
+        return {}
+    best = {tower: min(fit, key=lambda row: pace(row, tower, batch).middle) for tower in TOWERS}
+    for tower, other in (TOWERS, TOWERS[::-1]):
+        if alike(best[tower], best[other], other, batch):
+            return dict.fromkeys(TOWERS, best[tower].target)
+    return {tower: row.target for tower, row in best.items()}
+
+
+def pace(row: Row, tower: str, batch: int) -> Pace:
+    """On a CPU from the speed-up: latencies of rows timed minutes apart carry the machine's drift."""
+    timing = row.timing(tower, str(batch))
+    unit = timing["p50_ms"] * timing["speedup"] if row.device == "cuda" else 1.0
+    return Pace(unit / timing["speedup"], unit / timing["speedup_high"], unit / timing["speedup_low"])
+
+
+def alike(row: Row, winner: Row, tower: str, batch: int) -> bool:
+    """Whether the intervals overlap, so that the two cannot be told apart."""
+    return pace(row, tower, batch).low <= pace(winner, tower, batch).high
+
+
+def _alike_to(winner: Row, fit: list[Row], tower: str, batch: int) -> list[str]:
+    return [row.target for row in fit if row is not winner and alike(row, winner, tower, batch)]
+
+
+def _both(row: Row, batch: int) -> float:
+    """One figure for both towers: as much is gained by halving one as by halving the other."""
+    return pace(row, "vision", batch).middle * pace(row, "text", batch).middle
+
+
+def pareto(fit: list[Row], batch: int) -> list[Row]:
+    """Rows than which none is at least as good in time on images, accuracy and size, and better in one of them."""
+
+    def goods(row: Row) -> tuple[float, float, float]:
+        return -pace(row, "vision", batch).middle, accuracy(row), -(row.size_mb or 0.0)
+
+    def beaten(row: Row, other: Row) -> bool:
+        return goods(other) != goods(row) and all(a >= b for a, b in zip(goods(other), goods(row), strict=True))
+
+    return [row for row in fit if not any(beaten(row, other) for other in fit)]
+
+
+def accuracy(row: Row) -> float:
+    """Top-1 in percent; the lowest cosine where there are no classes, or the weights are random."""
+    if row.trained and "top1" in row.zero_shot:
+        return row.zero_shot["top1"]
+    return min(row.cosine_min.values(), default=0.0)
+
+
+def _slower(row: Row, ship: dict[str, str], by_name: dict[str, Row], batch: int) -> str:
+    """By how much a fit target lost, for each winner."""
+    parts = []
+    for winner in dict.fromkeys(ship.values()):
+        towers = [tower for tower in TOWERS if ship[tower] == winner]
+        ratios = {
+            tower: pace(row, tower, batch).middle / pace(by_name[winner], tower, batch).middle for tower in towers
+        }
+        said = [f"{ratio:.2f}x on {tower}" for tower, ratio in ratios.items()]
+        near = [tower for tower in towers if alike(row, by_name[winner], tower, batch)]
+        told = f" (not to be told apart on {' and '.join(near)}: the intervals overlap)" if near else ""
+        parts.append(f"slower than {winner} by {', '.join(said)}{told}")
+    return "; ".join(parts)
+
+
+def _note(ship: dict[str, str], package: dict[str, str], by_name: dict[str, Row]) -> str:
+    if not ship:
+        return (
+            "no target passes its gate and keeps the limits of `recommend` in params.yaml; the report names each reason"
+        )
+    if not package:
+        why = "no target that ONNX Runtime runs is fit, with the hashes of its files in reports/validate"
+        return f"{_named(ship)} is recommended, and {why}: nothing can be packaged"
+    others = {ship[tower]: by_name[ship[tower]].runtime for tower in TOWERS if by_name[ship[tower]].runtime != PACKAGED}
+    if not others:
+        return "the recommended target is packaged"
+    runs = ", ".join(f"{target} runs with {runtime}" for target, runtime in others.items())
+    return f"{runs}, and a package needs ONNX Runtime alone: packaged is the best of its targets, {_named(package)}"
+
+
+def _named(towers: dict[str, str]) -> str:
+    if towers["vision"] == towers["text"]:
+        return towers["vision"]
+    return f"{towers['vision']} for images with {towers['text']} for texts"
+
+
+def _targets(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    measured = metrics(rows)
+    return {
+        row.target: {
+            "status": row.status,
+            "reasons": row.reasons,
+            "runtime": row.runtime,
+            "precision": row.precision,
+            "device": row.device,
+            "files": row.files,
+            "metrics": {key: value for key, value in measured[row.target].items() if key != "status"},
+        }
+        for row in rows
+    }
+
+
+def shown(advice: Recommendation, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the report and its page show."""
+    return {"facts": facts(advice, rows), "losers": advice.losers, "front": advice.front}
+
+
+def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
+    """The answer in a few sentences."""
+    asked = [f"{key} {value}" for key, value in advice.limits.items() if key != "batch" and value is not None]
+    alike_to = [
+        f"On {tower}, {', '.join(names)} cannot be told apart from {advice.ship[tower]}: the intervals overlap."
+        for tower, names in advice.alike.items()
+    ]
+    front = "Pareto front (none other that is fit is as fast on images, as accurate and as small)"
+    return [
+        *([f"Ship {_named(advice.ship)}: {_costs(advice, rows)}."] if advice.ship else []),
+        *_caveats(advice, rows),
+        f"Fit is what passes its gate and keeps `recommend` in params.yaml: {', '.join(asked) or 'no limits'}.",
+        f"Package: {advice.note}.",
+        *alike_to,
+        *([f"{front}: {', '.join(advice.front)}."] if advice.front else []),
+    ]
+
+
+def _costs(advice: Recommendation, rows: Sequence[Row]) -> str:
+    by_name, batch = {row.target: row for row in rows}, str(advice.limits["batch"])
+    image, text = (by_name[advice.ship[tower]].timing(tower, batch)["p50_ms"] for tower in TOWERS)
+    return f"an image {number(image)} ms, a text {number(text)} ms (p50 of a call, batch {batch})"
+
+
+def _caveats(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
+    """What the recommendation could not rest on."""
+    passed, said = [row for row in rows if row.status == "pass"], []
+    if shaky := [row.target for row in passed if is_shaky(row, advice.limits["batch"])]:
+        names = ", ".join(shaky)
+        said.append(f"Provisional: {len(shaky)} of {len(passed)} timings decide nothing, since {BUSY} ({names}).")
+    if not all(row.trained for row in rows):
+        said.append("The weights are random: max_top1_drop was not applied, accuracy is the lowest cosine.")
+    elif any(not row.zero_shot for row in passed):
+        said.append("The evaluation set has no classes: max_top1_drop was not applied, accuracy is the lowest cosine.")
+    return said

@@ -1,0 +1,175 @@
+from dataclasses import replace
+
+import pytest
+
+from clip_deploy.core.config import Device, RecommendConfig
+from clip_deploy.core.errors import ConfigError
+from clip_deploy.recommend import recommend, shown
+from clip_deploy.report import Row, markdown, page
+
+
+def timing(speedup, spread=0.02, **other):
+    return {
+        "p50_ms": 10 / speedup,
+        "calls": 200,
+        "throughput_per_s": 100 * speedup,
+        "speedup": speedup,
+        "speedup_low": speedup * (1 - spread),
+        "speedup_high": speedup * (1 + spread),
+        "reference_p50_ms": 10.0,
+        "unstable": False,
+        **other,
+    }
+
+
+def row(target, vision, text, **other):
+    towers = {"vision": {"1": timing(vision)}, "text": {"1": timing(text)}}
+    common = {
+        "runtime": "ort",
+        "files": {"vision.onnx": "0"},
+        "precision": "fp32",
+        "timings": towers,
+        "memory_mb": 50.0,
+        "size_mb": 300.0,
+        "zero_shot": {"top1": 90.0, "top1_drop": 0.0, "top1_drop_low": 0.0, "top1_drop_high": 0.0},
+        "cosine_min": {"vision": 0.999, "text": 0.998},
+    }
+    return Row(target, "pass", **{**common, **other})
+
+
+def drop(points):
+    return {"top1": 90 - points, "top1_drop": points, "top1_drop_low": 0.0, "top1_drop_high": 2.0}
+
+
+REFERENCE = row("torch-fp32", 1.0, 1.0, runtime="eager")
+
+
+def test_the_fastest_that_passes_its_gate_wins_and_every_other_gets_its_reason():
+    rows = [
+        REFERENCE,
+        row("ort-fp32", 2.0, 2.0),
+        row("ort-int8", 3.0, 4.0, precision="int8"),
+        Row("trt-fp16", "unavailable", ["no GPU"]),
+        replace(row("ort-fp16", 9.0, 9.0), status="fail", reasons=["top-1 drop 7.00 points", "more"]),
+    ]
+    advice = recommend(rows, RecommendConfig())
+    assert advice.ship == advice.package == {"vision": "ort-int8", "text": "ort-int8"}
+    assert advice.losers == {
+        "torch-fp32": "slower than ort-int8 by 3.00x on vision, 4.00x on text",
+        "ort-fp32": "slower than ort-int8 by 1.50x on vision, 2.00x on text",
+        "trt-fp16": "unavailable: no GPU",
+        "ort-fp16": "gate failed: top-1 drop 7.00 points",
+    }
+    assert advice.note == "the recommended target is packaged"
+    assert advice.targets["ort-int8"]["files"] == {"vision.onnx": "0"}
+
+
+@pytest.mark.parametrize(
+    ("limits", "change", "reason"),
+    [
+        ({"max_size_mb": 300}, {"size_mb": 605.0}, "over max_size_mb: 605 > 300"),
+        ({"max_memory_mb": 50}, {"memory_mb": 72.0}, "over max_memory_mb: 72.0 > 50.0"),
+        ({"max_memory_mb": 50}, {"memory_mb": None}, "max_memory_mb: not measured"),
+        ({"max_memory_mb": 50}, {"device": "cuda", "gpu_memory_mb": 900.0}, "over max_memory_mb: 900 > 50.0"),
+        ({"max_top1_drop": 1.0}, {"zero_shot": drop(1.5)}, "over max_top1_drop: 1.50 > 1.0 points"),
+        ({"device": Device.cpu}, {"device": "cuda"}, "runs on cuda, recommend.device is cpu"),
+        ({"batch": 8}, {}, "not timed at batch 8"),
+        ({"max_p95_ms": 1.0}, {}, "max_p95_ms: 200 calls of the vision tower support no p95 (100 do)"),
+    ],
+)
+def test_a_limit_that_is_broken_is_the_reason(limits, change, reason):
+    fast = replace(row("ort-int8", 3.0, 4.0), **change)
+    advice = recommend([REFERENCE, fast], RecommendConfig(**limits))
+    assert advice.losers["ort-int8"] == reason
+
+
+def test_a_p95_is_held_against_its_limit_for_each_tower():
+    timings = {"vision": {"1": timing(3.0, p95_ms=0.9)}, "text": {"1": timing(4.0, p95_ms=1.25)}}
+    advice = recommend([replace(row("ort-int8", 1, 1), timings=timings)], RecommendConfig(max_p95_ms=1.0))
+    assert advice.losers == {"ort-int8": "over max_p95_ms: text 1.25 > 1.00"}
+    assert advice.ship == {}
+    assert advice.note.startswith("no target passes its gate and keeps the limits")
+
+
+def test_each_tower_gets_its_own_where_that_is_better():
+    advice = recommend([REFERENCE, row("a", 3.0, 1.5), row("b", 2.0, 4.0)], RecommendConfig())
+    assert advice.ship == {"vision": "a", "text": "b"}
+    assert advice.single == "b"
+    assert advice.losers["torch-fp32"] == "slower than a by 3.00x on vision; slower than b by 4.00x on text"
+
+
+def test_one_target_serves_both_towers_where_the_others_winner_cannot_be_told_apart_from_it():
+    advice = recommend([row("a", 3.0, 3.98), row("b", 2.0, 4.0)], RecommendConfig())
+    assert advice.ship == {"vision": "a", "text": "a"}
+    assert advice.alike == {"text": ["b"]}
+    assert "(not to be told apart on text: the intervals overlap)" in advice.losers["b"]
+
+
+def test_what_onnx_runtime_does_not_run_is_recommended_and_the_best_that_it_runs_is_packaged():
+    rows = [REFERENCE, row("openvino-int8", 5.0, 5.0, runtime="openvino"), row("ort-int8", 3.0, 4.0)]
+    advice = recommend(rows, RecommendConfig())
+    assert advice.ship["vision"] == "openvino-int8"
+    assert advice.package == {"vision": "ort-int8", "text": "ort-int8"}
+    assert advice.note.startswith("openvino-int8 runs with openvino")
+    assert recommend(rows[:2], RecommendConfig()).package == {}
+    assert "nothing can be packaged" in recommend(rows[:2], RecommendConfig()).note
+
+
+def test_a_timing_that_a_busy_machine_spoilt_wins_only_where_there_is_no_other():
+    shaky = row("ort-int8", 9.0, 9.0)
+    shaky.timings["text"]["1"]["unstable"] = True
+    advice = recommend([REFERENCE, shaky, row("ort-fp32", 2.0, 2.0)], RecommendConfig())
+    assert advice.ship["vision"] == "ort-fp32"
+    assert advice.losers["ort-int8"] == "its timing decides nothing: the machine was busy (~), time it again"
+    alone = recommend([REFERENCE, shaky], RecommendConfig())
+    assert (alone.ship["vision"], alone.package["vision"]) == ("torch-fp32", "ort-int8")
+    facts = shown(alone, [REFERENCE, shaky])["facts"]
+    assert (
+        "Provisional: 1 of 2 timings decide nothing, since the machine was busy (~), time it again (ort-int8)." in facts
+    )
+
+
+def test_random_weights_are_held_to_no_top1():
+    wild = replace(row("ort-int8", 3.0, 3.0), zero_shot=drop(40.0), trained=False)
+    advice = recommend([wild], RecommendConfig())
+    assert advice.ship["vision"] == "ort-int8"
+    assert any("weights are random" in fact for fact in shown(advice, [wild])["facts"])
+
+
+def test_the_front_holds_what_no_other_beats_in_time_accuracy_and_size():
+    rows = [
+        row("small", 2.0, 2.0, size_mb=100.0, zero_shot=drop(0.5)),
+        row("exact", 1.5, 1.5, size_mb=400.0),
+        row("fast", 3.0, 3.0, size_mb=200.0, zero_shot=drop(0.9)),
+        row("beaten", 1.9, 1.9, size_mb=150.0, zero_shot=drop(0.6)),
+    ]
+    assert recommend(rows, RecommendConfig()).front == ["small", "exact", "fast"]
+
+
+def test_on_a_gpu_latency_decides_and_not_the_speedup_over_a_reference_that_was_slow_then():
+    a, b = (replace(row(name, 2.0, 2.0), device="cuda") for name in "ab")
+    a.timings["vision"]["1"] = timing(4.0, p50_ms=2.0)
+    b.timings["vision"]["1"] = timing(3.0, p50_ms=1.0)
+    assert recommend([a, b], RecommendConfig()).ship["vision"] == "b"
+
+
+def test_the_report_and_its_page_say_which_one_to_ship():
+    rows = [REFERENCE, row("ort-int8", 3.0, 4.0)]
+    shipping = shown(recommend(rows, RecommendConfig()), rows)
+    text = markdown("title", rows, {}, shipping=shipping)
+    assert "## Which one to ship\n\n- Ship ort-int8: an image 3.33 ms, a text 2.50 ms (p50 of a call, batch 1)." in text
+    assert "| `torch-fp32` | slower than ort-int8 by 3.00x on vision, 4.00x on text |" in text
+    assert '"front": ["ort-int8"]' in page("title", rows, {}, shipping=shipping)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"batch": 0}, r"recommend.batch is 0: give one of benchmark.batch_sizes"),
+        ({"max_size_mb": -1.0}, r"recommend.max_size_mb is -1.0: give more than 0, or null"),
+        ({"max_top1_drop": 101.0}, r"recommend.max_top1_drop is 101.0: accepted are 0 to 100, and null"),
+    ],
+)
+def test_limits_out_of_range_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        RecommendConfig(**settings)
