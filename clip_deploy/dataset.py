@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from clip_deploy import shapes
 from clip_deploy.core.config import DataConfig
 from clip_deploy.core.errors import DataError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from clip_deploy.images import SUFFIXES, read_image, rgb
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,10 @@ def _as_list(captions: str | list[str]) -> list[str]:
 
 
 def _hub_image(table: Any, index: int, column: str) -> Image.Image:
-    return table[index][column].convert("RGB")
+    try:
+        return rgb(table[index][column])
+    except DataError as error:
+        raise DataError(f"the image in row {index} {error}") from error
 
 
 def _existing(data: DataConfig, test: Callable[[Path], bool], kind: str) -> Path:
@@ -185,13 +187,3 @@ def _existing(data: DataConfig, test: Callable[[Path], bool], kind: str) -> Path
     if not test(path):
         raise DataError(f"data.path is {data.path}: no such {kind}")
     return path
-
-
-def read_image(path: Path) -> Image.Image:
-    """Read a picture as RGB; DataError names a file that is none."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        what = "is empty" if path.is_file() and path.stat().st_size == 0 else f"is no readable image ({error})"
-        raise DataError(f"{path} {what}: replace or remove it") from error

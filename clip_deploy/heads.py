@@ -46,21 +46,30 @@ def encode_labels(
 
     Raises UnavailableError where the model has no scale of its own.
     """
-    scale, bias = _scale(model), getattr(model, "logit_bias", None)
+    try:
+        scale, bias = logit_scale(model), logit_bias(model)
+    except UnavailableError as error:
+        raise UnavailableError(f"onnx.classifier: {error}") from error
     texts = tokenize(processor, facts, [template.format(label) for label in labels])
     given = {name: torch.from_numpy(getattr(texts, name)) for name in facts["text_inputs"]}
     embeddings = normalized(model.get_text_features(**given).pooler_output.numpy())
     weights = np.ascontiguousarray(scale * embeddings.T, dtype=np.float32)
-    return Labels(labels, weights, None if bias is None else float(bias))
+    return Labels(labels, weights, bias)
 
 
-def _scale(model: "PreTrainedModel") -> float:
+def logit_scale(model: "PreTrainedModel") -> float:
     """What the model multiplies cosines by: exp(logit_scale), or 1 / temperature (ALIGN)."""
     if hasattr(model, "logit_scale"):
-        return float(model.logit_scale.exp())
+        return float(model.logit_scale.detach().exp())
     if hasattr(model, "temperature"):
-        return 1 / float(model.temperature)
-    raise UnavailableError(f"onnx.classifier: a {type(model).__name__} has no logit_scale or temperature")
+        return 1 / float(model.temperature.detach())
+    raise UnavailableError(f"a {type(model).__name__} has no logit_scale or temperature")
+
+
+def logit_bias(model: "PreTrainedModel") -> float | None:
+    """SigLIP's, with which probabilities are sigmoids; None where they are a softmax over the texts."""
+    bias = getattr(model, "logit_bias", None)
+    return None if bias is None else float(bias.detach())
 
 
 def put_behind(shell: Shell, tower: str, normalize: bool, labels: Labels | None) -> None:

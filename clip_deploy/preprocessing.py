@@ -9,6 +9,7 @@ a fifth of the pixels of noise differ.
 """
 
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,8 @@ def preprocessing_shell(processor: "BaseImageProcessor", image_size: list[int]) 
     return shell
 
 
-def read_preprocessing(processor: "BaseImageProcessor") -> Preprocessing:
-    """Raises UnavailableError naming the option that is none of those that Preprocessing holds."""
+def read_preprocessing(processor: "BaseImageProcessor", filters: Collection[int] = tuple(FILTERS)) -> Preprocessing:
+    """Raises UnavailableError naming the option that is none of those that Preprocessing holds, with these filters."""
     name = type(processor).__name__
     size, crop = dict(processor.size or {}), dict(processor.crop_size or {})
     if getattr(processor, "do_pad", None):
@@ -79,7 +80,7 @@ def read_preprocessing(processor: "BaseImageProcessor") -> Preprocessing:
     resample = None
     if processor.do_resize:
         resample = int(BILINEAR if processor.resample is None else processor.resample)
-        if resample not in FILTERS:
+        if resample not in filters:
             raise UnavailableError(f"{name} resizes with resample {FILTER_NAMES.get(resample, resample)}")
         if set(size) not in ({"shortest_edge"}, {"height", "width"}):
             raise UnavailableError(f"{name} resizes to size {size}")

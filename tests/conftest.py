@@ -134,6 +134,40 @@ def onnx_target(checkpoint):
     return folder
 
 
+def advice(built, **other):
+    """reports/recommendation.json as if all targets of a folder had passed, and the first of `other` were chosen."""
+    from clip_deploy.core.artifact import read_target, sha256
+
+    targets = {}
+    for folder in sorted(path.parent for path in built.glob("*/target.json")):
+        target = read_target(folder)
+        targets[folder.name] = {
+            "status": "pass",
+            "reasons": [],
+            "runtime": target.runtime,
+            "precision": target.precision,
+            "device": "cpu",
+            "files": {name: sha256(folder / name) for name in target.files},
+            "metrics": {"vision_p50_ms": 1.0},
+        }
+    return {"package": {}, "single": None, "note": "as asked", "targets": targets, **other}
+
+
+@pytest.fixture(scope="session")
+def package(onnx_target, checkpoint, sets, tmp_path_factory):
+    """The exported built-in model as the stage `package` would pack it."""
+    return packed(onnx_target, checkpoint, sets, tmp_path_factory.mktemp("package"))
+
+
+def packed(target, checkpoint, sets, folder):
+    from clip_deploy.core.config import GatesConfig
+    from clip_deploy.package import Sources, write_package
+
+    sources = Sources(target.parent, checkpoint, sets / "evaluation")
+    write_package(advice(target.parent), target.name, sources, GatesConfig(), {"model": "tiny", "versions": {}}, folder)
+    return folder
+
+
 @dataclass
 class Project:
     """A copy of this repository with its own git and DVC, small sets and short timings."""

@@ -27,6 +27,7 @@ EXTRA = {
     "validate": RUNTIME_MODULES,
     "benchmark": {"clip_deploy.worker", *RUNTIME_MODULES},
     "end_to_end": RUNTIME_MODULES,
+    "package": {"clip_deploy.runtimes.ort"},  # it opens nothing else
 }
 SHARED = "clip_deploy.core"  # watched as a folder: every stage uses most of it
 DATA_FILES = {"report": {"clip_deploy/report.html"}}

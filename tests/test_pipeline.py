@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clip_deploy import shapes
+
 pytestmark = pytest.mark.slow
 
 TARGETS = [
@@ -46,6 +48,7 @@ BUILDS = {
     "openvino-bf16": "export_openvino@openvino-bf16",
     "openvino-int8": "export_openvino@openvino-int8",
 }
+PACKAGE = {"package"}  # it runs where the recommendation is another, which timing decides
 
 
 def measured(targets):
@@ -73,6 +76,21 @@ def metrics(project):
     return json.loads((project.path / "reports/metrics.json").read_text())
 
 
+def manifest(project):
+    return json.loads((project.path / "artifacts/package/manifest.json").read_text())
+
+
+def test_what_is_recommended_is_packaged_as_it_was_judged_and_answers(built, tmp_path):
+    advice = json.loads((built.path / "reports/recommendation.json").read_text())
+    for tower, chosen in manifest(built)["towers"].items():
+        assert chosen["sha256"] == advice["targets"][chosen["target"]]["files"][f"{tower}.onnx"]
+        assert chosen["target"] in ONNX
+    scene, _ = shapes.render("pipeline", 0, 0)
+    scene.save(tmp_path / "scene.png")
+    done = built.run(sys.executable, "-m", "clip_deploy", "predict", str(tmp_path / "scene.png"), "--top", "1")
+    assert done.stdout.endswith("  red circle\n")
+
+
 def test_every_target_is_built_checked_and_timed(built):
     record = metrics(built)
     assert list(record) == TARGETS
@@ -94,7 +112,7 @@ def test_another_opset_rebuilds_only_what_is_exported_to_onnx(copy):
     copy.edit("params.yaml", "opset: 18", "opset: 20")
     exported = [*OPENVINO, *ONNX]
     changed = [target for target in exported if target not in MISSING]
-    assert copy.repro() == {BUILDS[target] for target in exported} | measured(changed) | {"report"}
+    assert copy.repro() == {BUILDS[target] for target in exported} | measured(changed) | {"report", "package"}
     assert "ai.onnx 20" in (copy.path / "reports/report.md").read_text()
     differing = copy.run("dvc", "params", "diff").stdout
     assert "onnx.opset" in differing
@@ -104,7 +122,7 @@ def test_another_opset_rebuilds_only_what_is_exported_to_onnx(copy):
 def test_one_quantize_setting_rebuilds_that_target_alone(copy):
     copy.edit("params.yaml", "method: dynamic,", "method: dynamic, per_channel: false,")
     target = "ort-int8-dynamic"
-    assert copy.repro() == {BUILDS[target], *measured([target]), "report"}
+    assert copy.repro() - PACKAGE == {BUILDS[target], *measured([target]), "report"}
 
 
 def test_another_accuracy_budget_rebuilds_only_the_int8_targets(copy):
@@ -132,6 +150,8 @@ def test_a_gpus_rows_stay_without_one(copy):
     if shutil.which("nvidia-smi"):
         return
     assert metrics(copy) == {target: {"status": "unavailable"} for target in some}
+    assert [path.name for path in (copy.path / "artifacts/package").iterdir()] == ["manifest.json"]
+    assert "no target passes its gate" in manifest(copy)["unavailable"]
     page = (copy.path / "reports/report.md").read_text()
     assert "- `aoti-fp16` unavailable: no CUDA device that PyTorch can use" in page
     assert "- `ort-cuda-fp16` unavailable: no CUDA device: NVIDIA's driver is not installed" in page
@@ -141,13 +161,13 @@ def test_a_new_target_builds_that_target_alone(copy):
     line = "  ort-fp16: {source: onnx-fp32, precision: fp16}"
     copy.edit("params.yaml", line, f"{line}\n  ort-fp16-again: {{source: onnx-fp32, precision: fp16}}")
     copy.edit("params.yaml", "  - ort-fp16\n", "  - ort-fp16\n  - ort-fp16-again\n")
-    assert copy.repro() == {"optimize@ort-fp16-again", *measured(["ort-fp16-again"]), "report"}
+    assert copy.repro() - PACKAGE == {"optimize@ort-fp16-again", *measured(["ort-fp16-again"]), "report"}
     assert "ort-fp16-again" in metrics(copy)
 
 
 def test_a_removed_target_leaves_the_table_and_runs_only_the_report(copy):
     copy.edit("params.yaml", "  - ort-fp16\n", "")
-    assert copy.repro() == {"report"}
+    assert copy.repro() - PACKAGE == {"report"}
     assert "ort-fp16" not in metrics(copy)
     assert "ort-fp16`" not in (copy.path / "reports/report.md").read_text()
 
@@ -167,7 +187,7 @@ def test_another_model_rebuilds_everything(copy, tmp_path):
     some = ["torch-fp32", "torch-int8", "onnx-fp32", "ort-fp32", "ort-int8-dynamic"]
     keep(copy, some)
     builds = {BUILDS[target] for target in some[1:]}
-    assert copy.repro() == {"download", "prepare", "report", *builds, *measured(some)}
+    assert copy.repro() == {"download", "prepare", "report", "package", *builds, *measured(some)}
 
 
 def test_a_comment_in_a_yaml_file_runs_nothing(copy):
@@ -179,7 +199,7 @@ def test_a_comment_in_a_yaml_file_runs_nothing(copy):
 
 def test_other_gates_judge_again_and_rebuild_nothing(copy):
     copy.edit("conf/gates/standard.yaml", "fp16: {min_cosine: 0.999,", "fp16: {min_cosine: 1.1,")
-    assert copy.repro() == {*(f"validate@{target}" for target in TARGETS), "report"}
+    assert copy.repro() == {*(f"validate@{target}" for target in TARGETS), "report", "package"}
     row = metrics(copy)["ort-fp16"]
     assert row["status"] == "fail"
     assert row["vision_p50_ms"] > 0

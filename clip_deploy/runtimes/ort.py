@@ -34,7 +34,7 @@ class Encoder:
         self.fixed: dict[tuple, FixedCall] = {}
         self.on_gpu = target.device == "cuda"
         if self.on_gpu:
-            _load_cuda()
+            load_cuda()
             self.sessions: dict[str, InferenceSession] = {}
         else:
             self.sessions = {tower: self.open(tower, (CPU, {})) for tower in ("vision", "text")}
@@ -145,7 +145,7 @@ def count_nodes(session: InferenceSession) -> dict[str, int]:
     return counts
 
 
-def _load_cuda() -> None:
+def load_cuda() -> None:
     """Let ONNX Runtime find CUDA and cuDNN where they came as Python packages.
 
     Raises UnavailableError where this ONNX Runtime has no CUDA provider, or there is no GPU.

@@ -1,0 +1,267 @@
+"""One folder with all that a deployment needs of the chosen targets: graphs, tokenizer, preprocessing, labels, hashes.
+
+Only what passed its gate goes in, byte for byte as it was judged. clip_deploy.classifier opens the folder, without
+torch and transformers.
+"""
+
+import json
+import shutil
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from clip_deploy.checkpoint import load_model, load_processor
+from clip_deploy.core.artifact import Target, read_target, sha256, write_text
+from clip_deploy.core.config import GatesConfig
+from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.results import read_json
+from clip_deploy.encode import load_embeddings
+from clip_deploy.heads import logit_bias, logit_scale
+from clip_deploy.images import Preprocessor
+from clip_deploy.prepared import load_prepared, tokenize
+from clip_deploy.preprocessing import PROBES, Preprocessing, read_preprocessing
+from clip_deploy.runtimes import open_encoder
+from clip_deploy.tokens import Tokenizer
+from clip_deploy.validation import judge, measure
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+    from transformers.image_processing_utils import BaseImageProcessor
+
+FORMAT = 1  # of manifest.json
+RUNTIME = "ort"  # the one that needs neither torch nor a library of its own
+RECOMMENDED = "recommended"
+MANIFEST = "manifest.json"
+TOWERS = ("vision", "text")
+COARSENESS = ("fp32", "fp16", "bf16", "int8")  # a pair of targets is held to the gate of the coarser one
+CLOSE = 1e-4  # largest difference of pixel_values: float32's rounding gives 1e-6, a grey level 1e-2
+PROBE_TEXTS = (
+    "A Photo of two CATS, isn't it?",
+    "caf\u00e9 \u2014 \u6771\u4eac \U0001f408",
+    "  one   two\nthree ",
+    "red " * 300,
+)
+
+
+@dataclass
+class Sources:
+    """Where a package's parts come from.
+
+    Attributes:
+        built: the folder with the targets' folders.
+        checkpoint: the target torch-fp32, for its tokenizer, image processor and scale.
+        evaluation: the prepared set, for classes, templates and a pair's judgement.
+    """
+
+    built: Path
+    checkpoint: Path
+    evaluation: Path
+
+
+def write_package(
+    advice: dict[str, Any], wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Fill `folder`, and return its manifest.
+
+    Args:
+        advice: reports/recommendation.json.
+        wanted: a target for both towers, or "recommended" for what the advice says.
+        facts: entries of the manifest that stand as they are (model, versions).
+
+    Where the advice has nothing to ship, or what it has cannot be packaged, the folder holds only a manifest with the
+    reason, which no runtime opens.
+
+    Raises:
+        DeployError: the target asked for is unknown, did not pass, is no ONNX target, or its files are not those that
+            were judged.
+        UnavailableError: the target asked for by name needs transformers for its texts or images.
+    """
+    try:
+        manifest = _packaged(advice, wanted, sources, gates, facts, folder)
+    except UnavailableError as error:
+        if wanted != RECOMMENDED:
+            raise
+        for path in folder.iterdir():
+            path.unlink()
+        manifest = {"format": FORMAT, **facts, "unavailable": str(error)}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def _packaged(
+    advice: dict[str, Any], wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    if wanted == RECOMMENDED and not advice["package"]:
+        raise UnavailableError(advice["note"])
+    towers = advice["package"] if wanted == RECOMMENDED else dict.fromkeys(TOWERS, wanted)
+    for name in dict.fromkeys(towers.values()):
+        check_fit(name, advice, sources.built)
+    towers, pair = judged_together(towers, advice, sources, gates)
+    names = list(dict.fromkeys(towers.values()))
+    return {
+        "format": FORMAT,
+        **facts,
+        **_fill(folder, towers, sources),
+        "gates": {name: _gate(advice["targets"][name]["precision"], gates) for name in names} | pair,
+        "metrics": {name: advice["targets"][name]["metrics"] for name in names},
+        "note": advice["note"] if wanted == RECOMMENDED else f"{wanted} was asked for by name",
+    }
+
+
+def check_fit(name: str, advice: dict[str, Any], built: Path) -> None:
+    """Raise DeployError where a target did not pass its gate, or its files are not those that did."""
+    known = advice["targets"]
+    if name not in known:
+        raise DeployError(f"target is {name!r}: the report knows {', '.join(known)}")
+    target = known[name]
+    fit = [other for other, row in known.items() if row["status"] == "pass" and row["runtime"] == RUNTIME]
+    way_out = f"fit are {', '.join(fit)}" if fit else "no target is fit"
+    if target["status"] != "pass":
+        raise DeployError(f"{name} is not fit to ship, {target['status']}: {'; '.join(target['reasons'])}; {way_out}")
+    if target["runtime"] != RUNTIME:
+        raise DeployError(f"{name} runs with {target['runtime']}, and packages with ONNX Runtime alone; {way_out}")
+    for file, judged in target["files"].items():
+        path = built / name / file
+        if not path.is_file() or sha256(path) != judged:
+            raise DeployError(f"{path} is not the file that was judged (reports/validate/{name}.json): run `dvc repro`")
+
+
+def judged_together(
+    towers: dict[str, str], advice: dict[str, Any], sources: Sources, gates: GatesConfig
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Hold two targets, one for each tower, to the coarser one's gate: together they were never judged.
+
+    Returns:
+        The towers, those of the best single target where the pair fails, and what was found, for the manifest.
+    """
+    if towers["vision"] == towers["text"]:
+        return towers, {}
+    reasons, precision = _judge_pair(towers, sources, gates)
+    found = _gate(precision, gates) | {"status": "fail" if reasons else "pass", "reasons": reasons}
+    name = f"{towers['vision']} with {towers['text']}"
+    if not reasons:
+        return towers, {name: found}
+    check_fit(advice["single"], advice, sources.built)
+    return dict.fromkeys(TOWERS, advice["single"]), {name: found}
+
+
+class _Pair:
+    """The image tower of one encoder and the text tower of another."""
+
+    def __init__(self, vision: Any, text: Any) -> None:
+        self.image_input, self.encode_images = vision.image_input, vision.encode_images
+        self.text_inputs, self.encode_texts = text.text_inputs, text.encode_texts
+
+
+def _judge_pair(towers: dict[str, str], sources: Sources, gates: GatesConfig) -> tuple[list[str], str]:
+    targets = {tower: read_target(sources.built / name) for tower, name in towers.items()}
+    pair: Any = _Pair(*(open_encoder(sources.built / towers[tower]) for tower in TOWERS))
+    precision = max((target.precision for target in targets.values()), key=COARSENESS.index)
+    model = {key: value for key, value in targets["vision"].model.items() if key != "classifier"}
+    alone = replace(targets["vision"], model=model)  # a head answers from images alone, and was judged
+    reference = load_embeddings(sources.evaluation / "reference.npz")
+    record = measure(pair, load_prepared(sources.evaluation), reference, alone, seed=0)
+    trained = model.get("trained", True)
+    return judge(record | {"trained": trained}, getattr(gates, precision), precision), precision
+
+
+def _gate(precision: str, gates: GatesConfig) -> dict[str, Any]:
+    return {"status": "pass", "precision": precision, **asdict(getattr(gates, precision))}
+
+
+def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, Any]:
+    """Put all files but the manifest into `folder`, and return what the manifest says of them."""
+    targets = {tower: read_target(sources.built / name) for tower, name in towers.items()}
+    model, evaluation = targets["vision"].model, read_json(sources.evaluation / MANIFEST)
+    processor = load_processor(sources.checkpoint)
+    for tower, name in towers.items():
+        for file in targets[tower].files:
+            if file.startswith(f"{tower}.onnx"):  # the graph, and its weights where they lie beside it
+                shutil.copyfile(sources.built / name / file, folder / file)
+    write_tokenizer(processor, model, evaluation["pad_token"], folder / "tokenizer.json")
+    if targets["vision"].image_input == "pixel_values":
+        write_preprocessor(processor.image_processor, model["image_size"], folder / "preprocessor.json")
+    labels = {key: evaluation[key] for key in ("classes", "templates")}
+    write_text(folder / "labels.json", json.dumps(labels, indent=1, ensure_ascii=False) + "\n")
+    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    return {
+        "towers": {tower: _tower(tower, towers[tower], targets[tower], files) for tower in TOWERS},
+        "dimension": int(load_embeddings(sources.evaluation / "reference.npz").images.shape[1]),
+        "image_size": model["image_size"],
+        "context_length": model["context_length"],
+        "pad_to_context": model["pad_to_context"],
+        "pad_token": evaluation["pad_token"],
+        **_scores(sources.checkpoint),
+        "normalized": bool(model.get("normalize")),
+        "device": targets["vision"].device,
+        "files": files,
+    }
+
+
+def _tower(tower: str, name: str, target: Target, files: dict[str, Any]) -> dict[str, Any]:
+    file = f"{tower}.onnx"
+    takes = {"image_input": target.image_input} if tower == "vision" else {"inputs": target.model["text_inputs"]}
+    return {"target": name, "precision": target.precision, "file": file, **takes, "sha256": files[file]["sha256"]}
+
+
+def _scores(checkpoint: Path) -> dict[str, Any]:
+    """How the model turns cosines into probabilities."""
+    model = load_model(checkpoint)
+    bias = logit_bias(model)
+    return {
+        "logit_scale": logit_scale(model),
+        "logit_bias": bias,
+        "activation": "softmax" if bias is None else "sigmoid",
+    }
+
+
+def write_tokenizer(processor: "ProcessorMixin", model: dict[str, Any], pad_token: int, path: Path) -> None:
+    """Raises UnavailableError where `tokenizers` alone gives other tokens than the checkpoint's own tokenizer."""
+    name = type(processor.tokenizer).__name__
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnavailableError(f"{name} has no fast tokenizer: save the checkpoint with one (tokenizer.json)")
+    write_text(path, backend.to_str())
+    own = Tokenizer(path, model["context_length"], model["pad_to_context"], pad_token)
+    texts = [*PROBE_TEXTS, "a photo of a red circle"]
+    expected = tokenize(processor, model, texts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a probe is meant to be cut
+        actual = own(texts)
+    for key in model["text_inputs"]:
+        if not np.array_equal(actual[key], getattr(expected, key)):
+            raise UnavailableError(f"{name} changes texts before its tokenizer.json sees them: it cannot be packaged")
+
+
+def write_preprocessor(processor: "BaseImageProcessor", image_size: list[int], path: Path) -> None:
+    """Raises UnavailableError where Pillow and numpy alone give other pixels than the checkpoint's own processor."""
+    found = read_preprocessing(processor, range(6))  # all of Pillow's filters
+    deviation = 1 / (255 * found.scale)
+    record = Preprocessor(
+        size=_size(found),
+        crop=found.crop,
+        resample=found.resample,
+        rescale_factor=1 / 255,
+        image_mean=[float(value) for value in -found.offset * deviation],
+        image_std=[float(value) for value in deviation],
+    )
+    write_text(path, json.dumps(asdict(record), indent=1) + "\n")
+    rng = np.random.default_rng(0)
+    for height, width in PROBES if found.resample is not None else [image_size]:
+        noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        expected = processor(noise, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
+        actual = record(Image.fromarray(noise))
+        if actual.shape != expected.shape or not np.abs(actual - expected).max() < CLOSE:
+            raise UnavailableError(f"{type(processor).__name__} does something that Pillow and numpy alone do not")
+
+
+def _size(found: Preprocessing) -> dict[str, int] | None:
+    if found.resample is None:
+        return None
+    if found.size is not None:
+        return {"height": found.size[0], "width": found.size[1]}
+    return {"shortest_edge": int(found.shortest_edge or 0)}

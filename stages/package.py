@@ -1,0 +1,43 @@
+"""Put what is fit to ship, with all that it needs to run without torch and transformers, into one folder.
+
+target=recommended takes what the report recommends; a target's name takes that one, if it passed its gate.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from clip_deploy.core.artifact import new_folder
+from clip_deploy.core.config import GatesConfig
+from clip_deploy.core.results import read_json
+from clip_deploy.package import Sources, write_package
+from stages import stage
+
+
+@dataclass
+class Settings:
+    gates: GatesConfig = MISSING
+    target: str = MISSING
+    model_name: str = MISSING
+    recommendation: Path = MISSING
+    environment: Path = MISSING
+    built: Path = MISSING
+    checkpoint: Path = MISSING
+    evaluation: Path = MISSING
+    output: Path = MISSING
+
+
+@stage
+def package(settings: Settings) -> None:
+    advice, software = read_json(settings.recommendation), read_json(settings.environment)["software"]
+    sources = Sources(settings.built, settings.checkpoint, settings.evaluation)
+    facts = {"model": settings.model_name, "versions": software}
+    with new_folder(settings.output) as folder:
+        manifest = write_package(advice, settings.target, sources, settings.gates, facts, folder)
+    towers = ", ".join(f"{tower} {chosen['target']}" for tower, chosen in manifest.get("towers", {}).items())
+    print(f"{settings.output}: {towers or 'nothing to ship: ' + manifest['unavailable']}")
+
+
+if __name__ == "__main__":
+    package()

@@ -1,0 +1,128 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import advice
+
+from clip_deploy.core.artifact import Target, build, sha256
+from clip_deploy.core.config import Gate, GatesConfig, OptimizeConfig
+from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.fusion import optimize
+from clip_deploy.package import Sources, write_package
+from clip_deploy.prepared import load_prepared
+
+FACTS = {"model": "tiny", "versions": {"onnxruntime": "1"}}
+
+
+@pytest.fixture(scope="module")
+def fused(onnx_target, sets):
+    """A second target beside the exported one."""
+    folder = onnx_target.parent / "ort-fp32"
+    if not folder.exists():
+        calibration = load_prepared(sets / "calibration")
+        fallback = Target("ort", "fp32")
+        build(folder, lambda output: optimize(onnx_target, OptimizeConfig(), calibration, output), fallback)
+    return folder
+
+
+@pytest.fixture
+def sources(onnx_target, checkpoint, sets):
+    return Sources(onnx_target.parent, checkpoint, sets / "evaluation")
+
+
+def test_the_manifest_says_what_is_in_the_folder(package, onnx_target):
+    manifest = json.loads((package / "manifest.json").read_text())
+    files = {path.name for path in package.iterdir()} - {"manifest.json"}
+    assert files == {"vision.onnx", "text.onnx", "tokenizer.json", "preprocessor.json", "labels.json"}
+    assert {name: facts["sha256"] for name, facts in manifest["files"].items()} == {
+        name: sha256(package / name) for name in files
+    }
+    assert manifest["towers"]["vision"] == {
+        "target": "onnx-fp32",
+        "precision": "fp32",
+        "file": "vision.onnx",
+        "image_input": "pixel_values",
+        "sha256": sha256(onnx_target / "vision.onnx"),
+    }
+    assert manifest["towers"]["text"]["inputs"] == ["input_ids", "attention_mask"]
+    assert (manifest["dimension"], manifest["image_size"], manifest["context_length"]) == (64, [48, 48], 32)
+    assert (manifest["activation"], manifest["logit_bias"], manifest["pad_token"]) == ("softmax", None, 586)
+    assert manifest["gates"]["onnx-fp32"]["status"] == "pass"
+    assert manifest["metrics"] == {"onnx-fp32": {"vision_p50_ms": 1.0}}
+
+
+def test_classes_and_templates_are_those_of_the_evaluation_set(package):
+    labels = json.loads((package / "labels.json").read_text())
+    assert labels["classes"][:2] == ["red circle", "red square"]
+    assert labels["templates"] == ["a photo of a {}", "a {}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"status": "fail", "reasons": ["cosine 0.5"]}, "onnx-fp32 is not fit to ship, fail: cosine 0.5; "),
+        ({"status": "unavailable", "reasons": ["no GPU"]}, "onnx-fp32 is not fit to ship, unavailable: no GPU; "),
+        ({"runtime": "torchscript"}, "onnx-fp32 runs with torchscript, and packages with ONNX Runtime alone"),
+        ({"files": {"vision.onnx": "0"}}, r"vision.onnx is not the file that was judged .*: run `dvc repro`"),
+    ],
+)
+def test_what_did_not_pass_its_gate_as_it_is_now_is_refused(sources, tmp_path, change, said):
+    known = advice(sources.built)
+    known["targets"]["onnx-fp32"] |= change
+    with pytest.raises(DeployError, match=said):
+        write_package(known, "onnx-fp32", sources, GatesConfig(), FACTS, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_target_is_named_with_the_known_ones(sources, tmp_path):
+    with pytest.raises(DeployError, match=r"target is .ort-fp31.: the report knows .*onnx-fp32"):
+        write_package(advice(sources.built), "ort-fp31", sources, GatesConfig(), FACTS, tmp_path)
+
+
+def test_nothing_to_ship_leaves_a_manifest_with_the_reason_and_no_graph(sources, tmp_path):
+    known = advice(sources.built, note="no target passes its gate")
+    manifest = write_package(known, "recommended", sources, GatesConfig(), FACTS, tmp_path)
+    assert manifest == {"format": 1, **FACTS, "unavailable": "no target passes its gate"}
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_tokenizer_that_needs_transformers_is_no_package_and_no_failure_of_the_pipeline(
+    sources, tmp_path, monkeypatch
+):
+    def refuse(*_):
+        raise UnavailableError("no fast tokenizer")
+
+    monkeypatch.setattr("clip_deploy.package.write_tokenizer", refuse)
+    known = advice(sources.built, package={"vision": "onnx-fp32", "text": "onnx-fp32"})
+    assert write_package(known, "recommended", sources, GatesConfig(), FACTS, tmp_path)["unavailable"]
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    with pytest.raises(UnavailableError, match="no fast tokenizer"):
+        write_package(known, "onnx-fp32", sources, GatesConfig(), FACTS, tmp_path)
+
+
+def test_two_targets_are_judged_together(sources, fused, tmp_path):
+    known = advice(sources.built, package={"vision": "ort-fp32", "text": "onnx-fp32"}, single="onnx-fp32")
+    gates = GatesConfig(fp32=Gate(min_cosine=0.999, max_top1_drop=5, max_flips=5))
+    manifest = write_package(known, "recommended", sources, gates, FACTS, tmp_path)
+    assert {tower: chosen["target"] for tower, chosen in manifest["towers"].items()} == known["package"]
+    assert sha256(tmp_path / "vision.onnx") == known["targets"]["ort-fp32"]["files"]["vision.onnx"]
+    assert sha256(tmp_path / "text.onnx") == known["targets"]["onnx-fp32"]["files"]["text.onnx"]
+    assert manifest["gates"]["ort-fp32 with onnx-fp32"]["status"] == "pass"
+
+
+def test_a_pair_that_fails_gives_way_to_one_target(sources, fused, tmp_path):
+    known = advice(sources.built, package={"vision": "ort-fp32", "text": "onnx-fp32"}, single="onnx-fp32")
+    gates = GatesConfig(fp32=Gate(min_cosine=1.1))
+    manifest = write_package(known, "recommended", sources, gates, FACTS, tmp_path)
+    assert {chosen["target"] for chosen in manifest["towers"].values()} == {"onnx-fp32"}
+    pair = manifest["gates"]["ort-fp32 with onnx-fp32"]
+    assert pair["status"] == "fail"
+    assert "< 1.1 (gates.fp32.min_cosine)" in pair["reasons"][0]
+
+
+def test_the_processors_numbers_survive_as_they_are_written(package):
+    record = json.loads((package / "preprocessor.json").read_text())
+    assert record["size"] == {"shortest_edge": 48}
+    assert record["crop"] == [48, 48]
+    assert np.allclose(record["image_mean"], [0.48145466, 0.4578275, 0.40821073], atol=1e-7)
+    assert np.allclose(record["image_std"], [0.26862954, 0.26130258, 0.27577711], atol=1e-7)
