@@ -1,0 +1,119 @@
+"""Use a package from a terminal: `python -m clip_deploy predict`, `embed` or `search`."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    from clip_deploy.classifier import ZeroShotClassifier
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing.name} is not installed: pip install numpy pillow tokenizers onnxruntime")
+
+from clip_deploy.core.errors import DeployError
+
+UNREADABLE = 3  # exit code
+STOPPED = 130  # what shells report of Ctrl-C
+
+Command = Callable[[ZeroShotClassifier, argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        classifier = ZeroShotClassifier.open(
+            given.package, device=given.device, threads=given.threads, cache_folder=given.cache
+        )
+        return given.run(classifier, given)
+    except DeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(prog="python -m clip_deploy", description=__doc__)
+    commands = whole.add_subparsers(required=True, metavar="predict | embed | search")
+    _add_predict(commands)
+    _add_embed(commands)
+    _add_search(commands)
+    return whole
+
+
+def _add(commands: Any, name: str, run: Command, description: str) -> argparse.ArgumentParser:
+    """A command with what all of them take."""
+    command = commands.add_parser(name, help=description, description=description)
+    command.add_argument("--package", type=Path, default=Path("artifacts/package"), help="default: %(default)s")
+    command.add_argument("--device", help="cpu or cuda; default: the one that the package was made for")
+    command.add_argument("--threads", type=int, help="of each tower; default: ONNX Runtime's choice")
+    command.add_argument("--cache", type=Path, help="a folder in which embeddings of texts are kept")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_predict(commands: Any) -> None:
+    command = _add(commands, "predict", _predict, "Say which text describes an image best.")
+    command.add_argument("image", type=Path)
+    command.add_argument("texts", nargs="*", help="default: the package's classes, in its templates")
+    command.add_argument("--top", type=int, default=5, help="how many are shown; default: %(default)s")
+
+
+def _add_embed(commands: Any) -> None:
+    command = _add(
+        commands,
+        "embed",
+        _embed,
+        "Write the embeddings of a folder's images as Parquet files. The same command goes on after a stop. "
+        f"Exit code {UNREADABLE} says that all is done but some images could not be read.",
+    )
+    command.add_argument("folder", type=Path)
+    command.add_argument("output", type=Path)
+    command.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    command.add_argument("--part-size", type=int, default=10_000, help="images a file; default: %(default)s")
+    command.add_argument("--float16", action="store_true", help="half the bytes, three digits of each number")
+
+
+def _add_search(commands: Any) -> None:
+    command = _add(commands, "search", _search, "Find the images that a text describes best.")
+    command.add_argument("source", type=Path, help="a folder of images, or what `embed` wrote")
+    command.add_argument("text")
+    command.add_argument("--top", type=int, default=10, help="how many are shown; default: %(default)s")
+
+
+def _predict(classifier: ZeroShotClassifier, given: argparse.Namespace) -> int:
+    for text, probability in classifier.predict(given.image, given.texts or None)[: given.top]:
+        print(f"{probability:.4f}  {text}")
+    return 0
+
+
+def _embed(classifier: ZeroShotClassifier, given: argparse.Namespace) -> int:
+    from clip_deploy.embed import EmbedSettings, embed_folder
+
+    settings = EmbedSettings(given.batch_size, given.part_size, given.float16)
+    done = embed_folder(classifier, given.folder, given.output, settings)
+    for line in done.unreadable:
+        print(f"warning: {line}", file=sys.stderr)
+    speed = f" ({done.embedded_now / done.seconds:,.0f} images/s)" if done.embedded_now else ""
+    print(
+        f"{given.output}: {done.images:,} images, {done.embedded_before:,} embedded before, {done.embedded_now:,} now"
+        f"{speed}, {len(done.unreadable):,} unreadable"
+    )
+    return UNREADABLE if done.unreadable else 0
+
+
+def _search(classifier: ZeroShotClassifier, given: argparse.Namespace) -> int:
+    from clip_deploy.search import search
+
+    for cosine, path in search(classifier, given.source, given.text, given.top):
+        print(f"{cosine:.4f}  {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

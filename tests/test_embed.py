@@ -1,0 +1,235 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from pyarrow import parquet
+
+from clip_deploy import shapes
+from clip_deploy.__main__ import main
+from clip_deploy.classifier import ZeroShotClassifier
+from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.embed import EmbedSettings, embed_folder, list_images
+from clip_deploy.search import search
+
+LABELS = [shapes.CLASSES[7 * index % len(shapes.CLASSES)] for index in range(25)]
+SMALL = EmbedSettings(batch_size=4, part_size=10)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """25 images, of which two cannot be read, with a sub-folder and a file that is none."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "sub").mkdir()
+    for index, label in enumerate(LABELS):
+        image, _ = shapes.render("embed", index, shapes.CLASSES.index(label))
+        image.save(folder / ("sub" if index % 2 else "") / f"{index:02} {label}.png")
+    next(folder.glob("04*")).write_bytes(b"")
+    whole = next(folder.glob("sub/13*"))
+    whole.write_bytes(whole.read_bytes()[:900])
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(package):
+    return ZeroShotClassifier.open(package)
+
+
+def rows(output):
+    tables = [parquet.read_table(path) for path in sorted(output.glob("part-*.parquet"))]
+    return {path: vector for table in tables for path, vector in zip(*table.to_pydict().values(), strict=True)}
+
+
+def test_every_readable_image_has_its_embedding_and_every_other_is_named(classifier, folder, tmp_path):
+    done = embed_folder(classifier, folder, tmp_path, SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"part-0000{number}.parquet" for number in range(3)]
+    assert (done.images, done.embedded_before, done.embedded_now) == (25, 0, 23)
+    assert len(done.unreadable) == 2
+    assert "is empty" in done.unreadable[0]
+    assert "13 " in done.unreadable[1]
+    assert "is no readable image" in done.unreadable[1]
+    found = rows(tmp_path)
+    names = [name for name in list_images(folder) if not name.startswith(("04", "sub/13"))]
+    assert list(found) == names
+    expected = classifier.embed_images([folder / name for name in names])
+    assert np.allclose(list(found.values()), expected, atol=1e-6)
+
+
+def test_a_second_run_does_nothing_and_says_the_same(classifier, folder, tmp_path):
+    first = embed_folder(classifier, folder, tmp_path, SMALL)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = embed_folder(classifier, folder, tmp_path, SMALL)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert (again.embedded_before, again.embedded_now) == (23, 0)
+    assert again.unreadable == first.unreadable
+
+
+def test_a_missing_part_alone_is_made_again_and_is_the_same(classifier, folder, tmp_path):
+    embed_folder(classifier, folder, tmp_path, SMALL)
+    part = tmp_path / "part-00001.parquet"
+    content = part.read_bytes()
+    part.unlink()
+    assert embed_folder(classifier, folder, tmp_path, SMALL).embedded_now == 9
+    assert part.read_bytes() == content
+
+
+def test_a_killed_run_goes_on_where_it_stopped(package, folder, tmp_path):
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    source = next(folder.glob("00*")).read_bytes()
+    for index in range(1000):
+        (images / f"{index:05}.png").write_bytes(source)
+    words = ["embed", str(images), str(output), "--package", str(package), "--part-size", "50", "--threads", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "clip_deploy", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(output.glob("part-*.parquet"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = sorted(output.glob("part-*.parquet"))
+    assert 2 <= len(kept) < 20
+    stamps = {path: path.stat().st_mtime_ns for path in kept}
+    done = subprocess.run(
+        [sys.executable, "-m", "clip_deploy", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"1,000 images, {50 * len(kept):,} embedded before, {1000 - 50 * len(kept)} now" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in kept} == stamps
+    assert len(rows(output)) == 1000
+    assert [path.name for path in output.glob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (EmbedSettings(batch_size=8, part_size=10), "made with batch_size 4, and this run has 8"),
+        (EmbedSettings(batch_size=4, part_size=10, float16=True), "made with float16 False, and this run has True"),
+        (EmbedSettings(batch_size=4, part_size=20), r"part-00002.parquet is not of this run, which has 2 parts"),
+    ],
+)
+def test_other_settings_are_refused(classifier, folder, tmp_path, other, said):
+    embed_folder(classifier, folder, tmp_path, SMALL)
+    with pytest.raises(DeployError, match=said):
+        embed_folder(classifier, folder, tmp_path, other)
+
+
+def test_another_package_other_files_and_damaged_parts_are_refused(classifier, folder, tmp_path, monkeypatch):
+    embed_folder(classifier, folder, tmp_path, SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier, "fingerprint", "another")
+        with pytest.raises(DeployError, match="was made with another package: give another output folder"):
+            embed_folder(classifier, folder, tmp_path, SMALL)
+        with pytest.raises(DeployError, match="was made by another package: search with that one"):
+            search(classifier, tmp_path, "a red circle", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("clip_deploy.embed.list_images", lambda folder: list_images(folder)[1:])
+        with pytest.raises(DeployError, match="made with another list of files"):
+            embed_folder(classifier, folder, tmp_path, SMALL)
+    (tmp_path / "part-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DeployError, match=r"part-00001.parquet is no whole part of `embed`"):
+        embed_folder(classifier, folder, tmp_path, SMALL)
+
+
+def test_float16_halves_the_bytes_and_keeps_three_digits(classifier, folder, tmp_path):
+    embed_folder(classifier, folder, tmp_path / "half", EmbedSettings(4, 10, float16=True))
+    embed_folder(classifier, folder, tmp_path / "whole", SMALL)
+    half, whole = (np.array(list(rows(tmp_path / name).values()), dtype=np.float32) for name in ("half", "whole"))
+    assert 0 < np.abs(half - whole).max() < 1e-3
+    schema = parquet.read_schema(tmp_path / "half" / "part-00000.parquet")
+    assert str(schema.field("embedding").type) == "fixed_size_list<element: halffloat>[64]"
+
+
+@pytest.mark.parametrize("float16", [False, True])
+def test_a_search_finds_what_the_text_describes_in_images_and_in_their_embeddings(
+    classifier, folder, tmp_path, float16
+):
+    embed_folder(classifier, folder, tmp_path, EmbedSettings(4, 10, float16))
+    text = f"a photo of a {LABELS[6]}"
+    hits = search(classifier, tmp_path, text, 3)
+    assert hits[0].path == f"06 {LABELS[6]}.png"
+    assert hits[0].cosine > hits[1].cosine > hits[2].cosine
+
+
+def test_a_folder_of_images_is_searched_as_it_is(classifier, tmp_path):
+    for index, label in enumerate(("red circle", "blue square")):
+        shapes.render("search", index, shapes.CLASSES.index(label))[0].save(tmp_path / f"{label}.png")
+    assert [hit.path for hit in search(classifier, tmp_path, "a blue square", 5)] == [
+        "blue square.png",
+        "red circle.png",
+    ]
+
+
+def test_an_empty_folder_and_a_missing_one_are_named(classifier, tmp_path):
+    with pytest.raises(DataError, match="holds no images"):
+        embed_folder(classifier, tmp_path, tmp_path / "out", SMALL)
+    with pytest.raises(DataError, match="is no folder"):
+        embed_folder(classifier, tmp_path / "none", tmp_path / "out", SMALL)
+
+
+def test_the_order_is_that_of_the_names_bytes(tmp_path):
+    for name in ("b.png", "B.PNG", "a.jpg", "\u00e4.webp", "c.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert list_images(tmp_path) == ["B.PNG", "a.jpg", "b.png", "\u00e4.webp"]
+
+
+def test_a_name_that_is_no_text_is_reported_and_not_fatal(classifier, tmp_path):
+    image, _ = shapes.render("embed", 0, 0)
+    image.save(tmp_path / "good.png")
+    os.rename(tmp_path / "good.png", os.fsencode(tmp_path) + b"/bad\xff.png")
+    image.save(tmp_path / "good.png")
+    done = embed_folder(classifier, tmp_path, tmp_path / "out", SMALL)
+    assert done.unreadable == ["bad?.png has a name that is no UTF-8: rename it"]
+    assert list(rows(tmp_path / "out")) == ["good.png"]
+
+
+def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
+    options = ["--package", str(package), "--threads", "1"]
+    image = str(folder / f"00 {LABELS[0]}.png")
+    assert main(["predict", image, "a red circle", "a blue square", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("  a red circle")
+    assert main(["embed", str(folder), str(tmp_path), "--float16", *options]) == 3
+    printed = capsys.readouterr()
+    assert "25 images, 0 embedded before, 23 now" in printed.out
+    assert printed.out.endswith(", 2 unreadable\n")
+    assert sum(line.startswith("warning: ") for line in printed.err.splitlines()) == 2
+    assert main(["search", str(tmp_path), f"a photo of a {LABELS[6]}", "--top", "2", *options]) == 0
+    assert f"06 {LABELS[6]}.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["predict", "none.png", "a cat"], 1, "error: none.png does not exist"),
+        (["predict", "none.png", ""], 1, "error: text 1 of 1 is ''"),
+        (["search", "none", "a cat"], 1, "error: none is no folder"),
+        (["search", "none", "a cat", "--top", "0"], 1, "error: top is 0"),
+        (["embed", "none", "out", "--part-size", "0"], 1, "error: part_size is 0"),
+        (["predict", "none.png", "--device", "tpu"], 1, "error: device is 'tpu'"),
+        (["predict", "none.png", "--threads", "0"], 1, "error: threads is 0"),
+    ],
+)
+def test_the_commands_fail_in_one_line(package, capsys, words, code, said):
+    assert main([*words, "--package", str(package)]) == code
+    errors = capsys.readouterr().err
+    assert errors.startswith(said)
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["predict"], ["embed"], ["search"]])
+def test_the_commands_explain_themselves(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    assert "usage: python -m clip_deploy" in capsys.readouterr().out
+
+
+def test_a_parts_metadata_is_json(classifier, folder, tmp_path):
+    embed_folder(classifier, folder, tmp_path, SMALL)
+    header = json.loads(parquet.read_metadata(tmp_path / "part-00000.parquet").metadata[b"clip_deploy"])
+    assert header["package"] == classifier.fingerprint
