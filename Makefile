@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test check format bench-pipeline bench-int8 bench-peers lock clean
+.PHONY: help repro test check format bench-pipeline bench-int8 bench-embed bench-peers lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ bench-pipeline: $(VENV)/ready ## time the pipeline itself: full, no-op, opset ch
 
 bench-int8: $(VENV)/ready ## compare the ways to INT8 in accuracy, on what the last repro built
 	python -m benchmarks.int8
+
+bench-embed: $(VENV)/ready ## embed 50,000 rendered images with the package, kill it half-way and go on
+	python -m benchmarks.embed
 
 bench-peers: $(VENV)/ready ## time our targets beside Optimum, Olive, OpenVINO, torch.compile; ARGS='model=...' and more
 	python -m benchmarks.peers $(ARGS)
