@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 
 from clip_deploy.core.artifact import sha256
+from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.images import Preprocessor, read_image, rgb
 from clip_deploy.runtimes.ort import CPU, CUDA, load_cuda
@@ -147,7 +147,7 @@ class ZeroShotClassifier:
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}: give 1 or more")
         waiting: deque[list[Future]] = deque()
-        with ThreadPoolExecutor(_cores()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             try:
                 for start in range(0, len(images), batch_size):
                     waiting.append([pool.submit(self._prepared, image) for image in images[start : start + batch_size]])
@@ -259,7 +259,3 @@ def _unit(embeddings: np.ndarray) -> np.ndarray:
 def _few(texts: list[str], batch_size: int) -> bool | None:
     """No bar for one batch; else wherever there is a terminal."""
     return True if len(texts) <= batch_size else None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
