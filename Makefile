@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test check format bench-pipeline bench-int8 bench-embed bench-peers lock clean
+.PHONY: help repro test check format bench-pipeline bench-int8 bench-embed bench-peers triton-env lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -15,6 +15,12 @@ $(VENV)/ready: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+TRITON := build/triton-venv
+$(TRITON)/ready: requirements-triton.txt
+	rm -rf $(TRITON) && $(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-triton.txt
 	@touch $@
 
 repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/report.md
@@ -45,6 +51,8 @@ bench-embed: $(VENV)/ready ## embed 50,000 rendered images with the package, kil
 
 bench-peers: $(VENV)/ready ## time our targets beside Optimum, Olive, OpenVINO, torch.compile; ARGS='model=...' and more
 	python -m benchmarks.peers $(ARGS)
+
+triton-env: $(TRITON)/ready ## a real Triton server in build/triton-venv (half a GB), for validate_triton and its tests
 
 TORCH := torch==2.13.0
 GPU := sys_platform == 'linux' and platform_machine == 'x86_64'

@@ -30,7 +30,8 @@ EXTRA = {
     "package": {"clip_deploy.runtimes.ort"},  # it opens nothing else
 }
 SHARED = "clip_deploy.core"  # watched as a folder: every stage uses most of it
-DATA_FILES = {"report": {"clip_deploy/report.html"}}
+SERVED = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clip_deploy" / "serving" / "models").glob("*.py")}
+DATA_FILES = {"report": {"clip_deploy/report.html"}, "triton_repository": SERVED}
 
 
 def stage(name):

@@ -18,8 +18,8 @@ def run(*arguments, cwd=ROOT, code=None):
     return subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_there_are_sixteen_stages():
-    assert len(STAGES) == 16
+def test_there_are_seventeen_stages():
+    assert len(STAGES) == 17
 
 
 @pytest.mark.parametrize("name", STAGES)

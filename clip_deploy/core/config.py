@@ -26,6 +26,7 @@ BUILDERS = (  # sections of params.yaml with a target a key
 GROUPS = ("model", "data", "benchmark", "gates")  # folders under conf/
 OPSETS = {"torchscript": (14, 20), "dynamo": (18, 23)}  # what each exporter really writes (torch 2.13)
 ANTIALIAS_OPSET = 18  # ONNX's Resize has `antialias` from here on
+MOST_CLIENTS, MOST_WINDOW_S = 256, 60  # of a load test, which shares its machine with the server
 
 T = TypeVar("T")
 
@@ -170,6 +171,44 @@ class EndToEndConfig:
                 raise ConfigError(f"end_to_end.{name} is {getattr(self, name)}: it must be above 0")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"end_to_end.workers is {self.workers}: give 1 or more, or null for benchmark.threads")
+
+
+@dataclass
+class TritonConfig:
+    """How Triton batches and how many copies of each model it runs."""
+
+    max_batch: int = 32  # images in one call
+    max_texts: int = 256  # texts in one call, as the labels of one question
+    queue_delay_us: int = 200  # how long a request may wait for others to join it
+    instances: int = 1  # copies of each tower
+    threads: int = 2  # of each copy
+    workers: int = 2  # processes that decode and preprocess images
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_texts", "instances", "threads", "workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"triton.{name} is {getattr(self, name)}: give 1 or more")
+        if self.queue_delay_us < 0:
+            raise ConfigError(f"triton.queue_delay_us is {self.queue_delay_us}: give 0 or more microseconds")
+
+
+@dataclass
+class TritonCheckConfig:
+    """Which server the repository is held against, and how it is loaded."""
+
+    environment: str = "build/triton-venv"  # made by `make triton-env`
+    concurrency: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    seconds: float = 0.5  # of one window at one concurrency; at least three windows are measured
+
+    def __post_init__(self) -> None:
+        if not self.concurrency or not all(1 <= clients <= MOST_CLIENTS for clients in self.concurrency):
+            raise ConfigError(
+                f"triton_check.concurrency is {self.concurrency}: give one or more numbers from 1 to {MOST_CLIENTS}"
+            )
+        if not 0 < self.seconds <= MOST_WINDOW_S:
+            raise ConfigError(
+                f"triton_check.seconds is {self.seconds}: give a number above 0 and up to {MOST_WINDOW_S}"
+            )
 
 
 @dataclass
@@ -366,6 +405,8 @@ class Params:
     build_engine: dict[str, BuildEngineConfig]
     targets: list[str]
     end_to_end: EndToEndConfig
+    triton: TritonConfig
+    triton_check: TritonCheckConfig
     seed: int = 0
     recommend: RecommendConfig = field(default_factory=RecommendConfig)
 

@@ -1,0 +1,49 @@
+"""Triton Python model: one tower, run by ONNX Runtime, for servers that have the python backend only.
+
+Needs numpy and onnxruntime. What the dynamic batcher hands over together is encoded in one call.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+
+PROVIDERS = {"CPU": ["CPUExecutionProvider"], "GPU": ["CUDAExecutionProvider"]}
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        self.inputs = [given["name"] for given in config["input"]]
+        self.output = config["output"][0]["name"]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(config["parameters"]["intra_op_thread_count"]["string_value"])
+        path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
+        self.session = onnxruntime.InferenceSession(path, options, providers=PROVIDERS[args["model_instance_kind"]])
+
+    def execute(self, requests):
+        fed = [self._arrays(request) for request in requests]
+        try:
+            return [_response(self.output, rows) for rows in self._together(fed)]
+        except Exception:  # one of them is bad: only that one gets an error
+            return [self._alone(arrays) for arrays in fed]
+
+    def _arrays(self, request):
+        return {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+
+    def _together(self, fed):
+        whole = {name: np.concatenate([arrays[name] for arrays in fed]) for name in self.inputs}
+        counts = [len(arrays[self.inputs[0]]) for arrays in fed]
+        return np.split(self.session.run([self.output], whole)[0], np.cumsum(counts)[:-1])
+
+    def _alone(self, arrays):
+        try:
+            return _response(self.output, self.session.run([self.output], arrays)[0])
+        except Exception as error:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"cannot encode this request: {error}"))
+
+
+def _response(name, rows):
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, rows.astype(np.float32, copy=False))])

@@ -1,0 +1,97 @@
+"""Triton Python model: image files (JPEG, PNG, WebP...) to what the image tower takes. Needs numpy and Pillow.
+
+Resize, centre crop, rescaling and normalisation are those of the checkpoint's own processor, read from
+preprocessor.json; without that file the tower preprocesses itself, and this model only decodes.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from PIL import Image, UnidentifiedImageError
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow only warns; MOST_PIXELS refuses
+MOST_BYTES = 20_000_000  # of one file
+MOST_PIXELS = 50_000_000  # of one image: a small file can hold a picture that fills the memory
+
+
+class RefusedError(ValueError):
+    """A file that is no image, or too large."""
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.output = json.loads(args["model_config"])["output"][0]["name"]
+        path = Path(args["model_repository"]) / args["model_version"] / "preprocessor.json"
+        self.settings = json.loads(path.read_text()) if path.exists() else None
+
+    def execute(self, requests):
+        return [self._answer(pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy()) for request in requests]
+
+    def _answer(self, encoded):
+        try:
+            tensor = pb_utils.Tensor(self.output, self.stacked(encoded.reshape(-1)))
+        except RefusedError as error:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+        return pb_utils.InferenceResponse([tensor])
+
+    def stacked(self, files):
+        """float32 [images, 3, height, width], or uint8 [images, height, width, 3] where the tower preprocesses."""
+        images = [decoded(content) for content in files]
+        if self.settings is not None:
+            return np.stack([pixel_values(image, self.settings) for image in images])
+        if len({image.size for image in images}) > 1:
+            raise RefusedError("the images of one request must have one size: send one request for each size")
+        return np.stack([np.asarray(image) for image in images])
+
+
+def decoded(content):
+    """An RGB image; as by the checkpoint's processor, the orientation that a camera wrote beside it is not applied."""
+    if len(content) > MOST_BYTES:
+        raise RefusedError(f"the file has {len(content)} bytes: at most {MOST_BYTES} are accepted")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise RefusedError(f"the image has {image.width} x {image.height} pixels: at most {MOST_PIXELS} in all")
+            return rgb(image)
+    except RefusedError:
+        raise
+    except UnidentifiedImageError as error:
+        raise RefusedError("not an image that can be decoded: of no known format") from error
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
+        raise RefusedError(f"not an image that can be decoded: {error}") from error
+
+
+def rgb(image):
+    """Of 16 bits of grey the upper 8; what is transparent becomes white."""
+    if image.mode in ("I", "F"):
+        raise RefusedError(f"the image has pixels of mode {image.mode}, whose range is unknown")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def pixel_values(image, settings):
+    """float32 [3, height, width]."""
+    if settings["size"] is not None:
+        image = image.resize(resized(image, settings["size"]), Image.Resampling(settings["resample"]))
+    if settings["crop"] is not None:
+        height, width = settings["crop"]
+        top, left = (image.height - height) // 2, (image.width - width) // 2  # outside the image it is black
+        image = image.crop((left, top, left + width, top + height))
+    levels = np.asarray(image).transpose(2, 0, 1) * np.float32(settings["rescale_factor"])
+    mean, std = (np.array(settings[name], np.float32).reshape(3, 1, 1) for name in ("image_mean", "image_std"))
+    return (levels.astype(np.float32) - mean) / std
+
+
+def resized(image, size):
+    """[width, height] after resizing; the longer side is cut to whole pixels."""
+    if "height" in size:
+        return size["width"], size["height"]
+    short = min(image.size)
+    return tuple(size["shortest_edge"] * side // short for side in image.size)

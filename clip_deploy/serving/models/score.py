@@ -1,0 +1,41 @@
+"""Triton Python model: image and text embeddings to probabilities, as the model itself scores pairs. Needs numpy."""
+
+import json
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        settings = {
+            name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
+        }
+        self.scale, self.bias = float(settings["logit_scale"]), float(settings["logit_bias"])
+        self.activation = {"softmax": softmax, "sigmoid": sigmoid}[settings["activation"]]
+
+    def execute(self, requests):
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request):
+        images, texts = (
+            normalized(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
+            for name in ("image_embeds", "text_embeds")
+        )
+        scores = self.activation(self.scale * images @ texts.T + self.bias)
+        return pb_utils.InferenceResponse([pb_utils.Tensor("probabilities", scores.astype(np.float32))])
+
+
+def normalized(rows):
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def softmax(logits):
+    """Over the texts."""
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return raised / raised.sum(axis=1, keepdims=True)
+
+
+def sigmoid(logits):
+    """Each pair by itself."""
+    return 1 / (1 + np.exp(-logits))

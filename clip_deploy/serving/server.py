@@ -1,0 +1,226 @@
+"""Start a real Triton server on free ports of 127.0.0.1, wait until it is ready, and always end it.
+
+The server is the one inside the Python package nvidia-pytriton: the official binary with the python backend, HTTP, gRPC
+and metrics, without the other backends. It lives in an environment of its own, which `make triton-env` makes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_deploy.core.child import die_with_parent
+from clip_deploy.core.errors import DeployError, UnavailableError
+
+START_S = 120.0  # until the server is ready; a server without a load answers after 3
+STOP_S = 20.0  # from SIGTERM until SIGKILL
+CACHE_BYTES = 16_777_216  # answers of the text tower
+READY = "/v2/models/clip_zero_shot/ready"  # the ensemble is, once all that it calls are
+PACKAGES = ("nvidia_pytriton", "numpy", "onnxruntime", "tokenizers", "pillow", "tritonclient")
+LIBDIR = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
+VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
+
+
+@dataclass
+class Environment:
+    """Where a server and its Python are.
+
+    Attributes:
+        python: the environment's interpreter, in which the python backend's models run too.
+        packages: its site-packages.
+    """
+
+    python: Path
+    packages: Path
+
+    @property
+    def triton(self) -> Path:
+        return self.packages / "pytriton" / "tritonserver"
+
+    @property
+    def stub(self) -> Path:
+        """What starts a model of the python backend, in the build for this version of Python."""
+        return self.triton / "python_backend_stubs" / self.ask(VERSION) / "triton_python_backend_stub"
+
+    def variables(self) -> dict[str, str]:
+        """The library of the environment's own Python comes first: the server embeds it."""
+        libraries = [self.ask(LIBDIR), str(self.packages / "nvidia_pytriton.libs"), os.environ.get("LD_LIBRARY_PATH")]
+        return {
+            **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")},
+            "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+            "PATH": str(self.python.parent) + os.pathsep + os.environ["PATH"],
+        }
+
+    def ask(self, code: str) -> str:
+        return subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@dataclass
+class Server:
+    """A running server: its ports, its process and where it logs."""
+
+    http: int
+    grpc: int
+    metrics: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def is_ready(self) -> bool:
+        return answers(self.http, READY)
+
+    def last_line(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return next((line for line in reversed(lines) if line.startswith(("E", "error"))), lines[-1] if lines else "")
+
+
+def versions(environment: Path) -> dict[str, str]:
+    """Versions of the packages that decide how the server answers, as installed; empty without an environment."""
+    found = {}
+    for path in environment.glob("lib/python3*/site-packages/*.dist-info"):
+        name, _, version = path.name.removesuffix(".dist-info").partition("-")
+        if name.lower() in PACKAGES:
+            found[name.lower()] = version
+    return dict(sorted(found.items()))
+
+
+def find_environment(folder: Path) -> Environment:
+    """Raises UnavailableError where there is no server, or one whose numpy makes it answer with nothing."""
+    found = versions(folder)
+    missing = [name for name in PACKAGES if name not in found]
+    if missing:
+        raise UnavailableError(f"no Triton server: {folder} lacks {', '.join(missing)}; run `make triton-env`")
+    if int(found["numpy"].split(".")[0]) >= 2:
+        raise UnavailableError(
+            f"{folder} has numpy {found['numpy']}, with which this server answers with empty outputs: numpy < 2 is "
+            "needed; run `make triton-env`"
+        )
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    environment = Environment(folder.absolute() / "bin" / "python", packages.absolute())
+    if not environment.stub.exists():
+        raise UnavailableError(f"this Triton has no models' runner for Python {environment.stub.parent.name}")
+    return environment
+
+
+@contextmanager
+def serve(repository: Path, environment: Environment, log: Path) -> Iterator[Server]:
+    """A server over `repository` that is ready, with models loaded and unloaded by request only.
+
+    Raises DeployError with the server's last line where it ends or is not ready in time.
+    """
+    server = _start(repository, environment, log)
+    try:
+        _wait(server)
+        yield server
+    finally:
+        stop(server)
+
+
+def _start(repository: Path, environment: Environment, log: Path) -> Server:
+    _place_stub(environment)
+    http, grpc, metrics = free_ports(3)
+    command = [
+        str(environment.triton / "bin" / "tritonserver"),
+        f"--model-repository={repository.absolute()}",
+        f"--backend-directory={environment.triton / 'backends'}",
+        f"--cache-directory={environment.triton / 'caches'}",
+        f"--cache-config=local,size={CACHE_BYTES}",
+        f"--backend-config=python,shm-region-prefix-name={_region(http)}",
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        "--strict-readiness=false",  # a version that was refused would make it "not ready" for good, whatever answers
+        "--metrics-config=summary_latencies=true",
+        "--allow-gpu-metrics=false",
+    ]
+    for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics)):
+        command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment.variables(),
+            preexec_fn=die_with_parent,
+            start_new_session=True,
+        )
+    return Server(http, grpc, metrics, process, log)
+
+
+def _place_stub(environment: Environment) -> None:
+    """The python backend starts each model by a program that was built for one version of Python."""
+    shutil.copy2(environment.stub, environment.triton / "backends" / "python")
+
+
+def _wait(server: Server) -> None:
+    end = time.monotonic() + START_S
+    while not server.is_ready():
+        if server.process.poll() is not None:
+            raise DeployError(f"Triton ended with code {server.process.returncode}: {server.last_line()}")
+        if time.monotonic() > end:
+            raise DeployError(f"Triton was not ready after {START_S:.0f} s: {server.last_line()}")
+        time.sleep(0.1)
+
+
+def stop(server: Server) -> None:
+    """SIGTERM, then SIGKILL to what is left of it, its models' processes included."""
+    server.process.terminate()
+    try:
+        server.process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+        for region in Path("/dev/shm").glob(f"{_region(server.http)}*"):  # left by a killed server
+            region.unlink(missing_ok=True)
+
+
+def _region(port: int) -> str:
+    """Shared memory by which the server and its models' processes speak, named apart from another server's."""
+    return f"clip_deploy_{os.getpid()}_{port}_"
+
+
+def model_config(server: Server, model: str) -> dict[str, Any]:
+    """A model's configuration as the server completed it."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.http}/v2/models/{model}/config", timeout=5) as answer:
+        return json.load(answer)
+
+
+def load_model(server: Server, model: str, config: dict[str, Any]) -> None:
+    """Load a model again by `config`, which holds until the server ends."""
+    body = {"parameters": {"config": json.dumps(config)}}
+    address = f"http://127.0.0.1:{server.http}/v2/repository/models/{model}/load"
+    request = urllib.request.Request(address, data=json.dumps(body).encode(), method="POST")
+    try:
+        urllib.request.urlopen(request, timeout=START_S).close()
+    except urllib.error.HTTPError as error:
+        raise DeployError(f"Triton does not load {model}: {error.read().decode(errors='replace')[:200]}") from error
+
+
+def answers(port: int, path: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
