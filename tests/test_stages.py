@@ -8,7 +8,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = {"compare", "device"}  # run by hand, with no settings: tests/test_compare.py, tests/test_device.py
+COMMANDS = {
+    "compare",
+    "device",
+    "drift",
+}  # run by hand, with no settings: tests of their own
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WITHOUT_TORCH = ("probe", "optimize", "quantize", "validate", "benchmark", "report")
 
