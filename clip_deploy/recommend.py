@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from clip_deploy.core.config import RecommendConfig
-from clip_deploy.core.results import write_json
 from clip_deploy.report import Row, metrics, number
 
 TOWERS = ("vision", "text")
@@ -51,13 +49,6 @@ class Pace:
     middle: float
     low: float
     high: float
-
-
-def write_recommendation(rows: list[Row], limits: RecommendConfig, path: Path) -> dict[str, Any]:
-    """Write what `recommend` finds to `path`, and return what the report shows of it."""
-    advice = recommend(rows, limits)
-    write_json(path, asdict(advice))
-    return shown(advice, rows)
 
 
 def recommend(rows: list[Row], limits: RecommendConfig) -> Recommendation:

@@ -9,19 +9,22 @@ from clip_deploy.core.config import load_choice, load_params
 from clip_deploy.core.environment import fingerprint, hardware, software
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.results import write_json
+from clip_deploy.serving.server import versions
 from stages import CONF, PARAMS, stage
 
 
 @dataclass
 class Settings:
     output: Path = MISSING
-    inputs: Path = MISSING  # what the checkpoint and the data are, where they lie on this disk
+    inputs: Path = MISSING  # what the checkpoint, the data and the Triton server are, where they lie on this disk
 
 
 @stage
 def probe(settings: Settings) -> None:
     params = load_params(PARAMS, CONF)
     inputs = {group: identity(group, getattr(params, group)) for group in ("model", "data")}
+    found = versions(Path(params.triton_check.environment))
+    inputs["triton"] = ", ".join(f"{name} {version}" for name, version in found.items()) or "no server"
     write_json(settings.inputs, inputs)
     write_json(settings.output, {"software": software(), "hardware": hardware()})
 

@@ -1,4 +1,4 @@
-"""Gather the configured targets' results into report.md, report.html, metrics.json, recommendation.json and plots."""
+"""Gather the configured targets' results into report.md, report.html, metrics.json and the plots."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +9,9 @@ from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import EndToEndConfig, RecommendConfig
 from clip_deploy.core.results import read_json
 from clip_deploy.gpu_report import gpu_sections
-from clip_deploy.recommend import write_recommendation
+from clip_deploy.recommend import recommend, shown
 from clip_deploy.report import read_flows, read_rows, write_report
+from clip_deploy.triton_report import triton_sections
 from stages import stage
 
 
@@ -26,6 +27,7 @@ class Settings:
     evaluation: Path = MISSING
     validation: Path = MISSING
     benchmark_results: Path = MISSING
+    served: Path = MISSING
     output: Path = MISSING
 
 
@@ -35,8 +37,9 @@ def report(settings: Settings) -> None:
     flows = read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end")
     environment, evaluation = read_json(settings.environment), read_json(settings.evaluation / "manifest.json")
     model, names = read_target(settings.checkpoint).model, {"model": settings.model_name, "data": settings.data_name}
-    shipping = write_recommendation(rows, settings.recommend, settings.output / "recommendation.json")
-    write_report(rows, environment, model, evaluation, names, flows, settings.output, gpu_sections(rows), shipping)
+    sections = gpu_sections(rows) + triton_sections(read_json(settings.served))
+    advice = shown(recommend(rows, settings.recommend), rows)
+    write_report(rows, environment, model, evaluation, names, flows, settings.output, sections, advice)
     print(f"{settings.output / 'report.md'}: {len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass")
 
 

@@ -28,6 +28,7 @@ EXTRA = {
     "benchmark": {"clip_deploy.worker", *RUNTIME_MODULES},
     "end_to_end": RUNTIME_MODULES,
     "package": {"clip_deploy.runtimes.ort"},  # it opens nothing else
+    "validate_triton": {"clip_deploy.serving.client"},  # it runs in the server's environment
 }
 SHARED = "clip_deploy.core"  # watched as a folder: every stage uses most of it
 SERVED = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clip_deploy" / "serving" / "models").glob("*.py")}
@@ -126,7 +127,7 @@ def test_every_setting_that_no_section_fills_is_given_on_the_command_line(name):
 
 def test_no_measured_result_is_cached():
     """The run cache would replay an old timing as a new one."""
-    for name in ("probe", "validate", "benchmark", "end_to_end", "report"):
+    for name in ("probe", "validate", "benchmark", "end_to_end", "validate_triton", "report"):
         for out in stage(name)["outs"]:
             assert next(iter(out.values()))["cache"] is False
 

@@ -1,0 +1,233 @@
+"""Requests that no server should have to meet, and whether it still answers after each. Runs beside `client`."""
+
+import io
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tritonclient.utils import InferenceServerException
+
+from clip_deploy.serving.client import TIMEOUT_S, Client, Job, embed_images, short
+
+LARGE_BYTES = 64_000_000  # a body that is far too large
+BOMB_SIDE = 30_000  # pixels: 900 million in a file of a few hundred kilobytes
+KILLED_AFTER_S = 0.5
+IDLE = 100  # connections that are opened and never used
+
+HAMMER = """
+import sys, threading
+import numpy as np
+import tritonclient.http as http
+def send():
+    client = http.InferenceServerClient(sys.argv[1], network_timeout=60)
+    array = np.load(sys.argv[3])
+    given = http.InferInput(sys.argv[2], array.shape, sys.argv[4])
+    given.set_data_from_numpy(array)
+    while True:
+        client.infer("clip_vision", [given])
+threads = [threading.Thread(target=send) for _ in range(4)]
+for thread in threads:
+    thread.start()
+print("sending", flush=True)
+for thread in threads:
+    thread.join()
+"""
+
+
+def provoke(job: Job) -> list[dict[str, Any]]:
+    """Each fault: what was answered, and whether the server then is ready and gives the same embedding as before."""
+    expected = embed_images(Client(job, "http"), job, job.batches("images")[0][:1])
+    record = []
+    for name, fault in FAULTS.items():
+        try:
+            answer = fault(job)
+        except (InferenceServerException, OSError) as error:  # refused, or the connection was closed
+            answer = short(error)
+        record.append({"fault": name, "answer": answer, "survived": answers_as_before(job, expected)})
+    return record
+
+
+def answers_as_before(job: Job, expected: np.ndarray) -> bool:
+    client = Client(job, "http")
+    found = embed_images(client, job, job.batches("images")[0][:1])
+    return bool(client.inner.is_model_ready("clip_zero_shot")) and bool(np.array_equal(found, expected))
+
+
+def post(job: Job, path: str, body: bytes, headers: dict[str, str] | None = None) -> str:
+    """Status and body's beginning of a request that no client library would send."""
+    lines = {"Host": "127.0.0.1", "Content-Length": str(len(body)), "Connection": "close", **(headers or {})}
+    head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    with socket.create_connection(("127.0.0.1", job.ports["http"]), timeout=TIMEOUT_S) as connection:
+        connection.sendall(head.encode() + b"\r\n" + body)
+        received = connection.recv(4096)
+        while received and b"\r\n\r\n" not in received:
+            received += connection.recv(4096)
+    status, _, rest = received.decode(errors="replace").partition("\r\n")
+    said = rest.partition("\r\n\r\n")[2].strip()
+    return " ".join((status.partition(" ")[2] + ": " + said).split())[:160]
+
+
+VISION = "/v2/models/clip_vision/infer"
+
+
+def no_json(job: Job) -> str:
+    return post(job, VISION, b"{")
+
+
+def lying_header(job: Job) -> str:
+    return post(job, VISION, b"{}", {"Inference-Header-Content-Length": "1000000000"})
+
+
+def unknown_model(job: Job) -> str:
+    return post(job, "/v2/models/none/infer", b"{}")
+
+
+def wrong_type(job: Job) -> str:
+    return vision(job, job.batches("images")[0][:1].astype(np.float64))
+
+
+def wrong_shape(job: Job) -> str:
+    return vision(job, job.batches("images")[0][:1, :1])
+
+
+def wide_batch(job: Job) -> str:
+    image = job.batches("images")[0][:1]
+    return vision(job, np.repeat(image, job.max_batch + 1, axis=0))
+
+
+def vision(job: Job, images: np.ndarray) -> str:
+    found = embed_images(Client(job, "http"), job, images)
+    return f"answered: {list(found.shape)}"
+
+
+def large_body(job: Job) -> str:
+    return post(job, VISION, b'{"inputs": "' + b"x" * LARGE_BYTES)
+
+
+def unknown_token(job: Job) -> str:
+    inputs = {name: job.batches(name)[0][:1].copy() for name in job.text_inputs}
+    inputs["input_ids"][:] = 10**9
+    return f"answered: {list(Client(job, 'grpc').infer('clip_text', inputs).as_numpy('text_embeds').shape)}"
+
+
+def long_text(job: Job) -> str:
+    return zero_shot(job, file(job), [b"red " * 250_000, b"blue"])
+
+
+def no_text(job: Job) -> str:
+    return zero_shot(job, file(job), [])
+
+
+def not_utf8(job: Job) -> str:
+    return zero_shot(job, file(job), [b"\xff\xfe"])
+
+
+def no_image(job: Job) -> str:
+    return zero_shot(job, b"no image", [b"red"])
+
+
+def truncated_image(job: Job) -> str:
+    return zero_shot(job, file(job)[:-200], [b"red"])
+
+
+def large_file(job: Job) -> str:
+    return zero_shot(job, file(job) + bytes(25_000_000), [b"red"])
+
+
+def bomb(job: Job) -> str:
+    return zero_shot(job, png(BOMB_SIDE), [b"red"])
+
+
+def file(job: Job) -> bytes:
+    return job.inputs["files"][0][: job.inputs["lengths"][0]].tobytes()
+
+
+def zero_shot(job: Job, content: bytes, texts: list[bytes]) -> str:
+    inputs = {
+        "encoded": np.array([[content]], dtype=object),
+        "texts": np.array(texts, dtype=object).reshape(-1, 1),
+    }
+    found = Client(job, "grpc").infer("clip_zero_shot", inputs).as_numpy("probabilities")
+    return f"answered: {np.round(found, 3).tolist()}"
+
+
+def png(side: int) -> bytes:
+    """A white PNG of side x side pixels with one bit each, written in rows so that it takes no memory here."""
+    packer, row = zlib.compressobj(9), bytes(1) + b"\xff" * ((side + 7) // 8)
+    data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
+    content = io.BytesIO(b"\x89PNG\r\n\x1a\n")
+    content.seek(0, io.SEEK_END)
+    for kind, body in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b"")):
+        content.write(len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big"))
+    return content.getvalue()
+
+
+def killed_client(job: Job) -> str:
+    """A process with four requests under way ends without a farewell."""
+    images = np.repeat(job.batches("images")[0][:1], job.max_batch, axis=0)
+    with tempfile.NamedTemporaryFile(suffix=".npy") as held:
+        np.save(held, images)
+        held.flush()
+        kind = "FP32" if images.dtype == np.float32 else "UINT8"
+        command = [sys.executable, "-c", HAMMER, f"127.0.0.1:{job.ports['http']}", job.image_input, held.name, kind]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None  # it is piped
+            process.stdout.readline()
+            time.sleep(KILLED_AFTER_S)
+            process.send_signal(signal.SIGKILL)
+    if process.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"the client ended with code {process.returncode} before it was killed")
+    return "killed"
+
+
+def half_a_request(job: Job) -> str:
+    """The connection ends in the middle of the body that the header announced."""
+    head = f"POST {VISION} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", job.ports["http"]), timeout=TIMEOUT_S) as connection:
+        connection.sendall(head.encode() + b"x" * 1000)
+    return "connection closed"
+
+
+def idle_connections(job: Job) -> str:
+    held = [socket.create_connection(("127.0.0.1", job.ports["http"]), timeout=TIMEOUT_S) for _ in range(IDLE)]
+    for connection in held:
+        connection.close()
+    return f"{IDLE} opened and closed"
+
+
+def noise_on_grpc(job: Job) -> str:
+    with socket.create_connection(("127.0.0.1", job.ports["grpc"]), timeout=TIMEOUT_S) as connection:
+        connection.sendall(np.random.default_rng(0).bytes(4096))
+        connection.recv(4096)
+    return "connection closed"
+
+
+FAULTS: dict[str, Callable[[Job], str]] = {
+    "a body that is no JSON": no_json,
+    "a header that announces 1 GB of JSON": lying_header,
+    "a body of 64 MB": large_body,
+    "noise on the gRPC port": noise_on_grpc,
+    "a model that is not there": unknown_model,
+    "images of another type": wrong_type,
+    "images of another shape": wrong_shape,
+    "a batch of one more than accepted": wide_batch,
+    "token ids beyond the vocabulary": unknown_token,
+    "a text of 1 MB": long_text,
+    "no text": no_text,
+    "a text that is not UTF-8": not_utf8,
+    "a file that is no image": no_image,
+    "a truncated image": truncated_image,
+    "an image file of 25 MB": large_file,
+    "an image of 900 million pixels": bomb,
+    "a client killed while four requests run": killed_client,
+    "half a request": half_a_request,
+    "a hundred idle connections": idle_connections,
+}

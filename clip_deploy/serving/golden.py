@@ -1,0 +1,151 @@
+"""What is sent to a server to hold it against the package: images, texts and files; and what the package answers."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+from clip_deploy.core.results import read_json
+from clip_deploy.images import Preprocessor, rgb
+from clip_deploy.parity import normalized
+from clip_deploy.prepared import Prepared, batches
+
+BATCH = 32  # images or texts in one call, at most
+FILES = 32  # image files that the ensemble is asked about
+MOST_LABELS = 64  # that it chooses among
+ENLARGED = (3, 2)  # the files' width and height over the golden images': they are resized and cropped again
+QUALITY = 95  # of the JPEG files
+DARK = 0.35  # of the light: a camera whose pictures have become dark, the drift that must be found
+TEXTS = ("input_ids", "attention_mask")
+
+
+def golden_inputs(package: Path, manifest: dict[str, Any], prepared: Prepared) -> dict[str, np.ndarray]:
+    """Batches as images_0, images_1..., the second half of them darkened as moved_0..., texts as input_ids_0...
+
+    Besides, files: uint8 [files, bytes], padded, with their lengths; and, where the data have classes, labels with
+    their label_input_ids and label_attention_mask.
+    """
+    settings = read_preprocessor(package)
+    size = min(BATCH, len(prepared.pixel_values))
+    groups = image_batches(prepared, settings, size)
+    inputs = {f"images_{row}": group for row, group in enumerate(groups)}
+    inputs |= {f"moved_{row}": darkened(group, settings) for row, group in enumerate(groups[len(groups) // 2 :])}
+    for row, rows in enumerate(batches(len(prepared.texts), BATCH)):
+        inputs |= {f"{name}_{row}": getattr(prepared.texts, name)[rows] for name in TEXTS}
+    return inputs | file_inputs(groups[0], settings) | label_inputs(package, prepared)
+
+
+def read_preprocessor(package: Path) -> Preprocessor | None:
+    """None where the image tower preprocesses itself."""
+    path = package / "preprocessor.json"
+    return Preprocessor(**read_json(path)) if path.exists() else None
+
+
+def image_batches(prepared: Prepared, settings: Preprocessor | None, size: int) -> list[np.ndarray]:
+    """Golden images as the tower takes them, in batches of one size."""
+    images = prepared.images
+    if settings is not None or images is None:
+        return [np.ascontiguousarray(prepared.pixel_values[rows]) for rows in batches(len(prepared.pixel_values), size)]
+    groups = [group[rows] for group in images.by_size() for rows in batches(len(group), size)]
+    return [np.stack([images[row] for row in group]) for group in groups]
+
+
+def grey_levels(images: np.ndarray, settings: Preprocessor | None) -> np.ndarray:
+    """uint8 [images, height, width, 3] of what the tower takes."""
+    if settings is None:
+        return images
+    levels = images.transpose(0, 2, 3, 1) * np.array(settings.image_std) + np.array(settings.image_mean)
+    return (levels / settings.rescale_factor).round().clip(0, 255).astype(np.uint8)
+
+
+def darkened(images: np.ndarray, settings: Preprocessor | None) -> np.ndarray:
+    levels = (grey_levels(images, settings) * DARK).astype(np.uint8)
+    if settings is None:
+        return levels
+    light = levels * settings.rescale_factor - np.array(settings.image_mean)
+    return (light / np.array(settings.image_std)).astype(np.float32).transpose(0, 3, 1, 2).copy()
+
+
+def file_inputs(images: np.ndarray, settings: Preprocessor | None) -> dict[str, np.ndarray]:
+    files = [jpeg(levels) for levels in grey_levels(images[:FILES], settings)]
+    lengths = np.array([len(file) for file in files])
+    padded = np.zeros((len(files), lengths.max()), dtype=np.uint8)
+    for row, file in enumerate(files):
+        padded[row, : len(file)] = np.frombuffer(file, dtype=np.uint8)
+    return {"files": padded, "lengths": lengths}
+
+
+def jpeg(levels: np.ndarray) -> bytes:
+    """A JPEG file of the image, enlarged out of shape."""
+    image, content = Image.fromarray(levels), io.BytesIO()
+    size = (image.width * ENLARGED[0], image.height * ENLARGED[1])
+    image.resize(size, Image.Resampling.BICUBIC).save(content, "jpeg", quality=QUALITY)
+    return content.getvalue()
+
+
+def label_inputs(package: Path, prepared: Prepared) -> dict[str, np.ndarray]:
+    """The first classes in the first template, and their tokens, which prepared.prompts holds class by class."""
+    found = read_json(package / "labels.json")
+    if not found["classes"]:
+        return {}
+    names, step = found["classes"][:MOST_LABELS], len(found["templates"])
+    rows = slice(0, len(names) * step, step)
+    return {
+        "labels": np.array([found["templates"][0].format(name) for name in names]),
+        **{f"label_{name}": getattr(prepared.prompts, name)[rows] for name in TEXTS},
+    }
+
+
+def encode_offline(
+    package: Path, manifest: dict[str, Any], inputs: dict[str, np.ndarray], threads: int
+) -> dict[str, np.ndarray]:
+    """images, texts and probabilities as the package's own graphs give them in this process."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    sessions = {
+        tower: onnxruntime.InferenceSession(package / facts["file"], options, providers=["CPUExecutionProvider"])
+        for tower, facts in manifest["towers"].items()
+    }
+
+    def images(batch: np.ndarray) -> np.ndarray:
+        return sessions["vision"].run(["image_embeds"], {manifest["towers"]["vision"]["image_input"]: batch})[0]
+
+    def texts(*batch: np.ndarray) -> np.ndarray:
+        given = dict(zip(TEXTS, batch, strict=True))
+        fed = {name: given[name] for name in manifest["towers"]["text"]["inputs"]}
+        return sessions["text"].run(["text_embeds"], fed)[0]
+
+    found = {
+        "images": np.concatenate([images(batch) for batch in stored(inputs, "images")]),
+        "texts": np.concatenate([texts(*pair) for pair in zip(*(stored(inputs, name) for name in TEXTS), strict=True)]),
+    }
+    if "labels" in inputs:
+        labels = texts(*(inputs[f"label_{name}"] for name in TEXTS))
+        pixels = preprocessed(inputs, read_preprocessor(package))
+        found["probabilities"] = probabilities(np.concatenate([images(each) for each in pixels]), labels, manifest)
+    return found
+
+
+def stored(inputs: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
+    """Arrays that are named name_0, name_1 and so on."""
+    count = sum(key.removeprefix(f"{name}_").isdigit() for key in inputs)
+    return [inputs[f"{name}_{row}"] for row in range(count)]
+
+
+def preprocessed(inputs: dict[str, np.ndarray], settings: Preprocessor | None) -> list[np.ndarray]:
+    """Each file by itself, as the tower takes it, by what opens packages without a server."""
+    files = [row[:length].tobytes() for row, length in zip(inputs["files"], inputs["lengths"], strict=True)]
+    decoded = [rgb(Image.open(io.BytesIO(file))) for file in files]
+    return [(np.asarray(image) if settings is None else settings(image))[None] for image in decoded]
+
+
+def probabilities(images: np.ndarray, texts: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
+    """float [images, texts], as the model scores pairs."""
+    logits = manifest["logit_scale"] * normalized(images) @ normalized(texts).T + (manifest["logit_bias"] or 0.0)
+    if manifest["activation"] == "sigmoid":
+        return 1 / (1 + np.exp(-logits))
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return raised / raised.sum(axis=1, keepdims=True)
