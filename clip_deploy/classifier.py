@@ -24,6 +24,7 @@ from clip_deploy.tokens import Tokenizer, check_texts
 FORMAT = 1  # of manifest.json
 OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
 DEVICES = {"cpu": [CPU], "cuda": [CUDA, CPU]}  # ONNX Runtime's providers; what CUDA has no kernel for runs on the CPU
+OLDEST = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
 AHEAD = 2  # batches that are read and preprocessed while one is encoded
 
 Picture = Path | str | Image.Image
@@ -87,10 +88,11 @@ class ZeroShotClassifier:
             cache_folder: where they are kept on disk besides, or None.
 
         Raises:
-            DeployError: it is no package, nothing in it was fit to ship, a file is not the one that was judged, the
-                device is unknown, or ONNX Runtime refuses a graph.
+            DeployError: ONNX Runtime is too old, it is no package, nothing in it was fit to ship, a file is not the one
+                that was judged, the device is unknown, or ONNX Runtime refuses a graph.
             UnavailableError: the device's provider or GPU is missing.
         """
+        _refuse_old_runtime(onnxruntime.__version__)
         folder = Path(package)
         manifest = read_manifest(folder)
         chosen = device or manifest["device"]
@@ -205,6 +207,15 @@ class ZeroShotClassifier:
 
     def _run(self, tower: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         return _unit(self.sessions[tower].run([OUTPUTS[tower]], inputs)[0])
+
+
+def _refuse_old_runtime(version: str) -> None:
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        least = ".".join(map(str, OLDEST))
+        raise DeployError(
+            f"onnxruntime is {version}: from {least} on it computes fused texts right; "
+            f"pip install 'onnxruntime>={least}'"
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -212,3 +212,12 @@ def test_a_package_runs_where_torch_and_transformers_never_were(package, tmp_pat
     assert found.stdout.endswith("  scene.png\n")
     with Image.open(tmp_path / "scene.png") as image:
         assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize("version", ["1.20.1", "1.9.0", "0.99.0"])
+def test_a_runtime_that_computes_other_texts_is_refused(monkeypatch, tmp_path, version):
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    with pytest.raises(
+        DeployError, match=rf"onnxruntime is {version}: from 1\.21 on .* pip install 'onnxruntime>=1\.21'"
+    ):
+        ZeroShotClassifier.open(tmp_path)
