@@ -23,15 +23,20 @@ $(TRITON)/ready: requirements-triton.txt
 	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-triton.txt
 	@touch $@
 
-# Triton the language, whose interpreter tests our GPU kernels; PyTorch brings it with its CUDA build only.
-LANGUAGE := python -c 'import triton' 2>/dev/null || python -m pip install --quiet --disable-pip-version-check triton==3.7.1
+# Triton the language, whose interpreter tests our GPU kernels. PyTorch brings it with its CUDA build only; in .venv it
+# would load with PyTorch's CPU build too, and be measured.
+LANGUAGE := build/language
+$(LANGUAGE)/ready:
+	rm -rf $(LANGUAGE)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LANGUAGE) triton==3.7.1
+	@touch $@
 
 repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/report.md
 	dvc repro
 
 test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory triton-env || echo "no Triton server for this machine: its tests are skipped"
-	@$(LANGUAGE) || echo "no Triton language for this machine: the tests of our GPU kernels are skipped"
+	@$(MAKE) --no-print-directory $(LANGUAGE)/ready || echo "no Triton language: the tests of our GPU kernels are skipped"
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/ready ## lint, format and types

@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ["DVC_NO_ANALYTICS"] = "1"
 if not shutil.which("nvidia-smi"):
     os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run in Triton's interpreter; read when triton is imported
+    sys.path.append(str(ROOT / "build" / "language"))  # `make test` puts triton there
 
 
 def pytest_collection_modifyitems(items):
