@@ -4,6 +4,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from clip_deploy.core.errors import DeployError
 UNREADABLE = 3  # exit code
 STOPPED = 130  # what shells report of Ctrl-C
 
-Command = Callable[[ZeroShotClassifier, argparse.Namespace], int]
+Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,10 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        classifier = ZeroShotClassifier.open(
-            given.package, device=given.device, threads=given.threads, cache_folder=given.cache
-        )
-        return given.run(classifier, given)
+        return given.run(given)
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -69,11 +67,15 @@ def _add_embed(commands: Any) -> None:
         commands,
         "embed",
         _embed,
-        "Write the embeddings of a folder's images as Parquet files. The same command goes on after a stop. "
+        "Write the embeddings of images as Parquet files. The same command goes on after a stop. "
         f"Exit code {UNREADABLE} says that all is done but some images could not be read.",
     )
-    command.add_argument("folder", type=Path)
-    command.add_argument("output", type=Path)
+    command.add_argument("source", help="a folder of images or of Parquet, one Parquet file, or a URI (s3://...)")
+    command.add_argument("output", help="a folder, or a URI")
+    command.add_argument("--id-column", default="id", help="of a Parquet source; default: %(default)s")
+    command.add_argument(
+        "--image-column", default="image", help="images' bytes in a Parquet source; default: %(default)s"
+    )
     command.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     command.add_argument("--part-size", type=int, default=10_000, help="images a file; default: %(default)s")
     command.add_argument("--float16", action="store_true", help="half the bytes, three digits of each number")
@@ -81,36 +83,45 @@ def _add_embed(commands: Any) -> None:
 
 def _add_search(commands: Any) -> None:
     command = _add(commands, "search", _search, "Find the images that a text describes best.")
-    command.add_argument("source", type=Path, help="a folder of images, or what `embed` wrote")
+    command.add_argument("source", help="a folder of images, or what `embed` wrote")
     command.add_argument("text")
     command.add_argument("--top", type=int, default=10, help="how many are shown; default: %(default)s")
 
 
-def _predict(classifier: ZeroShotClassifier, given: argparse.Namespace) -> int:
+def _open(given: argparse.Namespace) -> ZeroShotClassifier:
+    return ZeroShotClassifier.open(given.package, device=given.device, threads=given.threads, cache_folder=given.cache)
+
+
+def _predict(given: argparse.Namespace) -> int:
+    classifier = _open(given)
     for text, probability in classifier.predict(given.image, given.texts or None)[: given.top]:
         print(f"{probability:.4f}  {text}")
     return 0
 
 
-def _embed(classifier: ZeroShotClassifier, given: argparse.Namespace) -> int:
-    from clip_deploy.embed import EmbedSettings, embed_folder
+def _embed(given: argparse.Namespace) -> int:
+    from clip_deploy.embed import EmbedSettings, embed, make_here
+    from clip_deploy.storage import Columns, open_source, shown
 
     settings = EmbedSettings(given.batch_size, given.part_size, given.float16)
-    done = embed_folder(classifier, given.folder, given.output, settings)
+    columns = Columns(given.id_column, given.image_column)
+    source = open_source(given.source, settings.part_size, columns)
+    classifier = _open(given)
+    done = embed(classifier, source, given.output, settings, partial(make_here, classifier))
     for line in done.unreadable:
         print(f"warning: {line}", file=sys.stderr)
     speed = f" ({done.embedded_now / done.seconds:,.0f} images/s)" if done.embedded_now else ""
     print(
-        f"{given.output}: {done.images:,} images, {done.embedded_before:,} embedded before, {done.embedded_now:,} now"
-        f"{speed}, {len(done.unreadable):,} unreadable"
+        f"{shown(given.output)}: {done.images:,} images, {done.embedded_before:,} embedded before, "
+        f"{done.embedded_now:,} now{speed}, {len(done.unreadable):,} unreadable"
     )
     return UNREADABLE if done.unreadable else 0
 
 
-def _search(classifier: ZeroShotClassifier, given: argparse.Namespace) -> int:
+def _search(given: argparse.Namespace) -> int:
     from clip_deploy.search import search
 
-    for cosine, path in search(classifier, given.source, given.text, given.top):
+    for cosine, path in search(_open(given), given.source, given.text, given.top):
         print(f"{cosine:.4f}  {path}")
     return 0
 

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ DEVICES = {"cpu": [CPU], "cuda": [CUDA, CPU]}  # ONNX Runtime's providers; what 
 OLDEST = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
 AHEAD = 2  # batches that are read and preprocessed while one is encoded
 
-Picture = Path | str | Image.Image
+Picture = Path | str | Image.Image | Callable[[], Image.Image]  # a call reads one as RGB, or raises DataError
 
 
 class Prediction(NamedTuple):
@@ -58,7 +59,7 @@ class ZeroShotClassifier:
     ) -> None:
         self.manifest, self.device = manifest, device
         self.labels = json.loads((package / "labels.json").read_text(encoding="utf-8"))
-        self.fingerprint = _fingerprint(manifest, ("vision", "preprocessor", "text", "tokenizer"))
+        self.fingerprint = fingerprint(manifest)
         self.image_input = manifest["towers"]["vision"]["image_input"]
         self.preprocessor = _preprocessor(package) if self.image_input == "pixel_values" else None
         self.tokenizer = Tokenizer(
@@ -141,7 +142,7 @@ class ZeroShotClassifier:
             rows[row] = embedding
         return rows
 
-    def embed_each(self, images: Sequence[Picture], batch_size: int = 32) -> Iterator[np.ndarray | DataError]:
+    def embed_each(self, images: Iterable[Picture], batch_size: int = 32) -> Iterator[np.ndarray | DataError]:
         """One embedding [dimension] after the other, and in its place the error where an image cannot be read.
 
         Images are read and preprocessed by threads while the batch before is encoded.
@@ -151,8 +152,9 @@ class ZeroShotClassifier:
         waiting: deque[list[Future]] = deque()
         with ThreadPoolExecutor(cores()) as pool:
             try:
-                for start in range(0, len(images), batch_size):
-                    waiting.append([pool.submit(self._prepared, image) for image in images[start : start + batch_size]])
+                images = iter(images)
+                while batch := list(islice(images, batch_size)):
+                    waiting.append([pool.submit(self._prepared, image) for image in batch])
                     if len(waiting) > AHEAD:
                         yield from self._encode_images([future.result() for future in waiting.popleft()])
                 while waiting:
@@ -183,7 +185,7 @@ class ZeroShotClassifier:
 
     def _prepared(self, image: Picture) -> np.ndarray | DataError:
         try:
-            picture = rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
+            picture = _read(image)
         except DataError as error:
             return error
         return np.asarray(picture) if self.preprocessor is None else self.preprocessor(picture)
@@ -240,10 +242,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """A hash of all that makes an embedding of an image or a text."""
+    return _fingerprint(manifest, ("vision", "preprocessor", "text", "tokenizer"))
+
+
 def _fingerprint(manifest: dict[str, Any], parts: tuple[str, ...]) -> str:
     """SHA-256 over the hashes of the files whose names begin so."""
     files = sorted((name, facts["sha256"]) for name, facts in manifest["files"].items() if name.startswith(parts))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _read(image: Picture) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return rgb(image)
+    return image() if callable(image) else read_image(Path(image))
 
 
 def _preprocessor(package: Path) -> Preprocessor:

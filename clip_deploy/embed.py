@@ -1,24 +1,34 @@
-"""A folder of images into Parquet files, part by part: what is killed goes on where it stopped.
+"""Images into Parquet files, part by part: what is killed goes on where it stopped.
 
-Each part holds the embeddings of `part_size` files, in the order of their names, and appears whole or not at all. Its
-metadata says which package and settings made it, and which files could not be read.
+Each part holds the embeddings of `part_size` images, in the order of their names, and appears whole or not at all. Its
+metadata says which package and settings made it, and which images could not be read.
 """
 
-import hashlib
 import json
-import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import tee
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from clip_deploy.classifier import ZeroShotClassifier
-from clip_deploy.core.artifact import disk_errors
 from clip_deploy.core.errors import DataError, DeployError
-from clip_deploy.images import SUFFIXES
+from clip_deploy.storage import (
+    Part,
+    Source,
+    list_parts,
+    load_pyarrow,
+    open_part,
+    open_source,
+    remove_partial,
+    shown,
+    write_part,
+)
 
 MADE_BY = b"clip_deploy"  # key of a part's metadata
 PART = "part-{:05}.parquet"
@@ -28,7 +38,7 @@ WHAT = {"package": "another package", "files": "another list of files, or files 
 
 @dataclass
 class EmbedSettings:
-    """How a folder is embedded; a run goes on only with the settings that it began with."""
+    """How images are embedded; a run goes on only with the settings that it began with."""
 
     batch_size: int = 32
     part_size: int = 10_000  # images a part: what a kill costs at most
@@ -51,104 +61,146 @@ class Summary:
     unreadable: list[str] = field(default_factory=list)
 
 
-def embed_folder(classifier: ZeroShotClassifier, folder: Path, output: Path, settings: EmbedSettings) -> Summary:
-    """Embed all images under `folder` into `output`/part-00000.parquet and so on.
+@dataclass
+class Job:
+    """What every part of a run is made with, on whatever machine.
 
-    A part has the columns path (relative to `folder`) and embedding (float32 or float16 [dimension], unit length).
-    Parts that are there already are kept. Unreadable images are left out and named in the summary.
+    Attributes:
+        output: the parts' folder, or its URI.
+        maker: what a part must have been made by to be kept; it goes into its metadata.
+        dimension: of an embedding.
+    """
+
+    output: str
+    maker: dict[str, Any]
+    dimension: int
+    settings: EmbedSettings
+
+
+class Package(Protocol):
+    """A package that is open, or will be on other machines."""
+
+    manifest: dict[str, Any]
+    fingerprint: str
+
+
+Header = dict[str, Any]  # a part's metadata, with its `rows`
+Make = Callable[[Job, dict[int, Part], Callable[[int], object]], Iterable[Header]]
+
+
+def embed_folder(classifier: ZeroShotClassifier, folder: Path, output: Path, settings: EmbedSettings) -> Summary:
+    """Embed all images under `folder` into `output`/part-00000.parquet and so on, as `embed` does."""
+    source = open_source(str(folder), settings.part_size)
+    return embed(classifier, source, str(output), settings, partial(make_here, classifier))
+
+
+def embed(package: Package, source: Source, output: str, settings: EmbedSettings, make: Make) -> Summary:
+    """Embed all images of a source into `output`/part-00000.parquet and so on.
+
+    A part has the columns path (relative to the folder; of a table the id) and embedding (float32 or float16
+    [dimension], unit length). Parts that are there already are kept. Unreadable images are left out and named in the
+    summary.
+
+    Args:
+        output: a folder, or a URI as `open_source` takes it.
+        make: makes the parts that are missing, on this machine (`make_here`) or on others.
 
     Raises:
-        DataError: the folder holds no image.
         DeployError: `output` holds parts of another package, other settings or another list of files, or cannot be
             written.
     """
-    load_pyarrow()  # whatever is missing is said before the work
-    files = list_images(folder)
-    parts = [files[start : start + settings.part_size] for start in range(0, len(files), settings.part_size)]
-    maker = _maker(classifier, folder, files, settings)
-    done = {number: _read_header(output / PART.format(number), maker) for number in _present(output, len(parts))}
-    summary = Summary(len(files), unreadable=[line for header in done.values() for line in header["unreadable"]])
+    remove_partial(output)
+    job = Job(output, _maker(package, source, settings), package.manifest["dimension"], settings)
+    done = {number: check_header(job, number) for number in _present(output, len(source.parts))}
+    missing = {number: part for number, part in enumerate(source.parts) if number not in done}
+    summary = Summary(source.images, unreadable=[line for header in done.values() for line in header["unreadable"]])
     summary.embedded_before = sum(header["rows"] for header in done.values())
-    started, dimension = monotonic(), classifier.manifest["dimension"]
-    with tqdm(total=len(files), initial=sum(len(parts[number]) for number in done), desc="embed", disable=None) as bar:
-        for number, names in enumerate(parts):
-            if number not in done:
-                made, unreadable = _embed_part(classifier, folder, names, settings, bar)
-                _write_part(output / PART.format(number), made, dimension, maker | {"unreadable": unreadable}, settings)
-                summary.embedded_now += len(made)
-                summary.unreadable += unreadable
+    started, before = monotonic(), source.images - sum(map(len, missing.values()))
+    with tqdm(total=source.images, initial=before, desc="embed", disable=None) as bar:
+        for header in make(job, missing, bar.update):
+            summary.embedded_now += header["rows"]
+            summary.unreadable += header["unreadable"]
     summary.seconds = monotonic() - started
+    remove_partial(output)
+    if lost := len(source.parts) - len(_present(output, len(source.parts))):
+        raise DeployError(f"{shown(output)} lacks {lost} parts that were written: look at the storage, and run again")
     return summary
 
 
-def list_images(folder: Path) -> list[str]:
-    """Paths of all image files under `folder`, relative to it, in one order on every machine."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: give one with images")
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    names = sorted((path.relative_to(folder).as_posix() for path in found), key=os.fsencode)
-    if not names:
-        raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
-    return names
-
-
-def _maker(classifier: ZeroShotClassifier, folder: Path, files: list[str], settings: EmbedSettings) -> dict[str, Any]:
-    """What a part must have been made by to be kept."""
-    digest = hashlib.sha256()
-    for name in files:
-        digest.update(os.fsencode(name) + f"\0{(folder / name).stat().st_size}\0".encode())
+def _maker(package: Package, source: Source, settings: EmbedSettings) -> dict[str, Any]:
     return {
-        "package": classifier.fingerprint,
-        "files": digest.hexdigest(),
+        "package": package.fingerprint,
+        "files": source.digest,
         "batch_size": settings.batch_size,
         "part_size": settings.part_size,
         "float16": settings.float16,
     }
 
 
-def _present(output: Path, count: int) -> list[int]:
+def _present(output: str, count: int) -> list[int]:
     known = {PART.format(number): number for number in range(count)}
-    present = sorted(path.name for path in output.glob("part-*.parquet"))
+    present = list_parts(output)
     if strange := [name for name in present if name not in known]:
-        raise DeployError(f"{output / strange[0]} is not of this run, which has {count} parts: {WAY_OUT}")
+        raise DeployError(f"{shown(output)}/{strange[0]} is not of this run, which has {count} parts: {WAY_OUT}")
     return [known[name] for name in present]
 
 
-def _read_header(path: Path, maker: dict[str, Any]) -> dict[str, Any]:
-    """Metadata of a part. Raises DeployError where it was made by something else."""
-    header = read_header(path)
-    for key, value in maker.items():
+def check_header(job: Job, number: int) -> Header:
+    """Metadata of a part that is there. Raises DeployError where it was made by something else."""
+    name = PART.format(number)
+    header = read_header(job.output, name)
+    for key, value in job.maker.items():
         if header.get(key) != value:
             other = WHAT.get(key, f"{key} {header.get(key)}, and this run has {value}")
-            raise DeployError(f"{path} was made with {other}: {WAY_OUT}")
+            raise DeployError(f"{shown(job.output)}/{name} was made with {other}: {WAY_OUT}")
     return header
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(output: str, name: str) -> Header:
     """What `embed` noted in a part, with its rows. Raises DeployError where the file is none of its parts."""
-    _, parquet = load_pyarrow()
     try:
-        metadata = parquet.read_metadata(path)
-        return json.loads((metadata.metadata or {})[MADE_BY]) | {"rows": metadata.num_rows}
+        with open_part(output, name) as part:
+            return json.loads((part.metadata.metadata or {})[MADE_BY]) | {"rows": part.metadata.num_rows}
     except (OSError, ValueError, KeyError) as error:
-        raise DeployError(f"{path} is no whole part of `embed`: {WAY_OUT}") from error
+        raise DeployError(f"{shown(output)}/{name} is no whole part of `embed`: {WAY_OUT}") from error
+
+
+def make_here(
+    classifier: ZeroShotClassifier, job: Job, missing: dict[int, Part], advance: Callable[[int], object]
+) -> Iterator[Header]:
+    for number, part in missing.items():
+        yield make_part(classifier, job, number, part, advance)
+
+
+def make_part(
+    classifier: ZeroShotClassifier, job: Job, number: int, part: Part, advance: Callable[[int], object]
+) -> Header:
+    """Embed and write one part; `advance` is told how many images are done. The same part has the same bytes.
+
+    Raises DeployError where storage fails: the part is not written then.
+    """
+    made, unreadable = _embed_part(classifier, part, job.settings, advance)
+    header = job.maker | {"unreadable": unreadable}
+    write_part(job.output, PART.format(number), _table(made, header, job))
+    return header | {"rows": len(made)}
 
 
 def _embed_part(
-    classifier: ZeroShotClassifier, folder: Path, names: list[str], settings: EmbedSettings, bar: tqdm
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Embeddings by path, and a line for each file that cannot be read."""
-    made: dict[str, np.ndarray] = {}
+    classifier: ZeroShotClassifier, part: Part, settings: EmbedSettings, advance: Callable[[int], object]
+) -> tuple[list[tuple[str, np.ndarray]], list[str]]:
+    """Names with their embeddings, and a line for each image that cannot be read."""
+    made: list[tuple[str, np.ndarray]] = []
     unreadable: list[str] = []
-    found = classifier.embed_each([folder / name for name in names], settings.batch_size)
-    for name, embedding in zip(names, found, strict=True):
-        bar.update()
+    named, read = tee(part.pictures())
+    found = classifier.embed_each((picture for _, picture in read), settings.batch_size)
+    for (name, _), embedding in zip(named, found, strict=True):
+        advance(1)
         if isinstance(embedding, DataError):
             unreadable.append(_printable(str(embedding)))
         elif _printable(name) != name:
             unreadable.append(f"{_printable(name)} has a name that is no UTF-8: rename it")
         else:
-            made[name] = embedding
+            made.append((name, embedding))
     return made, unreadable
 
 
@@ -157,32 +209,12 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _write_part(
-    path: Path, made: dict[str, np.ndarray], dimension: int, header: dict[str, Any], settings: EmbedSettings
-) -> None:
-    pyarrow, parquet = load_pyarrow()
-    embeddings = np.stack(list(made.values())) if made else np.empty((0, dimension), dtype=np.float32)
-    flat = pyarrow.array(embeddings.astype(np.float16 if settings.float16 else np.float32).reshape(-1))
+def _table(made: list[tuple[str, np.ndarray]], header: Header, job: Job) -> Any:
+    pyarrow, _ = load_pyarrow()
+    embeddings = np.array([embedding for _, embedding in made], dtype=np.float32).reshape(-1, job.dimension)
+    flat = pyarrow.array(embeddings.astype(np.float16 if job.settings.float16 else np.float32).reshape(-1))
     columns = {
-        "path": pyarrow.array(list(made), pyarrow.string()),
-        "embedding": pyarrow.FixedSizeListArray.from_arrays(flat, dimension),
+        "path": pyarrow.array([name for name, _ in made], pyarrow.string()),
+        "embedding": pyarrow.FixedSizeListArray.from_arrays(flat, job.dimension),
     }
-    table = pyarrow.table(columns, metadata={MADE_BY: json.dumps(header)})
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            parquet.write_table(table, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def load_pyarrow() -> tuple[Any, Any]:
-    """pyarrow and pyarrow.parquet, which nothing else in a deployment needs."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DeployError("Parquet needs pyarrow: pip install pyarrow") from error
-    return pyarrow, parquet
+    return pyarrow.table(columns, metadata={MADE_BY: json.dumps(header)})

@@ -14,8 +14,9 @@ from clip_deploy import shapes
 from clip_deploy.__main__ import main
 from clip_deploy.classifier import ZeroShotClassifier
 from clip_deploy.core.errors import DataError, DeployError
-from clip_deploy.embed import EmbedSettings, embed_folder, list_images
+from clip_deploy.embed import EmbedSettings, embed_folder
 from clip_deploy.search import search
+from clip_deploy.storage import list_files, list_images
 
 LABELS = [shapes.CLASSES[7 * index % len(shapes.CLASSES)] for index in range(25)]
 SMALL = EmbedSettings(batch_size=4, part_size=10)
@@ -128,7 +129,7 @@ def test_another_package_other_files_and_damaged_parts_are_refused(classifier, f
         with pytest.raises(DeployError, match="was made by another package: search with that one"):
             search(classifier, tmp_path, "a red circle", 1)
     with monkeypatch.context() as patch:
-        patch.setattr("clip_deploy.embed.list_images", lambda folder: list_images(folder)[1:])
+        patch.setattr("clip_deploy.storage.list_files", lambda where: dict(list(list_files(where).items())[1:]))
         with pytest.raises(DeployError, match="made with another list of files"):
             embed_folder(classifier, folder, tmp_path, SMALL)
     (tmp_path / "part-00001.parquet").write_bytes(b"PAR1")

@@ -1,0 +1,380 @@
+"""Where images come from and parts go: folders and Parquet, on this machine or on an object store (through pyarrow)."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import unquote
+from uuid import uuid4
+
+from PIL import Image
+
+from clip_deploy.classifier import Picture
+from clip_deploy.core.artifact import disk_errors
+from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.images import SUFFIXES, rgb
+
+STORES = ("s3", "gs", "gcs", "abfs", "abfss")  # object stores that pyarrow knows: there, a put is whole or not at all
+TABLE = ".parquet"
+FOOTERS = 16  # Parquet files whose number of rows is read at a time
+ROWS = 32  # of a table, in memory at a time
+
+
+class Columns(NamedTuple):
+    """Names in a Parquet source: what each image is called, and its bytes (or a struct with a field `bytes`)."""
+
+    id: str = "id"
+    image: str = "image"
+
+
+NAMES = Columns()
+
+
+class Rows(NamedTuple):
+    path: str  # in its file system
+    first: int
+    last: int  # the first that is left out
+
+
+class Part(Protocol):
+    """Some of the images, in their order. Can be pickled, and read on another machine."""
+
+    def __len__(self) -> int: ...
+    def pictures(self) -> Iterator[tuple[str, Picture]]:
+        """Name and picture. Raises DeployError where storage fails, which is not the picture's fault."""
+
+
+@dataclass
+class Source:
+    """All images to embed; `digest` stands for their names, files and sizes."""
+
+    parts: list[Part]
+    digest: str
+
+    @property
+    def images(self) -> int:
+        return sum(map(len, self.parts))
+
+
+@dataclass
+class LocalFiles:
+    """Files that are read where they were listed: what has vanished since is an unreadable image."""
+
+    folder: Path
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pictures(self) -> Iterator[tuple[str, Picture]]:
+        return ((name, self.folder / name) for name in self.names)
+
+
+@dataclass
+class SharedFiles:
+    """Files that any machine may read: what was listed must be there, or nothing is embedded."""
+
+    root: str
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pictures(self) -> Iterator[tuple[str, Picture]]:
+        return ((name, partial(self._read, name)) for name in self.names)
+
+    def _read(self, name: str) -> Image.Image:
+        folder, label = local(self.root), f"{shown(self.root)}/{name}"
+        with storage_errors(label):
+            if folder:  # pyarrow refuses names that are no UTF-8
+                return decode((folder / name).read_bytes(), label)
+            files, base = locate(self.root)
+            with files.open_input_stream(f"{base}/{name}", compression=None) as stream:
+                return decode(stream.read(), label)
+
+
+@dataclass
+class TableRows:
+    """Rows of Parquet files."""
+
+    where: str
+    pieces: list[Rows]
+    columns: Columns
+
+    def __len__(self) -> int:
+        return sum(piece.last - piece.first for piece in self.pieces)
+
+    def pictures(self) -> Iterator[tuple[str, Picture]]:
+        files, _ = locate(self.where)
+        for piece in self.pieces:
+            with storage_errors(piece.path), files.open_input_file(piece.path) as opened:
+                for row, (identity, content) in enumerate(_read_rows(opened, piece, self.columns), piece.first):
+                    name = f"{piece.path}:{row}" if identity is None else str(identity)
+                    yield name, partial(decode, content or b"", name)
+
+
+def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bool = False) -> Source:
+    """List a folder of images, a folder of Parquet files or one of these, and divide it into parts.
+
+    Args:
+        where: a path or a URI (file, s3, gs, abfs). A folder that holds images is read as images.
+        part_size: images a part.
+        columns: those of Parquet files.
+        shared: whether other machines read the parts too.
+
+    Raises:
+        DataError: there is nothing to embed, or a table lacks a column.
+        DeployError: storage cannot be read, or pyarrow is missing.
+    """
+    load_pyarrow()  # whatever is missing is said before the work
+    found = list_files(where)
+    images = {name: size for name, size in found.items() if not name.endswith(TABLE)}
+    if not found:
+        raise DataError(f"{shown(where)} holds no images ({', '.join(SUFFIXES)}) and no Parquet")
+    if not images:
+        return _tables(where, found, part_size, columns)
+    names, folder = list(images), local(where)
+    slices = [names[start : start + part_size] for start in range(0, len(names), part_size)]
+    if folder and not shared:
+        return Source([LocalFiles(folder, some) for some in slices], _digest(images))
+    root = str(folder.absolute()) if folder else where
+    return Source([SharedFiles(root, some) for some in slices], _digest(images))
+
+
+def list_images(folder: Path) -> list[str]:
+    """Paths of all image files under `folder`, relative to it, in one order on every machine."""
+    names = [name for name in list_files(str(folder)) if not name.endswith(TABLE)]
+    if not names:
+        raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+    return names
+
+
+def list_files(where: str) -> dict[str, int]:
+    """Bytes of all images and tables in a folder by their paths in it, in the order of the names' bytes.
+
+    Of a single table the path is its name.
+    """
+    folder = local(where)
+    found = _walk(folder) if folder else _list_store(where)
+    known = [(name, size) for name, size in found if name.lower().endswith((*SUFFIXES, TABLE))]
+    return dict(sorted(known, key=lambda item: os.fsencode(item[0])))
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, int]]:
+    if folder.suffix == TABLE and folder.is_file():
+        return iter([(folder.name, folder.stat().st_size)])
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: give one with images")
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in (*SUFFIXES, TABLE) and path.is_file())
+    return ((path.relative_to(folder).as_posix(), path.stat().st_size) for path in found)
+
+
+def _list_store(where: str) -> list[tuple[str, int]]:
+    from pyarrow.fs import FileSelector, FileType
+
+    files, base = locate(where)
+    with storage_errors(shown(where)):
+        one = files.get_file_info(base)
+        if one.type == FileType.File:
+            return [(one.base_name, one.size)]
+        found = files.get_file_info(FileSelector(base, recursive=True, allow_not_found=True))
+    return [(file.path[len(base) :].lstrip("/"), file.size) for file in found if file.type == FileType.File]
+
+
+def _tables(where: str, found: dict[str, int], part_size: int, columns: Columns) -> Source:
+    """Rows in the order of the files' names, of each file in its own order."""
+    files, base = locate(where)
+    with storage_errors(shown(where)):
+        paths = [base] if files.get_file_info(base).is_file else [f"{base}/{name}" for name in found]
+    with ThreadPoolExecutor(FOOTERS) as pool:
+        counts = list(pool.map(partial(_count_rows, where, columns), paths))
+    if not sum(counts):
+        raise DataError(f"{shown(where)} holds no rows")
+    pieces = _divide(list(zip(paths, counts, strict=True)), part_size)
+    return Source([TableRows(where, part, columns) for part in pieces], _digest(found, columns))
+
+
+def _count_rows(where: str, columns: Columns, path: str) -> int:
+    _, parquet = load_pyarrow()
+    files, _ = locate(where)
+    with storage_errors(path), files.open_input_file(path) as opened:
+        table = parquet.ParquetFile(opened)
+        given = table.schema_arrow.names
+        if missing := [name for name in columns if name not in given]:
+            raise DataError(
+                f"{path} has no column {missing[0]!r}: it has {', '.join(given)}; name them by --id-column and "
+                "--image-column"
+            )
+        return table.metadata.num_rows
+
+
+def _divide(counts: list[tuple[str, int]], part_size: int) -> list[list[Rows]]:
+    """Rows by parts; a part may begin in one file and end in another."""
+    parts: list[list[Rows]] = []
+    room = 0
+    for path, count in counts:
+        first = 0
+        while first < count:
+            if not room:
+                parts.append([])
+                room = part_size
+            last = min(count, first + room)
+            parts[-1].append(Rows(path, first, last))
+            first, room = last, room - (last - first)
+    return parts
+
+
+def _read_rows(opened: Any, rows: Rows, columns: Columns) -> Iterator[tuple[Any, bytes | None]]:
+    """Of the row groups that hold them, few at a time."""
+    _, parquet = load_pyarrow()
+    table = parquet.ParquetFile(opened)
+    at, groups = 0, []
+    for number in range(table.metadata.num_row_groups):
+        count = table.metadata.row_group(number).num_rows
+        if at < rows.last and at + count > rows.first:
+            groups.append((number, at))
+        at += count
+    at = groups[0][1]
+    for batch in table.iter_batches(ROWS, [number for number, _ in groups], columns=list(columns)):
+        wanted = batch.slice(max(0, rows.first - at), max(0, min(rows.last, at + len(batch)) - max(at, rows.first)))
+        at += len(batch)
+        for identity, image in zip(*(wanted.column(name).to_pylist() for name in columns), strict=True):
+            yield identity, image["bytes"] if isinstance(image, dict) else image
+
+
+def _digest(sizes: dict[str, int], columns: Columns | None = None) -> str:
+    digest = hashlib.sha256(repr(columns).encode() if columns else b"")
+    for name, size in sizes.items():
+        digest.update(os.fsencode(name) + f"\0{size}\0".encode())
+    return digest.hexdigest()
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """A picture's bytes as RGB, with the messages of images.read_image. Raises DataError naming what is none."""
+    try:
+        with Image.open(_Named(content, name)) as image:
+            return rgb(image)
+    except DataError as error:
+        raise DataError(f"{name} {error}") from error
+    except Exception as error:  # Pillow's plugins raise whatever their parsers meet
+        fault = f"is no readable image ({error or type(error).__name__})" if content else "is empty"
+        raise DataError(f"{name} {fault}: replace or remove it") from error
+
+
+class _Named(BytesIO):
+    """Bytes that Pillow's messages call by a name, and not by an address."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.called = name
+
+    def __repr__(self) -> str:
+        return repr(self.called)
+
+
+def list_parts(output: str) -> list[str]:
+    """Names of the parts that are there."""
+    folder = local(output)
+    names = (path.name for path in folder.glob("part-*")) if folder else (name for name, _ in _list_store(output))
+    return sorted(name for name in names if name.startswith("part-") and name.endswith(TABLE))
+
+
+def has_part(output: str, name: str) -> bool:
+    files, base = locate(output)
+    with storage_errors(shown(output)):
+        return files.get_file_info(f"{base}/{name}").is_file
+
+
+def remove_partial(output: str) -> None:
+    """Remove what killed processes left half written."""
+    folder = local(output)
+    for left in folder.glob(".part-*.partial") if folder else ():
+        left.unlink(missing_ok=True)
+
+
+def write_part(output: str, name: str, table: Any) -> None:
+    """Write a Parquet file whole or not at all, also where two machines write the same one at once."""
+    pyarrow, parquet = load_pyarrow()
+    written = pyarrow.BufferOutputStream()
+    parquet.write_table(table, written)
+    folder = local(output)
+    if not folder:
+        files, base = locate(output)
+        with storage_errors(f"{shown(output)}/{name}"), files.open_output_stream(f"{base}/{name}") as stream:
+            stream.write(written.getvalue())
+        return
+    partial_file = folder / f".{name}.{uuid4().hex}.partial"
+    with disk_errors(folder / name):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            partial_file.write_bytes(written.getvalue())
+            partial_file.replace(folder / name)
+        finally:
+            partial_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_part(output: str, name: str) -> Iterator[Any]:
+    """A part as pyarrow's ParquetFile."""
+    _, parquet = load_pyarrow()
+    files, base = locate(output)
+    with files.open_input_file(f"{base}/{name}") as opened:
+        yield parquet.ParquetFile(opened)
+
+
+def local(where: str) -> Path | None:
+    """The path on this machine that is meant, or None for one of an object store."""
+    scheme, separator, rest = where.partition("://")
+    if not separator:
+        return Path(where)
+    if scheme == "file":
+        return Path(unquote(rest))
+    if scheme not in STORES:
+        raise DataError(f"{shown(where)} begins with {scheme}: accepted are a path, and file, {', '.join(STORES)}")
+    return None
+
+
+@cache
+def locate(where: str) -> tuple[Any, str]:
+    """A file system of pyarrow, and the path in it."""
+    load_pyarrow()
+    from pyarrow.fs import FileSystem, LocalFileSystem
+
+    if folder := local(where):
+        return LocalFileSystem(), str(folder.absolute())
+    with storage_errors(shown(where)):
+        files, base = FileSystem.from_uri(where)
+    return files, base.rstrip("/")
+
+
+def shown(where: str) -> str:
+    """A path or URI for messages, without keys and options."""
+    return re.sub(r"://[^/@]*:[^/@]*@", "://", where.partition("?")[0] if "://" in where else where).rstrip("/")
+
+
+@contextmanager
+def storage_errors(name: str) -> Iterator[None]:
+    """Say in one line that storage failed: to leave out an image for that would lose it."""
+    pyarrow, _ = load_pyarrow()
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        raise DeployError(f"{name} cannot be read or written here ({reason}): check it, and run again") from error
+
+
+def load_pyarrow() -> tuple[Any, Any]:
+    """pyarrow and pyarrow.parquet, which nothing else in a deployment needs."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DeployError("Parquet needs pyarrow: pip install pyarrow") from error
+    return pyarrow, parquet
