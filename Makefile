@@ -31,12 +31,21 @@ $(LANGUAGE)/ready:
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LANGUAGE) triton==3.7.1
 	@touch $@
 
+# Ray for the test of `embed --ray`, with what of its needs requirements.lock lacks; in .venv it could be measured too.
+RAY := build/ray
+$(RAY)/ready:
+	rm -rf $(RAY)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(RAY) ray==2.60.0 \
+	  msgpack==1.2.4 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1
+	@touch $@
+
 repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/report.md
 	dvc repro
 
 test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory triton-env || echo "no Triton server for this machine: its tests are skipped"
 	@$(MAKE) --no-print-directory $(LANGUAGE)/ready || echo "no Triton language: the tests of our GPU kernels are skipped"
+	@$(MAKE) --no-print-directory $(RAY)/ready || echo "no Ray: the test of a cluster is skipped"
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/ready ## lint, format and types

@@ -79,6 +79,9 @@ def _add_embed(commands: Any) -> None:
     command.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     command.add_argument("--part-size", type=int, default=10_000, help="images a file; default: %(default)s")
     command.add_argument("--float16", action="store_true", help="half the bytes, three digits of each number")
+    command.add_argument(
+        "--ray", metavar="ADDRESS", help="on a Ray cluster: auto (this machine's), local, or host:port"
+    )
 
 
 def _add_search(commands: Any) -> None:
@@ -101,13 +104,18 @@ def _predict(given: argparse.Namespace) -> int:
 
 def _embed(given: argparse.Namespace) -> int:
     from clip_deploy.embed import EmbedSettings, embed, make_here
+    from clip_deploy.embed_ray import Shipped, make_on_ray
     from clip_deploy.storage import Columns, open_source, shown
 
     settings = EmbedSettings(given.batch_size, given.part_size, given.float16)
     columns = Columns(given.id_column, given.image_column)
-    source = open_source(given.source, settings.part_size, columns)
-    classifier = _open(given)
-    done = embed(classifier, source, given.output, settings, partial(make_here, classifier))
+    source = open_source(given.source, settings.part_size, columns, shared=given.ray is not None)
+    if given.ray is None:
+        classifier = _open(given)
+        done = embed(classifier, source, given.output, settings, partial(make_here, classifier))
+    else:
+        package = Shipped.read(given.package, given.device, given.threads)
+        done = embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))
     for line in done.unreadable:
         print(f"warning: {line}", file=sys.stderr)
     speed = f" ({done.embedded_now / done.seconds:,.0f} images/s)" if done.embedded_now else ""

@@ -211,6 +211,7 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
         (["search", "none", "a cat"], 1, "error: none is no folder"),
         (["search", "none", "a cat", "--top", "0"], 1, "error: top is 0"),
         (["embed", "none", "out", "--part-size", "0"], 1, "error: part_size is 0"),
+        (["embed", "none", "out", "--ray", "local"], 1, "error: none is no folder"),
         (["predict", "none.png", "--device", "tpu"], 1, "error: device is 'tpu'"),
         (["predict", "none.png", "--threads", "0"], 1, "error: threads is 0"),
     ],

@@ -1,0 +1,171 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from pyarrow import parquet
+
+from clip_deploy import shapes
+from clip_deploy.__main__ import main
+from clip_deploy.classifier import ZeroShotClassifier
+from clip_deploy.core.errors import DeployError
+from clip_deploy.embed import PART, EmbedSettings, embed
+from clip_deploy.embed_ray import Shipped, Worker, connect
+from clip_deploy.storage import open_source
+
+IMAGES, PART_SIZE = 240, 8
+RAY = ROOT / "build" / "ray"  # `make test` puts ray there
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """240 pictures, large enough to take a while, of which two cannot be read."""
+    folder = tmp_path_factory.mktemp("images")
+    for index in range(IMAGES):
+        image, _ = shapes.render("ray", index, index % len(shapes.CLASSES))
+        image.resize((1000, 1000)).save(folder / f"{index:03}.jpg")
+    (folder / "007.jpg").write_bytes(b"")
+    (folder / "200.jpg").write_text("<html>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head that only conducts, and two workers of one CPU each, on this machine."""
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    sys.path.append(str(RAY))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(RAY)]))
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'clip-deploy[ray]'")
+    from ray.cluster_utils import Cluster
+
+    limits = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **limits})
+    cluster.workers = [cluster.add_node(num_cpus=1, **limits) for _ in range(2)]
+    ray.init(cluster.address, log_to_driver=False, logging_level="error")
+    cluster.idle_cpus = lambda: ray.available_resources().get("CPU", 0)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def words(package, images, output, *more):
+    settings = ["--package", str(package), "--threads", "1", "--part-size", str(PART_SIZE), "--batch-size", "4"]
+    return [sys.executable, "-m", "clip_deploy", "embed", str(images), str(output), *settings, *more]
+
+
+def parts(output):
+    return len(list(output.glob("part-*")))
+
+
+def contents(output):
+    return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_half_way_loses_nothing_and_doubles_nothing(cluster, package, images, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    alone = subprocess.run(words(package, images, here), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert alone.returncode == 3, alone.stderr
+    with (tmp_path / "said").open("w+") as said:
+        process = subprocess.Popen(
+            words(package, images, there, "--ray", cluster.address), cwd=ROOT, stdout=said, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 120
+        while (cluster.idle_cpus() or not parts(there)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)  # both workers are there: let both begin
+        busy = not cluster.idle_cpus()
+        cluster.remove_node(cluster.workers[1], allow_graceful=False)
+        left = IMAGES // PART_SIZE - parts(there)
+        code = process.wait(timeout=240)
+        said.seek(0)
+        printed = said.read()
+    assert busy, f"the worker that died had nothing to do:\n{printed}"
+    assert left > 0, "the run was over before the worker died"
+    assert code == 3, printed
+    assert f"{there}: 240 images, 0 embedded before, 238 now" in printed
+    assert printed.rstrip().endswith(", 2 unreadable")
+    assert sorted(contents(there)) == [PART.format(number) for number in range(30)]
+    paths = [path for name in sorted(contents(there)) for path in parquet.read_table(there / name)["path"].to_pylist()]
+    assert paths == [f"{index:03}.jpg" for index in range(IMAGES) if index not in (7, 200)]
+    assert contents(there) == contents(here)
+
+
+@pytest.fixture
+def few(tmp_path):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for index in range(7):
+        shapes.render("few", index, index)[0].save(folder / f"{index}.png")
+    return folder
+
+
+def test_a_part_that_is_tried_again_is_kept_as_it_is_and_told_again(package, few, tmp_path):
+    classifier = ZeroShotClassifier.open(package, threads=1)
+    rows = []
+
+    def make(job, missing, advance):
+        worker = Worker(None, job)
+        worker.classifier = classifier
+        for number, part in missing.items():
+            rows.append(worker({"number": number, "part": pickle.dumps(part)}))
+            rows.append(worker({"number": number, "part": pickle.dumps(part)}))  # tried again
+            yield json.loads(rows[-1]["header"])
+
+    source = open_source(str(few), 5, shared=True)
+    done = embed(classifier, source, str(tmp_path / "out"), EmbedSettings(4, 5), make)
+    assert (done.images, done.embedded_now, done.unreadable) == (7, 7, [])
+    assert rows[0] == rows[1]
+    assert [json.loads(row["header"])["rows"] for row in rows] == [5, 5, 2, 2]
+
+
+def test_an_image_that_a_worker_does_not_see_stops_the_run_and_is_not_left_out(package, few, tmp_path):
+    source = open_source(str(few), 10, shared=True)
+    (few / "3.png").unlink()
+
+    def make(job, missing, advance):
+        worker = Worker(None, job)
+        worker.classifier = classifier
+        row = worker({"number": 0, "part": pickle.dumps(missing[0])})
+        assert row["header"] == ""
+        raise DeployError(row["error"])
+
+    classifier = ZeroShotClassifier.open(package, threads=1)
+    with pytest.raises(DeployError, match=r"3.png cannot be read or written here .* \(on "):
+        embed(classifier, source, str(tmp_path / "out"), EmbedSettings(4, 10), make)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_parts_are_not_all_there_does_not_end_well(package, few, tmp_path):
+    classifier = ZeroShotClassifier.open(package, threads=1)
+    with pytest.raises(DeployError, match="out lacks 2 parts that were written"):
+        embed(classifier, open_source(str(few), 5), str(tmp_path / "out"), EmbedSettings(4, 5), lambda *_: [])
+
+
+def test_a_worker_has_the_package_that_was_sent(package):
+    sent = Shipped.read(package, "cpu", None)
+    assert sent.open().fingerprint == sent.fingerprint == ZeroShotClassifier.open(package).fingerprint
+    sent.files["vision.onnx"] = sent.files["vision.onnx"][:-1]
+    with pytest.raises(DeployError, match=r"vision.onnx is not the file that was packaged"):
+        sent.open()
+    other = Shipped.read(package, "cpu", None)
+    other.fingerprint = "another"
+    with pytest.raises(DeployError, match="and another was sent"):
+        other.open()
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once(monkeypatch):
+    monkeypatch.setattr("clip_deploy.embed_ray.load_ray", lambda: None)
+    with pytest.raises(DeployError, match=r"no Ray cluster at 127.0.0.1:1 \(.*refused\): give auto, local or"):
+        connect("127.0.0.1:1")
+
+
+def test_without_ray_the_way_to_it_is_named(package, few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    words = ["embed", str(few), str(tmp_path / "out"), "--package", str(package), "--ray", "auto"]
+    assert main(words) == 1
+    assert capsys.readouterr().err == "error: --ray needs Ray Data: pip install 'clip-deploy[ray]'\n"
