@@ -147,6 +147,7 @@ def test_a_gpus_rows_stay_without_one(copy):
         "torch-fp32",
         "torch-compile-fp16",
         "torchscript-fp16",
+        "torch-fused-fp16",
         "aoti-fp16",
         "onnx-fp32",
         "ort-cuda-fp16",
@@ -163,7 +164,8 @@ def test_a_gpus_rows_stay_without_one(copy):
     assert [path.name for path in (copy.path / "artifacts/package").iterdir()] == ["manifest.json"]
     assert "no target passes its gate" in manifest(copy)["unavailable"]
     page = (copy.path / "reports/report.md").read_text()
-    assert "- `aoti-fp16` unavailable: no CUDA device that PyTorch can use" in page
+    for target in ("torch-fused-fp16", "aoti-fp16"):
+        assert f"- `{target}` unavailable: no CUDA device that PyTorch can use" in page
     assert "- `ort-cuda-fp16` unavailable: no CUDA device: NVIDIA's driver is not installed" in page
 
 
