@@ -12,7 +12,6 @@ artifacts/triton/deploy/        Dockerfile, Kubernetes, KServe, Prometheus, Graf
     clip_zero_shot   all of these as one: image files and texts -> probabilities
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import new_folder, write_text
+from clip_deploy.core.artifact import new_folder, sha256, write_text
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.results import read_json
@@ -83,7 +82,7 @@ def read_package(package: Path) -> dict[str, Any]:
         raise DeployError(f"{package} has format {manifest.get('format')}: accepted is 1; run `dvc repro package`")
     for name, facts in manifest["files"].items():
         path = package / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
+        if not path.is_file() or sha256(path) != facts["sha256"]:
             raise DeployError(f"{path} is missing or was changed after it was packaged: run `dvc repro package`")
     return manifest
 
