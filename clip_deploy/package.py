@@ -6,31 +6,18 @@ torch and transformers.
 
 import json
 import shutil
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from clip_deploy.checkpoint import load_model, load_processor
 from clip_deploy.core.artifact import Target, read_target, sha256, write_text
 from clip_deploy.core.config import GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.results import read_json
 from clip_deploy.encode import load_embeddings
-from clip_deploy.heads import logit_bias, logit_scale
-from clip_deploy.images import Preprocessor
-from clip_deploy.prepared import load_prepared, tokenize
-from clip_deploy.preprocessing import PROBES, Preprocessing, read_preprocessing
+from clip_deploy.prepared import PREPROCESSOR, SCORES, TOKENIZER, load_prepared
 from clip_deploy.runtimes import open_encoder
-from clip_deploy.tokens import Tokenizer
 from clip_deploy.validation import judge, measure
-
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-    from transformers.image_processing_utils import BaseImageProcessor
 
 FORMAT = 1  # of manifest.json
 RUNTIME = "ort"  # the one that needs neither torch nor a library of its own
@@ -38,13 +25,6 @@ RECOMMENDED = "recommended"
 MANIFEST = "manifest.json"
 TOWERS = ("vision", "text")
 COARSENESS = ("fp32", "fp16", "bf16", "int8")  # a pair of targets is held to the gate of the coarser one
-CLOSE = 1e-4  # largest difference of pixel_values: float32's rounding gives 1e-6, a grey level 1e-2
-PROBE_TEXTS = (
-    "A Photo of two CATS, isn't it?",
-    "caf\u00e9 \u2014 \u6771\u4eac \U0001f408",
-    "  one   two\nthree ",
-    "red " * 300,
-)
 
 
 @dataclass
@@ -53,12 +33,12 @@ class Sources:
 
     Attributes:
         built: the folder with the targets' folders.
-        checkpoint: the target torch-fp32, for its tokenizer, image processor and scale.
+        portable: the checkpoint's tokenizer, preprocessing and scale (portable.write_portable).
         evaluation: the prepared set, for classes, templates and a pair's judgement.
     """
 
     built: Path
-    checkpoint: Path
+    portable: Path
     evaluation: Path
 
 
@@ -177,14 +157,18 @@ def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, A
     """Put all files but the manifest into `folder`, and return what the manifest says of them."""
     targets = {tower: read_target(sources.built / name) for tower, name in towers.items()}
     model, evaluation = targets["vision"].model, read_json(sources.evaluation / MANIFEST)
-    processor = load_processor(sources.checkpoint)
+    scores = read_json(sources.portable / SCORES)
     for tower, name in towers.items():
         for file in targets[tower].files:
             if file.startswith(f"{tower}.onnx"):  # the graph, and its weights where they lie beside it
                 shutil.copyfile(sources.built / name / file, folder / file)
-    write_tokenizer(processor, model, evaluation["pad_token"], folder / "tokenizer.json")
-    if targets["vision"].image_input == "pixel_values":
-        write_preprocessor(processor.image_processor, model["image_size"], folder / "preprocessor.json")
+    needed = [SCORES, TOKENIZER] + ([PREPROCESSOR] if targets["vision"].image_input == "pixel_values" else [])
+    unavailable = scores.pop("unavailable")
+    for file in needed:
+        if file in unavailable:
+            raise UnavailableError(unavailable[file])
+        if file != SCORES:
+            shutil.copyfile(sources.portable / file, folder / file)
     labels = {key: evaluation[key] for key in ("classes", "templates")}
     write_text(folder / "labels.json", json.dumps(labels, indent=1, ensure_ascii=False) + "\n")
     files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
@@ -195,7 +179,7 @@ def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, A
         "context_length": model["context_length"],
         "pad_to_context": model["pad_to_context"],
         "pad_token": evaluation["pad_token"],
-        **_scores(sources.checkpoint),
+        **scores,
         "normalized": bool(model.get("normalize")),
         "device": targets["vision"].device,
         "files": files,
@@ -206,62 +190,3 @@ def _tower(tower: str, name: str, target: Target, files: dict[str, Any]) -> dict
     file = f"{tower}.onnx"
     takes = {"image_input": target.image_input} if tower == "vision" else {"inputs": target.model["text_inputs"]}
     return {"target": name, "precision": target.precision, "file": file, **takes, "sha256": files[file]["sha256"]}
-
-
-def _scores(checkpoint: Path) -> dict[str, Any]:
-    """How the model turns cosines into probabilities."""
-    model = load_model(checkpoint)
-    bias = logit_bias(model)
-    return {
-        "logit_scale": logit_scale(model),
-        "logit_bias": bias,
-        "activation": "softmax" if bias is None else "sigmoid",
-    }
-
-
-def write_tokenizer(processor: "ProcessorMixin", model: dict[str, Any], pad_token: int, path: Path) -> None:
-    """Raises UnavailableError where `tokenizers` alone gives other tokens than the checkpoint's own tokenizer."""
-    name = type(processor.tokenizer).__name__
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UnavailableError(f"{name} has no fast tokenizer: save the checkpoint with one (tokenizer.json)")
-    write_text(path, backend.to_str())
-    own = Tokenizer(path, model["context_length"], model["pad_to_context"], pad_token)
-    texts = [*PROBE_TEXTS, "a photo of a red circle"]
-    expected = tokenize(processor, model, texts)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a probe is meant to be cut
-        actual = own(texts)
-    for key in model["text_inputs"]:
-        if not np.array_equal(actual[key], getattr(expected, key)):
-            raise UnavailableError(f"{name} changes texts before its tokenizer.json sees them: it cannot be packaged")
-
-
-def write_preprocessor(processor: "BaseImageProcessor", image_size: list[int], path: Path) -> None:
-    """Raises UnavailableError where Pillow and numpy alone give other pixels than the checkpoint's own processor."""
-    found = read_preprocessing(processor, range(6))  # all of Pillow's filters
-    deviation = 1 / (255 * found.scale)
-    record = Preprocessor(
-        size=_size(found),
-        crop=found.crop,
-        resample=found.resample,
-        rescale_factor=1 / 255,
-        image_mean=[float(value) for value in -found.offset * deviation],
-        image_std=[float(value) for value in deviation],
-    )
-    write_text(path, json.dumps(asdict(record), indent=1) + "\n")
-    rng = np.random.default_rng(0)
-    for height, width in PROBES if found.resample is not None else [image_size]:
-        noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        expected = processor(noise, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
-        actual = record(Image.fromarray(noise))
-        if actual.shape != expected.shape or not np.abs(actual - expected).max() < CLOSE:
-            raise UnavailableError(f"{type(processor).__name__} does something that Pillow and numpy alone do not")
-
-
-def _size(found: Preprocessing) -> dict[str, int] | None:
-    if found.resample is None:
-        return None
-    if found.size is not None:
-        return {"height": found.size[0], "width": found.size[1]}
-    return {"shortest_edge": int(found.shortest_edge or 0)}

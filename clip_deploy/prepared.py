@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CHUNK = 32  # images preprocessed at a time
 IMAGES = "images.zip"
+TOKENIZER, PREPROCESSOR, SCORES = "tokenizer.json", "preprocessor.json", "scores.json"  # clip_deploy.portable's
 
 
 @dataclass
@@ -142,10 +143,15 @@ def write_prepared(
         "captions": len(pairs),
         "classes": dataset.classes,
         "templates": templates if dataset.classes else [],
-        "pad_token": int(processor.tokenizer.pad_token_id or 0),
+        "pad_token": pad_token_of(processor),
         "sha256": dataset.hashes[name],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def pad_token_of(processor: "ProcessorMixin") -> int:
+    """What texts are padded with."""
+    return int(processor.tokenizer.pad_token_id or 0)
 
 
 def tokenize(processor: "ProcessorMixin", model: dict, texts: list[str]) -> Texts:

@@ -23,7 +23,7 @@ class Settings:
     recommendation: Path = MISSING
     environment: Path = MISSING
     built: Path = MISSING
-    checkpoint: Path = MISSING
+    portable: Path = MISSING
     evaluation: Path = MISSING
     output: Path = MISSING
 
@@ -31,7 +31,7 @@ class Settings:
 @stage
 def package(settings: Settings) -> None:
     advice, software = read_json(settings.recommendation), read_json(settings.environment)["software"]
-    sources = Sources(settings.built, settings.checkpoint, settings.evaluation)
+    sources = Sources(settings.built, settings.portable, settings.evaluation)
     facts = {"model": settings.model_name, "versions": software}
     with new_folder(settings.output) as folder:
         manifest = write_package(advice, settings.target, sources, settings.gates, facts, folder)

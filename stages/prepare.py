@@ -1,4 +1,7 @@
-"""Draw the evaluation and calibration sets, preprocess them, and encode them with the untouched FP32 model."""
+"""Draw the evaluation and calibration sets, preprocess them, and encode them with the untouched FP32 model.
+
+Beside them, the checkpoint's tokenizer, preprocessing and scale for those who have neither torch nor transformers.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,7 @@ from clip_deploy.core.artifact import new_folder, read_target
 from clip_deploy.core.config import DataConfig
 from clip_deploy.dataset import load
 from clip_deploy.encode import encode_set, save_embeddings
+from clip_deploy.portable import write_portable
 from clip_deploy.prepared import load_prepared, write_prepared
 from clip_deploy.runtimes import open_encoder
 from clip_deploy.runtimes.pytorch import is_available
@@ -27,8 +31,7 @@ class Settings:
 
 @stage
 def prepare(settings: Settings) -> None:
-    dataset = load(settings.data, settings.seed)
-    target = read_target(settings.checkpoint)
+    dataset, target = load(settings.data, settings.seed), read_target(settings.checkpoint)
     model, device = target.model, target.device if is_available(target.device) else "cpu"
     processor = load_processor(settings.checkpoint)
     for name in ("calibration", "evaluation"):
@@ -38,6 +41,8 @@ def prepare(settings: Settings) -> None:
             if name == "evaluation":
                 embeddings = encode_set(open_encoder(settings.checkpoint, device=device), load_prepared(folder))
                 save_embeddings(embeddings, folder / "reference.npz")
+    with new_folder(settings.output / "portable") as folder:
+        write_portable(settings.checkpoint, folder)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def sets(checkpoint, tmp_path_factory):
     from clip_deploy.core.config import DataConfig
     from clip_deploy.dataset import load
     from clip_deploy.encode import encode_set, save_embeddings
+    from clip_deploy.portable import write_portable
     from clip_deploy.prepared import load_prepared, write_prepared
     from clip_deploy.runtimes import open_encoder
 
@@ -120,6 +121,8 @@ def sets(checkpoint, tmp_path_factory):
         write_prepared(name, dataset, data.templates, processor, model, folder / name)
     embeddings = encode_set(open_encoder(checkpoint), load_prepared(folder / "evaluation"))
     save_embeddings(embeddings, folder / "evaluation" / "reference.npz")
+    (folder / "portable").mkdir()
+    write_portable(checkpoint, folder / "portable")
     return folder
 
 
@@ -155,16 +158,16 @@ def advice(built, **other):
 
 
 @pytest.fixture(scope="session")
-def package(onnx_target, checkpoint, sets, tmp_path_factory):
+def package(onnx_target, sets, tmp_path_factory):
     """The exported built-in model as the stage `package` would pack it."""
-    return packed(onnx_target, checkpoint, sets, tmp_path_factory.mktemp("package"))
+    return packed(onnx_target, sets, tmp_path_factory.mktemp("package"))
 
 
-def packed(target, checkpoint, sets, folder):
+def packed(target, sets, folder):
     from clip_deploy.core.config import GatesConfig
     from clip_deploy.package import Sources, write_package
 
-    sources = Sources(target.parent, checkpoint, sets / "evaluation")
+    sources = Sources(target.parent, sets / "portable", sets / "evaluation")
     write_package(advice(target.parent), target.name, sources, GatesConfig(), {"model": "tiny", "versions": {}}, folder)
     return folder
 

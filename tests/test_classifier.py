@@ -20,6 +20,7 @@ from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import OnnxConfig
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
 from clip_deploy.onnx_export import export_onnx
+from clip_deploy.portable import write_portable
 
 SCENES = [shapes.render("classifier", index, 5 * index) for index in range(6)]
 IMAGES = [image for image, _ in SCENES]
@@ -139,7 +140,7 @@ def test_a_graph_that_preprocesses_takes_images_of_any_size(checkpoint, sets, tm
     target = tmp_path / "built" / "onnx-fp32"
     build(target, lambda output: export_onnx(checkpoint, settings, output), Target("ort", "fp32"))
     (tmp_path / "package").mkdir()
-    folder = packed(target, checkpoint, sets, tmp_path / "package")
+    folder = packed(target, sets, tmp_path / "package")
     assert not (folder / "preprocessor.json").exists()
     sizes = [IMAGES[0], IMAGES[1].resize((90, 70)), IMAGES[2]]
     found = ZeroShotClassifier.open(folder).embed_images(sizes)
@@ -156,8 +157,10 @@ def test_siglip_gives_each_text_a_probability_of_its_own(siglip, tmp_path):
     (evaluation / "manifest.json").write_text(json.dumps({"classes": [], "templates": [], "pad_token": 586}))
     nothing = np.empty((0, 32), dtype=np.float32)
     np.savez(evaluation / "reference.npz", images=nothing, captions=nothing, prompts=nothing)
-    (tmp_path / "package").mkdir()
-    classifier = ZeroShotClassifier.open(packed(target, siglip, tmp_path, tmp_path / "package"))
+    for name in ("portable", "package"):
+        (tmp_path / name).mkdir()
+    write_portable(siglip, tmp_path / "portable")
+    classifier = ZeroShotClassifier.open(packed(target, tmp_path, tmp_path / "package"))
     texts = ["a red circle", "a star"]
     expected = expected_logits(siglip, IMAGES[:1], texts, padding="max_length", max_length=16).sigmoid()[0].numpy()
     found = dict(classifier.predict(IMAGES[0], texts))

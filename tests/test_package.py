@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from clip_deploy.core.config import Gate, GatesConfig, OptimizeConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.fusion import optimize
 from clip_deploy.package import Sources, write_package
+from clip_deploy.portable import write_portable
 from clip_deploy.prepared import load_prepared
 
 FACTS = {"model": "tiny", "versions": {"onnxruntime": "1"}}
@@ -26,8 +28,8 @@ def fused(onnx_target, sets):
 
 
 @pytest.fixture
-def sources(onnx_target, checkpoint, sets):
-    return Sources(onnx_target.parent, checkpoint, sets / "evaluation")
+def sources(onnx_target, sets):
+    return Sources(onnx_target.parent, sets / "portable", sets / "evaluation")
 
 
 def test_the_manifest_says_what_is_in_the_folder(package, onnx_target):
@@ -87,17 +89,22 @@ def test_nothing_to_ship_leaves_a_manifest_with_the_reason_and_no_graph(sources,
 
 
 def test_a_tokenizer_that_needs_transformers_is_no_package_and_no_failure_of_the_pipeline(
-    sources, tmp_path, monkeypatch
+    sources, checkpoint, tmp_path, monkeypatch
 ):
     def refuse(*_):
         raise UnavailableError("no fast tokenizer")
 
-    monkeypatch.setattr("clip_deploy.package.write_tokenizer", refuse)
+    monkeypatch.setattr("clip_deploy.portable.write_tokenizer", refuse)
+    (tmp_path / "portable").mkdir()
+    write_portable(checkpoint, tmp_path / "portable")
+    assert not (tmp_path / "portable" / "tokenizer.json").exists()
+    sources, folder = replace(sources, portable=tmp_path / "portable"), tmp_path / "package"
+    folder.mkdir()
     known = advice(sources.built, package={"vision": "onnx-fp32", "text": "onnx-fp32"})
-    assert write_package(known, "recommended", sources, GatesConfig(), FACTS, tmp_path)["unavailable"]
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert write_package(known, "recommended", sources, GatesConfig(), FACTS, folder)["unavailable"]
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
     with pytest.raises(UnavailableError, match="no fast tokenizer"):
-        write_package(known, "onnx-fp32", sources, GatesConfig(), FACTS, tmp_path)
+        write_package(known, "onnx-fp32", sources, GatesConfig(), FACTS, folder)
 
 
 def test_two_targets_are_judged_together(sources, fused, tmp_path):

@@ -20,7 +20,7 @@ from clip_deploy import images
 from clip_deploy.checkpoint import load_processor
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import ConfigError, DataError, DeployError
-from clip_deploy.package import write_preprocessor
+from clip_deploy.portable import write_preprocessor
 from clip_deploy.prepared import tokenize
 from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
 from clip_deploy.serving.repository import (
