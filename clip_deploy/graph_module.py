@@ -67,6 +67,21 @@ class Operators:
         total = rows + skip if added is None else rows + added + skip
         return F.layer_norm(total, weight.shape, weight, bias, epsilon), total
 
+    def multiply_add_and_normalise(
+        self,
+        rows: Tensor,
+        matrix: Tensor,
+        addend: Tensor | None,
+        skip: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        added: Tensor | None = None,
+        *,
+        epsilon: float,
+    ) -> tuple[Tensor, Tensor]:
+        """`add_and_normalise` of the product rows @ matrix.T + addend."""
+        return self.add_and_normalise(self.linear(rows, matrix, addend), skip, weight, bias, added, epsilon=epsilon)
+
     def cut_patches(self, pixels: Tensor, size: tuple[int, int], floating: torch.dtype) -> Tensor:
         """The image's patches of `size`, row by row: [batch, channels, height, width] to [batch, patches, values]."""
         tall, wide = size
@@ -140,9 +155,8 @@ class GraphModule(nn.Module):
                 inputs[3] = ""
             self.steps.append(Step(partial(_attention, **attributes), inputs, outputs))
         elif node.op_type == "SkipLayerNormalization":
-            call = partial(self.operators.add_and_normalise, epsilon=attributes["epsilon"])
             total = outputs[3] if len(outputs) > 3 else ""
-            self.steps.append(Step(call, inputs, [outputs[0], total or f"{outputs[0]}_total"]))
+            self._add_sum(node, inputs, [outputs[0], total or f"{outputs[0]}_total"])
         elif node.op_type == "Shape" and (cast := node.inputs[0].producer()) and cast.op_type == "Cast":
             self.steps.append(Step(partial(_shape, **attributes), [cast.inputs[0].name or ""], outputs))
         elif node.op_type == "Cast":
@@ -168,6 +182,21 @@ class GraphModule(nn.Module):
             output = users[0].outputs[0]
             self._folded.add(users[0])
         self.steps.append(Step(call, [node.inputs[0].name, *names], [output.name or ""]))
+
+    def _add_sum(self, node: ir.Node, inputs: list[str], outputs: list[str]) -> None:
+        """A sum that is normalised, with the product that it alone reads."""
+        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        products = {step.outputs[0]: step for step in self.steps if step.call == self.operators.linear}
+        for summand, value in enumerate(node.inputs[:2]):
+            if value is not None and value.name in products and len(value.uses()) == 1:
+                product = products[value.name]
+                self.steps.remove(product)
+                inputs = [*product.inputs, *[""] * (3 - len(product.inputs)), inputs[1 - summand], *inputs[2:]]
+                call = partial(self.operators.multiply_add_and_normalise, epsilon=epsilon)
+                break
+        else:
+            call = partial(self.operators.add_and_normalise, epsilon=epsilon)
+        self.steps.append(Step(call, inputs, outputs))
 
     def _drop_unread(self) -> None:
         """Leave out steps whose outputs no other reads: a shape needs no cast, a fused step not its parts."""

@@ -60,6 +60,18 @@ def test_a_sum_is_normalised_and_kept(has_bias, has_added):
         torch.testing.assert_close(ours.float(), theirs, atol=4e-3, rtol=4e-3)
 
 
+@pytest.mark.parametrize("has_added", [False, True])
+@pytest.mark.parametrize(("tiles", "parts"), kernels.SPLIT)
+def test_a_product_in_parts_is_summed_where_it_is_normalised(tiles, parts, has_added):
+    rows, matrix, skip = random(2, 35, 512), random(160, 512, scale=0.05), random(2, 35, 160)
+    weight, bias, added = random(160), random(160), random(160) if has_added else None
+    sides = [whole(tensor) for tensor in (skip, weight, bias, added)]
+    expected = LIBRARY.multiply_add_and_normalise(rows.float(), matrix.float(), None, *sides, epsilon=1e-5)
+    actual = kernels.multiply_add_and_normalise(rows, matrix, skip, weight, bias, added, 1e-5, tiles, parts)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, atol=6e-3, rtol=6e-3)
+
+
 @pytest.mark.parametrize("size", [(4, 4), (2, 6), (8, 3)])
 def test_patches_are_cut_row_by_row_and_rounded(size):
     pixels = random(2, 3, 8, 12, dtype=torch.float32)

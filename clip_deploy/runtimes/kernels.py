@@ -3,15 +3,21 @@
 An encoder's products are short (a width of 512 to 1,024), so what stands between them, reading and writing every row,
 takes long beside them. One kernel multiplies, adds the bias and applies the activation; one attends straight from the
 packed product; one adds the skip connection and normalises; one cuts an image into patches.
+
+Kernels of a few microseconds follow one another faster where the next is started while the last one runs and waits for
+it on the GPU (programmatic dependent launch, from Hopper on: DEPENDENT). Each waits before it touches memory.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clip_deploy.graph_module import Activation
@@ -30,6 +36,14 @@ def _activated(x, alpha, KIND: tl.constexpr):
     return x
 
 
+@triton.jit
+def _take_turn(DEPENDENT: tl.constexpr):
+    """Wait for the kernel before, and let the one behind come up."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
 @triton.jit(do_not_specialize=["M"])
 def _product(
     rows,
@@ -46,23 +60,31 @@ def _product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """output [M, N] = activation(rows [M, K] @ weight [N, K].T + bias), by programs that take tile after tile."""
+    """output [M, N] = activation(rows [M, K] @ weight [N, K].T + bias), by programs that take tile after tile.
+
+    Where K is cut into PARTS, the sums over each stand below one another, in rows of whole tiles.
+    """
+    _take_turn(DEPENDENT)
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
+    steps = tl.cdiv(K, BLOCK_K * PARTS)
+    for item in tl.range(tl.program_id(0), down * across * PARTS, tl.num_programs(0), flatten=True):
+        part, tile = item // (down * across), item % (down * across)
         first = tile // (GROUP * across) * GROUP  # tiles that share weights are taken together
         height = tl.minimum(down - first, GROUP)
         row = (first + tile % (GROUP * across) % height) * BLOCK_M
         column = tile % (GROUP * across) // height * BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for step in range(tl.cdiv(K, BLOCK_K)):
-            left = rows.load([row, step * BLOCK_K])
-            right = weight.load([column, step * BLOCK_K])
+        for step in range(steps):
+            left = rows.load([row, (part * steps + step) * BLOCK_K])
+            right = weight.load([column, (part * steps + step) * BLOCK_K])
             total = tl.dot(left, right.T, total)
         if HAS_BIAS:
             columns = column + tl.arange(0, BLOCK_N)
             total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        output.store([row, column], _activated(total, alpha, KIND).to(output.dtype))
+        output.store([part * down * BLOCK_M + row, column], _activated(total, alpha, KIND).to(output.dtype))
 
 
 @triton.jit
@@ -74,8 +96,10 @@ def _cut(
     tall: tl.constexpr,
     wide: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One patch of one image: [channels, tall, wide] of it in one row."""
+    _take_turn(DEPENDENT)
     patch, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     place = tl.arange(0, BLOCK)
     size: tl.constexpr = channels * tall * wide
@@ -88,7 +112,8 @@ def _cut(
 
 
 @triton.jit
-def _activate(values, count, alpha, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _activate(values, count, alpha, KIND: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    _take_turn(DEPENDENT)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     x = tl.load(values + places, mask=inside).to(tl.float32)
@@ -106,8 +131,10 @@ def _attend(
     CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One head of one row's attention for BLOCK_Q queries; softmax is taken over the keys block by block."""
+    _take_turn(DEPENDENT)
     batch, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
     width: tl.constexpr = HEADS * HEAD
     columns = head * HEAD + tl.arange(0, HEAD)
@@ -149,15 +176,22 @@ def _add_and_normalise(
     normalised,
     total,
     width,
+    apart,
     epsilon,
+    PARTS: tl.constexpr,
     HAS_ADDED: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    """One row: the sum of the PARTS of `rows`, `apart` from each other, of skip and of what is added, normalised."""
+    _take_turn(DEPENDENT)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     place = tl.program_id(0).to(tl.int64) * width + columns
     x = tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(rows + part * apart + place, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(skip + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_ADDED:
         x += tl.load(added + columns, mask=inside, other=0.0).to(tl.float32)
@@ -193,6 +227,7 @@ LARGE = (
     Tiles(64, 128, 64, 3, 4, 2),
 )
 SMALL = (Tiles(64, 128, 64, 4, 4), Tiles(64, 64, 128, 4, 4), Tiles(64, 32, 128, 5, 4), Tiles(64, 16, 128, 6, 4))
+SPLIT = [(tiles, parts) for tiles in SMALL[:3] for parts in (2, 4)]  # a product's depth in parts
 GROUP = 8  # rows of tiles that are taken together
 QUERIES = (
     (16, 64, 1),
@@ -212,15 +247,28 @@ def by_library(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Ac
     if activation is not None:
         block = 2048
         grid = (triton.cdiv(product.numel(), block),)
-        _activate[grid](product, product.numel(), activation.alpha, _form(activation), block)
+        _activate[grid](product, product.numel(), activation.alpha, _form(activation), block, **_launch())
     return product
 
 
 def by_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None, tiles: Tiles) -> Tensor:
     """One kernel for product, bias and activation."""
+    output = torch.empty(len(rows), len(weight), dtype=rows.dtype, device=rows.device)
+    return _multiply(rows, weight, bias, activation, tiles, output)
+
+
+def _multiply(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | None,
+    tiles: Tiles,
+    output: Tensor,
+    parts: int = 1,
+) -> Tensor:
     (count, depth), width = rows.shape, len(weight)
-    output = torch.empty(count, width, dtype=rows.dtype, device=rows.device)
-    programs = min(tiles.together * _multiprocessors(), triton.cdiv(count, tiles.m) * triton.cdiv(width, tiles.n))
+    items = triton.cdiv(count, tiles.m) * triton.cdiv(width, tiles.n) * parts
+    programs = min(tiles.together * _multiprocessors(), items)
     _product[(programs,)](
         TensorDescriptor.from_tensor(rows, [tiles.m, tiles.k]),
         TensorDescriptor.from_tensor(weight, [tiles.n, tiles.k]),
@@ -236,8 +284,10 @@ def by_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Acti
         tiles.n,
         tiles.k,
         GROUP,
+        parts,
         num_stages=tiles.stages,
         num_warps=tiles.warps,
+        **_launch(),
     )
     return output
 
@@ -246,6 +296,14 @@ def _form(activation: Activation | None) -> str:
     if activation is None:
         return ""
     return "QuickGelu" if activation.kind == "QuickGelu" else {"tanh": "tanh", "none": "erf"}[activation.form]
+
+
+@cache
+def _launch() -> dict[str, Any]:
+    """How kernels are launched on this GPU."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        return {"DEPENDENT": True, "launch_pdl": True}
+    return {"DEPENDENT": False}
 
 
 def _multiprocessors() -> int:
@@ -258,7 +316,9 @@ def attend(packed: Tensor, heads: int, scale: float, causal: bool, blocks: tuple
     queries, keys, warps = blocks
     grid = (triton.cdiv(tokens, queries), batch * heads)
     head = width // 3 // heads
-    _attend[grid](packed, output, tokens, scale * LOG2_E, heads, head, causal, queries, keys, num_warps=warps)
+    _attend[grid](
+        packed, output, tokens, scale * LOG2_E, heads, head, causal, queries, keys, num_warps=warps, **_launch()
+    )
     return output
 
 
@@ -268,16 +328,44 @@ def cut_patches(pixels: Tensor, size: tuple[int, int], floating: torch.dtype) ->
     count, long = height // tall * (width // wide), channels * tall * wide
     patches = torch.empty(images, count, long, dtype=floating, device=pixels.device)
     block = triton.next_power_of_2(long)
-    _cut[(count, images)](pixels.contiguous(), patches, width // wide, channels, tall, wide, block, num_warps=8)
+    _cut[(count, images)](
+        pixels.contiguous(), patches, width // wide, channels, tall, wide, block, num_warps=8, **_launch()
+    )
     return patches
 
 
-def add_and_normalise(
-    rows: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, epsilon: float
+def multiply_add_and_normalise(
+    rows: Tensor,
+    weight: Tensor,
+    skip: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    added: Tensor | None,
+    epsilon: float,
+    tiles: Tiles,
+    parts: int,
 ) -> tuple[Tensor, Tensor]:
-    width = rows.shape[-1]
-    normalised, total = torch.empty_like(rows), torch.empty_like(rows)
-    _add_and_normalise[(rows.numel() // width,)](
+    """The product's depth is cut into parts, for more programs where there are few rows; what normalises sums them."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    height = triton.cdiv(len(flat), tiles.m) * tiles.m
+    sums = torch.empty(parts * height, len(weight), dtype=torch.float32, device=rows.device)
+    _multiply(flat, weight, None, None, tiles, sums, parts)
+    return add_and_normalise(sums, skip, gain, shift, added, epsilon, parts)
+
+
+def add_and_normalise(
+    rows: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    epsilon: float,
+    parts: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The normalised sum, and the sum; where `rows` are `parts` below one another, of all of them."""
+    width = skip.shape[-1]
+    normalised, total = torch.empty_like(skip), torch.empty_like(skip)
+    _add_and_normalise[(skip.numel() // width,)](
         rows,
         skip,
         added,
@@ -286,10 +374,13 @@ def add_and_normalise(
         normalised,
         total,
         width,
+        rows.numel() // parts,
         epsilon,
+        parts,
         added is not None,
         bias is not None,
         triton.next_power_of_2(width),
         num_warps=4,
+        **_launch(),
     )
     return normalised, total

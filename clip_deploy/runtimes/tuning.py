@@ -17,6 +17,7 @@ from clip_deploy.runtimes import kernels
 
 SHORTEST = 16  # a block of queries that the tensor cores take
 FEW_ROWS = 256  # of a product, which then has too few large tiles for all multiprocessors
+MANY_ROWS = 1024  # of a product, which then needs no parts of its depth to fill them
 LONGEST = 128  # tokens that our attention takes; longer sequences go to PyTorch's kernels
 HEADS = (16, 32, 64, 128)  # widths of a head that the tensor cores take
 CALLS, TRIES = 8, 9  # of each way that is timed: calls in a CUDA graph, and replays, whose median counts
@@ -61,17 +62,39 @@ class TunedOperators(Operators):
             return super().add_and_normalise(rows, skip, weight, bias, added, epsilon=epsilon)
         return kernels.add_and_normalise(rows, skip, weight, bias, added, epsilon)
 
+    def multiply_add_and_normalise(
+        self,
+        rows: Tensor,
+        matrix: Tensor,
+        addend: Tensor | None,
+        skip: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        added: Tensor | None = None,
+        *,
+        epsilon: float,
+    ) -> tuple[Tensor, Tensor]:
+        one_by_one = partial(super().multiply_add_and_normalise, epsilon=epsilon)
+        (wide, deep), count = matrix.shape, rows.numel() // rows.shape[-1]
+        fit = [(tiles, parts) for tiles, parts in kernels.SPLIT if deep % (tiles.k * parts) == 0]
+        both = addend is not None and added is not None
+        if rows.dtype is torch.float32 or wide % 8 or count > MANY_ROWS or both or not skip.is_contiguous():
+            return one_by_one(rows, matrix, addend, skip, weight, bias, added)
+        ways = [one_by_one, *(partial(_in_parts, epsilon=epsilon, tiles=tiles, parts=parts) for tiles, parts in fit)]
+        key = ("sum", count, matrix.shape, addend is None, added is None, rows.dtype)
+        return self._choose(key, ways, rows, matrix, addend, skip, weight, bias, added)
+
     def cut_patches(self, pixels: Tensor, size: tuple[int, int], floating: torch.dtype) -> Tensor:
         return kernels.cut_patches(pixels, size, floating)
 
-    def _choose(self, key: tuple, ways: Sequence[Callable[..., Tensor]], *given: Any) -> Tensor:
+    def _choose(self, key: tuple, ways: Sequence[Callable[..., Any]], *given: Any) -> Any:
         """Call the fastest way for these shapes; time all where they are new."""
         if key not in self.fastest:
             self.fastest[key] = min(ways, key=lambda way: median_ms(way, given))
         return self.fastest[key](*given)
 
 
-def median_ms(way: Callable[..., Tensor], given: tuple[Any, ...]) -> float:
+def median_ms(way: Callable[..., Any], given: tuple[Any, ...]) -> float:
     """Milliseconds of a call on the GPU, replayed from a CUDA graph; infinite where it needs more than this GPU has."""
     try:
         way(*given)
@@ -89,6 +112,23 @@ def median_ms(way: Callable[..., Tensor], given: tuple[Any, ...]) -> float:
         mark.record()
     torch.cuda.synchronize()
     return sorted(start.elapsed_time(end) for start, end in pairwise(marks))[TRIES // 2] / CALLS
+
+
+def _in_parts(
+    rows: Tensor,
+    matrix: Tensor,
+    addend: Tensor | None,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    *,
+    epsilon: float,
+    tiles: kernels.Tiles,
+    parts: int,
+) -> tuple[Tensor, Tensor]:
+    held = addend if added is None else added
+    return kernels.multiply_add_and_normalise(rows, matrix, skip, weight, bias, held, epsilon, tiles, parts)
 
 
 def _ways_to_multiply(rows: int, activation: Activation | None) -> list[Callable[..., Tensor]]:
