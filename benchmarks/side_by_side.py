@@ -35,7 +35,9 @@ def main() -> None:
 def phases(before: dict[str, set[str]]) -> list[list[str]]:
     """The stages that time nothing, those that do, and those that wait for them."""
     timed = [name for name in before if name.startswith(TIMED)]
-    behind = [name for name in before if name not in timed and before[name] & set(timed)]
+    behind: list[str] = []
+    while more := [name for name in before if name not in [*timed, *behind] and before[name] & {*timed, *behind}]:
+        behind += more
     return [[name for name in before if name not in {*timed, *behind}], timed, behind]
 
 

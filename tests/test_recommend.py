@@ -4,7 +4,7 @@ import pytest
 
 from clip_deploy.core.config import Device, RecommendConfig
 from clip_deploy.core.errors import ConfigError
-from clip_deploy.recommend import recommend, shown
+from clip_deploy.recommend import TOWERS, recommend, shown
 from clip_deploy.report import Row, markdown, page
 
 
@@ -173,3 +173,13 @@ def test_the_report_and_its_page_say_which_one_to_ship():
 def test_limits_out_of_range_are_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         RecommendConfig(**settings)
+
+
+def test_on_a_gpu_a_row_is_shaky_by_its_own_calls_and_not_by_the_references():
+    noisy = {"device": "cuda", "timings": {name: {"1": timing(9.0, unstable=True, p90_ms=1.2)} for name in TOWERS}}
+    spread = {"device": "cuda", "timings": {name: {"1": timing(9.5, p90_ms=9.0)} for name in TOWERS}}
+    reference = replace(REFERENCE, device="cuda")
+    rows = [reference, row("torch-fused-fp16", 1, 1, **noisy), row("ort-cuda-fp16", 1, 1, **spread)]
+    advice = recommend(rows, RecommendConfig())
+    assert set(advice.ship.values()) == {"torch-fused-fp16"}
+    assert "its timing decides nothing" in advice.losers["ort-cuda-fp16"]
