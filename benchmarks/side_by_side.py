@@ -26,19 +26,20 @@ def main() -> None:
     commands = {stage.addressing: stage.cmd for stage in graph}
     before = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in graph}
     done: set[str] = set()
-    for names, width in zip(phases(before), (jobs, 1, jobs), strict=True):
+    for names, width in zip(phases(before), (1, jobs, 1, jobs), strict=True):
         done |= run(names, before, commands, width, done)
     if left := [name for name in commands if name not in done]:
         sys.exit(f"error: failed, or waited for a stage that did: {', '.join(left)}")
 
 
 def phases(before: dict[str, set[str]]) -> list[list[str]]:
-    """The stages that time nothing, those that do, and those that wait for them."""
+    """The probe, which counts the cores; the stages that time nothing; those that do; and those that wait for them."""
     timed = [name for name in before if name.startswith(TIMED)]
     behind: list[str] = []
     while more := [name for name in before if name not in [*timed, *behind] and before[name] & {*timed, *behind}]:
         behind += more
-    return [[name for name in before if name not in {*timed, *behind}], timed, behind]
+    probe = [name for name in before if name == "probe"]
+    return [probe, [name for name in before if name not in {*probe, *timed, *behind}], timed, behind]
 
 
 def run(names: list[str], before: dict[str, set[str]], commands: dict[str, str], jobs: int, done: set[str]) -> set[str]:

@@ -6,6 +6,7 @@ import pytest
 from benchmarks.side_by_side import phases, run, share_out
 
 BEFORE = {
+    "probe": set(),
     "package": {"recommend", "validate@a"},  # behind what is timed, through another
     "recommend": {"benchmark@a"},
     "report": {"validate@a", "benchmark@a", "benchmark@b"},
@@ -18,7 +19,8 @@ BEFORE = {
 
 
 def test_what_is_timed_waits_for_all_that_is_not():
-    untimed, timed, behind = phases(BEFORE)
+    probe, untimed, timed, behind = phases(BEFORE)
+    assert probe == ["probe"]
     assert untimed == ["download", "validate@a", "validate@b"]
     assert timed == ["benchmark@a", "benchmark@b"]
     assert behind == ["recommend", "report", "package"]
