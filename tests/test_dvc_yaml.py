@@ -32,7 +32,7 @@ EXTRA = {
 }
 SHARED = "clip_deploy.core"  # watched as a folder: every stage uses most of it
 SERVED = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clip_deploy" / "serving" / "models").glob("*.py")}
-DATA_FILES = {"report": {"clip_deploy/report.html"}, "triton_repository": SERVED}
+DATA_FILES = {"report": {"clip_deploy/report.html"}, "triton_repository": SERVED, "triton_engines": SERVED}
 
 
 def stage(name):

@@ -61,7 +61,7 @@ def _fill(folder: Path, package: Path, benchmark: Path, settings: TritonConfig) 
     preferred = {tower: preferred_sizes(manifest, tower, benchmark, settings.max_batch) for tower in EMBEDS}
     for backend in BACKENDS:
         _write_towers(folder / backend, backend, package, manifest, preferred, settings)
-        _write_companions(folder / backend, package, manifest, settings)
+        write_companions(folder / backend, package, manifest, settings)
     write_deploy(folder / "deploy", manifest)
     return {
         "model": manifest["model"],
@@ -113,7 +113,7 @@ def _write_towers(
 ) -> None:
     for tower in EMBEDS:
         config = tower_config(tower, backend, manifest, preferred[tower], settings)
-        folder = _write_model(repository, config, "encoder" if backend == "python" else None)
+        folder = write_model(repository, config, "encoder" if backend == "python" else None)
         graph = manifest["towers"][tower]["file"]
         for name in [name for name in manifest["files"] if name.startswith(graph)]:  # external data keep their name
             shutil.copyfile(package / name, folder / ("model.onnx" if name == graph else name))
@@ -127,7 +127,7 @@ def write_warm_up(model: Path, mask: np.ndarray) -> None:
     (model / "warmup" / "attention_mask").write_bytes(mask.tobytes())
 
 
-def _write_model(repository: Path, config: dict[str, Any], program: str | None) -> Path:
+def write_model(repository: Path, config: dict[str, Any], program: str | None) -> Path:
     """config.pbtxt and, for the python backend, model.py; returns the version's folder."""
     folder = repository / config["name"] / VERSION
     folder.mkdir(parents=True)
@@ -187,15 +187,15 @@ def _warm_up(tower: str, manifest: dict[str, Any], size: int) -> dict[str, Any]:
     return {"name": f"batch_{size}", "batch_size": size, "inputs": mapped(inputs)}
 
 
-def _write_companions(repository: Path, package: Path, manifest: dict[str, Any], settings: TritonConfig) -> None:
-    """The models around the towers, the same for every backend."""
-    preprocess = _write_model(repository, preprocess_config(manifest, settings), "preprocess")
-    tokenize = _write_model(repository, tokenize_config(manifest, settings), "tokenize")
-    _write_model(repository, score_config(manifest), "score")
-    _write_model(repository, zero_shot_config(manifest), None)
-    shutil.copyfile(package / "tokenizer.json", tokenize / "tokenizer.json")
-    if (package / "preprocessor.json").exists():
-        shutil.copyfile(package / "preprocessor.json", preprocess / "preprocessor.json")
+def write_companions(repository: Path, files: Path, manifest: dict[str, Any], settings: TritonConfig) -> None:
+    """The models around the towers, the same for every backend; tokenizer.json and preprocessor.json from `files`."""
+    preprocess = write_model(repository, preprocess_config(manifest, settings), "preprocess")
+    tokenize = write_model(repository, tokenize_config(manifest, settings), "tokenize")
+    write_model(repository, score_config(manifest), "score")
+    write_model(repository, zero_shot_config(manifest), None)
+    shutil.copyfile(files / "tokenizer.json", tokenize / "tokenizer.json")
+    if (files / "preprocessor.json").exists():
+        shutil.copyfile(files / "preprocessor.json", preprocess / "preprocessor.json")
 
 
 def preprocess_config(manifest: dict[str, Any], settings: TritonConfig) -> dict[str, Any]:
