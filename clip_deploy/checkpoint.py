@@ -134,7 +134,7 @@ def _initialise(model: ModelConfig, output: Path) -> None:
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError where `folder` is not a dual encoder with whole safetensors weights."""
-    config = _read_config(folder)
+    config = read_config(folder)
     kind = config.get("model_type")
     if "vision_config" not in config or "text_config" not in config:
         raise CheckpointError(
@@ -160,7 +160,8 @@ def verify(folder: Path) -> None:
             )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands; CheckpointError where there is none."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -191,23 +192,7 @@ def _verify_shards(folder: Path, present: set[str]) -> None:
 
 def load_model(folder: Path) -> "PreTrainedModel":
     """The whole dual encoder in float32, in evaluation mode."""
-    import torch
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        model, loading = AutoModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    model, loading = _load(folder)
     if missing := sorted(loading["missing_keys"]):
         raise CheckpointError(
             f"{folder} lacks the weight {missing[0]} ({len(missing)} missing): it is not a whole {type(model).__name__}"
@@ -215,6 +200,32 @@ def load_model(folder: Path) -> "PreTrainedModel":
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise CheckpointError(f"{folder} is a {type(model).__name__}: it has no get_image_features/get_text_features")
     return model.eval()
+
+
+def load_as_is(folder: Path) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """The model however it loads, and transformers' record: missing_keys, unexpected_keys, mismatched_keys."""
+    return _load(folder, ignore_mismatched_sizes=True)
+
+
+def _load(folder: Path, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:
+    import torch
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        return AutoModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
 
 
 def load_processor(folder: Path) -> "ProcessorMixin":

@@ -225,8 +225,9 @@ def write_report(
     for name, content in plots(rows).items():
         write_json(output / "plots" / f"{name}.json", content)
     facts = describe_run(rows, environment, checkpoint, evaluation, settings)
-    write_text(output / "report.md", markdown(title, rows, facts, flows, sections, shipping))
-    write_text(output / "report.html", page(title, rows, facts, flows, shipping))
+    findings = checkpoint.get("findings", [])
+    write_text(output / "report.md", markdown(title, rows, facts, flows, sections, shipping, findings))
+    write_text(output / "report.html", page(title, rows, facts, flows, shipping, findings))
 
 
 def describe_run(
@@ -279,6 +280,7 @@ def markdown(
     flows: Sequence[dict[str, Any]] = (),
     sections: Sequence[str] = (),
     shipping: dict[str, Any] | None = None,
+    findings: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The report for a terminal, a pull request or a README."""
     batches = sorted({int(batch) for row in rows for batch in row.timings.get("vision", {})})
@@ -302,7 +304,7 @@ def markdown(
     ]
     lines = [f"# {title}", "", *(f"- **{name}**: {value}" for name, value in facts.items()), ""]
     lines += table(head, [_cells(row) for row in rows])
-    lines += ["", *_reasons(rows), *_shipping_section(shipping)]
+    lines += ["", *_reasons(rows), *_checkpoint_section(findings), *_shipping_section(shipping)]
     lines += ["## Batch sizes", "", *_batch_tables(rows, batches)]
     lines += sections
     lines += _flow_section(flows)
@@ -328,9 +330,9 @@ HOW = """
 """.splitlines()
 
 
-def table(head: list[str], body: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; columns from the third on are set flush right."""
-    rule = ["---", "---", *("---:" for _ in head[2:])]
+def table(head: list[str], body: list[list[str]], left: int = 2) -> list[str]:
+    """Lines of a Markdown table; columns behind the first `left` are set flush right."""
+    rule = [*("---" for _ in head[:left]), *("---:" for _ in head[left:])]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]
 
 
@@ -367,6 +369,21 @@ def _reasons(rows: list[Row]) -> list[str]:
     if shaky := [row.target for row in rows if _is_shaky(row)]:
         lines.append(f"- ~ marks speed-ups that decide nothing: {UNSTABLE.format(target=shaky[0])}")
     return [*lines, ""] if lines else []
+
+
+def _checkpoint_section(findings: Sequence[dict[str, Any]]) -> list[str]:
+    """What lint.py found in the checkpoint, and which errors model.allow lets pass."""
+    if not findings:
+        return []
+    body = [
+        [f"`{finding['code']}`", _severity(finding), finding["found"], finding["expected"], finding["consequence"]]
+        for finding in findings
+    ]
+    return ["## Checkpoint", "", *table(["Finding", "Severity", "Found", "Expected", "Consequence"], body, left=5), ""]
+
+
+def _severity(finding: dict[str, Any]) -> str:
+    return "**error**, allowed by `model.allow`" if finding["allowed"] else finding["severity"]
 
 
 def _shipping_section(shipping: dict[str, Any] | None) -> list[str]:
@@ -598,6 +615,7 @@ def page(
     facts: dict[str, str],
     flows: Sequence[dict[str, Any]] = (),
     shipping: dict[str, Any] | None = None,
+    findings: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The report as one self-contained HTML page: no request leaves it."""
     content = {
@@ -607,6 +625,7 @@ def page(
         "flows": rounded(flows),
         "flow_facts": "".join(_flow_facts(flows)),
         "shipping": shipping or {"facts": [], "losers": {}, "front": []},
+        "findings": list(findings),
     }
     data = json.dumps(content).replace("<", "\\u003c")  # no row may close the script
     return PAGE.read_text(encoding="utf-8").replace("__CONTENT__", data)

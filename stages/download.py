@@ -1,6 +1,6 @@
 """Fetch the checkpoint (hub, local folder or untrained), check it, and keep it as the target torch-fp32."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from clip_deploy.checkpoint import fetch
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import Device, ModelConfig
+from clip_deploy.lint import lint
 from stages import stage
 
 
@@ -20,8 +21,14 @@ class Settings:
 
 @stage
 def download(settings: Settings) -> None:
-    fallback = Target("eager", "fp32", device=settings.device.value)
-    build(settings.output, lambda folder: fetch(settings.model, folder, settings.device), fallback)
+    def fetch_checked(folder: Path) -> Target:
+        target = fetch(settings.model, folder, settings.device)
+        findings = lint(folder, settings.model, target.model)
+        print(*findings, sep="\n", end="\n" * bool(findings))
+        target.model["findings"] = [asdict(finding) for finding in findings]
+        return target
+
+    build(settings.output, fetch_checked, Target("eager", "fp32", device=settings.device.value))
 
 
 if __name__ == "__main__":

@@ -185,3 +185,26 @@ def test_a_feed_with_wrong_embeddings_is_marked_beside_its_speed(rows):
 
 def test_without_feeds_the_report_has_no_such_section(rows):
     assert "From JPEG" not in markdown("title", rows, {}, [])
+
+
+FINDING = {
+    "code": "eos-token",
+    "severity": "error",
+    "found": "text_config.eos_token_id is 585",
+    "expected": "the tokenizer's 586",
+    "consequence": "All texts would look the same",
+    "allowed": True,
+}
+
+
+def test_what_was_found_in_the_checkpoint_and_allowed_is_in_the_report(rows):
+    text = markdown("title", rows, {}, findings=[FINDING, {**FINDING, "severity": "warning", "allowed": False}])
+    row = "text_config.eos_token_id is 585 | the tokenizer's 586 | All texts would look the same |"
+    assert f"| `eos-token` | **error**, allowed by `model.allow` | {row}" in text
+    assert f"| `eos-token` | warning | {row}" in text
+    data = page("title", rows, {}, findings=[FINDING]).split('id="content">')[1].split("</script>")[0]
+    assert json.loads(data)["findings"] == [FINDING]
+
+
+def test_without_findings_the_report_has_no_such_section(rows):
+    assert "## Checkpoint" not in markdown("title", rows, {})

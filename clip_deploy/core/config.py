@@ -85,6 +85,7 @@ class ModelConfig:
     architecture: dict[str, Any] | None = None  # a config.json; its tokenizer and processor come from `path`
     seed: int = 0
     trained: bool = True  # random weights are timed and compared, not judged by their accuracy
+    allow: list[str] = field(default_factory=list)  # codes of lint.py: errors that are meant so
 
     def __post_init__(self) -> None:
         if bool(self.repo_id) == bool(self.path):
