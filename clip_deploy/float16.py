@@ -5,7 +5,7 @@ whole numbers to 2048 (FP16) and 256 (BF16) only.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +53,15 @@ def _clamped(tensor: ir.TensorProtocol) -> ir.Tensor:
     return ir.Tensor(np.maximum(tensor.numpy(), np.float32(HIDDEN)), name=tensor.name)
 
 
-def halve(path: Path, batches: Batches) -> dict[str, float]:
+def halve(path: Path, batches: Batches, keep_fp32: Sequence[str] = ()) -> dict[str, float]:
     """Convert a graph's weights and computation to float16 in place; its inputs and outputs stay float32.
 
     A node stays in float32 where one of its tensors comes within HEADROOM of float16's largest value.
 
     Args:
-        path: a float32 graph.
+        path: a float32 graph, <tower>.onnx.
         batches: calls for the calibration inputs, batch by batch.
+        keep_fp32: nodes that stay in float32 too, as "<tower>: <node>"; ConfigError where the tower has no such node.
 
     Returns:
         The largest absolute value at each node that would overflow and stays in float32, by the node's name.
@@ -70,21 +71,26 @@ def halve(path: Path, batches: Batches) -> dict[str, float]:
     """
     _refuse_non_finite(path, batches, "FP32")
     model = _load(path)
+    kept = onnx_graph.kept_nodes(model, path.stem, keep_fp32)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         largest = ranges(model, batches, Path(folder))
     overflowing = _overflowing(model.graph, largest | {item.name: _magnitude(item) for item in model.graph.initializer})
-    _lower(model, path, set(largest), set(overflowing), ir.DataType.FLOAT16)
+    _lower(model, path, set(largest), {*overflowing, *kept}, ir.DataType.FLOAT16)
     _refuse_non_finite(path, batches, "FP16")
     return overflowing
 
 
-def to_bfloat16(path: Path) -> None:
-    """Convert a graph's weights and computation to bfloat16 in place, which has float32's range; only GPUs run it."""
+def to_bfloat16(path: Path, keep_fp32: Sequence[str] = ()) -> None:
+    """Convert a graph's weights and computation to bfloat16 in place, which has float32's range; only GPUs run it.
+
+    `keep_fp32` is that of halve.
+    """
     model = _load(path)
+    kept = onnx_graph.kept_nodes(model, path.stem, keep_fp32)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         floats = set(onnx_graph.float_tensors(model, Path(folder)))
     folded = {node.name for node in model.graph.node if node.op_type == "Expand"}  # by the CPU, which has it in FP32
-    _lower(model, path, floats, folded, ir.DataType.BFLOAT16)
+    _lower(model, path, floats, {*folded, *kept}, ir.DataType.BFLOAT16)
 
 
 def _load(path: Path) -> onnx.ModelProto:

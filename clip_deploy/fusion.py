@@ -73,12 +73,14 @@ def optimize(
             undone += fuse(bare, fused, rewrites, target.model["example_texts"])
             if settings.precision is Precision.fp16:
                 inputs = calibration.inputs(tower, target.model["text_inputs"])
-                kept = halve(fused, partial(feeds, inputs, SCAN_ROWS))
+                kept = halve(fused, partial(feeds, inputs, SCAN_ROWS), settings.keep_fp32)
                 in_fp32 += [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
             elif settings.precision is Precision.bf16:
-                to_bfloat16(fused)
+                to_bfloat16(fused, settings.keep_fp32)
             put_on(fused, shell, output / fused.name)
     facts: dict[str, Any] = {"rewrites_undone": undone} if undone else {}
+    if settings.keep_fp32:
+        facts["keep_fp32"] = settings.keep_fp32
     if settings.precision is Precision.fp16:
         facts["left_in_fp32"] = in_fp32
     elif settings.precision is Precision.fp32 and settings.provider is Provider.own and device is Device.cuda:

@@ -1,7 +1,7 @@
 """ONNX files: read, write (external data above 2 GB), check, describe, and count what was fused."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from clip_deploy.core.environment import cores
-from clip_deploy.core.errors import DeployError
+from clip_deploy.core.errors import ConfigError, DeployError
 
 EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
 FUSED_ATTENTION = {"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"}
@@ -99,12 +99,31 @@ def name_nodes(model: onnx.ModelProto) -> None:
         node.name = f"{node.op_type}_{index}"
 
 
-def float_tensors(model: onnx.ModelProto, work: Path) -> list[str]:
+def kept_nodes(model: onnx.ModelProto, tower: str, keep_fp32: Sequence[str]) -> list[str]:
+    """The nodes of one tower among the setting's "<tower>: <node>"; ConfigError where the graph has no such node."""
+    names = [name.split(": ", 1)[1] for name in keep_fp32 if name.startswith(f"{tower}: ")]
+    if lost := sorted(set(names) - {node.name for node in model.graph.node}):
+        raise ConfigError(
+            f"keep_fp32 names {tower}: {lost[0]}, which the graph does not have (another opset or source numbers its "
+            "nodes anew): take keep_fp32 out; where the target then fails its gate, `python -m stages.apply` it again"
+        )
+    return names
+
+
+def quantisable(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes that multiply by, or look up, a constant matrix."""
+    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    operand = {"MatMul": 1, "Gather": 0}
+    return [node for node in graph.node if node.op_type in operand and node.input[operand[node.op_type]] in matrices]
+
+
+def float_tensors(model: onnx.ModelProto, work: Path, types: Sequence[str] = ("tensor(float)",)) -> list[str]:
     """Names of the float32 inputs and of the results that are used; ONNX Runtime infers those of its own operators too.
 
     Args:
         model: a graph that runs.
         work: a folder for temporary files.
+        types: which results count, as ONNX Runtime names them.
     """
     inputs = [value.name for value in model.graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
@@ -115,7 +134,7 @@ def float_tensors(model: onnx.ModelProto, work: Path) -> list[str]:
     )
     save(ir.from_proto(typed), work / "types.onnx")
     session = open_session(work / "types.onnx")
-    return inputs + [value.name for value in session.get_outputs() if value.type == "tensor(float)"]
+    return inputs + [value.name for value in session.get_outputs() if value.type in types]
 
 
 def declare_floats(model: onnx.ModelProto, names: Iterable[str]) -> None:

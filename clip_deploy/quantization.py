@@ -80,6 +80,8 @@ def quantize(
 
 def _described(settings: QuantizeConfig, calibration: Prepared, reduced: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {"method": settings.method.value, "per_channel": settings.per_channel}
+    if settings.keep_fp32:
+        facts["keep_fp32"] = settings.keep_fp32
     if settings.method is Quantization.static:
         facts |= {"calibration": settings.calibration.value, "calibration_images": len(calibration.pixel_values)}
         facts |= {"symmetric": settings.symmetric, "smooth_quant": settings.smooth_quant or "no"}
@@ -140,9 +142,10 @@ class _Towers:
                 smooth(path, settings.smooth_quant, self._reader(tower))
 
     def write(self, left_in_float: list[str]) -> None:
-        """Write both quantised graphs into `small`, less the nodes named "<tower>: <node>"."""
+        """Write both quantised graphs into `small`, less the nodes named "<tower>: <node>" here or in keep_fp32."""
         for tower, plain in self.plain.items():
-            excluded = [name.split(": ", 1)[1] for name in left_in_float if name.startswith(f"{tower}: ")]
+            graph = onnx.load(plain, load_external_data=False)
+            excluded = onnx_graph.kept_nodes(graph, tower, [*self.settings.keep_fp32, *left_in_float])
             small = self.work / f"{tower}-small.onnx"
             self._quantise(tower, plain, small, excluded)
             onnx_graph.save(ir.load(small), self.small / f"{tower}.onnx")
@@ -172,7 +175,7 @@ class _Towers:
         elif self.settings.method is Quantization.static:
             _static(plain, small, self.settings, self.reduced, excluded, self._reader(tower))
         else:
-            _weight_only(plain, small)
+            _weight_only(plain, small, excluded)
 
     def _reader(self, tower: str) -> "Reader":
         return Reader(self.calibration.inputs(tower, self.text_inputs))
@@ -226,12 +229,19 @@ def _static(
     )
 
 
-def _weight_only(source: Path, output: Path) -> None:
+def _weight_only(source: Path, output: Path, excluded: list[str]) -> None:
     """INT8 weights in blocks, multiplied by activations that are rounded in blocks as they come: MatMulNBits."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # its import turns logging on
 
     logging.getLogger().setLevel(logging.ERROR)
-    quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=8, block_size=BLOCK, is_symmetric=True, accuracy_level=4)
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(source),
+        bits=8,
+        block_size=BLOCK,
+        is_symmetric=True,
+        accuracy_level=4,
+        nodes_to_exclude=excluded,
+    )
     quantizer.process()
     quantizer.model.save_model_to_file(str(output), use_external_data_format=False)
 

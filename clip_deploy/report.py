@@ -49,6 +49,7 @@ class Row:
     preprocessed_size: list[int] = field(default_factory=list)  # of the images that it was timed with: height, width
     runtime: str = ""
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was judged
+    diagnosis: dict[str, Any] = field(default_factory=dict)  # diagnosis.diagnose, where it missed its gate
 
     def timing(self, tower: str, batch: str | None = None) -> dict[str, float]:
         """One tower's timing at a batch size, the smallest if none is named; empty where it was not timed."""
@@ -107,6 +108,7 @@ def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
         preprocessed_size=timed.get("preprocessed_size", []),
         runtime=checked.get("runtime", ""),
         files=checked.get("files", {}),
+        diagnosis=checked.get("diagnosis", {}),
     )
 
 
@@ -358,7 +360,11 @@ def _cells(row: Row) -> list[str]:
 
 
 def _reasons(rows: list[Row]) -> list[str]:
-    lines = [f"- `{row.target}` {row.status}: {'; '.join(row.reasons)}" for row in rows if row.status != "pass"]
+    lines = []
+    for row in rows:
+        if row.status != "pass":
+            lines.append(f"- `{row.target}` {row.status}: {'; '.join(row.reasons)}")
+            lines += [f"  - {line}" for line in diagnosis_lines(row)]
     if whole := [row for row in rows if row.preprocessed_size]:
         height, width = whole[0].preprocessed_size
         names = ", ".join(f"`{row.target}`" for row in whole)
@@ -369,6 +375,21 @@ def _reasons(rows: list[Row]) -> list[str]:
     if shaky := [row.target for row in rows if _is_shaky(row)]:
         lines.append(f"- ~ marks speed-ups that decide nothing: {UNSTABLE.format(target=shaky[0])}")
     return [*lines, ""] if lines else []
+
+
+def diagnosis_lines(row: Row) -> list[str]:
+    """Where a target that missed its gate leaves its FP32 graph, and the command that keeps those nodes in FP32."""
+    found = row.diagnosis
+    lines = [
+        f"{drop['tower']}: against {found['reference']}, cosine falls first in {drop['layer']} "
+        f"({drop['cosine_before']:.6f} to {drop['cosine_after']:.6f}, most behind {drop['node']})"
+        + (f"; to keep in FP32: {', '.join(drop['nodes'])}" if drop["nodes"] else "")
+        for drop in found.get("drops", [])
+    ]
+    lines += found.get("notes", [])
+    if any(drop["nodes"] for drop in found.get("drops", [])):
+        lines.append(f"`python -m stages.apply {row.target}` puts these nodes into params.yaml; then `dvc repro`")
+    return lines
 
 
 def _checkpoint_section(findings: Sequence[dict[str, Any]]) -> list[str]:
@@ -621,7 +642,10 @@ def page(
     content = {
         "title": title,
         "facts": facts,
-        "rows": [rounded({**asdict(row), "images_per_s": best_throughput(row, "vision")}) for row in rows],
+        "rows": [
+            rounded({**asdict(row), "images_per_s": best_throughput(row, "vision"), "diagnosis": diagnosis_lines(row)})
+            for row in rows
+        ],
         "flows": rounded(flows),
         "flow_facts": "".join(_flow_facts(flows)),
         "shipping": shipping or {"facts": [], "losers": {}, "front": []},

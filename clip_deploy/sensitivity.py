@@ -63,13 +63,6 @@ class Search:
     curve: list[dict[str, float]]
 
 
-def quantisable(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes that multiply by, or look up, a constant matrix."""
-    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
-    operand = {"MatMul": 1, "Gather": 0}
-    return [node for node in graph.node if node.op_type in operand and node.input[operand[node.op_type]] in matrices]
-
-
 class Switched:
     """Both towers with a switch at each node, as an encoder: `on` holds the names of the nodes that are quantised."""
 
@@ -84,7 +77,7 @@ class Switched:
         self.sessions = {}
         for tower, path in graphs.items():
             model = onnx.load(path)
-            self.switches[tower] = [node.name for node in quantisable(model.graph)]
+            self.switches[tower] = [node.name for node in onnx_graph.quantisable(model.graph)]
             switched = work / f"{tower}-switched.onnx"
             onnx_graph.save(ir.from_proto(with_switches(model, rounding[tower])), switched)
             self.sessions[tower] = onnx_graph.open_session(switched)
@@ -109,7 +102,7 @@ def with_switches(model: onnx.ModelProto, rounding: Rounding) -> onnx.ModelProto
     """Add a boolean input for each node that can be quantised, which chooses between its operands and rounded ones."""
     graph = model.graph
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    chosen = {node.name for node in quantisable(graph)}
+    chosen = {node.name for node in onnx_graph.quantisable(graph)}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.name in chosen:

@@ -61,6 +61,8 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
     except DeployError as error:
         return record | {"status": "fail", "reasons": [str(error)]}
     reasons = judge(record, gate, target.precision)
+    if reasons:
+        record["diagnosis"] = diagnosis(folder, encoder, prepared, load_embeddings(reference), gate)
     return record | {"status": "fail" if reasons else "pass", "reasons": reasons}
 
 
@@ -87,6 +89,16 @@ def graphs(folder: Path, opset: int) -> dict[str, Any]:
         if written != opset:
             raise DeployError(f"{path.name} declares opset {written}, onnx.opset asked for {opset}")
     return described
+
+
+def diagnosis(folder: Path, encoder: Encoder, prepared: Prepared, reference: Embeddings, gate: Gate) -> dict[str, Any]:
+    """Where the target loses what its gate asks for; a note where its graphs cannot be opened up."""
+    from clip_deploy.diagnosis import diagnose  # the targets of PyTorch need no onnx
+
+    try:
+        return diagnose(folder, prepared, encode_set(encoder, prepared), reference, gate)
+    except DeployError as error:
+        return {"reference": None, "drops": [], "notes": [f"no layer is named: {error}"]}
 
 
 def shell(folder: Path, target: Target, prepared: Prepared) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from clip_deploy.runtimes import RUNTIMES
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-COMMANDS = {"compare", "device", "drift"}  # run by hand, with no settings: no stages of the pipeline
+COMMANDS = {"apply", "compare", "device", "drift"}  # run by hand, with no settings: no stages of the pipeline
 SCRIPTS = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WATCHED = [name for name in SCRIPTS if name != "probe"]  # probe always runs
 

@@ -208,3 +208,24 @@ def test_what_was_found_in_the_checkpoint_and_allowed_is_in_the_report(rows):
 
 def test_without_findings_the_report_has_no_such_section(rows):
     assert "## Checkpoint" not in markdown("title", rows, {})
+
+
+def test_a_failed_target_has_its_layer_and_the_command_that_mends_it_below(rows):
+    drop = {
+        "tower": "vision",
+        "layer": "encoder.layers.2.self_attn",
+        "node": "MatMul_42",
+        "cosine_before": 0.9999998,
+        "cosine_after": 0.9677,
+        "nodes": ["vision: MatMul_39", "vision: MatMul_42"],
+    }
+    rows[1].diagnosis = {"reference": "onnx-fp32", "drops": [drop], "notes": []}
+    lines = markdown("title", rows, {}).splitlines()
+    place = lines.index("- `ort-int8` fail: 2.0 % flipped > 1")
+    assert lines[place + 1 : place + 3] == [
+        "  - vision: against onnx-fp32, cosine falls first in encoder.layers.2.self_attn (1.000000 to 0.967700, "
+        "most behind MatMul_42); to keep in FP32: vision: MatMul_39, vision: MatMul_42",
+        "  - `python -m stages.apply ort-int8` puts these nodes into params.yaml; then `dvc repro`",
+    ]
+    data = page("title", rows, {}).split('id="content">')[1].split("</script>")[0]
+    assert json.loads(data)["rows"][1]["diagnosis"] == [line[4:] for line in lines[place + 1 : place + 3]]

@@ -17,7 +17,6 @@ from clip_deploy.parity import row_cosines
 from clip_deploy.prepared import load_prepared
 from clip_deploy.quantization import prepare, quantize
 from clip_deploy.runtimes import open_encoder
-from clip_deploy.sensitivity import quantisable
 from clip_deploy.smoothing import smooth
 
 VNNI = ["avx2", "avx512_vnni"]
@@ -111,7 +110,7 @@ def test_a_budget_that_all_nodes_meet_leaves_none_in_float(fused, calibration, t
     target = quantised(fused, calibration, tmp_path / "int8", accuracy_budget=generous)
     assert target.search["left_in_float"] == []
     assert target.search["nodes"] == sum(
-        len(quantisable(onnx.load(fused / f"{tower}.onnx").graph)) for tower in ("vision", "text")
+        len(onnx_graph.quantisable(onnx.load(fused / f"{tower}.onnx").graph)) for tower in ("vision", "text")
     )
     plain = quantised(fused, calibration, tmp_path / "plain")
     assert plain.search == {}

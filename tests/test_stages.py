@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = {"compare", "device", "drift"}  # run by hand, with no settings: each has tests of its own
+COMMANDS = {"apply", "compare", "device", "drift"}  # run by hand, with no settings: each has tests of its own
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WITHOUT_TORCH = ("probe", "optimize", "quantize", "validate", "benchmark", "recommend", "triton_repository", "report")
 

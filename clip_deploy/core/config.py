@@ -308,8 +308,12 @@ class OptimizeConfig:
     precision: Precision = Precision.fp32
     skip_layer_norm: bool = False  # fuse it with the addition before; on the CPU that takes four times as long
     provider: Provider = Provider.own  # tensorrt: the graph as it was exported, which TensorRT fuses by itself
+    keep_fp32: list[str] = field(default_factory=list)  # nodes, as "vision: MatMul_7"; `stages.apply` writes them
 
     def __post_init__(self) -> None:
+        _check_nodes("optimize", self.keep_fp32)
+        if self.keep_fp32 and self.precision is Precision.fp32:
+            raise ConfigError("optimize: keep_fp32 is for precision fp16 and bf16; with fp32 take it out")
         if self.precision is Precision.int8:
             raise ConfigError("optimize: precision int8 is made by `quantize`; accepted are fp32, fp16, bf16")
         if self.precision is Precision.bf16 and self.provider is Provider.tensorrt:
@@ -339,14 +343,23 @@ class QuantizeConfig:
     symmetric: bool = False  # static only: activations s8 around zero instead of u8 with a zero point
     smooth_quant: float | None = None  # static only: share of the activations' range that moves into weights, 0 to 1
     accuracy_budget: AccuracyBudget | None = None  # not with weight_only
+    keep_fp32: list[str] = field(default_factory=list)  # nodes, as "vision: MatMul_7"; `stages.apply` writes them
 
     def __post_init__(self) -> None:
+        _check_nodes("quantize", self.keep_fp32)
         if self.smooth_quant is not None and not 0 < self.smooth_quant < 1:
             raise ConfigError(f"quantize: smooth_quant is {self.smooth_quant}: accepted are null and 0 to 1, as 0.5")
         if self.method is not Quantization.static and (self.symmetric or self.smooth_quant is not None):
             raise ConfigError(f"quantize: symmetric and smooth_quant belong to method static, not {self.method.value}")
         if self.method is Quantization.weight_only and self.accuracy_budget is not None:
             raise ConfigError("quantize: accuracy_budget chooses nodes for dynamic and static, not for weight_only")
+
+
+def _check_nodes(section: str, names: list[str]) -> None:
+    if bad := [name for name in names if not re.fullmatch(r"(vision|text): \S+", name)]:
+        raise ConfigError(
+            f"{section}: keep_fp32 holds {bad[0]!r}: accepted are nodes of a tower, as 'vision: MatMul_7'"
+        )
 
 
 @dataclass

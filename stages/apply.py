@@ -1,0 +1,76 @@
+"""Keep in FP32 what the diagnosis of a failed target names: python -m stages.apply ort-fp16, then dvc repro
+
+It writes the nodes of reports/validate/<target>.json into the target's keep_fp32 in params.yaml; all else there stays
+as it is, comments included.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from clip_deploy.core.artifact import write_text
+from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.results import read_json
+from stages import PARAMS
+
+SECTIONS = ("optimize", "quantize")  # whose targets have keep_fp32
+
+
+def apply(target: str, params: Path, validation: Path) -> str:
+    """Add the nodes to params.yaml; return what to say of it.
+
+    Raises ConfigError where the target has no keep_fp32, or no node was named for it.
+    """
+    record = read_json(validation / f"{target}.json")
+    nodes = [node for drop in record.get("diagnosis", {}).get("drops", []) for node in drop["nodes"]]
+    if not nodes:
+        notes = "; ".join(record.get("diagnosis", {}).get("notes", [])) or f"its status is {record['status']}"
+        raise ConfigError(f"{validation / target}.json names no nodes to keep in FP32: {notes}")
+    text = params.read_text(encoding="utf-8")
+    settings = _settings(text, target)
+    write_text(params, _with_nodes(text, settings, nodes))
+    return f"{params}: {target} keeps {', '.join(nodes)} in FP32; run `dvc repro`"
+
+
+def _settings(text: str, target: str) -> yaml.MappingNode:
+    """Where the target's settings stand in the text."""
+    sections = dict(_entries(yaml.compose(text)))
+    for section in SECTIONS:
+        for name, settings in _entries(sections.get(section)):
+            if name == target and isinstance(settings, yaml.MappingNode):
+                return settings
+    raise ConfigError(f"{target} is no target of {' or '.join(SECTIONS)} in params.yaml: only those have keep_fp32")
+
+
+def _entries(node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
+    return [(key.value, value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
+
+
+def _with_nodes(text: str, settings: yaml.MappingNode, nodes: list[str]) -> str:
+    """The text with the nodes behind those that keep_fp32 has already, or as the settings' first entry."""
+    held = dict(_entries(settings)).get("keep_fp32")
+    if held is not None:
+        written = json.dumps(list(dict.fromkeys([*(item.value for item in held.value), *nodes])))
+        last = held if held.flow_style else held.value[-1]  # the end of a block is where the next key begins
+        return text[: held.start_mark.index] + written + text[last.end_mark.index :]
+    if not settings.value:  # {}
+        inside = settings.start_mark.index + 1
+        return f"{text[:inside]}keep_fp32: {json.dumps(nodes)}{text[inside:]}"
+    first = settings.value[0][0].start_mark
+    separator = ", " if settings.flow_style else "\n" + " " * first.column
+    return f"{text[: first.index]}keep_fp32: {json.dumps(nodes)}{separator}{text[first.index :]}"
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m stages.apply TARGET")
+    try:
+        print(apply(sys.argv[1], PARAMS, Path("reports/validate")))
+    except DeployError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
