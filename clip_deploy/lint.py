@@ -47,7 +47,7 @@ LEGACY_EOS = (
     2  # transformers' CLIP then pools at the highest id: https://github.com/huggingface/transformers/pull/24773
 )
 POOLED_AT_EOS = ("clip", "metaclip_2")
-PAD_TOKENS = {"siglip": ("</s>",), "siglip2": ("<pad>",)}  # these towers read padding as text
+PAD_TOKENS = {"siglip": ("</s>", "<pad>"), "siglip2": ("<pad>",)}  # read as text; SigLIP 2 of one size is a siglip
 
 # Which activation the weights were trained with, by name: the first pattern that fits decides.
 # https://github.com/mlfoundations/open_clip/blob/main/src/open_clip/pretrained.py
@@ -232,7 +232,9 @@ def end_of_text(opened: Opened) -> Iterator[Finding]:
 def _legacy(tokenizer: Any, real: int, highest: int) -> Finding:
     found = "text_config.eos_token_id is 2, as before transformers 4.31, which pools at the highest id of a text"
     if real == highest:
-        consequence = "Right here, where that is the end of the text; a token added to the tokenizer would be pooled at"
+        consequence = (
+            "Right here, where that ends every text; with a token added to the tokenizer, texts would be pooled there"
+        )
         return Finding("eos-token", WARNING, found, f"the tokenizer's {real}", consequence)
     name = tokenizer.convert_ids_to_tokens(highest)
     consequence = f"Texts with a token above {real}, up to {name!r} ({highest}), would be pooled there"

@@ -138,14 +138,16 @@ class _Towers:
             bare = work / f"{tower}-bare.onnx"
             self.shells[tower] = take_off(source / path.name, bare)
             prepare(bare, path)
+            if settings.keep_fp32:
+                onnx_graph.kept_nodes(onnx.load(path, load_external_data=False), tower, settings.keep_fp32)
             if settings.smooth_quant is not None:
                 smooth(path, settings.smooth_quant, self._reader(tower))
 
     def write(self, left_in_float: list[str]) -> None:
         """Write both quantised graphs into `small`, less the nodes named "<tower>: <node>" here or in keep_fp32."""
         for tower, plain in self.plain.items():
-            graph = onnx.load(plain, load_external_data=False)
-            excluded = onnx_graph.kept_nodes(graph, tower, [*self.settings.keep_fp32, *left_in_float])
+            kept = [*self.settings.keep_fp32, *left_in_float]
+            excluded = [name.split(": ", 1)[1] for name in kept if name.startswith(f"{tower}: ")]
             small = self.work / f"{tower}-small.onnx"
             self._quantise(tower, plain, small, excluded)
             onnx_graph.save(ir.load(small), self.small / f"{tower}.onnx")

@@ -196,6 +196,15 @@ def test_a_node_that_the_graph_has_not_is_refused(onnx_target, sets, tmp_path):
     shutil.copytree(onnx_target, tmp_path / "onnx-fp32")
     with pytest.raises(ConfigError, match="keep_fp32 names vision: MatMul_999, which the graph does not have"):
         halved(tmp_path, sets, ["vision: MatMul_999"])
+    with pytest.raises(ConfigError, match="keep_fp32 names text: Gather_999, which the graph does not have"):
+        quantize(
+            tmp_path / "onnx-fp32",
+            QuantizeConfig(keep_fp32=["text: Gather_999"]),
+            load_prepared(sets / "calibration"),
+            VNNI,
+            0,
+            tmp_path,
+        )
     with pytest.raises(ConfigError, match="keep_fp32 holds 'MatMul_9': accepted are nodes of a tower"):
         QuantizeConfig(keep_fp32=["MatMul_9"])
     with pytest.raises(ConfigError, match="keep_fp32 is for precision fp16 and bf16"):

@@ -88,6 +88,13 @@ def test_nothing_stays_in_fp32_without_need(graph):
     assert {value.type.tensor_type.elem_type for value in onnx.load(path).graph.output} == {TensorProto.FLOAT}
 
 
+def test_nodes_that_are_to_be_kept_stay_in_fp32_though_they_would_fit(graph):
+    path = graph(2.0)
+    assert halve(path, batches, ["vision: MatMul_0", "text: MatMul_4"]) == {}
+    stored = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
+    assert (stored["first"], stored["last_float16"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
 def test_a_graph_that_gives_nan_is_refused(graph):
     with pytest.raises(UnavailableError, match="vision gives NaN or Inf in FP32 on the calibration set"):
         halve(graph(2.0, last=np.nan), batches)

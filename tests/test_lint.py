@@ -129,7 +129,7 @@ WARNINGS = [
     (
         text(eos_token_id=2, bos_token_id=0, pad_token_id=1),
         "eos-token",
-        "Right here, where that is the end of the text",
+        "Right here, where that ends every text",
     ),
     (text(pad_token_id=1), "pad-token", "a server that pads by config.json sends other ids"),
     (tokens(model_max_length=16), "context-length", "cut at 16 tokens, though the model reads 32"),

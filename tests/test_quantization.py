@@ -77,6 +77,17 @@ def test_weights_alone_can_be_int8(onnx_target, sets, tmp_path):
     assert 0.999 < row_cosines(small, full).min() < 1
 
 
+@pytest.mark.parametrize("method", [Quantization.dynamic, Quantization.weight_only])
+def test_nodes_that_are_to_be_kept_stay_products_in_float(onnx_target, sets, tmp_path, method):
+    model = onnx.load(onnx_target / "vision.onnx")
+    onnx_graph.name_nodes(model)
+    kept = [node.name for node in onnx_graph.quantisable(model.graph) if node.op_type == "MatMul"][:2]
+    settings = QuantizeConfig(method=method, keep_fp32=[f"vision: {name}" for name in kept])
+    quantize(onnx_target, settings, load_prepared(sets / "calibration"), VNNI, 0, tmp_path)
+    written = onnx.load(tmp_path / "vision.onnx").graph
+    assert [node.name for node in onnx_graph.quantisable(written) if node.op_type == "MatMul"] == kept
+
+
 @pytest.mark.parametrize(
     ("choice", "instruction_sets", "expected"),
     [
