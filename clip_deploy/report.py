@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from markdown_it import MarkdownIt
+
 from clip_deploy.core.artifact import write_text
 from clip_deploy.core.config import REFERENCE
 from clip_deploy.core.results import read_json, rounded, write_json
@@ -229,7 +231,7 @@ def write_report(
     facts = describe_run(rows, environment, checkpoint, evaluation, settings)
     findings = checkpoint.get("findings", [])
     write_text(output / "report.md", markdown(title, rows, facts, flows, sections, shipping, findings))
-    write_text(output / "report.html", page(title, rows, facts, flows, shipping, findings))
+    write_text(output / "report.html", page(title, rows, facts, flows, shipping, findings, sections))
 
 
 def describe_run(
@@ -637,8 +639,9 @@ def page(
     flows: Sequence[dict[str, Any]] = (),
     shipping: dict[str, Any] | None = None,
     findings: Sequence[dict[str, Any]] = (),
+    sections: Sequence[str] = (),
 ) -> str:
-    """The report as one self-contained HTML page: no request leaves it."""
+    """The report as one self-contained HTML page: no request leaves it; `sections` are lines of Markdown."""
     content = {
         "title": title,
         "facts": facts,
@@ -652,4 +655,9 @@ def page(
         "findings": list(findings),
     }
     data = json.dumps(content).replace("<", "\\u003c")  # no row may close the script
-    return PAGE.read_text(encoding="utf-8").replace("__CONTENT__", data)
+    return PAGE.read_text(encoding="utf-8").replace("__SECTIONS__", _rendered(sections)).replace("__CONTENT__", data)
+
+
+def _rendered(sections: Sequence[str]) -> str:
+    html = MarkdownIt("commonmark", {"html": False}).enable("table").render("\n".join(sections))
+    return html.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")

@@ -107,8 +107,10 @@ def test_plots_are_flat_rows(rows):
 
 def test_the_page_stands_alone_and_no_text_closes_its_script(rows):
     rows[1].reasons = ["</script><script>alert(1)</script>"]
-    html = page("title", rows, {"Model": "<b>"})
+    html = page("title", rows, {"Model": "<b>"}, sections=["## Served", "", "| a |", "| ---: |", "| `<i>` |"])
     assert "</script><script>alert" not in html
+    assert "<h2>Served</h2>" in html
+    assert "<code>&lt;i&gt;</code>" in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "https://" not in html
     data = html.split('id="content">')[1].split("</script>")[0]
