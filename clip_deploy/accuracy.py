@@ -77,20 +77,29 @@ def top(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def bootstrap_drop(before: np.ndarray, after: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % interval of the drop in percentage points, resampling the images with both answers together."""
-    change = before.astype(float) - after.astype(float)
-    rng = np.random.default_rng(seed)
-    means = [change[rng.integers(0, len(change), len(change))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return 100 * float(low), 100 * float(high)
+    """95 % interval of the drop in percentage points, resampling the images with both answers together.
+
+    An image is lost, gained or neither: to draw how many of each is to draw images.
+    """
+    lost, gained = discordant(before, after)
+    images = len(before)
+    shares = np.array([lost, gained, images - lost - gained]) / images
+    drawn = np.random.default_rng(seed).multinomial(images, shares, RESAMPLES)
+    low, high = np.percentile(drawn[:, 0] - drawn[:, 1], [2.5, 97.5])
+    return 100 * float(low) / images, 100 * float(high) / images
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
     """Exact two-sided p of McNemar's test: are gains and losses equally likely?"""
-    losses, gains = int((before & ~after).sum()), int((~before & after).sum())
-    n = losses + gains
-    tail = sum(comb(n, k) for k in range(min(losses, gains) + 1))
+    lost, gained = discordant(before, after)
+    n = lost + gained
+    tail = sum(comb(n, k) for k in range(min(lost, gained) + 1))
     return min(1.0, 2 * tail / 2**n)
+
+
+def discordant(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:
+    """How many answers were right before only, and after only."""
+    return int((before & ~after).sum()), int((~before & after).sum())
 
 
 def losses(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> dict[str, float]:

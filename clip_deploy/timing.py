@@ -24,9 +24,9 @@ from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 
 ROUND_MS = 20.0  # each side's turn lasts about so long
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 6  # with fewer, no interval covers 95 % (speedup_interval)
 BEYOND = 5  # a percentile is stated where at least so many calls lie beyond it
-RESAMPLES = 1000  # of the bootstrap over rounds
+CONFIDENCE = 0.95
 PROGRAM = (sys.executable, "-m", "clip_deploy.worker")
 
 # glibc returns large buffers to the kernel after each call or keeps them, as its thresholds happened to move: the same
@@ -34,7 +34,7 @@ PROGRAM = (sys.executable, "-m", "clip_deploy.worker")
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
 
-def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int) -> dict[str, Any]:
+def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> dict[str, Any]:
     """Time both towers of `folder` at every batch size, interleaved with `reference`.
 
     Returns:
@@ -55,7 +55,7 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
             target.wait()
             other.wait()
             clock = gpu.clock_mhz()
-            towers, memory = _measure_towers(target, other, described, settings, seed)
+            towers, memory = _measure_towers(target, other, described, settings)
             on_gpu = {}
             if described.device == "cuda":
                 on_gpu = _power(target, described, towers["vision"], settings, clock)
@@ -75,7 +75,7 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig, seed: int)
 
 
 def _measure_towers(
-    target: "Worker", other: "Worker", described: Target, settings: BenchmarkConfig, seed: int
+    target: "Worker", other: "Worker", described: Target, settings: BenchmarkConfig
 ) -> tuple[dict[str, Any], dict[str, float]]:
     requests = [
         _request(tower, batch, described, settings) for batch in settings.batch_sizes for tower in ("vision", "text")
@@ -83,7 +83,7 @@ def _measure_towers(
     towers: dict[str, Any] = {"vision": {}, "text": {}}
     memory: dict[str, float] = {}
     for request in tqdm(requests, desc="benchmark", disable=None):
-        towers[request["tower"]][str(request["batch"])] = _measure_one(target, other, request, settings, seed)
+        towers[request["tower"]][str(request["batch"])] = _measure_one(target, other, request, settings)
         if request["batch"] == settings.batch_sizes[0]:
             memory = _megabytes(target.ask({"memory": True}))
     return towers, memory
@@ -131,9 +131,7 @@ def _power(
     }
 
 
-def _measure_one(
-    target: "Worker", other: "Worker", request: dict, settings: BenchmarkConfig, seed: int
-) -> dict[str, Any]:
+def _measure_one(target: "Worker", other: "Worker", request: dict, settings: BenchmarkConfig) -> dict[str, Any]:
     for worker in (target, other):
         worker.ask(request)
     work = {"gflop": other.ask({"flop": True})["flop"] / 1e9} if request["device"] == "cuda" else {}
@@ -148,7 +146,7 @@ def _measure_one(
         count = sum(map(len, turns[target]))
         over = monotonic() - started > 2 * settings.seconds or count >= settings.iterations
         if over and len(turns[target]) >= LEAST_ROUNDS:
-            return {**summarize(turns[target], turns[other], request["batch"], seed), **work}
+            return {**summarize(turns[target], turns[other], request["batch"]), **work}
 
 
 def calls_per_turn(worker: "Worker", warmup: int) -> int:
@@ -157,10 +155,10 @@ def calls_per_turn(worker: "Worker", warmup: int) -> int:
     return 1 if typical > ROUND_MS else 1 + math.ceil(ROUND_MS / typical)
 
 
-def summarize(turns: list[list[float]], reference: list[list[float]], batch: int, seed: int) -> dict[str, Any]:
+def summarize(turns: list[list[float]], reference: list[list[float]], batch: int) -> dict[str, Any]:
     """Percentiles, throughput and speed-up of one tower at one batch size, from the ms of each turn's calls."""
     times = np.concatenate(turns)
-    speedup, low, high = speedup_interval(turns, reference, seed)
+    speedup, low, high = speedup_interval(turns, reference)
     return {
         **percentiles(times),
         "calls": len(times),
@@ -178,14 +176,36 @@ def percentiles(times: np.ndarray) -> dict[str, float]:
     return {f"p{q}_ms": float(np.percentile(times, q)) for q in supported}
 
 
-def speedup_interval(turns: list[list[float]], reference: list[list[float]], seed: int) -> tuple[float, float, float]:
-    """Ratio of median turns, reference over target, and its 95 % interval: turns are resampled, both sides together."""
-    ours = np.array([np.median(times) for times in turns])
-    theirs = np.array([np.median(times) for times in reference])
-    rows = np.random.default_rng(seed).integers(0, len(ours), (RESAMPLES, len(ours)))
-    ratios = np.median(theirs[rows], axis=1) / np.median(ours[rows], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(np.median(theirs) / np.median(ours)), float(low), float(high)
+def speedup_interval(turns: list[list[float]], reference: list[list[float]]) -> tuple[float, float, float]:
+    """Median over the turns of the ratio of both sides' medians, reference over target, and its 95 % interval.
+
+    The two sides of a turn run within milliseconds of each other, so drift and changes of frequency cancel in their
+    ratio. The interval is that of the sign test, which holds for any distribution of the ratios, interpolated between
+    two of them to reach 95 % (Hettmansperger and Sheather, Statistics & Probability Letters 4 (1986) 75-79). Five turns
+    or fewer are too few for 95 %: their whole range is returned, which covers in 1 - 2 / 2^turns of cases.
+    """
+    ours, theirs = (np.array([np.median(times) for times in side]) for side in (turns, reference))
+    ratios = np.sort(np.log(theirs / ours))
+    inner, share = sign_test_ranks(len(ratios))
+    outer = max(inner - 1, 0)
+    low = (1 - share) * ratios[outer] + share * ratios[inner]
+    high = (1 - share) * ratios[-1 - outer] + share * ratios[-1 - inner]
+    return math.exp(np.median(ratios)), math.exp(low), math.exp(high)
+
+
+def sign_test_ranks(count: int) -> tuple[int, float]:
+    """Where the 95 % interval of a median lies among `count` sorted values.
+
+    Returns:
+        (k, share): the lower end lies `share` of the way from value k - 1 to value k, counted from 0, and the upper end
+        likewise from the top; (0, 1.0) is the whole range.
+    """
+    cover = [1 - 2 * sum(math.comb(count, below) for below in range(k + 1)) / 2**count for k in range((count + 1) // 2)]
+    k = next(k for k, covered in enumerate(cover) if covered < CONFIDENCE)
+    if k == 0:
+        return 0, 1.0
+    spare = (cover[k - 1] - CONFIDENCE) / (cover[k - 1] - cover[k])
+    return k, (count - k) * spare / (k + (count - 2 * k) * spare)
 
 
 def thread_variables(threads: int) -> dict[str, str]:

@@ -14,7 +14,6 @@ from stages import stage
 @dataclass
 class Settings:
     benchmark: BenchmarkConfig = MISSING
-    seed: int = 0
     source: Path = MISSING
     reference: Path = MISSING
     output: Path = MISSING
@@ -22,7 +21,7 @@ class Settings:
 
 @stage
 def benchmark(settings: Settings) -> None:
-    record = measure(settings.source, settings.reference, settings.benchmark, settings.seed)
+    record = measure(settings.source, settings.reference, settings.benchmark)
     write_json(settings.output, record)
     if record["status"] == "unavailable":
         print(f"{settings.source.name}: unavailable: {record['reason']}")

@@ -119,7 +119,7 @@ def test_memory_and_power_of_the_gpu_are_measured(checkpoint, tmp_path):
         Target("eager", "fp16"),
     )
     settings = BenchmarkConfig(batch_sizes=[1, 8], seconds=0.1, power_seconds=0.5)
-    record = measure(folder, folder, settings, 0)
+    record = measure(folder, folder, settings)
     assert record["gpu_memory_mb"] > 100
     assert record["power"]["mean_w"] > 20
     assert all(clock > 0 for clock in record["power"]["clock_mhz"])

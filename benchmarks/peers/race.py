@@ -102,7 +102,7 @@ def _prepare(case: Case, one: Contestant, workers: dict[str, Worker]) -> int:
     return calls_per_turn(worker, WARMUP)
 
 
-def result(case: Case, one: Contestant, basis: str, truth: str, seed: int = 0) -> dict[str, Any]:
+def result(case: Case, one: Contestant, basis: str, truth: str) -> dict[str, Any]:
     """One row: the contestant at one tower, batch size and text length.
 
     Args:
@@ -115,13 +115,13 @@ def result(case: Case, one: Contestant, basis: str, truth: str, seed: int = 0) -
         return {**row, "unavailable": one.unavailable}
     row |= {"p50_ms": float(np.median(np.concatenate(turns))), "rounds": case.rounds, "size_mb": one.size_mb}
     if len(reference) == case.rounds:
-        row |= latency_ratio(turns, reference, seed)
+        row |= latency_ratio(turns, reference)
     return {**row, "cosine_min": _cosine(case, one.name, truth)}
 
 
-def latency_ratio(turns: list[list[float]], reference: list[list[float]], seed: int = 0) -> dict[str, Any]:
-    """Ratio of the medians over the same rounds, above 1 where `turns` is slower, with its 95 % interval."""
-    ratio, low, high = speedup_interval(reference, turns, seed)
+def latency_ratio(turns: list[list[float]], reference: list[list[float]]) -> dict[str, Any]:
+    """Median ratio of the same rounds, above 1 where `turns` is slower, with its 95 % interval."""
+    ratio, low, high = speedup_interval(reference, turns)
     return {"ratio": ratio, "ratio_low": low, "ratio_high": high, "unstable": high > WIDE * low}
 
 

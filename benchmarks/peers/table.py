@@ -4,9 +4,9 @@ from typing import Any
 
 MISSING = "-"
 NOTES = """\
-Each tower's inputs are the same for all, {threads} threads each; all take turns on the same cores. *Ratio*: median
-latency over that of `{basis}` in the same rounds (below 1: faster than it), with a 95 % bootstrap interval; ~ marks an
-interval too wide to decide anything. *Cosine*: the lowest of any row with `{truth}`, at either batch size. *Size*: both
+Each tower's inputs are the same for all, {threads} threads each; all take turns on the same cores. *Ratio*: latency
+over that of `{basis}` in the same rounds, the median of them (below 1: faster than it), with a 95 % interval; ~ marks
+one too wide to decide anything. *Cosine*: the lowest of any row with `{truth}`, at either batch size. *Size*: both
 towers' files, and their share of those of `{basis}`. `{truth}` and `torch-eager` are the same program in two
 environments: their difference is noise."""
 DUELS = """\
