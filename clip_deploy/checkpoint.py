@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, ModelConfig, Precision, TorchConfig
+from clip_deploy.core.environment import fingerprint
 from clip_deploy.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Targ
         _copy(_local_folder(model), output)
     verify(output)
     weights = sorted(path.name for path in output.glob("*.safetensors"))
-    description = {**describe(output), "trained": model.trained}
+    origin = {"repo_id": model.repo_id, "revision": model.revision, "sha256": fingerprint(output)}
+    description = {**describe(output), "trained": model.trained, "checkpoint": origin}
     return Target("eager", "fp32", ["config.json", *weights], description, device=device.value)
 
 

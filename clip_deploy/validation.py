@@ -1,12 +1,13 @@
 """Check one target against the untouched FP32 model: is the file sound, the embeddings close, the answers the same?"""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clip_deploy import accuracy
-from clip_deploy.core.artifact import Target, read_target, sha256, size_bytes
+from clip_deploy.core.artifact import Target, hashes, read_target, sha256, size_bytes
 from clip_deploy.core.child import CrashError, call_in_child
 from clip_deploy.core.config import Gate, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
@@ -15,6 +16,7 @@ from clip_deploy.parity import compare, normalized, row_cosines
 from clip_deploy.prepared import Images, Prepared
 from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
 
+FORMAT = 1  # of a target's manifest
 LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
 BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
 
@@ -64,6 +66,26 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
     if reasons:
         record["diagnosis"] = diagnosis(folder, encoder, prepared, load_embeddings(reference), gate)
     return record | {"status": "fail" if reasons else "pass", "reasons": reasons}
+
+
+def manifest(folder: Path, record: dict[str, Any], gates: GatesConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """What stands beside a target's folder: what it was made from and how, how it was judged, and all its files.
+
+    Args:
+        record: what validate said of it.
+        facts: entries that stand as they are (model, versions).
+    """
+    target = read_target(folder)
+    gate = {"status": record["status"], "reasons": record["reasons"], **asdict(getattr(gates, target.precision))}
+    return {
+        "format": FORMAT,
+        "target": folder.name,
+        **facts,
+        "checkpoint": target.model.get("checkpoint"),
+        **{name: getattr(target, name) for name in ("runtime", "precision", "device", "build")},
+        "gate": gate,
+        "files": hashes(folder),
+    }
 
 
 def _what(target: Target) -> dict[str, Any]:

@@ -1,13 +1,16 @@
-"""Check one target against the untouched FP32 model and hold it to its gate."""
+"""Check one target against the untouched FP32 model, hold it to its gate, and write its manifest."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import MISSING
 
+from clip_deploy.core.artifact import write_text
 from clip_deploy.core.config import GatesConfig
-from clip_deploy.core.results import write_json
+from clip_deploy.core.results import read_json, write_json
 from clip_deploy.prepared import load_prepared
+from clip_deploy.validation import manifest
 from clip_deploy.validation import validate_apart as check
 from stages import stage
 
@@ -18,13 +21,19 @@ class Settings:
     seed: int = 0
     source: Path = MISSING
     evaluation: Path = MISSING
+    model_name: str = MISSING
+    environment: Path = MISSING
     output: Path = MISSING
+    manifest: Path = MISSING
 
 
 @stage
 def validate(settings: Settings) -> None:
     prepared = load_prepared(settings.evaluation)
     record = check(settings.source, prepared, settings.evaluation / "reference.npz", settings.gates, settings.seed)
+    facts = {"model": settings.model_name, "versions": read_json(settings.environment)["software"]}
+    described = manifest(settings.source, record, settings.gates, facts)
+    write_text(settings.manifest, json.dumps(described, indent=1) + "\n")
     write_json(settings.output, record)
     print(f"{settings.source.name}: {record['status']}", *record["reasons"], sep="\n  ")
 

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel
 from clip_deploy.checkpoint import describe, fetch, load_model, verify
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import ModelConfig
+from clip_deploy.core.environment import fingerprint
 from clip_deploy.core.errors import CheckpointError, ConfigError
 
 
@@ -249,6 +250,9 @@ def test_a_download_that_breaks_off_is_said_in_one_line_and_goes_on_next_time(tm
     assert (output / "model.safetensors").read_bytes() == (TINY / "model.safetensors").read_bytes()
 
 
-def test_the_fetched_target_says_what_it_is(checkpoint):
+def test_the_fetched_target_says_what_it_is(checkpoint, tmp_path):
+    copied = shutil.copytree(checkpoint, tmp_path / "copied")
+    (copied / "target.json").unlink()
     target = read_target(checkpoint)
     assert (target.runtime, target.precision, target.model["model_type"]) == ("eager", "fp32", "clip")
+    assert target.model["checkpoint"] == {"repo_id": None, "revision": None, "sha256": fingerprint(copied)}

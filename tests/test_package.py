@@ -66,6 +66,7 @@ def test_classes_and_templates_are_those_of_the_evaluation_set(package):
         ({"status": "unavailable", "reasons": ["no GPU"]}, "onnx-fp32 is not fit to ship, unavailable: no GPU; "),
         ({"runtime": "torchscript"}, "onnx-fp32 runs with torchscript, and packages with ONNX Runtime alone"),
         ({"files": {"vision.onnx": "0"}}, r"vision.onnx is not the file that was judged .*: run `dvc repro`"),
+        ({"files": {}}, r"text.onnx is not the file that was judged .*: run `dvc repro`"),
     ],
 )
 def test_what_did_not_pass_its_gate_as_it_is_now_is_refused(sources, tmp_path, change, said):

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from clip_deploy import shapes
+from clip_deploy.verify import verify
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +110,15 @@ def test_every_target_is_built_checked_and_timed(built):
         assert row["status"] == "pass", (target, (built.path / "reports/report.md").read_text())
         assert row["vision_p50_ms"] > 0
         assert row["cosine_min"] > 0.9
+
+
+def test_what_was_built_is_what_its_manifests_say(built):
+    for name in [*TARGETS, "package", "triton"]:
+        manifest, differences = verify(built.path / "artifacts" / name)
+        assert differences == [], name
+        if name in TARGETS:
+            assert manifest["gate"]["status"] == metrics(built)[name]["status"]
+            assert (manifest["checkpoint"] is None) == (name in MISSING)
 
 
 def test_nothing_changed_runs_nothing_but_probe(copy):

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = {"apply", "compare", "device", "drift"}  # run by hand, with no settings: each has tests of its own
+COMMANDS = {"apply", "compare", "device", "drift", "gate", "verify", "why"}  # run by hand: each has tests of its own
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WITHOUT_TORCH = ("probe", "optimize", "quantize", "validate", "benchmark", "recommend", "triton_repository", "report")
 
@@ -125,7 +125,14 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
             "environment=reports/environment.json",
             "output=out/int8",
         ],
-        "validate": ["source=artifacts/ort-fp32", "evaluation=artifacts/data/evaluation", "output=out/v.json"],
+        "validate": [
+            "source=artifacts/ort-fp32",
+            "evaluation=artifacts/data/evaluation",
+            "model_name=a",
+            "environment=reports/environment.json",
+            "output=out/v.json",
+            "manifest=out/ort-fp32.manifest.json",
+        ],
         "benchmark": ["source=artifacts/ort-fp32", "reference=artifacts/torch-fp32", "output=out/b.json"],
         "recommend": ["validation=reports/validate", "benchmark_results=reports/benchmark", "output=out/r.json"],
         "triton_repository": [

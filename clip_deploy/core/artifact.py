@@ -23,7 +23,8 @@ class Target:
         runtime: which module of clip_deploy.runtimes opens it.
         precision: the gate's class, "fp32", "fp16" or "int8".
         files: the files that a deployment ships, relative to the folder; their bytes are the target's size.
-        model: the towers' shapes and the context length, as checkpoint.describe gives them.
+        model: the towers' shapes and the context length, as checkpoint.describe gives them, and `checkpoint`: the hub
+            id and revision that they come from, and a SHA-256 over all files of it (environment.fingerprint).
         build: how it was made (opset, fused nodes, quantisation settings...), for the report.
         unavailable: why it could not be built here, or None.
         search: which nodes INT8 leaves in float and why (sensitivity.Search), where there was a budget.
@@ -59,6 +60,34 @@ def sha256(path: Path) -> str:
     """Of a file's content, as `sha256sum` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """SHA-256 and bytes of every file below `folder`, by its path in there: what a manifest's `files` holds."""
+    found = {name: folder / name for name in _names(folder)}
+    return {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in found.items()}
+
+
+def differences(folder: Path, files: dict[str, dict[str, Any]], besides: str | None = None) -> list[str]:
+    """Every way in which `folder` is not what `hashes` gave: files missing, changed or added, the last but `besides`.
+
+    Names that a manifest gives are never followed out of the folder.
+    """
+    present = _names(folder)
+    missing = [f"{name}: missing" for name in files if name not in present]
+    changed = [f"{name}: changed" for name in files if name in present and not _is(folder / name, files[name])]
+    added = [f"{name}: added" for name in present if name not in files and name != besides]
+    return missing + changed + added
+
+
+def _names(folder: Path) -> list[str]:
+    """Links count as files, wherever they lead."""
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _is(path: Path, facts: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]
 
 
 def build(output: Path, make: Callable[[Path], Target], fallback: Target) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import new_folder, sha256, write_text
+from clip_deploy.core.artifact import hashes, new_folder, sha256, write_text
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.results import read_json
@@ -67,6 +67,7 @@ def _fill(folder: Path, package: Path, benchmark: Path, settings: TritonConfig) 
         "model": manifest["model"],
         "towers": {tower: described(manifest["towers"][tower], preferred[tower]) for tower in EMBEDS},
         "backends": list(BACKENDS),
+        "files": hashes(folder),
     }
 
 
