@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test check format bench-pipeline bench-int8 bench-embed bench-peers triton-env lock clean
+.PHONY: help repro gate test check format bench-pipeline bench-int8 bench-embed bench-peers triton-env lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ $(RAY)/ready:
 
 repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/report.md
 	dvc repro
+
+gate: $(VENV)/ready ## fail where a target of gate.required misses its gate; AGAINST=HEAD~1: or lost since that revision
+	@python -m stages.gate $(if $(AGAINST),--against '$(AGAINST)')
 
 test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory triton-env || echo "no Triton server for this machine: its tests are skipped"

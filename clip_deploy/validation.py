@@ -1,6 +1,6 @@
 """Check one target against the untouched FP32 model: is the file sound, the embeddings close, the answers the same?"""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def manifest(folder: Path, record: dict[str, Any], gates: GatesConfig, facts: di
         "checkpoint": target.model.get("checkpoint"),
         **{name: getattr(target, name) for name in ("runtime", "precision", "device", "build")},
         "gate": gate,
-        "files": hashes(folder),
+        "files": hashes(folder, record.get("files", {})),
     }
 
 
@@ -217,27 +217,43 @@ def _alike(inputs: np.ndarray | Images, count: int) -> tuple[np.ndarray, np.ndar
     return np.stack([inputs[row] for row in rows]), rows
 
 
+@dataclass(frozen=True)
+class Miss:
+    """One way in which a target misses its gate: of what, how much, and the limit that it breaks."""
+
+    quantity: str
+    value: str
+    limit: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.quantity} {self.value} {self.limit}".rstrip()
+
+
 def judge(record: dict[str, Any], gate: Gate, precision: str) -> list[str]:
+    """Every way in which the target misses its gate, in words."""
+    return [str(miss) for miss in misses(record, gate, precision)]
+
+
+def misses(record: dict[str, Any], gate: Gate, precision: str) -> list[Miss]:
     """Every way in which the target misses its gate; random weights are held to the cosine only."""
-    reasons = [f"{tower} gives NaN or infinity" for tower, parity in record["parity"].items() if not parity["finite"]]
+    found = [Miss(tower, "gives NaN or infinity") for tower, parity in record["parity"].items() if not parity["finite"]]
     cosines = {tower: parity["cosine_min"] for tower, parity in record["parity"].items()} | record["shapes"]
-    if record.get("length_error", 0.0) > LENGTH_ERROR:
-        reasons.append(f"onnx.normalize: an embedding's length is off 1 by {record['length_error']:.1e}")
+    if not record.get("length_error", 0.0) <= LENGTH_ERROR:
+        found.append(Miss("onnx.normalize: an embedding's length is off 1 by", f"{record['length_error']:.1e}"))
     low = sorted((name for name in cosines if not cosines[name] >= gate.min_cosine), key=lambda name: cosines[name])
     if low:
         others = f", and {len(low) - 1} more ({', '.join(low[1:])})" if low[1:] else ""
-        reasons.append(
-            f"{low[0]}: cosine {cosines[low[0]]:.6f} < {gate.min_cosine} (gates.{precision}.min_cosine){others}"
-        )
+        limit = f"< {gate.min_cosine} (gates.{precision}.min_cosine){others}"
+        found.append(Miss(f"{low[0]}: cosine", f"{cosines[low[0]]:.6f}", limit))
     if record["trained"]:
         drop = record.get("zero_shot", {}).get("top1_drop", 0.0)
-        if drop > gate.max_top1_drop:
-            reasons.append(f"top-1 drop {drop:.2f} points > {gate.max_top1_drop} (gates.{precision}.max_top1_drop)")
         changed = 100 - record.get("classifier", {}).get("agreement_percent", 100.0)
-        if changed > gate.max_flips:
-            reasons.append(
-                f"the zero-shot head changes {changed:.2f} % > {gate.max_flips} (gates.{precision}.max_flips)"
-            )
-        if record["flips"] > gate.max_flips:
-            reasons.append(f"{record['flips']:.2f} % flipped > {gate.max_flips} (gates.{precision}.max_flips)")
-    return reasons
+        flips = f"> {gate.max_flips} (gates.{precision}.max_flips)"
+        if not drop <= gate.max_top1_drop:
+            limit = f"> {gate.max_top1_drop} (gates.{precision}.max_top1_drop)"
+            found.append(Miss("top-1 drop", f"{drop:.2f} points", limit))
+        if not changed <= gate.max_flips:
+            found.append(Miss("the zero-shot head changes", f"{changed:.2f} %", flips))
+        if not record["flips"] <= gate.max_flips:
+            found.append(Miss("flips", f"{record['flips']:.2f} %", flips))
+    return found

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         return 1
     print(*(f"{arguments[0]}/{difference}" for difference in found), sep="\n", end="\n" if found else "")
     print(f"{arguments[0]}: {'not what its manifest says' if found else described(manifest)}")
-    return 1 if found else 0
+    return 1 if found or "files" not in manifest else 0
 
 
 if __name__ == "__main__":

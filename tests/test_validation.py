@@ -140,5 +140,5 @@ def test_random_weights_are_held_to_the_cosine_only():
     assert judge({**record, "trained": False}, gate, "int8") == []
     assert judge({**record, "trained": True}, gate, "int8") == [
         "top-1 drop 9.00 points > 1.5 (gates.int8.max_top1_drop)",
-        "50.00 % flipped > 8 (gates.int8.max_flips)",
+        "flips 50.00 % > 8 (gates.int8.max_flips)",
     ]

@@ -49,7 +49,7 @@ def test_a_manifest_says_what_a_target_is_and_how_it_was_judged(target, onnx_tar
 def test_what_was_built_is_accepted(target, capsys):
     code, lines = said(capsys, target)
     assert code == 0
-    assert lines[-1].startswith("F: 3 files, 3.")
+    assert lines[-1].startswith("F: files: 3, 3.")
     assert lines[-1].endswith(" MB, model tiny-shapes, gate pass")
 
 
@@ -94,7 +94,6 @@ def test_a_manifest_leads_nowhere_else(target, capsys):
         (None, "has no manifest, neither package.manifest.json beside it nor manifest.json inside"),
         ("[]", "manifest.json names no files; make it anew with `dvc repro`"),
         ('{"files": {"a": 3}}', "manifest.json names no files; "),
-        ('{"unavailable": "nothing is fit"}', "manifest.json names no files: nothing is fit; "),
         ('{"files"', "manifest.json (Expecting"),
     ],
 )
@@ -106,6 +105,15 @@ def test_a_folder_without_a_manifest_to_believe_is_refused(tmp_path, content, re
     assert code == 1
     assert line.startswith("error: ")
     assert reason in line
+
+
+def test_a_package_into_which_nothing_went_is_no_delivery(tmp_path, capsys):
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"unavailable": "no target passes its gate"}')
+    assert said(capsys, folder) == (1, ["F: holds nothing: no target passes its gate"])
+    (folder / "vision.onnx").write_bytes(b"smuggled in")
+    assert said(capsys, folder) == (1, ["F/vision.onnx: added", "F: not what its manifest says"])
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2), (["no-such-folder"], 1)])

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,10 +62,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """SHA-256 and bytes of every file below `folder`, by its path in there: what a manifest's `files` holds."""
-    found = {name: folder / name for name in _names(folder)}
-    return {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in found.items()}
+def hashes(folder: Path, known: Mapping[str, str] = {}) -> dict[str, dict[str, Any]]:
+    """SHA-256 and bytes of every file below `folder`, by its path in there: what a manifest's `files` holds.
+
+    `known` are hashes that need not be taken again: weights are large.
+    """
+    return {
+        name: {"sha256": known.get(name) or sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in _names(folder)
+    }
 
 
 def differences(folder: Path, files: dict[str, dict[str, Any]], besides: str | None = None) -> list[str]:

@@ -230,6 +230,24 @@ class GatesConfig:
 
 
 @dataclass
+class GateConfig:
+    """Which targets `make gate` insists on, and what they may lose against another revision."""
+
+    required: list[str] = field(default_factory=list)
+    max_top1_drop: float = 0.5  # percentage points of top-1
+    max_cosine_drop: float = 0.001  # of the lowest cosine, per tower
+    max_slow_down: float = 10.0  # percent of the speed-up
+    max_size_growth: float = 5.0  # percent
+
+    def __post_init__(self) -> None:
+        for name in ("max_top1_drop", "max_cosine_drop", "max_slow_down", "max_size_growth"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"gate.{name} is {getattr(self, name)}: give 0 or more")
+        if len(set(self.required)) < len(self.required):
+            raise ConfigError(f"gate.required lists a name twice: {', '.join(self.required)}")
+
+
+@dataclass
 class RecommendConfig:
     """What a target must keep to be recommended, besides its gate; None: no limit."""
 
@@ -423,6 +441,7 @@ class Params:
     triton_check: TritonCheckConfig
     seed: int = 0
     recommend: RecommendConfig = field(default_factory=RecommendConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
 
     def __post_init__(self) -> None:
         built = [getattr(self, section) for section in BUILDERS]

@@ -1,0 +1,280 @@
+"""Whether the required targets can be defended: their gates, their files, and what they lost since another revision.
+
+A missing, unreadable or contradictory result is a miss: nothing passes because there is nothing to see.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+from clip_deploy.core.config import GateConfig, GatesConfig
+from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.results import read_json
+from clip_deploy.report import number, table
+from clip_deploy.validation import Miss, misses
+from clip_deploy.verify import verify
+
+AGAIN = "run `dvc repro`"
+PACKAGE = "package"
+TOWERS = ("vision", "text")
+Reports = Callable[[str], Any]  # a path below reports/ -> what the JSON file holds, None where there is none
+Found = dict[str, list[Miss]]  # by target
+
+
+@dataclass(frozen=True)
+class Result:
+    """What validate and benchmark left of a target; empty where they left nothing."""
+
+    checked: dict[str, Any]
+    timed: dict[str, Any]
+
+
+def in_folder(folder: Path) -> Reports:
+    return lambda name: read_json(folder / name) if (folder / name).exists() else None
+
+
+def at_revision(revision: str, folder: Path) -> Reports:
+    """The reports as a git commit holds them; DeployError where git knows no such revision."""
+    known = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if known is None:
+        raise DeployError(
+            f"git knows no revision {revision!r} here: give one, as HEAD~1, main or v1.0 (in a shallow clone, fetch it "
+            "first)"
+        )
+
+    def read(name: str) -> Any:
+        text = _git("show", f"{known.strip()}:./{(folder / name).as_posix()}")
+        try:
+            return None if text is None else json.loads(text)
+        except ValueError as error:
+            raise DeployError(f"{folder / name} is no JSON at {revision} ({error}): name another revision") from error
+
+    return read
+
+
+def _git(*words: str) -> str | None:
+    """What git prints; None where it fails."""
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
+
+
+def read_result(target: str, reports: Reports) -> Result:
+    checked, timed = (_numbers(reports(f"{kind}/{target}.json") or {}) for kind in ("validate", "benchmark"))
+    return Result(checked, timed)
+
+
+def _numbers(value: Any) -> Any:
+    """NaN in the place of null, as which results.write_json writes it: it keeps no limit."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return nan if value is None else value
+
+
+def check_required(names: list[str], targets: list[str]) -> None:
+    """Raises ConfigError where a name is none of the table's rows, or there is no name at all."""
+    if not names:
+        raise ConfigError(f"gate.required is empty, so nothing would be checked: name some of {', '.join(targets)}")
+    if unknown := [name for name in names if name not in targets]:
+        raise ConfigError(
+            f"gate.required lists {unknown[0]!r}, which is not among targets: {', '.join(targets)}; take it out of "
+            "gate.required, or put it into targets and `dvc repro`"
+        )
+
+
+def judge(names: list[str], reports: Reports, gates: GatesConfig, built: Path) -> Found:
+    """All misses of the required targets, and of what was packaged (under "package"), whatever it is."""
+    found = {name: judge_target(name, reports, gates, built) for name in names}
+    return {**found, PACKAGE: judge_package(reports, built / PACKAGE)}
+
+
+def judge_target(target: str, reports: Reports, gates: GatesConfig, built: Path) -> list[Miss]:
+    result = read_result(target, reports)
+    if not result.checked:
+        return [Miss("validation", "no result", AGAIN)]
+    return [
+        *_gate(result.checked, gates),
+        *_timing(result.timed),
+        *_files(result.checked.get("files", {}), built / target),
+        *_reported(target, result.checked, reports),
+    ]
+
+
+def _gate(checked: dict[str, Any], gates: GatesConfig) -> list[Miss]:
+    """The record's numbers against the limits as they are now, and its own verdict."""
+    whole = set(TOWERS) <= set(checked.get("parity", {})) and {"shapes", "flips", "trained"} <= set(checked)
+    found = misses(checked, getattr(gates, checked["precision"]), checked["precision"]) if whole else []
+    if found:
+        return found
+    status = checked.get("status")
+    if status != "pass":
+        return [Miss("gate", str(status), "; ".join(checked.get("reasons", [])))]
+    return [] if whole else [Miss("gate", "pass, and not all was measured", AGAIN)]
+
+
+def _timing(timed: dict[str, Any]) -> list[Miss]:
+    if not timed:
+        return [Miss("timing", "no result", AGAIN)]
+    if timed.get("status") != "measured":
+        return [Miss("timing", str(timed.get("status")), str(timed.get("reason", "")))]
+    missing = [Miss(f"{tower}: timing", "no result", AGAIN) for tower in TOWERS if not timed["towers"].get(tower)]
+    speeds = {where: timing["speedup"] for where, timing in _timings(timed)}
+    broken = [where for where, speed in speeds.items() if not isfinite(speed)]
+    return missing + [Miss(f"{where}: speed-up", "not a number", AGAIN) for where in broken]
+
+
+def _timings(timed: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each tower and batch size, as "vision, batch 8", with its timing."""
+    for tower, sizes in timed.get("towers", {}).items():
+        for batch, timing in sizes.items():
+            yield f"{tower}, batch {batch}", timing
+
+
+def _files(judged: dict[str, str], folder: Path) -> list[Miss]:
+    """Whether the target's files are those that were judged, and no other lies among them."""
+    try:
+        manifest, found = verify(folder)
+    except DeployError as error:
+        return [Miss("files", str(error))]
+    if not judged or any(manifest["files"].get(name, {}).get("sha256") != sha for name, sha in judged.items()):
+        found = [*found, "not those that were judged"]
+    return [Miss("files", difference, AGAIN) for difference in found]
+
+
+def _reported(target: str, checked: dict[str, Any], reports: Reports) -> list[Miss]:
+    """Whether the report and the recommendation are of these results."""
+    status = (reports("metrics.json") or {}).get(target, {}).get("status")
+    advised = (reports("recommendation.json") or {}).get("targets", {}).get(target, {})
+    found = [] if status == checked.get("status") else [Miss("metrics.json", f"says {status}", AGAIN)]
+    same = advised.get("files") == checked.get("files", {})
+    return found if same else [*found, Miss("recommendation.json", "is of other files", AGAIN)]
+
+
+def judge_package(reports: Reports, folder: Path) -> list[Miss]:
+    """Whether all that was packaged passed its gate, byte for byte; nothing packaged is in order."""
+    try:
+        manifest, found = verify(folder)
+    except DeployError as error:
+        return [Miss("files", str(error))]
+    for tower, chosen in manifest.get("towers", {}).items():
+        checked = reports(f"validate/{chosen['target']}.json") or {}
+        if checked.get("status") != "pass" or checked.get("files", {}).get(chosen["file"]) != chosen["sha256"]:
+            found = [*found, f"{tower}: {chosen['target']} did not pass as it is packaged"]
+    return [Miss("files", difference, AGAIN) for difference in found]
+
+
+def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, list[str]]:
+    """What required targets lost since `former`, and what could not be compared, in words.
+
+    Raises DeployError where nothing could be.
+    """
+    pairs = {name: (read_result(name, reports), read_result(name, former)) for name in names}
+    known = [name for name, (_, before) in pairs.items() if before.checked.get("parity")]
+    if not known:
+        raise DeployError("that revision has no result of any required target: name one in which `dvc repro` was run")
+    alike = _hardware(reports) == _hardware(former)
+    notes = [] if alike else ["the two ran on different hardware: timings are not compared"]
+    notes += [f"{name} has no result there: not compared" for name in names if name not in known]
+    found: Found = {}
+    for name in known:
+        now, before = pairs[name]
+        found[name] = [*_larger(now, before, limits), *_less_alike(now, before, limits)]
+        found[name] += _less_accurate(now, before, limits) + (_slower(now, before, limits) if alike else [])
+        notes += [f"{name}: {note}" for note in _unlike(now, before, alike)]
+    return found, notes
+
+
+def _hardware(reports: Reports) -> Any:
+    return (reports("environment.json") or {}).get("hardware")
+
+
+def _unlike(now: Result, before: Result, alike: bool) -> Iterator[str]:
+    if now.checked.get("images") != before.checked.get("images"):
+        yield "another evaluation set: top-1 is not compared, its drop is"
+    if alike and now.timed.get("threads") != before.timed.get("threads"):
+        yield "timed with another number of threads, or not at all: timings are not compared"
+    elif alike and (lost := dict(_timings(before.timed)).keys() - dict(_timings(now.timed)).keys()):
+        yield f"not timed any more, so not compared: {'; '.join(sorted(lost))}"
+
+
+def _larger(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+    size, former = now.checked.get("size_mb", nan), before.checked.get("size_mb", nan)
+    if not isfinite(former) or size <= former * (1 + limits.max_size_growth / 100):
+        return []
+    limit = f"> {former:.2f} MB by more than {limits.max_size_growth:g} % (gate.max_size_growth)"
+    return [Miss("size", f"{size:.2f} MB", limit)]
+
+
+def _less_alike(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+    found = []
+    for tower, parity in before.checked["parity"].items():
+        cosine, former = now.checked.get("parity", {}).get(tower, {}).get("cosine_min", nan), parity["cosine_min"]
+        if not cosine >= former - limits.max_cosine_drop:
+            limit = f"< {former:.6f} by more than {limits.max_cosine_drop:g} (gate.max_cosine_drop)"
+            found.append(Miss(f"{tower}: cosine", f"{cosine:.6f}", limit))
+    return found
+
+
+def _less_accurate(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+    """Top-1 itself on the same evaluation set; and its drop from torch-fp32, by the paired intervals."""
+    former = before.checked.get("zero_shot")
+    if not former or not before.checked.get("trained"):
+        return []
+    present = {**dict.fromkeys(former, nan), **now.checked.get("zero_shot", {})}
+    found = []
+    same_set = now.checked.get("images") == before.checked.get("images")
+    if same_set and not present["top1"] >= former["top1"] - limits.max_top1_drop:
+        limit = f"< {former['top1']:.2f} % by more than {limits.max_top1_drop:g} points (gate.max_top1_drop)"
+        found.append(Miss("top-1", f"{present['top1']:.2f} %", limit))
+    if not present["top1_drop_low"] <= former["top1_drop_high"]:
+        found.append(Miss("top-1 drop", _interval(present, "top1_drop"), f"above {_interval(former, 'top1_drop')}"))
+    return found
+
+
+def _slower(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+    """Speed-ups whose interval lies wholly below the former one, and that fell by more than the limit."""
+    if now.timed.get("threads") != before.timed.get("threads"):
+        return []
+    present, found = dict(_timings(now.timed)), []
+    for where, former in _timings(before.timed):
+        timing = present.get(where)
+        least = former["speedup"] * (1 - limits.max_slow_down / 100)
+        if timing and timing["speedup_high"] < former["speedup_low"] and timing["speedup"] < least:
+            limit = f"below {_interval(former, 'speedup')} by more than {limits.max_slow_down:g} % (gate.max_slow_down)"
+            found.append(Miss(f"{where}: speed-up", _interval(timing, "speedup"), limit))
+    return found
+
+
+def _interval(record: dict[str, float], key: str) -> str:
+    return f"{record[key]:.2f} [{record[f'{key}_low']:.2f}, {record[f'{key}_high']:.2f}]"
+
+
+def verdicts(names: list[str], reports: Reports) -> str:
+    """The required targets that all passed, as a Markdown table."""
+    head = ["Target", "Gate", "Lowest cosine", "Top-1 drop, points", "Flips %", "Image speed-up", "Text speed-up"]
+    return "\n".join(table(head, [_verdict(name, read_result(name, reports)) for name in names]))
+
+
+def _verdict(target: str, result: Result) -> list[str]:
+    checked = result.checked
+    lowest = min(parity["cosine_min"] for parity in checked["parity"].values())
+    drop = checked.get("zero_shot", {}).get("top1_drop")
+    speeds = [next(iter(result.timed["towers"][tower].values())) for tower in ("vision", "text")]
+    return [
+        f"`{target}`",
+        checked["status"],
+        f"{lowest:.4f}",
+        number(drop),
+        number(checked["flips"]),
+        *(_interval(speed, "speedup") for speed in speeds),
+    ]
+
+
+def refusals(found: list[Found]) -> str:
+    """Every miss as a line of a Markdown table."""
+    missed = [(name, miss) for part in found for name, misses_of in part.items() for miss in misses_of]
+    body = [[f"`{name}`", miss.quantity, miss.value, miss.limit] for name, miss in missed]
+    return "\n".join(table(["Target", "Quantity", "Value", "Limit"], body))

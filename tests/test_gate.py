@@ -1,0 +1,357 @@
+"""What shuts the gate: every way in which a green could be false, and what was lost since another revision."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+
+from clip_deploy.core.config import Gate, GateConfig, GatesConfig
+from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.results import rounded
+from clip_deploy.gate import at_revision, check_required, compare, judge, refusals, verdicts
+from clip_deploy.prepared import load_prepared
+from clip_deploy.validation import manifest, validate
+from stages.gate import for_hydra, in_words
+
+TARGET = "onnx-fp32"
+GATES = GatesConfig(fp32=Gate(min_cosine=0.9999, max_top1_drop=0.1, max_flips=0.5))
+TIMING = {"speedup": 3.0, "speedup_low": 2.9, "speedup_high": 3.1}
+TIMED = {"status": "measured", "threads": 2, "towers": {"vision": {"1": TIMING}, "text": {"1": TIMING}}}
+NOTHING_PACKAGED = {"unavailable": "nothing is fit"}
+
+
+@pytest.fixture(scope="module")
+def check(sets):
+    """What the stage `validate` writes of a target's folder."""
+
+    def run(folder):
+        reference = sets / "evaluation" / "reference.npz"
+        return json.loads(
+            json.dumps(rounded(validate(folder, load_prepared(sets / "evaluation"), reference, GATES, 0)))
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def sound(check, onnx_target):
+    return check(onnx_target)
+
+
+def reports_of(checked):
+    """reports/ of one target, as a dictionary of its files."""
+    return copy.deepcopy(
+        {
+            f"validate/{TARGET}.json": checked,
+            f"benchmark/{TARGET}.json": TIMED,
+            "metrics.json": {TARGET: {"status": checked["status"]}},
+            "recommendation.json": {"targets": {TARGET: {"files": checked["files"]}}},
+            "environment.json": {"hardware": {"cpu": "EPYC"}},
+        }
+    )
+
+
+@pytest.fixture
+def artifacts(tmp_path, onnx_target, sound):
+    """A folder with one target and an empty package."""
+    deliver(tmp_path, onnx_target, sound)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "manifest.json").write_text(json.dumps(NOTHING_PACKAGED))
+    return tmp_path
+
+
+def deliver(artifacts, folder, checked):
+    if folder != artifacts / TARGET:
+        shutil.copytree(folder, artifacts / TARGET)
+    text = json.dumps(manifest(artifacts / TARGET, checked, GATES, {}))
+    (artifacts / f"{TARGET}.manifest.json").write_text(text)
+
+
+def missed(reports, artifacts):
+    """What shuts the gate, as "target: quantity value limit"."""
+    found = judge([TARGET], reports.get, GATES, artifacts)
+    return [f"{name}: {miss}" for name, misses in found.items() for miss in misses]
+
+
+def test_a_sound_target_passes(sound, artifacts):
+    reports = reports_of(sound)
+    assert missed(reports, artifacts) == []
+    assert f"| `{TARGET}` | pass | 1.0000 | 0.00 | 0.00 | 3.00 [2.90, 3.10] | 3.00 [2.90, 3.10] |" in verdicts(
+        [TARGET], reports.get
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "said"),
+    [
+        ("validate", [], None, "validation no result"),
+        ("validate", ["status"], "fail", "gate fail"),
+        ("validate", ["status"], "unavailable", "gate unavailable"),
+        ("validate", ["parity", "text", "cosine_min"], 0.98, "text: cosine 0.980000 < 0.9999 (gates.fp32.min_cosine)"),
+        ("validate", ["parity", "vision", "cosine_min"], None, "vision: cosine nan < 0.9999 (gates.fp32.min_cosine)"),
+        ("validate", ["parity", "vision", "finite"], False, "vision gives NaN or infinity"),
+        ("validate", ["shapes", "text, batch 3"], 0.5, "text, batch 3: cosine 0.500000 < 0.9999"),
+        ("validate", ["zero_shot", "top1_drop"], 2.0, "top-1 drop 2.00 points > 0.1 (gates.fp32.max_top1_drop)"),
+        ("validate", ["zero_shot", "top1_drop"], None, "top-1 drop nan points > 0.1"),
+        ("validate", ["flips"], None, "flips nan % > 0.5 (gates.fp32.max_flips)"),
+        ("validate", ["parity"], {}, "gate pass, and not all was measured"),
+        ("validate", ["parity"], {"text": {"cosine_min": 1.0, "finite": True}}, "gate pass, and not all was measured"),
+        ("validate", ["files"], {}, "files not those that were judged"),
+        ("validate", ["files", "vision.onnx"], "0" * 64, "files not those that were judged"),
+        ("benchmark", [], None, "timing no result"),
+        ("benchmark", ["status"], "unavailable", "timing unavailable"),
+        ("benchmark", ["towers"], {}, "vision: timing no result"),
+        ("benchmark", ["towers", "text"], {}, "text: timing no result"),
+        ("benchmark", ["towers", "text", "1", "speedup"], None, "text, batch 1: speed-up not a number"),
+    ],
+)
+def test_no_result_passes_that_is_missing_broken_or_below_a_limit(sound, artifacts, file, path, value, said):
+    reports = reports_of(sound)
+    at, name = reports, f"{file}/{TARGET}.json"
+    for key in path:
+        at, name = at[name], key
+    at[name] = value
+    assert any(line.startswith(f"{TARGET}: {said}") for line in missed(reports, artifacts)), missed(reports, artifacts)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("metrics.json", {TARGET: {"status": "fail"}}, "metrics.json says fail"),
+        ("metrics.json", None, "metrics.json says None"),
+        ("recommendation.json", {"targets": {TARGET: {"files": {}}}}, "recommendation.json is of other files"),
+    ],
+)
+def test_a_report_of_other_results_is_stale(sound, artifacts, file, content, said):
+    assert missed(reports_of(sound) | {file: content}, artifacts) == [f"{TARGET}: {said} run `dvc repro`"]
+
+
+def test_files_that_are_not_those_that_were_judged_do_not_pass(sound, artifacts):
+    (artifacts / TARGET / "more.bin").write_bytes(b"x")
+    (artifacts / TARGET / "text.onnx").write_bytes(b"another model")
+    assert missed(reports_of(sound), artifacts) == [
+        f"{TARGET}: files text.onnx: changed run `dvc repro`",
+        f"{TARGET}: files more.bin: added run `dvc repro`",
+    ]
+    (artifacts / f"{TARGET}.manifest.json").unlink()
+    assert f"{TARGET}: files {artifacts / TARGET} has no manifest" in missed(reports_of(sound), artifacts)[0]
+
+
+def package(artifacts, checked):
+    """artifacts/package with the target's image tower alone."""
+    folder = artifacts / "package"
+    shutil.copyfile(artifacts / TARGET / "vision.onnx", folder / "vision.onnx")
+    entry = {"sha256": checked["files"]["vision.onnx"], "bytes": (folder / "vision.onnx").stat().st_size}
+    tower = {"target": TARGET, "file": "vision.onnx", "sha256": entry["sha256"]}
+    record = {"files": {"vision.onnx": entry}, "towers": {"vision": tower}}
+    (folder / "manifest.json").write_text(json.dumps(record))
+
+
+def test_what_failed_shuts_the_gate_where_it_is_packaged(sound, artifacts):
+    package(artifacts, sound)
+    assert missed(reports_of(sound), artifacts) == []
+    failed = {**sound, "status": "fail", "reasons": ["crashed"]}
+    assert missed(reports_of(failed), artifacts) == [
+        f"{TARGET}: gate fail crashed",
+        f"package: files vision: {TARGET} did not pass as it is packaged run `dvc repro`",
+    ]
+
+
+def test_a_package_that_was_changed_shuts_the_gate(sound, artifacts):
+    (artifacts / "package" / "vision.onnx").write_bytes(b"smuggled in")
+    assert missed(reports_of(sound), artifacts) == ["package: files vision.onnx: added run `dvc repro`"]
+
+
+def test_a_seeded_regression_is_caught_by_the_real_validation(sound, check, artifacts):
+    """Noise on one weight of the image tower: validate judges it, the manifest is its own, and all files agree."""
+    model = onnx.load(artifacts / TARGET / "vision.onnx")
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    array = onnx.numpy_helper.to_array(weight)
+    noisy = array + np.random.default_rng(0).normal(0, 0.3, array.shape).astype(np.float32)
+    weight.CopyFrom(onnx.numpy_helper.from_array(noisy, weight.name))
+    onnx.save(model, artifacts / TARGET / "vision.onnx")
+    checked = check(artifacts / TARGET)
+    deliver(artifacts, artifacts / TARGET, checked)
+    reports = reports_of(checked)
+    assert [line for line in missed(reports, artifacts) if ": cosine" in line and "(gates.fp32.min_cosine)" in line]
+    lost, notes = compare([TARGET], reports.get, reports_of(sound).get, GateConfig())
+    assert {miss.quantity for miss in lost[TARGET]} >= {"vision: cosine", "top-1"}
+    assert notes == []
+    assert f"| `{TARGET}` | vision: cosine | " in refusals([lost])
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([], "gate.required is empty, so nothing would be checked: name some of torch-fp32, ort-fp32"),
+        (["ort-fp31"], "gate.required lists 'ort-fp31', which is not among targets: torch-fp32, ort-fp32; take it out"),
+    ],
+)
+def test_a_gate_that_would_check_nothing_or_what_is_unknown_is_refused(names, said):
+    with pytest.raises(ConfigError, match=said):
+        check_required(names, ["torch-fp32", "ort-fp32"])
+
+
+def lost_since(sound, change, former=None):
+    """What `change(reports)` loses against the sound reports, as changed by `former`."""
+    now, before = reports_of(sound), reports_of(sound)
+    change(now)
+    if former:
+        former(before)
+    lost, notes = compare([TARGET], now.get, before.get, GateConfig())
+    return [str(miss) for miss in lost[TARGET]], notes
+
+
+def checked(**changes):
+    def change(reports):
+        reports[f"validate/{TARGET}.json"] |= changes
+
+    return change
+
+
+def timed(**changes):
+    def change(reports):
+        reports[f"benchmark/{TARGET}.json"]["towers"]["text"]["1"] |= changes
+
+    return change
+
+
+def answered(**changes):
+    def change(reports):
+        reports[f"validate/{TARGET}.json"]["zero_shot"] |= changes
+
+    return change
+
+
+TOP1 = answered(top1=92.0, top1_drop=0.1, top1_drop_low=-0.2, top1_drop_high=0.4)
+
+
+@pytest.mark.parametrize(
+    ("change", "former", "said"),
+    [
+        (checked(size_mb=4.3), checked(size_mb=4.0), "size 4.30 MB > 4.00 MB by more than 5 % (gate.max_size_growth)"),
+        (
+            checked(parity={"vision": {"cosine_min": 0.99}}),
+            None,
+            "vision: cosine 0.990000 < 1.000000 by more",
+        ),
+        (answered(top1=91.4), TOP1, "top-1 91.40 % < 92.00 % by more than 0.5 points (gate.max_top1_drop)"),
+        (
+            answered(top1=92.0, top1_drop=0.6, top1_drop_low=0.5, top1_drop_high=0.7),
+            TOP1,
+            "top-1 drop 0.60 [0.50, 0.70] above 0.10 [-0.20, 0.40]",
+        ),
+        (
+            timed(speedup=2.6, speedup_low=2.5, speedup_high=2.7),
+            None,
+            "text, batch 1: speed-up 2.60 [2.50, 2.70] below 3.00 [2.90, 3.10] by more than 10 % (gate.max_slow_down)",
+        ),
+    ],
+)
+def test_what_was_lost_since_a_revision_is_named(sound, change, former, said):
+    assert any(line.startswith(said) for line in lost_since(sound, change, former)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "former"),
+    [
+        (checked(size_mb=4.1), checked(size_mb=4.0)),
+        (answered(top1=91.6, top1_drop=0.5, top1_drop_low=0.2, top1_drop_high=0.8), TOP1),
+        (timed(speedup=2.6, speedup_low=2.2, speedup_high=2.95), None),  # the intervals meet
+        (timed(speedup=2.8, speedup_low=2.78, speedup_high=2.82), None),  # apart, and 7 % only
+        (timed(speedup=9.0, speedup_low=8.9, speedup_high=9.1), None),
+    ],
+)
+def test_what_is_within_the_limits_is_not(sound, change, former):
+    assert lost_since(sound, change, former) == ([], [])
+
+
+def test_other_hardware_is_said_and_its_timings_are_not_compared(sound):
+    slow = timed(speedup=1.0, speedup_low=0.9, speedup_high=1.1)
+    elsewhere = lost_since(sound, slow, lambda reports: reports.update({"environment.json": {"hardware": "GPU"}}))
+    assert elsewhere == ([], ["the two ran on different hardware: timings are not compared"])
+
+
+def test_another_evaluation_set_is_said_and_its_top1_is_not_compared(sound):
+    def fewer(reports):
+        TOP1(reports)
+        reports[f"validate/{TARGET}.json"]["images"] = 5
+
+    note = f"{TARGET}: another evaluation set: top-1 is not compared, its drop is"
+    assert lost_since(sound, answered(top1=10.0), fewer) == ([], [note])
+
+
+def test_timings_that_are_gone_are_said(sound):
+    lost, notes = lost_since(sound, lambda reports: reports[f"benchmark/{TARGET}.json"]["towers"].pop("text"))
+    assert lost == []
+    assert notes == [f"{TARGET}: not timed any more, so not compared: text, batch 1"]
+
+
+def test_a_revision_without_results_is_refused(sound):
+    with pytest.raises(DeployError, match="has no result of any required target"):
+        compare([TARGET], reports_of(sound).get, {}.get, GateConfig())
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "metrics.json").write_text('{"first": 1}')
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "First"]):
+        subprocess.run(["git", *words], check=True)
+    (tmp_path / "reports" / "metrics.json").write_text('{"second": 2}')
+    return tmp_path / "reports"
+
+
+def test_former_reports_are_read_from_git(repository):
+    former = at_revision("HEAD", repository.relative_to(repository.parent))
+    assert former("metrics.json") == {"first": 1}
+    assert former("validate/ort-fp32.json") is None
+
+
+@pytest.mark.parametrize("revision", ["HEAD~1", "no-such-branch", "--all", ""])
+def test_a_revision_that_git_does_not_know_is_named(repository, revision):
+    with pytest.raises(DeployError, match=f"git knows no revision '{revision}' here: give one, as HEAD~1"):
+        at_revision(revision, repository)
+
+
+def test_a_revision_reaches_hydra_in_quotes():
+    assert for_hydra(["gate", "--against", "HEAD~1", "targets=[a]"]) == ["gate", 'against="HEAD~1"', "targets=[a]"]
+    with pytest.raises(SystemExit, match="--against needs a git revision"):
+        for_hydra(["gate", "--against"])
+
+
+def test_what_dvc_calls_stale_is_said_in_words():
+    assert in_words("changed command") == "changed command"
+    changed = {"changed deps": {"params.yaml": {"onnx.opset": "modified"}, "stages/a.py": "modified"}}
+    assert in_words(changed) == "changed deps: params.yaml onnx.opset, stages/a.py"
+
+
+@pytest.mark.slow
+def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path):
+    project = built.copy(tmp_path / "project")
+
+    def gate(*words):
+        done = project.run(sys.executable, "-m", "stages.gate", *words, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = gate("--against", "HEAD")
+    assert (code, err) == (0, "")
+    assert "9 required targets pass, and none lost since HEAD" in out
+    path = project.path / "reports/validate/ort-fp16.json"
+    record = json.loads(path.read_text())
+    record["parity"]["text"]["cosine_min"] = 0.9
+    path.write_text(json.dumps(record))
+    project.edit("params.yaml", "opset: 18", "opset: 20")
+    code, out, err = gate("--against", "HEAD")
+    assert code == 1
+    assert "| `ort-fp16` | text: cosine | 0.900000 | < 0.999 (gates.fp16.min_cosine) |" in out
+    assert "| `ort-fp16` | text: cosine | 0.900000 | < 1.000000 by more than 0.001 (gate.max_cosine_drop) |" in out
+    assert "| `export_onnx` | stale | changed deps: params.yaml onnx | run `dvc repro` |" in out
+    assert err.startswith("error: not all of the 9 required targets can be defended")
