@@ -1,0 +1,172 @@
+"""Why does `dvc repro` run what it runs? What changed, old -> new, then the stages that read it and those behind them.
+
+usage: python -m stages.why [TARGET] [--since REVISION]      (no stage of the pipeline, no settings)
+
+Before a run: what is here against dvc.lock. After it, --since HEAD: dvc.lock against the last commit's. TARGET, a
+target or a stage, leaves out what does not concern it. A stage behind another runs only where that one's files come out
+different.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dvc.dependency.param import ParamsDependency
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+
+from clip_deploy.core.errors import DeployError
+from clip_deploy.why import Stage, explain
+
+LOCK = "dvc.lock"
+PROBED = ("reports/environment.json", "reports/inputs.json")  # those here are the last run's
+COMMAND = "the command in dvc.yaml"
+
+
+def main(arguments: list[str]) -> int:
+    layout: Any = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m stages.why", description=__doc__, formatter_class=layout)
+    parser.add_argument("target", nargs="?", metavar="TARGET")
+    parser.add_argument("--since", metavar="REVISION")
+    chosen = parser.parse_args(arguments)
+    try:
+        stages = since(Repo(), chosen.since) if chosen.since else pending(Repo())
+        print(explain(stages, chosen.target))
+    except (DeployError, DvcException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def pending(repo: Repo) -> dict[str, Stage]:
+    """The stages as they last ran, and what changed since."""
+    now, lock, status = probed(), entries(here(LOCK)), repo.status()
+    stages = outlined(repo)
+    for known in repo.index.stages:
+        name, stage = known.addressing, stages[known.addressing]
+        if name not in lock:
+            stage.is_new = True
+            continue
+        params = {dep.def_path: dep for dep in known.deps if isinstance(dep, ParamsDependency)}
+        stage.old = lock[name]["params"]
+        stage.new = {path: values(now.get(path), dep) for path, dep in params.items()}
+        stage.files, lost = words(status.get(name, []), set(params))
+        open_probed(stage, lock[name]["deps"], now, "HEAD")
+        stage.is_cached = bool(lost) and not stage.files and stage.old == stage.new and known.already_cached()
+        stage.files = within(stage.files) | lost
+    return stages
+
+
+def since(repo: Repo, revision: str) -> dict[str, Stage]:
+    """The stages as they were recorded at a git revision and are recorded now."""
+    then, now, stages = entries(committed(LOCK, revision)), entries(here(LOCK)), outlined(repo)
+    for name, stage in stages.items():
+        old, new = then.get(name), now.get(name)
+        stage.has_run, stage.is_new = old != new, old is None
+        if old and new:
+            stage.old, stage.new = old["params"], new["params"]
+            stage.files = differing(old["deps"], new["deps"]) | differing(old["cmd"], new["cmd"])
+            if stage.has_run and not stage.files and stage.old == stage.new:
+                stage.files = differing(old["outs"], new["outs"])  # run by force, or alone
+            open_probed(stage, old["deps"], {path: json.loads(here(path) or "{}") for path in PROBED}, revision)
+    return stages
+
+
+def outlined(repo: Repo) -> dict[str, Stage]:
+    """The stages in their order, with what each writes and waits for."""
+    graph = repo.index.graph
+    return {
+        stage.addressing: Stage(
+            {before.addressing for before in graph.successors(stage)}, [out.def_path for out in stage.outs]
+        )
+        for stage in repo.index.stages
+    }
+
+
+def entries(lock: str) -> dict[str, Any]:
+    """The stages of a dvc.lock: paths with their hashes, and settings."""
+    return {
+        name: {
+            "cmd": {COMMAND: entry["cmd"]},
+            "params": entry.get("params", {}),
+            **{kind: {item["path"]: item.get("md5") for item in entry.get(kind, [])} for kind in ("deps", "outs")},
+        }
+        for name, entry in (yaml.safe_load(lock) or {}).get("stages", {}).items()
+    }
+
+
+def words(status: list[Any], settings: set[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What DVC says of the files that a stage reads, and of those that it wrote."""
+    said = {kind: paths for part in status if isinstance(part, dict) for kind, paths in part.items()}
+    read = {path: word for path, word in said.get("changed deps", {}).items() if path not in settings}
+    command = {COMMAND: "modified"} if "changed command" in status else {}
+    return read | command, said.get("changed outs", {})
+
+
+def within(files: dict[str, str]) -> dict[str, str]:
+    """The same with the files of a folder that git sees changed, where it sees any."""
+    found: dict[str, str] = {}
+    for path, word in files.items():
+        names = uncommitted(path) if Path(path).is_dir() else []
+        found |= dict.fromkeys(names or [path], word)
+    return found
+
+
+@cache
+def uncommitted(folder: str) -> list[str]:
+    command = ["git", "diff", "--name-only", "HEAD", "--", folder]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+def differing(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
+    return {path: "modified" if path in old else "new" for path in new if old.get(path) != new[path]}
+
+
+def values(probed: dict[str, Any] | None, dep: ParamsDependency) -> dict[str, Any]:
+    """What a stage would read from a file of settings now."""
+    if probed is None:
+        return dep.read_params()
+    return {key: reduce(lambda part, name: part[name], key.split("."), probed) for key in dep.params} or probed
+
+
+def open_probed(stage: Stage, recorded: dict[str, str], now: dict[str, Any], revision: str) -> None:
+    """Compare, for a stage that reads a whole file of the probe, what is in it."""
+    for path in set(PROBED) & set(recorded):
+        for text in (here(path), committed(path, revision)):
+            if hashlib.md5(text.encode()).hexdigest() == recorded[path]:
+                stage.old, stage.new = stage.old | {path: json.loads(text)}, stage.new | {path: now[path]}
+                stage.files.pop(path, None)
+
+
+def probed() -> dict[str, Any]:
+    """What the probe would write now."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {path: Path(folder) / Path(path).name for path in PROBED}
+        command = [f"{word}={path}" for word, path in zip(("output", "inputs"), paths.values(), strict=True)]
+        done = subprocess.run([sys.executable, "-m", "stages.probe", *command], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise DeployError(done.stderr.strip().removeprefix("error: "))
+        return {path: json.loads(file.read_text()) for path, file in paths.items()}
+
+
+def here(path: str) -> str:
+    return Path(path).read_text() if Path(path).is_file() else ""
+
+
+def committed(path: str, revision: str) -> str:
+    """Raises DeployError where git has no such revision."""
+    done = subprocess.run(["git", "show", f"{revision}:{path}"], capture_output=True, text=True, check=False)
+    if done.returncode and "invalid object name" in done.stderr:
+        raise DeployError(f"revision is {revision!r}: git knows no such commit; give one of `git log --oneline`")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
