@@ -132,6 +132,20 @@ def test_no_measured_result_is_cached():
             assert out == "artifacts/${item}.manifest.json" or next(iter(out.values()))["cache"] is False
 
 
+def test_only_what_is_compiled_or_rounded_for_a_machine_is_built_again_on_another():
+    watched = {}
+    for name in WATCHED:
+        for entry in stage(name).get("params", []):
+            versions = entry.get("reports/environment.json", []) if isinstance(entry, dict) else []
+            watched |= {name: keys} if (keys := {key for key in versions if key.startswith("hardware.")}) else {}
+    assert watched == {
+        "export_aoti": {"hardware.instruction_sets", "hardware.gpus"},
+        "export_openvino": {"hardware.instruction_sets"},
+        "quantize": {"hardware.instruction_sets"},
+        "build_engine": {"hardware.gpus"},
+    }
+
+
 def test_target_keys_are_slugs():
     for section in BUILDERS:
         assert all(re.fullmatch(r"[a-z0-9-]+", key) for key in PARAMS[section])

@@ -242,6 +242,65 @@ def test_another_library_version_rebuilds_what_it_made(copy):
     assert "software.onnxscript" in copy.run("dvc", "params", "diff").stdout
 
 
+def stale(project):
+    """The stages that the present machine and libraries would run again by themselves."""
+    project.run("dvc", "repro", "probe")
+    return set(json.loads(project.run("dvc", "status", "--json").stdout)) - {"probe"}
+
+
+MACHINE = {*measured(TARGETS), "package", "validate_triton", "report"}  # what holds or shows measurements
+CONVERTED = {BUILDS[target] for target in OPENVINO}
+FUSED = {BUILDS[target] for target in ("ort-fp32", "ort-fp16")}
+INT8 = {BUILDS[target] for target in ("ort-int8-dynamic", "ort-int8-static")}
+
+
+@pytest.mark.parametrize(
+    ("library", "builds"),
+    [
+        ("onnxruntime_gpu", CONVERTED | FUSED | INT8),  # and no export
+        ("torch", {"download", "prepare", *(BUILDS[target] for target in ("onnx-fp32", *TARGETS[1:4]))}),
+    ],
+)
+def test_an_upgrade_builds_what_that_library_builds_and_measures_all(copy, library, builds):
+    metadata = copy.path / f"{library}-99.0.dist-info/METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {library}\nVersion: 99.0\n")
+    assert stale(copy) == builds | MACHINE
+
+
+def another_cpu(folder, flags, monkeypatch):
+    """Every Python of the pipeline reads another /proc/cpuinfo, by a sitecustomize of its own."""
+    lines = f"model name\t: Another CPU\nflags\t\t: {' '.join(flags)}\n"
+    (folder / "sitecustomize.py").write_text(
+        "from pathlib import Path\n"
+        "read = Path.read_text\n"
+        f"Path.read_text = lambda path, *given, **named: {lines!r} if str(path) == '/proc/cpuinfo' "
+        "else read(path, *given, **named)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def hardware(project):
+    return json.loads((project.path / "reports/environment.json").read_text())["hardware"]
+
+
+def test_another_cpu_and_gpu_measure_again_and_build_nothing(copy, tmp_path, monkeypatch):
+    another_cpu(tmp_path, hardware(copy)["instruction_sets"], monkeypatch)
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'NVIDIA Another, 1000 MiB, 600.0'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert stale(copy) == MACHINE
+    assert hardware(copy)["cpu"] == "Another CPU"
+    assert hardware(copy)["gpus"] == ["NVIDIA Another, 1000 MiB, 600.0"]
+
+
+def test_other_instruction_sets_build_int8_again_which_is_rounded_for_them(copy, tmp_path, monkeypatch):
+    another_cpu(tmp_path, ["avx_vnni"], monkeypatch)
+    assert hardware(copy)["instruction_sets"] != ["avx_vnni"]
+    assert stale(copy) == CONVERTED | INT8 | MACHINE
+
+
 def test_an_experiment_gives_what_an_edit_gives_and_keeps_hand_edits(copy, tmp_path):
     other = copy.copy(tmp_path / "other")
     copy.edit("params.yaml", "model: tiny-shapes        #", "model: tiny-shapes  # a remark of mine,")
