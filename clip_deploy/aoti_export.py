@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -119,16 +120,19 @@ def _reported(tower: str) -> Iterator[None]:
 
 @contextmanager
 def _cache_in(folder: Path) -> Iterator[None]:
-    """Let the compiler work in `folder`: nothing is left in the system's temporary folder."""
-    before = os.environ.get(CACHE)
-    with tempfile.TemporaryDirectory(dir=folder) as cache:
-        os.environ[CACHE] = cache
-        try:
-            yield
-        finally:
-            del os.environ[CACHE]
-            if before is not None:
-                os.environ[CACHE] = before
+    """Let the compiler work in `folder`: nothing is left in the system's temporary folder.
+
+    Its paths end up in what it compiles, so they hold no random part: the same folder gives the same bytes.
+    """
+    before, cache = os.environ.get(CACHE), folder.absolute() / "compiler"
+    os.environ[CACHE] = str(cache)
+    try:
+        yield
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+        del os.environ[CACHE]
+        if before is not None:
+            os.environ[CACHE] = before
 
 
 OPTIONS = {

@@ -4,6 +4,7 @@
 `torch.jit.script` cannot read transformers' models at all; the report says so.
 """
 
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from clip_deploy.towers import Rounded, example_inputs, split
 
 NOTE = "torch.jit.trace, deprecated"
 HALVES = {Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16}
+WRITERS_OWN = ("version", "byteorder", ".data/serialization_id")  # records that every archive's writer adds
 INT8_NOTE = "quantize_dynamic on every Linear, deprecated, saved as TorchScript"
 
 
@@ -38,7 +40,7 @@ def export_torchscript(checkpoint: Path, precision: Precision, output: Path, dev
             elif precision in HALVES:
                 tower = Rounded(tower, HALVES[precision]).eval()
             traced = _trace(tower.to(device.value), tuple(tensor.to(device.value) for tensor in inputs[name]))
-        torch.jit.save(traced, output / f"{name}.pt")
+        _save(traced, output / f"{name}.pt")
     return Target(
         runtime="torchscript",
         precision=precision.value,
@@ -68,3 +70,17 @@ def _trace(tower: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.jit.Scri
             return torch.jit.freeze(torch.jit.trace(tower, inputs, check_trace=False))
     except (RuntimeError, TypeError) as error:
         raise UnavailableError(f"torch.jit.trace failed: {str(error).splitlines()[0]}") from error
+
+
+def _save(module: torch.jit.ScriptModule, path: Path) -> None:
+    """Write a module without its debug records: they hold the paths of the building machine's libraries."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        torch.jit.save(module, whole)
+        reader, writer = torch._C.PyTorchFileReader(str(whole)), torch._C.PyTorchFileWriter(str(path))
+        writer.set_min_version(int(reader.get_record("version")))
+        for name in reader.get_all_records():
+            if not name.endswith(".debug_pkl") and name not in WRITERS_OWN:
+                record = reader.get_record(name)
+                writer.write_record(name, record, len(record))
+        writer.write_end_of_file()
