@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro gate test check format bench-pipeline bench-int8 bench-embed bench-peers triton-env lock clean
+.PHONY: help repro gate test check format bench-pipeline bench-int8 bench-embed bench-peers reproducible triton-env lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -71,6 +71,9 @@ bench-embed: $(VENV)/ready ## embed 50,000 rendered images with the package, kil
 
 bench-peers: $(VENV)/ready ## time our targets beside Optimum, Olive, OpenVINO, torch.compile; ARGS='model=...' and more
 	python -m benchmarks.peers $(ARGS)
+
+reproducible: $(VENV)/ready ## build everything twice, in two folders, and compare the files byte for byte
+	python -m benchmarks.reproducible
 
 triton-env: $(TRITON)/ready ## a real Triton server in build/triton-venv (half a GB), for validate_triton and its tests
 

@@ -1,0 +1,154 @@
+"""Build everything twice and compare byte for byte: python -m benchmarks.reproducible (or `make reproducible`)
+
+Two clean copies of the repository, in folders of different depth, with other seeds of Python's hashes and other
+folders for temporary files, build all targets of params.yaml, those of EXTRA, and those of a GPU that can be built
+here. What is packaged depends on what was measured: the second copy takes the first's measurements.
+
+Writes the SHA-256 of each file of both to reports/reproducible.json, and reports/reproducible.md. Exit code 1 where a
+file differs that EXPECTED does not explain.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pipeline import ROOT, copy_project, environment
+from clip_deploy.core.artifact import sha256, write_text
+from clip_deploy.core.results import read_json, write_json
+
+BUILDS = (
+    *("download", "prepare", "export_torch", "export_torchscript", "export_aoti", "export_openvino", "export_onnx"),
+    *("optimize", "quantize", "build_engine"),
+)
+SHIPPED = ("recommend", "package", "triton_repository")
+EXTRA = {
+    "export_torch: {}": "export_torch: {torch-bf16: {precision: bf16}}",
+    "export_aoti: {}": "export_aoti: {aoti-fp32: {precision: fp32}}",
+    "benchmark: standard": "benchmark: quick",
+}
+EXPECTED = {  # the end of a path: which bytes differ, and why
+    ".pt2": (
+        "AOTInductor hands the C++ compiler sources by their full paths, and these stay: in the commands that its .cpp "
+        "files end with, in the name of the kernels' file (a hash over its source, path included), in the library's "
+        "error messages and in its debug sections. Built twice in one folder, the bytes are the same."
+    ),
+}
+SHOWN = 16  # characters of a hash in the table
+Hashes = dict[str, str]  # path below artifacts/: SHA-256
+
+
+class Copy:
+    """A clean copy of the repository with surroundings of its own."""
+
+    def __init__(self, path: Path, seed: str) -> None:
+        self.path, temporary = copy_project(path), path.with_name(f"{path.name}-temporary")
+        temporary.mkdir()
+        self.environment = environment() | {"PYTHONHASHSEED": seed, "TMPDIR": str(temporary)}
+        params = path / "params.yaml"
+        params.write_text(extended(params.read_text()))
+
+    def run(self, *command: str) -> None:
+        subprocess.run(command, cwd=self.path, env=self.environment, check=True, stdout=subprocess.DEVNULL)
+
+    def repro(self, *arguments: str) -> None:
+        self.run("dvc", "repro", *arguments)
+
+    def hashes(self) -> Hashes:
+        built = self.path / "artifacts"
+        return {path.relative_to(built).as_posix(): sha256(path) for path in sorted(built.rglob("*")) if path.is_file()}
+
+
+def extended(params: str) -> str:
+    """params.yaml with EXTRA, which replaces what is switched off there."""
+    for old, new in EXTRA.items():
+        if old not in params:
+            sys.exit(f"error: params.yaml has no `{old}`, which this replaces by `{new}`: run it on the committed file")
+        params = params.replace(old, new)
+    return params
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = Copy(Path(folder) / "a", "1"), Copy(Path(folder) / "another/longer/path", "2")
+        hashes = build_both(first, second)
+        record = {"files": compare(*hashes)} | read_json(first.path / "reports/environment.json")
+    write_json(ROOT / "reports/reproducible.json", record)
+    write_text(ROOT / "reports/reproducible.md", markdown(record))
+    left = unexplained(record["files"])
+    print(summary(record["files"]), *left, sep="\n")
+    sys.exit(bool(left))
+
+
+def build_both(first: Copy, second: Copy) -> tuple[Hashes, Hashes, Hashes]:
+    """What both built, for a CPU and then for a GPU, and what the first built anew where the path matters."""
+    for copy in (first, second):
+        copy.repro(*BUILDS)
+    first.repro("triton_repository")
+    for name in ("validate", "benchmark"):
+        shutil.copytree(first.path / "reports" / name, second.path / "reports" / name)
+    second.repro("--single-item", "--force", *SHIPPED)
+    on_cpu = first.hashes(), second.hashes()
+    first.repro("--single-item", "--force", "export_aoti")
+    again = {path: digest for path, digest in first.hashes().items() if expected(path)}
+    for copy in (first, second):
+        copy.run(sys.executable, "-m", "stages.device", "cuda")
+        copy.repro(*BUILDS)
+    return first.hashes() | on_cpu[0], second.hashes() | on_cpu[1], again
+
+
+def compare(first: Hashes, second: Hashes, again: Hashes) -> dict[str, Any]:
+    """The hashes of each file, and whether all that must be equal are."""
+    return {
+        path: {"first": first.get(path), "second": second.get(path), "equal": first.get(path) == second.get(path)}
+        | ({"first_again": again[path], "equal_again": first.get(path) == again[path]} if path in again else {})
+        for path in sorted(first | second)
+    }
+
+
+def expected(path: str) -> str | None:
+    return next((reason for end, reason in EXPECTED.items() if path.endswith(end)), None)
+
+
+def unexplained(files: dict[str, Any]) -> list[str]:
+    """The files that differ, and must not."""
+    return [
+        f"{path} differs"
+        for path, row in files.items()
+        if not row["equal"] and not (expected(path) and row.get("equal_again"))
+    ]
+
+
+def summary(files: dict[str, Any]) -> str:
+    equal = sum(row["equal"] for row in files.values())
+    return f"{equal} of {len(files)} files are equal, byte for byte; {len(unexplained(files))} differ unexpectedly"
+
+
+def markdown(record: dict[str, Any]) -> str:
+    files, hardware = record["files"], record["hardware"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["software"].items() if version)
+    lines = [
+        "# Two clean builds, byte for byte",
+        "",
+        f"Made by `make reproducible` on {hardware['cpu']}: {versions}.",
+        "",
+    ]
+    lines += [f"{summary(files)}. Whole hashes: [reproducible.json](reproducible.json).", ""]
+    lines += ["| File below artifacts/ | SHA-256, first | SHA-256, second | Equal |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| `{path}` | `{str(row['first'])[:SHOWN]}` | `{str(row['second'])[:SHOWN]}` | {verdict(row)} |"
+        for path, row in files.items()
+    ]
+    return "\n".join([*lines, "", *(f"`{end}`: {reason}" for end, reason in EXPECTED.items())]) + "\n"
+
+
+def verdict(row: dict[str, Any]) -> str:
+    if row["equal"]:
+        return "yes"
+    return "in the same folder" if row.get("equal_again") else "NO"
+
+
+if __name__ == "__main__":
+    main()
