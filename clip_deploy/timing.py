@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Timer
 from time import monotonic
 from typing import Any
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from clip_deploy import gpu
 from clip_deploy.core.artifact import Target, read_target, size_bytes
+from clip_deploy.core.child import ending, hung
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 
@@ -51,7 +53,7 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> dict[st
     if described.unavailable:
         return {"status": "unavailable", "reason": described.unavailable}
     try:
-        with Worker(folder, settings.threads) as target, Worker(reference, settings.threads) as other:
+        with _worker(folder, settings) as target, _worker(reference, settings) as other:
             target.wait()
             other.wait()
             clock = gpu.clock_mhz()
@@ -72,6 +74,10 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> dict[st
             }
     except UnavailableError as error:
         return {"status": "unavailable", "reason": str(error)}
+
+
+def _worker(folder: Path, settings: BenchmarkConfig) -> "Worker":
+    return Worker(folder, settings.threads, limit_s=settings.answer_seconds)
 
 
 def _measure_towers(
@@ -216,11 +222,14 @@ def thread_variables(threads: int) -> dict[str, str]:
 class Worker:
     """A worker process, stopped except while it answers.
 
-    `program` is a Python and its arguments that answers as clip_deploy.worker does.
+    `program` is a Python and its arguments that answers as clip_deploy.worker does; it is killed where an answer takes
+    longer than `limit_s` seconds. What it does not answer is raised as UnavailableError.
     """
 
-    def __init__(self, folder: Path, threads: int, program: Sequence[str] = PROGRAM) -> None:
-        self.name = folder.name
+    def __init__(
+        self, folder: Path, threads: int, program: Sequence[str] = PROGRAM, limit_s: float | None = None
+    ) -> None:
+        self.name, self.limit_s, self.late = folder.name, limit_s, False
         self.process = subprocess.Popen(
             [*program, str(folder), str(threads)],
             stdin=subprocess.PIPE,
@@ -246,16 +255,31 @@ class Worker:
             self._signal("SIGSTOP")
 
     def _read(self) -> dict:
-        line = self.process.stdout.readline() if self.process.stdout else ""
-        if not line:
+        line = self._line()
+        if not line.endswith("\n"):  # the process died before or within its answer
             raise self._died()
         answer = json.loads(line)
         if "error" in answer:
             raise UnavailableError(answer["error"])
         return answer
 
+    def _line(self) -> str:
+        watch = Timer(self.limit_s, self._end_late) if self.limit_s else None
+        if watch:
+            watch.start()
+        try:
+            return self.process.stdout.readline() if self.process.stdout else ""
+        finally:
+            if watch:
+                watch.cancel()
+
+    def _end_late(self) -> None:
+        self.late = True
+        self.process.kill()
+
     def _died(self) -> DeployError:
-        return UnavailableError(f"{self.name} stopped with exit code {self.process.wait()} while it was timed")
+        how = hung(self.limit_s) if self.late else f"the process {ending(self.process.wait())}"
+        return UnavailableError(f"{self.name}, while it was timed: {how}")
 
     def _signal(self, name: str) -> None:
         if hasattr(signal, name) and self.process.poll() is None:

@@ -22,12 +22,12 @@ BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
 
 
 def validate_apart(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> dict[str, Any]:
-    """As validate, in a process of its own: a runtime that crashes makes the target fail."""
+    """As validate, in a process of its own: a runtime that crashes, hangs or eats all memory makes the target fail."""
     try:
-        return call_in_child(validate, folder, prepared, reference, gates, seed)
-    except CrashError as crash:
-        target = read_target(folder)
-        return {"status": "fail", "reasons": [str(crash)], "precision": target.precision, **_what(target)}
+        return call_in_child(validate, folder, prepared, reference, gates, seed, limit_s=gates.max_seconds)
+    except (CrashError, MemoryError) as error:
+        target, reason = read_target(folder), str(error) if isinstance(error, CrashError) else "memory ran out"
+        return {"status": "fail", "reasons": [reason], "precision": target.precision, **_what(target)}
 
 
 def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import faulthandler
 import os
 import signal
+import time
 
 import pytest
 
@@ -33,3 +34,9 @@ def test_a_crash_is_named():
         call_in_child(die_by, signal.SIGKILL)
     with pytest.raises(CrashError, match="ended with exit code 3"):
         call_in_child(os._exit, 3)
+
+
+def test_a_call_that_hangs_is_killed_and_named():
+    with pytest.raises(CrashError, match=r"no answer within 0.2 s: the process hung and was killed$"):
+        call_in_child(time.sleep, 600, limit_s=0.2)
+    assert call_in_child(sorted, [2, 1], limit_s=60) == [1, 2]

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 
@@ -113,12 +115,23 @@ def test_a_target_that_cannot_run_is_unavailable_not_an_error(checkpoint, tmp_pa
     assert result == {"status": "unavailable", "reason": "no such library"}
 
 
-def test_a_worker_that_dies_is_reported(onnx_target):
-    with Worker(onnx_target, threads=1) as worker:
+READY = "print('{}', flush=True); input()"  # open, and has read one request
+ENDINGS = {
+    "os.kill(os.getpid(), 11)": "the process crashed with SIGSEGV",
+    "os.kill(os.getpid(), 9)": "the process crashed with SIGKILL, as when memory runs out",
+    "os.write(1, b'{'); os._exit(3)": "the process ended with exit code 3",
+    "time.sleep(600)": "no answer within 2 s: the process hung and was killed",
+}
+
+
+@pytest.mark.parametrize("fault", ENDINGS)
+def test_a_timed_process_that_crashes_or_hangs_is_named(fault, tmp_path):
+    program = [sys.executable, "-Sc", f"import os, time; {READY}; {fault}"]
+    with Worker(tmp_path / "ort-fp32", 1, program, limit_s=2) as worker:
         worker.wait()
-        worker.process.kill()
-        with pytest.raises(UnavailableError, match="onnx-fp32 stopped with exit code -9 while it was timed"):
+        with pytest.raises(UnavailableError) as caught:
             worker.ask({"memory": True})
+    assert str(caught.value) == f"ort-fp32, while it was timed: {ENDINGS[fault]}"
 
 
 def test_wrong_settings_are_refused():
@@ -126,3 +139,5 @@ def test_wrong_settings_are_refused():
         BenchmarkConfig(batch_sizes=[])
     with pytest.raises(ConfigError, match=r"benchmark\.threads is 0: it must be above 0"):
         BenchmarkConfig(threads=0)
+    with pytest.raises(ConfigError, match=r"benchmark\.answer_seconds is 0: it must be above 0"):
+        BenchmarkConfig(answer_seconds=0)

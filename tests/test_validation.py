@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import onnx
@@ -9,7 +10,7 @@ import pytest
 from clip_deploy import validation
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import Gate, GatesConfig, Precision
-from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.prepared import load_prepared
 from clip_deploy.torchscript import export_torchscript
 from clip_deploy.validation import judge, validate, validate_apart
@@ -120,13 +121,31 @@ def test_an_unavailable_target_keeps_its_row(check, tmp_path):
     )
 
 
-def test_a_runtime_that_crashes_fails_and_leaves_the_pipeline_alone(onnx_target, sets, monkeypatch):
-    monkeypatch.setattr(validation, "open_encoder", lambda folder: os.kill(os.getpid(), signal.SIGTERM))
-    prepared = load_prepared(sets / "evaluation")
-    record = validate_apart(onnx_target, prepared, sets / "evaluation" / "reference.npz", GatesConfig(), 0)
+def eat_memory(folder):
+    raise MemoryError
+
+
+FAULTS = {
+    "the process crashed with SIGTERM": lambda folder: os.kill(os.getpid(), signal.SIGTERM),
+    "the process crashed with SIGKILL, as when memory runs out": lambda folder: os.kill(os.getpid(), signal.SIGKILL),
+    "no answer within 2 s: the process hung and was killed": lambda folder: time.sleep(600),
+    "memory ran out": eat_memory,
+}
+
+
+@pytest.mark.parametrize("said", FAULTS)
+def test_a_runtime_that_crashes_or_hangs_fails_and_leaves_the_pipeline_alone(said, onnx_target, sets, monkeypatch):
+    monkeypatch.setattr(validation, "open_encoder", FAULTS[said])
+    prepared, gates = load_prepared(sets / "evaluation"), GatesConfig(max_seconds=2)
+    record = validate_apart(onnx_target, prepared, sets / "evaluation" / "reference.npz", gates, 0)
     assert record["status"] == "fail"
-    assert record["reasons"] == ["the process crashed with SIGTERM"]
+    assert record["reasons"] == [said]
     assert record["build"]["opset"] == 18
+
+
+def test_a_time_limit_must_be_above_zero():
+    with pytest.raises(ConfigError, match=r"gates\.max_seconds is 0"):
+        GatesConfig(max_seconds=0)
 
 
 def test_random_weights_are_held_to_the_cosine_only():

@@ -1,25 +1,29 @@
 """Call a function in a process of its own: a library that crashes there takes one row with it, and not the pipeline."""
 
-import ctypes
-import multiprocessing
 import signal
 import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clip_deploy.core.errors import DeployError
 
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
 
 class CrashError(DeployError):
-    """The process ended without an answer."""
+    """The process ended without an answer, or gave none in time."""
 
 
-def call_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+def call_in_child(function: Callable[..., Any], *arguments: Any, limit_s: float | None = None) -> Any:
     """What `function(*arguments)` returns or raises, from a fork of this process; both must pickle.
 
-    Where a platform cannot fork, it is called here. Raises CrashError where the process ends on its own.
+    Where a platform cannot fork, it is called here, without a limit.
+
+    Raises CrashError where the process ends on its own, or has no answer after `limit_s` seconds: it is killed then.
     """
+    import multiprocessing  # not with every stage's start
+
     if "fork" not in multiprocessing.get_all_start_methods():
         return function(*arguments)
     context = multiprocessing.get_context("fork")
@@ -28,10 +32,13 @@ def call_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     child.start()
     sender.close()  # the child holds the only other end: its death is the end of the file
     try:
+        if not receiver.poll(limit_s):
+            child.kill()
+            raise CrashError(hung(limit_s))
         returned, answer = receiver.recv()
     except EOFError:
         child.join()
-        raise CrashError(f"the process {_ending(child.exitcode or 0)}") from None
+        raise CrashError(f"the process {ending(child.exitcode or 0)}") from None
     child.join()
     if returned:
         return answer
@@ -41,10 +48,12 @@ def call_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 def die_with_parent() -> None:
     """A stopped process would outlive a killed parent for ever. See prctl(2), PR_SET_PDEATHSIG."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple) -> None:
+def _answer(sender: "Connection", function: Callable[..., Any], arguments: tuple) -> None:
     die_with_parent()
     try:
         answer = True, function(*arguments)
@@ -53,7 +62,12 @@ def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple) 
     sender.send(answer)
 
 
-def _ending(code: int) -> str:
+def hung(limit_s: float | None) -> str:
+    return f"no answer within {limit_s:g} s: the process hung and was killed"
+
+
+def ending(code: int) -> str:
+    """How a process ended, from its exit code as subprocess gives it: below 0 by a signal."""
     if code >= 0:
         return f"ended with exit code {code}"
     hint = ", as when memory runs out" if -code == signal.SIGKILL else ""

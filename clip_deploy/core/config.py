@@ -141,6 +141,7 @@ class BenchmarkConfig:
     power_seconds: float = 1.0  # on a GPU: how long its power is measured
     sequence_length: int | None = None  # tokens; null: the model's whole context
     image_size: list[int] = field(default_factory=lambda: [480, 640])  # height, width; for graphs that preprocess
+    answer_seconds: float = 1800  # a timed process that is silent for longer hung: opening and compiling count
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
@@ -149,7 +150,7 @@ class BenchmarkConfig:
             raise ConfigError(
                 f"benchmark.image_size is {self.image_size}: give height and width in pixels, as [480, 640]"
             )
-        for name in ("threads", "iterations", "seconds", "power_seconds"):
+        for name in ("threads", "iterations", "seconds", "power_seconds", "answer_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"benchmark.{name} is {getattr(self, name)}: it must be above 0")
 
@@ -227,6 +228,11 @@ class GatesConfig:
     fp16: Gate = field(default_factory=Gate)
     bf16: Gate = field(default_factory=Gate)
     int8: Gate = field(default_factory=Gate)
+    max_seconds: float = 1800  # a target whose check takes longer hung, and fails
+
+    def __post_init__(self) -> None:
+        if self.max_seconds <= 0:
+            raise ConfigError(f"gates.max_seconds is {self.max_seconds}: it must be above 0")
 
 
 @dataclass
