@@ -155,10 +155,14 @@ def pad_token_of(processor: "ProcessorMixin") -> int:
 
 
 def tokenize(processor: "ProcessorMixin", model: dict, texts: list[str]) -> Texts:
-    """Pad to the longest text, or to the context where the model was trained so; longer texts are cut."""
+    """Pad to the longest text, or to the context where the model was trained so; longer texts are cut.
+
+    Raises DataError where a text is no valid Unicode.
+    """
     if not texts:
         empty = np.empty((0, 1), dtype=np.int64)
         return Texts(empty, empty)
+    _check_unicode(texts)
     tokens = processor.tokenizer(
         texts,
         padding="max_length" if model["pad_to_context"] else "longest",
@@ -170,13 +174,22 @@ def tokenize(processor: "ProcessorMixin", model: dict, texts: list[str]) -> Text
     return Texts(tokens["input_ids"].astype(np.int64), tokens["attention_mask"].astype(np.int64))
 
 
+def _check_unicode(texts: list[str]) -> None:
+    for row, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"text {row + 1} of {len(texts)} is no valid Unicode: {text[:60]!r}") from error
+
+
 def _write_pixels(samples: "list[Sample]", processor: "ProcessorMixin", size: list[int], path: Path) -> None:
-    shape = (len(samples), 3, *size)
-    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    for start in tqdm(range(0, len(samples), CHUNK), desc="preprocess", disable=None):
-        images = [sample.open() for sample in samples[start : start + CHUNK]]
-        pixels[start : start + CHUNK] = processor.image_processor(images, return_tensors="np")["pixel_values"]
-    pixels.flush()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(samples), 3, *size)}
+    with path.open("wb") as file:  # not mapped into memory: where the disk fills up, that is killed by SIGBUS
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in tqdm(range(0, len(samples), CHUNK), desc="preprocess", disable=None):
+            images = [sample.open() for sample in samples[start : start + CHUNK]]
+            pixels = processor.image_processor(images, return_tensors="np")["pixel_values"]
+            file.write(np.ascontiguousarray(pixels, dtype="<f4").data)
 
 
 def _write_images(samples: "list[Sample]", path: Path) -> None:

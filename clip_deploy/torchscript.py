@@ -4,7 +4,7 @@
 `torch.jit.script` cannot read transformers' models at all; the report says so.
 """
 
-import tempfile
+import io
 import warnings
 from pathlib import Path
 
@@ -73,14 +73,17 @@ def _trace(tower: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.jit.Scri
 
 
 def _save(module: torch.jit.ScriptModule, path: Path) -> None:
-    """Write a module without its debug records: they hold the paths of the building machine's libraries."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        torch.jit.save(module, whole)
-        reader, writer = torch._C.PyTorchFileReader(str(whole)), torch._C.PyTorchFileWriter(str(path))
-        writer.set_min_version(int(reader.get_record("version")))
-        for name in reader.get_all_records():
-            if not name.endswith(".debug_pkl") and name not in WRITERS_OWN:
-                record = reader.get_record(name)
-                writer.write_record(name, record, len(record))
-        writer.write_end_of_file()
+    """Write a module without its debug records: they hold the paths of the building machine's libraries.
+
+    Python writes the file: PyTorch's own writer aborts the process where the disk is full.
+    """
+    stripped = io.BytesIO()
+    reader = torch._C.PyTorchFileReader(io.BytesIO(module.save_to_buffer()))
+    writer = torch._C.PyTorchFileWriter(stripped)
+    writer.set_min_version(int(reader.get_record("version")))
+    for name in reader.get_all_records():
+        if not name.endswith(".debug_pkl") and name not in WRITERS_OWN:
+            record = reader.get_record(name)
+            writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
+    path.write_bytes(stripped.getbuffer())

@@ -9,6 +9,7 @@ params.yaml overrides conf/, the command line overrides both.
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ except ModuleNotFoundError as missing:
         "or `source .venv/bin/activate` first"
     )
 
+from clip_deploy.core.artifact import MANIFEST, check_files
+from clip_deploy.core.child import die_with_parent
 from clip_deploy.core.config import GROUPS, read_yaml, sections, typed
 from clip_deploy.core.errors import DeployError
 
@@ -53,9 +56,13 @@ def stage(function: Callable[[Any], None]) -> Callable[[], None]:
     def run(content: DictConfig) -> None:
         if content.get("hydra"):
             del content["hydra"]
-        function(typed(schema, content, "settings"))
+        settings = typed(schema, content, "settings")
+        _check_inputs(settings)
+        function(settings)
 
     def program() -> None:
+        if "DVC_STAGE" in os.environ:
+            die_with_parent()  # else, where dvc is killed, it would write beside the stage of the next `dvc repro`
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in SWEEP)  # argparse takes no flag in the middle
         try:
             register(function, schema)
@@ -89,6 +96,13 @@ def register(function: Callable[[Any], None], schema: type) -> None:
             "hydra": {**QUIET, "help": {"header": inspect.getdoc(sys.modules[function.__module__]), "template": HELP}},
         },
     )
+
+
+def _check_inputs(settings: Any) -> None:
+    """Targets that a stage reads must be what was built."""
+    for name, value in vars(settings).items():
+        if name != "output" and isinstance(value, Path) and (value / MANIFEST).is_file():
+            check_files(value)
 
 
 def _name(function: Callable[[Any], None]) -> str:

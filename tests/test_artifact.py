@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from clip_deploy.core.artifact import Target, build, new_folder, read_target, size_bytes, write_text
+from clip_deploy.core.artifact import Target, build, check_files, new_folder, read_target, size_bytes, write_text
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.results import rounded, write_json
 
@@ -53,6 +53,28 @@ def test_size_counts_the_deployed_files_only(tmp_path):
 def test_a_folder_that_is_no_target_is_refused(tmp_path):
     with pytest.raises(DeployError, match="is not a built target"):
         read_target(tmp_path)
+
+
+def test_a_file_that_is_not_the_one_that_was_built_is_named_with_the_way_out(tmp_path):
+    def make(folder):
+        (folder / "vision.onnx").write_bytes(b"weights")
+        return Target("ort", "fp32", files=["vision.onnx"])
+
+    build(tmp_path / "t", make, Target("ort", "fp32"))
+    check_files(tmp_path / "t")
+    (tmp_path / "t" / "vision.onnx").write_bytes(b"weightz")
+    with pytest.raises(DeployError, match=r"vision.onnx is not the file that was built .*; `rm -r .*t \.dvc/cache"):
+        check_files(tmp_path / "t")
+
+
+def test_a_native_librarys_words_for_a_full_disk_are_understood(tmp_path):
+    def fill(folder):
+        raise RuntimeError("PytorchStreamWriter failed: No space left on device")
+
+    with pytest.raises(DeployError, match=r"cannot write .*target: No space left on device; free some space"):
+        build(tmp_path / "target", fill, Target("torchscript", "fp32"))
+    with pytest.raises(RuntimeError, match="another"), new_folder(tmp_path / "target"):
+        raise RuntimeError("another")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")

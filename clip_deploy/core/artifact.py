@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 from clip_deploy.core.errors import DeployError, UnavailableError
 
 MANIFEST = "target.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Target:
         search: which nodes INT8 leaves in float and why (sensitivity.Search), where there was a budget.
         device: where it runs, "cpu" or "cuda".
         image_input: what its image tower takes: "pixel_values", or "images" (uint8 RGB) where it preprocesses itself.
+        sha256: of each of `files` when it was built.
     """
 
     runtime: str
@@ -41,6 +44,7 @@ class Target:
     search: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     image_input: str = "pixel_values"
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def read_target(folder: Path) -> Target:
@@ -49,6 +53,17 @@ def read_target(folder: Path) -> Target:
         return Target(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise DeployError(f"{folder} is not a built target ({error}); run `dvc repro`") from error
+
+
+def check_files(folder: Path) -> None:
+    """Raise DeployError where a file of the target is not the one that was built: DVC trusts its cache unread."""
+    for name, built in read_target(folder).sha256.items():
+        path = folder / name
+        if not path.is_file() or sha256(path) != built:
+            raise DeployError(
+                f"{path} is not the file that was built (its hash is in {MANIFEST}): the disk or DVC's cache damaged "
+                f"it; `rm -r {folder} .dvc/cache/files/md5` and `dvc repro` build it anew"
+            )
 
 
 def size_bytes(folder: Path) -> int:
@@ -106,6 +121,7 @@ def build(output: Path, make: Callable[[Path], Target], fallback: Target) -> Non
         except UnavailableError as error:
             target = fallback
             target.unavailable = str(error)
+        target.sha256 = {name: sha256(folder / name) for name in target.files}
         write_text(folder / MANIFEST, json.dumps(asdict(target), indent=2) + "\n")
 
 
@@ -139,19 +155,25 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Say in one line that `path` cannot be written, and what to do."""
+    """Say in one line that `path` cannot be written, and what to do.
+
+    Native libraries raise errors of their own, which quote the system's words.
+    """
     try:
         yield
-    except OSError as error:
+    except DeployError:
+        raise
+    except Exception as error:
         advice = {
-            errno.ENOSPC: "free some space (`dvc gc -w` drops artifacts that no commit here uses)",
-            errno.EDQUOT: "free some space (`dvc gc -w` drops artifacts that no commit here uses)",
+            **dict.fromkeys(FULL, "free some space (`dvc gc -w` drops artifacts that no commit here uses)"),
+            errno.EFBIG: "raise the limit on a file's size (`ulimit -f`), or take another file system",
             errno.EROFS: "the file system is read-only: mount it writable or clone elsewhere",
             errno.EACCES: "make the folder writable for this user",
             errno.EPERM: "make the folder writable for this user",
             errno.ENOTDIR: "a file stands where a folder is needed: move it away",
             errno.EEXIST: "a file stands where a folder is needed: move it away",
         }
-        if error.errno not in advice:
+        code = getattr(error, "errno", None) or next((code for code in FULL if os.strerror(code) in str(error)), None)
+        if code not in advice:
             raise
-        raise DeployError(f"cannot write {path}: {error.strerror}; {advice[error.errno]}") from error
+        raise DeployError(f"cannot write {path}: {os.strerror(code)}; {advice[code]}") from error
