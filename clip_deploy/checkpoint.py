@@ -152,8 +152,7 @@ def verify(folder: Path) -> None:
                 "trust it, load it once and `model.save_pretrained(folder)`, or pin a revision with model.safetensors"
             )
         raise CheckpointError(f"{folder} has no weights: a file model.safetensors is needed")
-    for path in weights:
-        _verify_weights(path)
+    _verify_depth(folder, config, sum(_tensors(path) for path in weights))
     _verify_shards(folder, {path.name for path in weights})
     for name in ("preprocessor_config.json", "tokenizer_config.json"):
         if not (folder / name).is_file() and not (folder / "processor_config.json").is_file():
@@ -169,25 +168,42 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no config.json: give a folder in Hugging Face layout") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no configuration")
     return config
 
 
-def _verify_weights(path: Path) -> None:
+def _tensors(path: Path) -> int:
+    """How many a file of weights holds; CheckpointError where it is not whole."""
     try:
         with safe_open(path, framework="numpy") as content:
-            content.keys()
+            return len(content.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({error}): fetch it again") from error
+
+
+def _verify_depth(folder: Path, config: dict[str, Any], tensors: int) -> None:
+    """Raise CheckpointError where a tower has more layers than there are weights: to build them could take for ever."""
+    for tower in ("vision_config", "text_config"):
+        if not isinstance(config[tower], dict):
+            raise CheckpointError(f"{folder}/config.json: {tower} is {config[tower]!r:.60}: it must hold settings")
+        layers = config[tower].get("num_hidden_layers")
+        if isinstance(layers, int | float) and layers > tensors:
+            raise CheckpointError(
+                f"{folder}/config.json: {tower}.num_hidden_layers is {layers}, and the weights are {tensors} tensors: "
+                "these files do not belong together"
+            )
 
 
 def _verify_shards(folder: Path, present: set[str]) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        needed = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        try:
+            needed = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        except (ValueError, RecursionError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is no index of weights ({error}): fetch it again") from error
         if missing := sorted(needed - present):
             raise CheckpointError(f"{folder} lacks {missing[0]}, which {index.name} names: fetch it again")
 
@@ -198,6 +214,11 @@ def load_model(folder: Path) -> "PreTrainedModel":
     if missing := sorted(loading["missing_keys"]):
         raise CheckpointError(
             f"{folder} lacks the weight {missing[0]} ({len(missing)} missing): it is not a whole {type(model).__name__}"
+        )
+    if broken := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
+        raise CheckpointError(
+            f"{folder}: the weight {broken} holds NaN or infinity: its training diverged, or the file is damaged; "
+            "take an earlier checkpoint, or fetch it again"
         )
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise CheckpointError(f"{folder} is a {type(model).__name__}: it has no get_image_features/get_text_features")
@@ -226,7 +247,7 @@ def _load(folder: Path, **options: Any) -> tuple["PreTrainedModel", dict[str, An
             output_loading_info=True,
             **options,
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever transformers and torch meet in its files
         raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -240,7 +261,9 @@ def load_processor(folder: Path) -> "ProcessorMixin":
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
         if not hasattr(processor, "tokenizer"):
             raise CheckpointError(f"{folder} has no tokenizer: save it there with `tokenizer.save_pretrained(folder)`")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers and tokenizers meet in its files
         raise CheckpointError(f"{folder}: its processor cannot be loaded: {_first_line(error)}") from error
     return processor
 
@@ -251,13 +274,26 @@ def describe(folder: Path) -> dict[str, Any]:
     Returns:
         model_type, image_size [height, width] in pixels, context_length in tokens, text_inputs (names), example_texts
         (three tokenised texts of different length, by input), and for each tower its layers, heads and width.
+
+    Raises CheckpointError where its files do not say so, or contradict each other.
     """
+    try:
+        return _describe(folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers meets when it uses them
+        raise CheckpointError(
+            f"{folder}: its configuration, tokenizer and image processor do not work together: {_first_line(error)}"
+        ) from error
+
+
+def _describe(folder: Path) -> dict[str, Any]:
     from PIL import Image
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise CheckpointError(
             f"{folder}: its config.json is not one that transformers knows: {_first_line(error)}"
         ) from error

@@ -6,9 +6,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+from yaml import Node, YAMLError
 
 from clip_deploy.core.errors import ConfigError
 
@@ -26,6 +27,8 @@ BUILDERS = (  # sections of params.yaml with a target a key
 GROUPS = ("model", "data", "benchmark", "gates")  # folders under conf/
 OPSETS = {"torchscript": (14, 20), "dynamo": (18, 23)}  # what each exporter really writes (torch 2.13)
 ANTIALIAS_OPSET = 18  # ONNX's Resize has `antialias` from here on
+ALIAS = re.compile(r"(?:^|[\s\[{,:-])\*[^\s*]", re.MULTILINE)  # in YAML
+MOST_NODES = 100_000  # of a settings file with its aliases written out
 MOST_CLIENTS, MOST_WINDOW_S = 256, 60  # of a load test, which shares its machine with the server
 
 T = TypeVar("T")
@@ -529,22 +532,45 @@ def load_params(path: Path, conf: Path) -> Params:
 def load_choice(conf: Path, group: str, name: str) -> Any:
     """Read conf/<group>/<name>.yaml into the group's dataclass."""
     path = conf / group / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(choice.stem for choice in (conf / group).glob("*.yaml")))
-        raise ConfigError(f"{group} is {name!r}: accepted are {known}; a new one is a new file in conf/{group}/")
+    known = sorted(choice.stem for choice in (conf / group).glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(
+            f"{group} is {name!r:.80}: accepted are {', '.join(known)}; a new one is a new file in conf/{group}/"
+        )
     return typed(SCHEMAS[group], read_yaml(path), str(path), prefix=f"{group}.")
 
 
 def read_yaml(path: Path) -> DictConfig:
     try:
+        _refuse_bomb(path)
         content = OmegaConf.load(path)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (YAMLError, OmegaConfBaseException) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply, or holds itself: write it out") from error
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: not UTF-8, or a number without end
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path} must hold `key: value` lines")
     return content
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise ConfigError where aliases (*name) write out to more than MOST_NODES: nine lines can stand for billions."""
+    text = path.read_text(encoding="utf-8")
+    if not ALIAS.search(text):
+        return
+    sizes: dict[int, int] = {}
+
+    def size(node: Node) -> int:
+        if id(node) not in sizes:
+            children = node.value if isinstance(node.value, list) else []
+            pairs = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+            sizes[id(node)] = 1 + sum(size(part) for part in pairs)
+        return sizes[id(node)]
+
+    if size(yaml.compose(text, yaml.SafeLoader)) > MOST_NODES:
+        raise ConfigError(f"{path} has aliases that write out to more than {MOST_NODES:,} entries: write them out")
 
 
 def typed(schema: type[T], content: DictConfig, where: str, prefix: str = "") -> T:
