@@ -75,6 +75,18 @@ def test_a_missing_shard_is_refused(folder):
     refuse(folder, "lacks model-2.safetensors")
 
 
+def test_an_index_that_is_no_json_is_refused(folder):
+    (folder / "model.safetensors.index.json").write_text("[")
+    refuse(folder, "model.safetensors.index.json is no index of weights")
+
+
+def test_a_config_with_more_layers_than_there_are_weights_is_refused_before_it_is_built(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 1_000_000
+    (folder / "config.json").write_text(json.dumps(config))
+    refuse(folder, r"text_config\.num_hidden_layers is 1000000, and the weights are \d+ tensors")
+
+
 def test_another_architecture_is_refused(tmp_path):
     folder = tmp_path / "bert"
     small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
