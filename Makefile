@@ -6,7 +6,8 @@ export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro gate test check format bench-pipeline bench-int8 bench-embed bench-peers reproducible triton-env lock clean
+.PHONY: help repro gate test reliability check format bench-pipeline bench-int8 bench-embed bench-peers reproducible \
+  triton-env lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -50,6 +51,9 @@ test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory $(LANGUAGE)/ready || echo "no Triton language: the tests of our GPU kernels are skipped"
 	@$(MAKE) --no-print-directory $(RAY)/ready || echo "no Ray: the test of a cluster is skipped"
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+reliability: $(VENV)/ready ## kill, starve and feed it nonsense, many times more than `test`; writes reports/reliability.md
+	python -m pytest tests/test_faults.py tests/test_hostile.py --reliability reports/reliability.md
 
 check: $(VENV)/ready ## lint, format and types
 	ruff check .

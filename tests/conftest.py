@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, Phase, settings
+from reliability import Outcomes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-shapes"
@@ -21,14 +23,53 @@ if not shutil.which("nvidia-smi"):
     sys.path.append(str(ROOT / "build" / "language"))  # `make test` puts triton there
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with what runs longest; skip, visibly, what needs a GPU where there is none."""
+MANY = 8  # times as many inputs in `make reliability` as in `make test`
+REPORT = "--reliability"
+
+
+def pytest_addoption(parser):
+    parser.addoption(REPORT, type=Path, metavar="FILE", help="run all faults, many more inputs, and write the report")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Begin with what runs longest; skip, visibly, what needs a GPU where there is none, and what takes too long."""
     items.sort(key=lambda item: "slow" not in item.keywords)
+    if not config.getoption(REPORT):
+        for item in items:
+            if "reliability" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="`make reliability` runs it"))
     if shutil.which("nvidia-smi"):
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+@pytest.fixture(scope="session")
+def outcomes(pytestconfig):
+    """Where faults and hostile inputs are counted; `make reliability` writes them down."""
+    found = Outcomes()
+    yield found
+    if path := pytestconfig.getoption(REPORT):
+        found.write(path)
+
+
+@pytest.fixture(scope="session")
+def fuzz(pytestconfig):
+    """Settings of a test by Hypothesis that tries `count` inputs, the same ones each time."""
+
+    def tries(count):
+        times = MANY if pytestconfig.getoption(REPORT) else 1
+        return settings(
+            max_examples=times * count,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],  # an input is shown as it was found
+        )
+
+    return tries
 
 
 @pytest.fixture(scope="session")
