@@ -6,6 +6,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -129,6 +130,23 @@ def test_a_full_disk_at_every_write_is_one_message_and_costs_nothing(stage, proj
     assert contents(project, stage) == before
     assert {path: sha256(path) for path in others} == others
     assert not leftovers(project)
+
+
+def test_a_file_system_without_space_is_one_message(project, tmp_path, outcomes):
+    """A real one, of a megabyte: memory that is mapped to a file dies of SIGBUS there, which no limit shows."""
+    mount = ["unshare", "-m", "mount", "-t", "tmpfs", "none", str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run(mount, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    stage = shlex.join(
+        [sys.executable, *shlex.split(locked(project, "prepare")["cmd"])[1:-1], f"output={tmp_path}/data"]
+    )
+    mounted = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {stage}"
+    done = project.run("unshare", "-m", "sh", "-c", mounted, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: cannot write {tmp_path}/data/")
+    assert "No space left on device; free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    outcomes.fault("a file system of 1 MB", "prepare", "one message, exit code 1")
 
 
 def test_a_full_disk_stops_dvc_and_what_was_built_is_there(project, fault, outcomes):
