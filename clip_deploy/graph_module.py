@@ -229,7 +229,7 @@ class GraphModule(nn.Module):
 
 def _tensor(content: np.ndarray) -> Tensor:
     if content.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(content.astype(np.float32)).bfloat16()
+        return torch.from_numpy(content.astype(np.float32, order="C")).bfloat16()
     return torch.from_numpy(np.array(content, order="C"))
 
 

@@ -2,10 +2,16 @@
 
 import shutil
 
+import onnx_ir as ir
 import pytest
 import torch
 
-from clip_deploy.graph_module import Activation, Operators
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import OptimizeConfig, Precision, Provider
+from clip_deploy.fusion import optimize
+from clip_deploy.graph_module import Activation, GraphModule, Operators
+from clip_deploy.prepared import load_prepared
+from clip_deploy.runtimes import open_encoder
 
 ON_GPU = shutil.which("nvidia-smi") is not None
 kernels = pytest.importorskip("clip_deploy.runtimes.kernels", exc_type=ModuleNotFoundError)
@@ -93,3 +99,23 @@ def test_the_fastest_way_is_found_once_for_each_shape(monkeypatch):
     assert count > 1
     torch.testing.assert_close(operators.linear(rows, weight), first)
     assert len(timed) == count
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_a_tower_by_our_kernels_gives_the_references_embeddings(
+    tower, checkpoint, onnx_target, sets, tmp_path, monkeypatch
+):
+    """Every choice falls on the last way, which is ours; on a GPU the faster one is taken."""
+    from clip_deploy.runtimes import tuning
+
+    calibration, target = load_prepared(sets / "calibration"), tmp_path / "torch-fused-fp16"
+    settings = OptimizeConfig(precision=Precision.fp16, provider=Provider.torch, skip_layer_norm=True)
+    build(target, lambda folder: optimize(onnx_target, settings, calibration, folder), Target("fused", "fp16"))
+    monkeypatch.setattr(tuning.TunedOperators, "_choose", lambda self, key, ways, *given: ways[-1](*given))
+    module = GraphModule(ir.load(target / f"{tower}.onnx"), torch.float32, tuning.TunedOperators()).to(DEVICE)
+    reference, model = open_encoder(checkpoint), read_target(checkpoint).model
+    inputs = {name: array[:2].copy() for name, array in calibration.inputs(tower, model["text_inputs"]).items()}
+    encode = reference.encode_images if tower == "vision" else reference.encode_texts
+    actual = module(*(torch.from_numpy(inputs[name]).to(DEVICE) for name in module.inputs)).cpu()
+    cosines = torch.nn.functional.cosine_similarity(actual, torch.from_numpy(encode(*inputs.values())))
+    assert cosines.min() > 0.9999

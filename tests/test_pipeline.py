@@ -4,12 +4,8 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import yaml
@@ -334,31 +330,6 @@ def test_bad_params_stop_before_any_stage_works(copy, old, new, message):
     assert "Running stage 'probe'" in done.stdout
     assert done.stdout.count("Running stage") == 1
     assert (copy.path / "artifacts/ort-fp16/vision.onnx").is_file()
-
-
-def test_a_killed_run_is_continued(copy):
-    """Kill the pipeline while the export works; the next run does what is left, and the table is whole."""
-    some = ["torch-fp32", "onnx-fp32", "ort-fp32"]
-    keep(copy, some)
-    copy.edit("params.yaml", "opset: 18", "opset: 19")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    process = subprocess.Popen(
-        ["dvc", "repro"],
-        cwd=copy.path,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (copy.path / "artifacts/.onnx-fp32.partial").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (copy.path / "artifacts/onnx-fp32").exists()
-    assert copy.repro() >= {"export_onnx", "report"}
-    assert not (copy.path / "artifacts/.onnx-fp32.partial").exists()
-    assert list(metrics(copy)) == some
 
 
 def test_a_folder_that_cannot_be_written_loses_nothing(copy):
