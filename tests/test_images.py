@@ -11,7 +11,7 @@ from clip_deploy.checkpoint import load_processor
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.errors import DataError
 from clip_deploy.images import Preprocessor, read_image
-from clip_deploy.package import write_preprocessor
+from clip_deploy.portable import write_preprocessor
 
 SCENE = shapes.render("test", 0, 7)[0]
 

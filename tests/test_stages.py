@@ -18,8 +18,8 @@ def run(*arguments, cwd=ROOT, code=None):
     return subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_there_are_nineteen_stages():
-    assert len(STAGES) == 19
+def test_there_are_twenty_stages():
+    assert len(STAGES) == 20
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -6,7 +6,7 @@ import pytest
 from clip_deploy.checkpoint import load_processor
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.errors import DataError, UnavailableError
-from clip_deploy.package import write_tokenizer
+from clip_deploy.portable import write_tokenizer
 from clip_deploy.prepared import tokenize
 from clip_deploy.tokens import Tokenizer, check_texts
 
@@ -19,7 +19,7 @@ def tokens(package):
 def test_tokens_are_those_of_the_checkpoints_tokenizer(family, tmp_path):
     processor, model = load_processor(family), read_target(family).model
     pad = processor.tokenizer.pad_token_id or 0
-    write_tokenizer(processor, model, pad, tmp_path / "tokenizer.json")
+    write_tokenizer(processor, model, tmp_path / "tokenizer.json")
     ours = Tokenizer(tmp_path / "tokenizer.json", model["context_length"], model["pad_to_context"], pad)
     texts = ["a photo of a red circle", "x", "a large blue star left of a pink hexagon"]
     expected = tokenize(processor, model, texts)
@@ -35,13 +35,14 @@ def test_a_tokenizer_that_changes_texts_in_python_is_refused(checkpoint, tmp_pat
 
     class Shouting:
         backend_tokenizer = original.backend_tokenizer
+        pad_token_id = original.pad_token_id
 
         def __call__(self, texts, **options):
             return original([text.replace("a", "b") for text in texts], **options)
 
     processor.tokenizer = Shouting()
     with pytest.raises(UnavailableError, match="Shouting changes texts before its tokenizer"):
-        write_tokenizer(processor, model, 586, tmp_path / "tokenizer.json")
+        write_tokenizer(processor, model, tmp_path / "tokenizer.json")
 
 
 def test_a_long_text_is_cut_with_a_warning_that_names_it(tokens):
