@@ -53,7 +53,13 @@ test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 reliability: $(VENV)/ready ## kill, starve and feed it nonsense, many times more than `test`; writes reports/reliability.md
-	python -m pytest tests/test_faults.py tests/test_hostile.py --reliability reports/reliability.md
+	@$(MAKE) --no-print-directory -j 2 $(COUNTS)
+	python tests/reliability.py $(COUNTS) > build/reliability.md && mv build/reliability.md reports/
+
+COUNTS := build/faults.json build/hostile.json
+.PHONY: $(COUNTS)
+$(COUNTS): build/%.json:
+	python -m pytest tests/test_$*.py --reliability $@
 
 check: $(VENV)/ready ## lint, format and types
 	ruff check .

@@ -28,7 +28,7 @@ REPORT = "--reliability"
 
 
 def pytest_addoption(parser):
-    parser.addoption(REPORT, type=Path, metavar="FILE", help="run all faults, many more inputs, and write the report")
+    parser.addoption(REPORT, type=Path, metavar="FILE", help="run all faults, many more inputs, and write counts")
 
 
 def pytest_collection_modifyitems(config, items):

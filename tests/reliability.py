@@ -1,5 +1,10 @@
-"""What the fault tests and the fuzzers saw: kept while they run, and written as reports/reliability.md at the end."""
+"""What the fault tests and the fuzzers saw: kept while they run, and written as JSON at the end.
 
+python tests/reliability.py build/faults.json build/hostile.json    # prints reports/reliability.md
+"""
+
+import json
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +51,19 @@ class Outcomes:
         self.hostile.setdefault(kind, Counter())[outcome] += 1
 
     def write(self, path: Path) -> None:
+        faults = [[*key, times] for key, times in self.faults.items()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"faults": faults, "hostile": self.hostile}, indent=1) + "\n")
+
+    def read(self, path: Path) -> None:
+        """Add what another run wrote."""
+        found = json.loads(path.read_text())
+        for *key, times in found["faults"]:
+            self.faults[tuple(key)] += times
+        for kind, counts in found["hostile"].items():
+            self.hostile.setdefault(kind, Counter()).update(counts)
+
+    def report(self) -> str:
         rows = [f"| {fault} | {where} | {times} | {said} |" for (fault, where, said), times in self.faults.items()]
         counts = [
             f"| {kind} | {found.total():,} | " + " | ".join(f"{found[name]:,}" for name in OUTCOMES) + " |"
@@ -53,4 +71,11 @@ class Outcomes:
         ]
         total = sum(self.hostile.values(), Counter())
         counts.append(f"| all | {total.total():,} | " + " | ".join(f"{total[name]:,}" for name in OUTCOMES) + " |")
-        path.write_text(HEAD + "\n".join(rows) + "\n" + HOSTILE + "\n".join(counts) + "\n")
+        return HEAD + "\n".join(rows) + "\n" + HOSTILE + "\n".join(counts) + "\n"
+
+
+if __name__ == "__main__":
+    outcomes = Outcomes()
+    for name in sys.argv[1:]:
+        outcomes.read(Path(name))
+    print(outcomes.report(), end="")
