@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from sitecustomize import fill_disk, install
+from moments import fill_disk, install
 
 Moment = tuple[int, str, str]
 
