@@ -27,7 +27,7 @@ except ModuleNotFoundError as missing:
 
 from clip_deploy.core.artifact import MANIFEST, check_files
 from clip_deploy.core.child import die_with_parent
-from clip_deploy.core.config import GROUPS, read_yaml, sections, typed
+from clip_deploy.core.config import GROUPS, find_choice, read_yaml, sections, typed
 from clip_deploy.core.errors import DeployError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -87,7 +87,7 @@ def register(function: Callable[[Any], None], schema: type) -> None:
         node={
             "defaults": [
                 f"{name}_types",
-                *({key: str(params.get(key))} for key in chosen),
+                *({key: find_choice(CONF, key, str(params.get(key))).stem} for key in chosen),
                 f"{name}_params",
                 "_self_",
                 {"override hydra/job_logging": "none"},

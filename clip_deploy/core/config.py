@@ -531,13 +531,18 @@ def load_params(path: Path, conf: Path) -> Params:
 
 def load_choice(conf: Path, group: str, name: str) -> Any:
     """Read conf/<group>/<name>.yaml into the group's dataclass."""
-    path = conf / group / f"{name}.yaml"
+    path = find_choice(conf, group, name)
+    return typed(SCHEMAS[group], read_yaml(path), str(path), prefix=f"{group}.")
+
+
+def find_choice(conf: Path, group: str, name: str) -> Path:
+    """Raises ConfigError where there is no conf/<group>/<name>.yaml."""
     known = sorted(choice.stem for choice in (conf / group).glob("*.yaml"))
     if name not in known:
         raise ConfigError(
             f"{group} is {name!r:.80}: accepted are {', '.join(known)}; a new one is a new file in conf/{group}/"
         )
-    return typed(SCHEMAS[group], read_yaml(path), str(path), prefix=f"{group}.")
+    return conf / group / f"{name}.yaml"
 
 
 def read_yaml(path: Path) -> DictConfig:
