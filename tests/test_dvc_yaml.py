@@ -9,14 +9,13 @@ from typing import get_type_hints
 import grimp
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import COMMANDS, ROOT
 
 from clip_deploy.core.config import BUILDERS, GROUPS, is_per_target, sections
 from clip_deploy.runtimes import RUNTIMES
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-COMMANDS = {"apply", "compare", "device", "drift", "gate", "verify", "why"}  # run by hand: no stages of the pipeline
 SCRIPTS = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WATCHED = [name for name in SCRIPTS if name != "probe"]  # probe always runs
 

@@ -6,9 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import COMMANDS, ROOT
 
-COMMANDS = {"apply", "compare", "device", "drift", "gate", "verify", "why"}  # run by hand: each has tests of its own
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WITHOUT_TORCH = ("probe", "optimize", "quantize", "validate", "benchmark", "recommend", "triton_repository", "report")
 
