@@ -26,7 +26,7 @@ except ModuleNotFoundError as missing:
     )
 
 from clip_deploy.core.artifact import MANIFEST, check_files
-from clip_deploy.core.child import die_with_parent
+from clip_deploy.core.child import die_with_dvc
 from clip_deploy.core.config import GROUPS, find_choice, read_yaml, sections, typed
 from clip_deploy.core.errors import DeployError
 
@@ -62,7 +62,7 @@ def stage(function: Callable[[Any], None]) -> Callable[[], None]:
 
     def program() -> None:
         if "DVC_STAGE" in os.environ:
-            die_with_parent()  # else, where dvc is killed, it would write beside the stage of the next `dvc repro`
+            die_with_dvc()  # else, where dvc is killed, it would write beside the stage of the next `dvc repro`
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in SWEEP)  # argparse takes no flag in the middle
         try:
             register(function, schema)

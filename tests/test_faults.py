@@ -47,7 +47,7 @@ def project(built, tmp_path_factory):
 
 
 @pytest.fixture
-def fault(monkeypatch):
+def fault(project, monkeypatch):
     """fault("kill 3", stage) in the stage's process, from here to the end of the test or to fault(None)."""
 
     def inject(what, stage=None):
@@ -57,7 +57,9 @@ def fault(monkeypatch):
             monkeypatch.setenv("FAULT", what)
             monkeypatch.setenv("FAULT_MODULE", f"stages.{kind(stage)}")
 
-    return inject
+    yield inject
+    for name in ("waiting", "go"):
+        (project.path / name).unlink(missing_ok=True)
 
 
 def kind(stage):
@@ -206,7 +208,11 @@ def processes(module, folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process that dies with its parent is Linux's")
-def test_a_killed_dvc_takes_its_stage_with_it_and_the_next_run_is_right(project, fault, outcomes):
+@pytest.mark.parametrize("shell", ["bash", "dash"])  # one becomes the command, the other waits for it
+def test_a_killed_dvc_takes_its_stage_with_it_and_the_next_run_is_right(shell, project, fault, outcomes, monkeypatch):
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    monkeypatch.setenv("SHELL", shutil.which(shell))
     before = contents(project, "package")
     fault("wait 2", "package")
     dvc = background(project, "dvc", "repro", "-s", "-f", "package")
@@ -216,11 +222,11 @@ def test_a_killed_dvc_takes_its_stage_with_it_and_the_next_run_is_right(project,
     dvc.kill()
     dvc.wait()
     wait_until(lambda: not processes("stages.package", project.path))
-    (project.path / "waiting").unlink()
     project.run("dvc", "repro", "-s", "-f", "package")
     assert contents(project, "package") == before
     assert not leftovers(project)
-    outcomes.fault("SIGKILL of dvc", "package", "its stage ends with it; the next run gives the same files")
+    same = "its stage ends with it; the next run gives the same files"
+    outcomes.fault(f"SIGKILL of dvc, its commands run by {shell}", "package", same)
 
 
 def test_a_second_repro_at_once_is_refused_and_the_first_ends_well(project, fault, outcomes):
@@ -231,8 +237,6 @@ def test_a_second_repro_at_once_is_refused_and_the_first_ends_well(project, faul
     second = project.run("dvc", "repro", "-s", "-f", "package", check=False)
     (project.path / "go").touch()
     said, _ = first.communicate(timeout=120)
-    (project.path / "waiting").unlink()
-    (project.path / "go").unlink()
     assert second.returncode != 0
     assert "is busy, it is being blocked by" in second.stderr
     assert first.returncode == 0, said

@@ -1,14 +1,21 @@
 """Call a function in a process of its own: a library that crashes there takes one row with it, and not the pipeline."""
 
+import contextlib
+import os
+import select
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_deploy.core.errors import DeployError
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+
+SHELLS = {"ash", "bash", "busybox", "dash", "fish", "ksh", "sh", "zsh"}
 
 
 class CrashError(DeployError):
@@ -51,6 +58,23 @@ def die_with_parent() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def die_with_dvc() -> None:
+    """As die_with_parent, in a stage: dash, unlike bash, stays between DVC and its command, and would outlive DVC."""
+    die_with_parent()
+    if sys.platform != "linux":
+        return
+    shell = Path("/proc", str(os.getppid()))
+    with contextlib.suppress(OSError):  # no /proc, no pidfd_open(2): a stage then lives as long as its shell
+        if (shell / "comm").read_text().strip() in SHELLS:
+            dvc = int((shell / "stat").read_text().rpartition(")")[2].split()[1])  # after the name: state, parent
+            threading.Thread(target=_die_after, args=(os.pidfd_open(dvc),), daemon=True).start()
+
+
+def _die_after(process: int) -> None:
+    select.select([process], [], [])  # readable once it has ended
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _answer(sender: "Connection", function: Callable[..., Any], arguments: tuple) -> None:
