@@ -1,6 +1,7 @@
 """On a GPU: every runtime there gives the reference's embeddings, and what is timed is what is checked."""
 
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from clip_deploy.aoti_export import export_aoti
 from clip_deploy.checkpoint import export_torch
 from clip_deploy.core import environment
 from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.child import ending
 from clip_deploy.core.config import (
     BenchmarkConfig,
     Device,
@@ -82,7 +84,17 @@ def built(request, checkpoint, onnx_target, sets, tmp_path_factory) -> Path:
         _skip_without_tensorrt()
     sources = Sources(checkpoint, onnx_target, sets)
     build(folder, lambda output: BUILDS[request.param](sources, output), Target("eager", "fp32"))
+    if request.param == "aoti-fp16":
+        _open_in_a_process(folder)
     return folder
+
+
+def _open_in_a_process(folder):
+    """Machine code that crashes fails its own tests, and not the whole run."""
+    opened = "import sys, pathlib, clip_deploy.runtimes as r; r.open_encoder(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-X", "faulthandler", "-c", opened, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"opening {folder} {ending(done.returncode)}:\n{done.stderr}"
 
 
 @pytest.mark.gpu
