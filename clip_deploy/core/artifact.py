@@ -1,6 +1,7 @@
 """A target's folder: its files, and target.json saying what they are. Written whole or not at all."""
 
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 from clip_deploy.core.errors import DeployError, UnavailableError
 
 MANIFEST = "target.json"
+CACHE = Path(".dvc/cache/files/md5")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -60,10 +62,20 @@ def check_files(folder: Path) -> None:
     for name, built in read_target(folder).sha256.items():
         path = folder / name
         if not path.is_file() or sha256(path) != built:
+            damaged = " ".join([str(folder), *map(str, _cached(path))])
             raise DeployError(
                 f"{path} is not the file that was built (its hash is in {MANIFEST}): the disk or DVC's cache damaged "
-                f"it; `rm -r {folder} .dvc/cache/files/md5` and `dvc repro` build it anew"
+                f"it; `rm -r {damaged}` and `dvc repro` build it anew"
             )
+
+
+def _cached(path: Path) -> list[Path]:
+    """The objects of DVC's cache with the file's content: it came from there, and would come again."""
+    if not path.is_file():
+        return []
+    size = path.stat().st_size
+    same_size = (item for item in sorted(CACHE.glob("??/*")) if item.stat().st_size == size)
+    return [item for item in same_size if filecmp.cmp(item, path, shallow=False)]
 
 
 def size_bytes(folder: Path) -> int:
