@@ -57,6 +57,7 @@ def test_a_folder_that_is_no_target_is_refused(tmp_path):
 
 def test_a_file_that_is_not_the_one_that_was_built_is_named_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
     def make(folder):
         (folder / "vision.onnx").write_bytes(b"weights")
         return Target("ort", "fp32", files=["vision.onnx"])
@@ -64,7 +65,9 @@ def test_a_file_that_is_not_the_one_that_was_built_is_named_with_the_way_out(tmp
     build(tmp_path / "t", make, Target("ort", "fp32"))
     check_files(tmp_path / "t")
     (tmp_path / "t" / "vision.onnx").write_bytes(b"weightz")
-    with pytest.raises(DeployError, match=r"vision.onnx is not the file that was built .*; `rm -r \S*t` and `dvc repro`"):
+    with pytest.raises(
+        DeployError, match=r"vision.onnx is not the file that was built .*; `rm -r \S*t` and `dvc repro`"
+    ):
         check_files(tmp_path / "t")
     folder = tmp_path / ".dvc" / "cache" / "files" / "md5" / "ab"
     folder.mkdir(parents=True)
