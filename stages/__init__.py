@@ -1,8 +1,8 @@
 """The pipeline's steps. Each is a Hydra program over params.yaml: read, call the library, write.
 
     python -m stages.benchmark --help
-    python -m stages.benchmark target=ort-fp32 ... benchmark=quick      # another choice of a group
-    python -m stages.benchmark target=ort-fp32 ... -m 'benchmark.batch_sizes=[1],[8]'
+    python -m stages.benchmark source=artifacts/ort-fp32 ... benchmark=quick      # another choice of a group
+    python -m stages.benchmark source=artifacts/ort-fp32 ... -m 'benchmark.batch_sizes=[1],[8]'
 
 params.yaml overrides conf/, the command line overrides both.
 """
@@ -28,7 +28,7 @@ except ModuleNotFoundError as missing:
 from clip_deploy.core.artifact import MANIFEST, check_files
 from clip_deploy.core.child import die_with_dvc
 from clip_deploy.core.config import GROUPS, find_choice, read_yaml, sections, typed
-from clip_deploy.core.errors import DeployError
+from clip_deploy.core.errors import ConfigError, DeployError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PARAMS = Path("params.yaml")
@@ -57,6 +57,7 @@ def stage(function: Callable[[Any], None]) -> Callable[[], None]:
         if content.get("hydra"):
             del content["hydra"]
         settings = typed(schema, content, "settings")
+        _check_target(settings)
         _check_inputs(settings)
         function(settings)
 
@@ -96,6 +97,14 @@ def register(function: Callable[[Any], None], schema: type) -> None:
             "hydra": {**QUIET, "help": {"header": inspect.getdoc(sys.modules[function.__module__]), "template": HELP}},
         },
     )
+
+
+def _check_target(settings: Any) -> None:
+    """A stage that is run for a target has settings for it."""
+    for section, targets in vars(settings).items():
+        if isinstance(targets, dict) and hasattr(settings, "target") and settings.target not in targets:
+            known = ", ".join(targets) or "none"
+            raise ConfigError(f"target is {settings.target!r:.80}: {section} in params.yaml has {known}; add it there")
 
 
 def _check_inputs(settings: Any) -> None:

@@ -53,6 +53,20 @@ def test_an_unknown_choice_is_named_with_the_known_ones():
     assert "thorough" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("export_torchscript", ["source"]),
+        ("optimize", ["source", "calibration"]),
+        ("build_engine", ["source", "calibration"]),
+    ],
+)
+def test_an_unknown_target_is_named_with_the_known_ones(name, read):
+    done = run(f"stages.{name}", "target=nope", "output=o", *(f"{path}=x" for path in read))
+    assert done.returncode == 1
+    assert f"error: target is 'nope': {name} in params.yaml has " in done.stderr
+
+
 def test_a_wrong_type_is_named():
     done = run("stages.benchmark", "benchmark.threads=many")
     assert done.returncode == 1
