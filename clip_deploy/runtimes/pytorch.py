@@ -1,5 +1,6 @@
 """Towers that PyTorch calls, on a CPU or a GPU: what the runtimes of PyTorch's own formats share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,7 +53,7 @@ def capture(tower: Tower, inputs: list[Tensor]) -> Graph:
     return Graph(inputs, output, graph.replay)
 
 
-class Encoder:
+class Encoder(ABC):
     """Loads nothing itself: subclasses give the towers.
 
     Attributes:
@@ -73,8 +74,9 @@ class Encoder:
         self.captured: dict[tuple, Graph] = {}
         self.towers: dict[str, Tower] = self.load(folder, target)
 
+    @abstractmethod
     def load(self, folder: Path, target: Target) -> dict[str, Tower]:
-        raise NotImplementedError
+        """Both towers, "vision" and "text", on the target's device."""
 
     def encode_images(self, images: np.ndarray | Tensor) -> np.ndarray:
         return self._encode("vision", [images])
