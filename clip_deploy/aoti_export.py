@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.export import Dim
 
 from clip_deploy.core.artifact import Target, read_target
@@ -40,8 +43,8 @@ def export_aoti(
 
     `source` is an ONNX target in FP32; what stands around its towers (preprocessing, heads) is left out. In float16,
     nodes that would overflow on the calibration set stay in float32.
-    Raises UnavailableError where the source could not be built, a tower cannot be exported, there is no such device or
-    no C++ compiler is found.
+    Raises UnavailableError where the source could not be built, a tower cannot be exported, there is no such device, no
+    C++ compiler is found or the one found makes packages that crash.
     """
     require(device.value)
     target = read_target(source)
@@ -49,13 +52,15 @@ def export_aoti(
         raise UnavailableError(f"{source.name}: {target.unavailable}")
     undone: list[str] = []
     in_fp32: list[str] = []
+    with _reported("a C++ file"):
+        _check_compiler()
     with _cache_in(output):
         for tower, shape in target.model["towers"].items():
             graph, missed, kept = _fused(source, tower, shape, target.model, precision, calibration, output)
             undone += missed
             in_fp32 += kept
             floating = torch.bfloat16 if precision is Precision.bf16 else torch.float32
-            with _reported(tower), torch.no_grad():
+            with _reported(f"the {tower} tower"), torch.no_grad():
                 module = GraphModule(graph, floating).eval().to(device.value)
                 _compile(_program(module, tower, target.model, device), output / f"{tower}.pt2", device)
     facts = {"rewrites_undone": undone, "left_in_fp32": in_fp32}
@@ -104,7 +109,7 @@ def _fused(
 
 
 @contextmanager
-def _reported(tower: str) -> Iterator[None]:
+def _reported(what: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside PyTorch
@@ -115,7 +120,28 @@ def _reported(tower: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UnavailableError(f"AOTInductor does not compile the {tower} tower: {reason}") from error
+        raise UnavailableError(f"AOTInductor does not compile {what}: {reason}") from error
+
+
+SOURCE = "#include <locale>\nstd::locale locale() { return std::locale(); }\n"
+
+
+def _check_compiler() -> None:
+    """PyTorch brings C++'s library; a package with another copy inside ends the process that opens it (SIGSEGV)."""
+    compiler = get_cpp_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "locale.cpp", Path(folder) / "locale.so"
+        source.write_text(SOURCE)
+        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UnavailableError(f"{compiler} compiles no C++ file: {done.stderr.strip() or done.returncode}")
+        inside = sys.platform == "linux" and b"libstdc++.so" not in library.read_bytes()
+    if inside:
+        raise UnavailableError(
+            f"{compiler} links libstdc++ statically, and PyTorch crashes as it opens such a package: name another "
+            "compiler in CXX, as CXX=/usr/bin/g++"
+        )
 
 
 @contextmanager

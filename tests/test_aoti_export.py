@@ -8,6 +8,7 @@ from conftest import ROOT
 from clip_deploy.aoti_export import export_aoti
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import Gate, GatesConfig, Precision
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.prepared import load_prepared
 from clip_deploy.validation import validate
 
@@ -43,13 +44,28 @@ def test_a_package_runs_without_the_models_python(package):
     assert done.stdout.strip() == "(3, 64) False"
 
 
-def test_without_a_compiler_the_row_is_unavailable(onnx_target, sets, tmp_path, monkeypatch):
+def test_without_a_compiler_the_row_is_unavailable(onnx_target, sets, tmp_path):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     folder = tmp_path / "aoti-fp32"
     calibration = load_prepared(sets / "calibration")
-    build(folder, lambda output: export_aoti(onnx_target, Precision.fp32, calibration, output), Target("aoti", "fp32"))
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        build(
+            folder, lambda output: export_aoti(onnx_target, Precision.fp32, calibration, output), Target("aoti", "fp32")
+        )
     reason = read_target(folder).unavailable
-    assert reason.startswith("AOTInductor does not compile the vision tower: ")
+    assert reason.startswith("AOTInductor does not compile a C++ file: ")
     assert [path.name for path in folder.iterdir()] == ["target.json"]
+
+
+@compiler
+def test_a_compiler_that_links_its_library_into_the_package_is_refused(onnx_target, sets, tmp_path):
+    from torch._inductor import config
+
+    wrapped = tmp_path / "static-g++"
+    wrapped.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n')
+    wrapped.chmod(0o755)
+    calibration = load_prepared(sets / "calibration")
+    reason = r"static-g\+\+ links libstdc\+\+ statically, .*: name another compiler in CXX"
+    with config.patch({"cpp.cxx": (str(wrapped),)}), pytest.raises(UnavailableError, match=reason):
+        export_aoti(onnx_target, Precision.fp32, calibration, tmp_path)

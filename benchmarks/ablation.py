@@ -1,0 +1,180 @@
+"""Time the towers of a `torch-fused-fp16` target with one of its choices taken back at a time, on a GPU.
+
+    python -m benchmarks.ablation source=artifacts/torch-fused-fp16 output=reports/hardware/nvidia-h200/ablation.md
+
+Each choice is timed in ROUNDS turns beside the target as it ships, every turn a replay from a CUDA graph
+(tuning.median_ms), the eager calls aside.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clip_deploy.core.artifact import read_target, write_text
+from clip_deploy.graph_module import GraphModule, Operators
+from clip_deploy.report import number, table
+from clip_deploy.runtimes import kernels
+from clip_deploy.runtimes.tuning import TunedOperators, median_ms
+
+BATCHES = (1, 8, 32, 256)
+ROUNDS = 3
+SHORT = 16  # tokens of texts that are cut
+CALLS = 20  # of a turn without a CUDA graph
+
+
+class PyTorchAttention(TunedOperators):
+    """Our kernels, but PyTorch's attention over queries, keys and values copied apart."""
+
+    def attend(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+        return Operators.attend(self, packed, heads, scale, causal)
+
+
+@contextmanager
+def one_after_another() -> Iterator[None]:
+    """Without programmatic dependent launch: a kernel begins when the one before has ended."""
+    before, kernels._launch = kernels._launch, lambda: {"DEPENDENT": False}  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        kernels._launch = before
+
+
+@contextmanager
+def sums_in_fp16() -> Iterator[None]:
+    """cuBLAS may add up products in FP16."""
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+
+
+@dataclass
+class Choice:
+    """What is changed of the target: its operators, how they run, whether a CUDA graph replays them."""
+
+    name: str
+    operators: Callable[[], Operators] = TunedOperators
+    within: Callable[[], AbstractContextManager] = nullcontext
+    graph: bool = True
+
+
+SHIPPED = Choice("as shipped")
+CHOICES = (
+    Choice("no CUDA graph", graph=False),
+    Choice("no programmatic dependent launch", within=one_after_another),
+    Choice("PyTorch's operators alone", operators=Operators),
+    Choice("PyTorch's flash attention", PyTorchAttention, partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)),
+    Choice("cuDNN's attention", PyTorchAttention, partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),
+    Choice("cuBLAS adds up in FP16", within=sums_in_fp16),
+)
+
+
+@torch.inference_mode()
+def main() -> None:
+    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    source = Path(given["source"])
+    rows = [row for tower in ("vision", "text") for row in compare(source, tower)]
+    head = ["Tower", "Changed", *(f"{what} @{batch}" for batch in BATCHES for what in ("ms", "ratio")), "Lowest cosine"]
+    lines = [
+        f"# Choices of {source.name} on {torch.cuda.get_device_name()}",
+        "",
+        f"`python -m benchmarks.ablation`, towers of {depths(source)}: torch {torch.__version__}, triton "
+        f"{triton.__version__}; milliseconds of a tower, and the median [least, most] of {ROUNDS} turns' ratios to the "
+        "target as shipped, timed in the same turns (above 1: slower). Cosine: to the embeddings as shipped.",
+        "",
+        *table(head, rows),
+        "",
+    ]
+    write_text(Path(given["output"]), "\n".join(lines))
+    print("\n".join(lines))
+
+
+def depths(source: Path) -> str:
+    towers = read_target(source).model["towers"].values()
+    return " and ".join(f"{tower['layers']} layers of width {tower['width']}" for tower in towers)
+
+
+def compare(source: Path, tower: str) -> Iterator[list[str]]:
+    graph = ir.load(source / f"{tower}.onnx")
+    shipped = module(graph, SHIPPED)
+    model = read_target(source).model
+    batches = [inputs(model, tower, batch) for batch in BATCHES]
+    times = [number(time(SHIPPED, shipped, given)) for given in batches]
+    yield [tower, SHIPPED.name, *(cell for shown in times for cell in (shown, "")), ""]
+    for choice in CHOICES:
+        changed = module(graph, choice)
+        yield [tower, choice.name, *cells(choice, changed, shipped, batches)]
+    if tower == "text":
+        cut = [tuple(tensor[:, :SHORT].contiguous() for tensor in given) for given in batches]
+        timed = [ratios(SHIPPED, shipped, short, shipped, given) for short, given in zip(cut, batches, strict=True)]
+        yield [tower, f"texts cut to {SHORT} tokens", *(cell for pair in timed for cell in pair), ""]
+
+
+def cells(choice: Choice, changed: GraphModule, shipped: GraphModule, batches: list[tuple[Tensor, ...]]) -> list[str]:
+    timed, lowest = [], 1.0
+    for given in batches:
+        try:
+            with choice.within():
+                embeddings = changed(*given)
+        except RuntimeError as error:  # a kernel that does not take these shapes or masks
+            return [*["-"] * 2 * len(batches), str(error).splitlines()[0][:80]]
+        lowest = min(lowest, F.cosine_similarity(embeddings, shipped(*given)).min().item())
+        timed.append(ratios(choice, changed, given, shipped, given))
+    return [*(cell for pair in timed for cell in pair), f"{lowest:.5f}"]
+
+
+def ratios(
+    choice: Choice,
+    changed: GraphModule,
+    given: tuple[Tensor, ...],
+    shipped: GraphModule,
+    as_shipped: tuple[Tensor, ...],
+) -> tuple[str, str]:
+    turns = [(time(choice, changed, given), time(SHIPPED, shipped, as_shipped)) for _ in range(ROUNDS)]
+    found = [ours / theirs for ours, theirs in turns]
+    return number(median(ours for ours, _ in turns)), f"{median(found):.2f} [{min(found):.2f}, {max(found):.2f}]"
+
+
+def time(choice: Choice, tower: GraphModule, given: tuple[Tensor, ...]) -> float:
+    """Milliseconds of a call."""
+    with choice.within():
+        if choice.graph:
+            return median_ms(tower, given)
+        tower(*given)
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(CALLS + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            tower(*given)
+            mark.record()
+        torch.cuda.synchronize()
+        return median(start.elapsed_time(end) for start, end in pairwise(marks))
+
+
+def module(graph: ir.Model, choice: Choice) -> GraphModule:
+    return GraphModule(graph, operators=choice.operators()).to("cuda")
+
+
+def inputs(model: dict, tower: str, batch: int) -> tuple[Tensor, ...]:
+    """Random pixels, or texts of the full context."""
+    if tower == "vision":
+        return (torch.randn(batch, 3, *model["image_size"], device="cuda"),)
+    words = torch.tensor(model["example_texts"]["input_ids"][0], device="cuda").repeat(batch, 1)
+    held = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    return tuple(held[name] for name in model["text_inputs"])
+
+
+if __name__ == "__main__":
+    main()
