@@ -33,7 +33,7 @@ from clip_deploy.storage import (
 MADE_BY = b"clip_deploy"  # key of a part's metadata
 PART = "part-{:05}.parquet"
 WAY_OUT = "give another output folder, or remove the files in this one"
-WHAT = {"package": "another package", "files": "another list of files, or files of other sizes"}
+WHAT = {"package": "another package", "files": "another list of files, or files that were changed since"}
 
 
 @dataclass

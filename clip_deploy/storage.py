@@ -37,6 +37,13 @@ class Columns(NamedTuple):
 NAMES = Columns()
 
 
+class Stamp(NamedTuple):
+    """What tells whether a file was replaced: an object store gives no other hash of all its objects."""
+
+    size: int
+    mtime_ns: int | None  # None where the storage keeps none
+
+
 class Rows(NamedTuple):
     path: str  # in its file system
     first: int
@@ -53,7 +60,7 @@ class Part(Protocol):
 
 @dataclass
 class Source:
-    """All images to embed; `digest` stands for their names, files and sizes."""
+    """All images to embed; `digest` stands for their names, files, sizes and times of change."""
 
     parts: list[Part]
     digest: str
@@ -135,7 +142,7 @@ def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bo
     """
     load_pyarrow()  # whatever is missing is said before the work
     found = list_files(where)
-    images = {name: size for name, size in found.items() if not name.endswith(TABLE)}
+    images = {name: stamp for name, stamp in found.items() if not name.endswith(TABLE)}
     if not found:
         raise DataError(f"{shown(where)} holds no images ({', '.join(SUFFIXES)}) and no Parquet")
     if not images:
@@ -156,39 +163,48 @@ def list_images(folder: Path) -> list[str]:
     return names
 
 
-def list_files(where: str) -> dict[str, int]:
-    """Bytes of all images and tables in a folder by their paths in it, in the order of the names' bytes.
+def list_files(where: str) -> dict[str, Stamp]:
+    """Stamps of all images and tables in a folder by their paths in it, in the order of the names' bytes.
 
     Of a single table the path is its name.
     """
     folder = local(where)
     found = _walk(folder) if folder else _list_store(where)
-    known = [(name, size) for name, size in found if name.lower().endswith((*SUFFIXES, TABLE))]
+    known = [(name, stamp) for name, stamp in found if name.lower().endswith((*SUFFIXES, TABLE))]
     return dict(sorted(known, key=lambda item: os.fsencode(item[0])))
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, int]]:
+def _walk(folder: Path) -> Iterator[tuple[str, Stamp]]:
     if folder.suffix == TABLE and folder.is_file():
-        return iter([(folder.name, folder.stat().st_size)])
+        return iter([(folder.name, _stamp(folder))])
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: give one with images")
     found = (path for path in folder.rglob("*") if path.suffix.lower() in (*SUFFIXES, TABLE) and path.is_file())
-    return ((path.relative_to(folder).as_posix(), path.stat().st_size) for path in found)
+    return ((path.relative_to(folder).as_posix(), _stamp(path)) for path in found)
 
 
-def _list_store(where: str) -> list[tuple[str, int]]:
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
+def _list_store(where: str) -> list[tuple[str, Stamp]]:
     from pyarrow.fs import FileSelector, FileType
 
     files, base = locate(where)
     with storage_errors(shown(where)):
         one = files.get_file_info(base)
         if one.type == FileType.File:
-            return [(one.base_name, one.size)]
+            return [(one.base_name, Stamp(one.size, one.mtime_ns))]
         found = files.get_file_info(FileSelector(base, recursive=True, allow_not_found=True))
-    return [(file.path[len(base) :].lstrip("/"), file.size) for file in found if file.type == FileType.File]
+    return [
+        (file.path[len(base) :].lstrip("/"), Stamp(file.size, file.mtime_ns))
+        for file in found
+        if file.type == FileType.File
+    ]
 
 
-def _tables(where: str, found: dict[str, int], part_size: int, columns: Columns) -> Source:
+def _tables(where: str, found: dict[str, Stamp], part_size: int, columns: Columns) -> Source:
     """Rows in the order of the files' names, of each file in its own order."""
     files, base = locate(where)
     with storage_errors(shown(where)):
@@ -249,10 +265,10 @@ def _read_rows(opened: Any, rows: Rows, columns: Columns) -> Iterator[tuple[Any,
             yield identity, image["bytes"] if isinstance(image, dict) else image
 
 
-def _digest(sizes: dict[str, int], columns: Columns | None = None) -> str:
+def _digest(stamps: dict[str, Stamp], columns: Columns | None = None) -> str:
     digest = hashlib.sha256(repr(columns).encode() if columns else b"")
-    for name, size in sizes.items():
-        digest.update(os.fsencode(name) + f"\0{size}\0".encode())
+    for name, (size, mtime_ns) in stamps.items():
+        digest.update(os.fsencode(name) + f"\0{size} {mtime_ns}\0".encode())
     return digest.hexdigest()
 
 

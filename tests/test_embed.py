@@ -137,6 +137,21 @@ def test_another_package_other_files_and_damaged_parts_are_refused(classifier, f
         embed_folder(classifier, folder, tmp_path, SMALL)
 
 
+def test_a_file_that_was_replaced_by_one_of_its_size_keeps_no_stale_embedding(classifier, tmp_path):
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for index in range(2):
+        shapes.render("replaced", index, 5 * index)[0].save(images / f"{index}.bmp")  # all of one size
+    embed_folder(classifier, images, output, SMALL)
+    shapes.render("replaced", 2, 20)[0].save(images / "1.bmp")
+    with pytest.raises(DeployError, match=r"files that were changed since: give another output folder, or remove"):
+        embed_folder(classifier, images, output, SMALL)
+    (output / "part-00000.parquet").unlink()
+    embed_folder(classifier, images, output, SMALL)
+    expected = classifier.embed_images([images / "0.bmp", images / "1.bmp"])
+    assert np.allclose(list(rows(output).values()), expected, atol=1e-6)
+
+
 def test_float16_halves_the_bytes_and_keeps_three_digits(classifier, folder, tmp_path):
     embed_folder(classifier, folder, tmp_path / "half", EmbedSettings(4, 10, float16=True))
     embed_folder(classifier, folder, tmp_path / "whole", SMALL)

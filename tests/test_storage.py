@@ -90,6 +90,15 @@ def test_a_shared_folder_reads_the_same_pictures_with_the_same_complaints(pictur
         assert str(ours.value) == str(theirs.value)
 
 
+def test_a_table_that_was_replaced_by_one_of_its_size_is_another_source(pictures, tmp_path):
+    path = tmp_path / "in.parquet"
+    write(path, [0, 1], pictures[:2])
+    before = open_source(str(path), 10).digest
+    assert open_source(str(path), 10).digest == before
+    path.write_bytes(path.read_bytes())
+    assert open_source(str(path), 10).digest != before
+
+
 def test_storage_that_fails_stops_the_run_and_is_no_unreadable_image(pictures, tmp_path):
     (tmp_path / "0.png").write_bytes(pictures[0])
     ((_, picture),) = open_source(str(tmp_path), 10, shared=True).parts[0].pictures()
