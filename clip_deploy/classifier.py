@@ -65,7 +65,8 @@ class ZeroShotClassifier:
         self.tokenizer = Tokenizer(
             package / "tokenizer.json", *(manifest[key] for key in ("context_length", "pad_to_context", "pad_token"))
         )
-        self.cache = TextCache(_fingerprint(manifest, ("text", "tokenizer")), cache_size, cache_folder)
+        tower = _fingerprint(manifest, ("text", "tokenizer"))
+        self.cache = TextCache(tower, manifest["dimension"], cache_size, cache_folder)
         self.sessions = {
             tower: _session(package / manifest["towers"][tower]["file"], device, threads) for tower in OUTPUTS
         }
