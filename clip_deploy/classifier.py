@@ -134,7 +134,11 @@ class ZeroShotClassifier:
         return powers / powers.sum(axis=1, keepdims=True)
 
     def embed_images(self, images: Sequence[Picture], batch_size: int = 32) -> np.ndarray:
-        """Embeddings [images, dimension], in their order. Raises DataError where one cannot be read."""
+        """Embeddings [images, dimension], in their order.
+
+        Raises DataError where one cannot be read, or `images` is a single one and no list.
+        """
+        _check_list(images)
         rows = np.empty((len(images), self.manifest["dimension"]), dtype=np.float32)
         steps = tqdm(self.embed_each(images, batch_size), total=len(images), desc="embed images", disable=None)
         for row, embedding in enumerate(steps):
@@ -148,8 +152,8 @@ class ZeroShotClassifier:
 
         Images are read and preprocessed by threads while the batch before is encoded.
         """
-        if batch_size < 1:
-            raise DataError(f"batch_size is {batch_size}: give 1 or more")
+        _check_list(images)
+        check_count("batch_size", batch_size)
         waiting: deque[list[Future]] = deque()
         with ThreadPoolExecutor(cores()) as pool:
             try:
@@ -169,6 +173,7 @@ class ZeroShotClassifier:
         Raises DataError where there are no texts, or one is empty.
         """
         check_texts(texts)
+        check_count("batch_size", batch_size)
         found = {text: self.cache.get(text) for text in texts}
         missing = [text for text, embedding in found.items() if embedding is None]
         for start in tqdm(range(0, len(missing), batch_size), desc="embed texts", disable=_few(missing, batch_size)):
@@ -252,6 +257,18 @@ def _fingerprint(manifest: dict[str, Any], parts: tuple[str, ...]) -> str:
     """SHA-256 over the hashes of the files whose names begin so."""
     files = sorted((name, facts["sha256"]) for name, facts in manifest["files"].items() if name.startswith(parts))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise DataError where a number of things to do is none."""
+    if value < 1:
+        raise DataError(f"{name} is {value}: give 1 or more")
+
+
+def _check_list(images: object) -> None:
+    """A string is a sequence too, of its letters."""
+    if isinstance(images, str | bytes | Path | Image.Image):
+        raise DataError(f"images is a single one, {images!r:.80}: give a list of images")
 
 
 def _read(image: Picture) -> Image.Image:
