@@ -19,6 +19,7 @@ from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.images import Preprocessor, read_image, rgb
 from clip_deploy.runtimes.ort import CPU, CUDA, load_cuda
+from clip_deploy.sample import Sample
 from clip_deploy.text_cache import TextCache
 from clip_deploy.tokens import Tokenizer, check_texts
 
@@ -46,7 +47,10 @@ class ZeroShotClassifier:
         manifest: what manifest.json says.
         labels: the classes and templates that the package came with; both may be empty.
         fingerprint: a hash of all that makes an embedding of an image or a text.
+        sample: what keeps some of the images' embeddings, or None.
     """
+
+    sample: Sample | None = None
 
     def __init__(
         self,
@@ -79,6 +83,8 @@ class ZeroShotClassifier:
         threads: int | None = None,
         cache_size: int = 4096,
         cache_folder: Path | str | None = None,
+        sample_folder: Path | str | None = None,
+        sample_share: float = 0.01,
     ) -> "ZeroShotClassifier":
         """Open a package after checking that its files are those that were judged.
 
@@ -88,6 +94,8 @@ class ZeroShotClassifier:
             threads: of each tower's pool; None leaves ONNX Runtime's default.
             cache_size: texts whose embeddings are kept in memory.
             cache_folder: where they are kept on disk besides, or None.
+            sample_folder: where a sample of the images' embeddings is kept for `python -m stages.drift`, or None.
+            sample_share: of the images whose embeddings go there, above 0 and at most 1.
 
         Raises:
             DeployError: ONNX Runtime is too old, it is no package, nothing in it was fit to ship, a file is not the one
@@ -102,9 +110,12 @@ class ZeroShotClassifier:
             raise DeployError(f"device is {chosen!r}: accepted are {', '.join(DEVICES)}")
         if threads is not None and threads < 1:
             raise DeployError(f"threads is {threads}: give 1 or more, or nothing for ONNX Runtime's default")
+        sample = Sample(Path(sample_folder), sample_share) if sample_folder else None
         if chosen == "cuda":
             load_cuda()
-        return cls(folder, manifest, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None)
+        opened = cls(folder, manifest, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None)
+        opened.sample = sample
+        return opened
 
     def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
         """The probability of each text for one image, the highest first.
@@ -207,6 +218,8 @@ class ZeroShotClassifier:
             embeddings = self._run("vision", {self.image_input: np.stack(list(alike.values()))})
             for row, embedding in zip(alike, embeddings, strict=True):
                 answers[row] = embedding
+            if self.sample:
+                self.sample.add(embeddings)
         return answers
 
     def _encode_texts(self, texts: list[str]) -> np.ndarray:

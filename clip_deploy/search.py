@@ -11,7 +11,7 @@ from tqdm import tqdm
 from clip_deploy.classifier import ZeroShotClassifier, check_count
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.embed import printable, read_header
-from clip_deploy.storage import list_images, list_parts, local, open_part, shown
+from clip_deploy.storage import list_images, list_parts, local, open_part, shown, vectors
 
 Embedded = tuple[list[str], np.ndarray]  # paths, and float32 embeddings [images, dimension]
 
@@ -87,5 +87,4 @@ def _read(classifier: ZeroShotClassifier, source: str, name: str) -> Embedded:
         )
     with open_part(source, name) as part:
         table = part.read().combine_chunks()
-    rows = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return table.column("path").to_pylist(), rows.astype(np.float32).reshape(-1, classifier.manifest["dimension"])
+    return table.column("path").to_pylist(), vectors(table).reshape(-1, classifier.manifest["dimension"])

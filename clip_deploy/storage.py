@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote
 from uuid import uuid4
 
+import numpy as np
 from PIL import Image
 
 from clip_deploy.classifier import Picture
@@ -206,15 +207,29 @@ def _list_store(where: str) -> list[tuple[str, Stamp]]:
 
 def _tables(where: str, found: dict[str, Stamp], part_size: int, columns: Columns) -> Source:
     """Rows in the order of the files' names, of each file in its own order."""
-    files, base = locate(where)
-    with storage_errors(shown(where)):
-        paths = [base] if files.get_file_info(base).is_file else [f"{base}/{name}" for name in found]
+    paths = _paths(where, list(found))
     with ThreadPoolExecutor(FOOTERS) as pool:
         counts = list(pool.map(partial(_count_rows, where, columns), paths))
     if not sum(counts):
         raise DataError(f"{shown(where)} holds no rows")
     pieces = _divide(list(zip(paths, counts, strict=True)), part_size)
     return Source([TableRows(where, part, columns) for part in pieces], _digest(found, columns))
+
+
+def _paths(where: str, names: list[str]) -> list[str]:
+    """Of files in their file system, from their names in a folder; `where` itself is one file or the folder."""
+    files, base = locate(where)
+    with storage_errors(shown(where)):
+        return [base] if files.get_file_info(base).is_file else [f"{base}/{name}" for name in names]
+
+
+def read_tables(where: str) -> Iterator[Any]:
+    """Column `embedding` of each Parquet file in a folder, or of one file, as pyarrow's tables."""
+    _, parquet = load_pyarrow()
+    files, _ = locate(where)
+    for path in _paths(where, [name for name in list_files(where) if name.endswith(TABLE)]):
+        with storage_errors(path):
+            yield parquet.read_table(files.open_input_file(path), columns=["embedding"])
 
 
 def _count_rows(where: str, columns: Columns, path: str) -> int:
@@ -343,6 +358,12 @@ def open_part(output: str, name: str) -> Iterator[Any]:
     files, base = locate(output)
     with files.open_input_file(f"{base}/{name}") as opened:
         yield parquet.ParquetFile(opened)
+
+
+def vectors(table: Any) -> np.ndarray:
+    """A table's column `embedding` as float32 [rows, dimension]; [0, 0] where it has no rows."""
+    flat = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32).reshape(table.num_rows, len(flat) // max(1, table.num_rows))
 
 
 def local(where: str) -> Path | None:
