@@ -193,7 +193,10 @@ def _list_store(where: str) -> list[tuple[str, Stamp]]:
     from pyarrow.fs import FileSelector, FileType
 
     files, base = locate(where)
+    bucket = base.partition("/")[0]
     with storage_errors(shown(where)):
+        if files.get_file_info(bucket).type == FileType.NotFound:
+            raise DataError(f"{shown(where)}: there is no bucket {bucket}: check its name, or make it")
         one = files.get_file_info(base)
         if one.type == FileType.File:
             return [(one.base_name, Stamp(one.size, one.mtime_ns))]
