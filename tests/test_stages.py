@@ -29,6 +29,13 @@ def test_a_stage_explains_itself(name):
     assert "output: ???" in done.stdout
 
 
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_command_that_is_run_by_hand_explains_itself(name):
+    done = run(f"stages.{name}", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python -m stages.{name}" in done.stdout
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_under_fifty_lines(name):
     assert len((ROOT / "stages" / f"{name}.py").read_text().splitlines()) < 50
