@@ -220,10 +220,12 @@ def _slower(row: Row, ship: dict[str, str], by_name: dict[str, Row], batch: int)
         ratios = {
             tower: pace(row, tower, batch).middle / pace(by_name[winner], tower, batch).middle for tower in towers
         }
-        said = [f"{ratio:.2f}x on {tower}" for tower, ratio in ratios.items()]
+        said = ", ".join(f"{ratio:.2f}x on {tower}" for tower, ratio in ratios.items())
+        beaten = min(ratios.values()) >= 1
+        cost = f"slower than {winner} by {said}" if beaten else f"takes, of {winner}'s time, {said}"
         near = [tower for tower in towers if alike(row, by_name[winner], tower, batch)]
         told = f" (not to be told apart on {' and '.join(near)}: the intervals overlap)" if near else ""
-        parts.append(f"slower than {winner} by {', '.join(said)}{told}")
+        parts.append(f"{cost}{told}")
     return "; ".join(parts)
 
 

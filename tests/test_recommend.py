@@ -130,7 +130,7 @@ def test_a_pair_that_fails_together_gives_way_to_the_best_single_target_and_the_
     assert advice.ship == advice.package == {"vision": "b", "text": "b"}
     assert advice.pairs["a with b"]["status"] == "fail"
     assert reason in advice.pairs["a with b"]["reasons"][0]
-    assert advice.losers["a"] == "a with b failed together; alone slower than b by 0.67x on vision, 2.67x on text"
+    assert advice.losers["a"] == "a with b failed together; alone takes, of b's time, 0.67x on vision, 2.67x on text"
     assert advice.alike == {}
     report = markdown("title", rows, {}, shipping=shown(advice, rows))
     assert "\n- Ship b: an image 5.00 ms, a text 2.50 ms" in report
