@@ -50,8 +50,6 @@ class ZeroShotClassifier:
         sample: what keeps some of the images' embeddings, or None.
     """
 
-    sample: Sample | None = None
-
     def __init__(
         self,
         package: Path,
@@ -60,8 +58,9 @@ class ZeroShotClassifier:
         threads: int | None,
         cache_size: int,
         cache_folder: Path | None,
+        sample: Sample | None,
     ) -> None:
-        self.manifest, self.device = manifest, device
+        self.manifest, self.device, self.sample = manifest, device, sample
         self.labels = json.loads((package / "labels.json").read_text(encoding="utf-8"))
         self.fingerprint = fingerprint(manifest)
         self.image_input = manifest["towers"]["vision"]["image_input"]
@@ -113,9 +112,7 @@ class ZeroShotClassifier:
         sample = Sample(Path(sample_folder), sample_share) if sample_folder else None
         if chosen == "cuda":
             load_cuda()
-        opened = cls(folder, manifest, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None)
-        opened.sample = sample
-        return opened
+        return cls(folder, manifest, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None, sample)
 
     def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
         """The probability of each text for one image, the highest first.
