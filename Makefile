@@ -40,6 +40,15 @@ $(RAY)/ready:
 	  msgpack==1.2.4 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1
 	@touch $@
 
+# moto, an object store with the API of S3 for the tests of `embed`, with what of its needs requirements.lock lacks.
+MOTO := build/moto
+$(MOTO)/ready:
+	rm -rf $(MOTO)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(MOTO) moto==5.2.5 \
+	  blinker==1.9.0 boto3==1.44.8 botocore==1.44.8 flask==3.1.3 flask-cors==6.0.5 itsdangerous==2.2.0 jmespath==1.1.0 \
+	  responses==0.26.3 s3transfer==0.19.3 werkzeug==3.1.9 xmltodict==1.0.4
+	@touch $@
+
 repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/report.md
 	dvc repro
 
@@ -50,6 +59,7 @@ test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory triton-env || echo "no Triton server for this machine: its tests are skipped"
 	@$(MAKE) --no-print-directory $(LANGUAGE)/ready || echo "no Triton language: the tests of our GPU kernels are skipped"
 	@$(MAKE) --no-print-directory $(RAY)/ready || echo "no Ray: the test of a cluster is skipped"
+	@$(MAKE) --no-print-directory $(MOTO)/ready || echo "no moto: the tests of an object store are skipped"
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 reliability: $(VENV)/ready ## kill, starve and feed it nonsense, many times more than `test`; writes reports/reliability.md

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from clip_deploy.classifier import ZeroShotClassifier
+    from clip_deploy.classifier import ZeroShotClassifier, check_count
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed: pip install numpy pillow tokenizers onnxruntime")
 
@@ -85,7 +85,13 @@ def _add_embed(commands: Any) -> None:
 
 
 def _add_search(commands: Any) -> None:
-    command = _add(commands, "search", _search, "Find the images that a text describes best.")
+    command = _add(
+        commands,
+        "search",
+        _search,
+        "Find the images that a text describes best. "
+        f"Exit code {UNREADABLE} says that some images could not be read and were left out.",
+    )
     command.add_argument("source", help="a folder of images, or what `embed` wrote")
     command.add_argument("text")
     command.add_argument("--top", type=int, default=10, help="how many are shown; default: %(default)s")
@@ -96,6 +102,7 @@ def _open(given: argparse.Namespace) -> ZeroShotClassifier:
 
 
 def _predict(given: argparse.Namespace) -> int:
+    check_count("top", given.top)
     classifier = _open(given)
     for text, probability in classifier.predict(given.image, given.texts or None)[: given.top]:
         print(f"{probability:.4f}  {text}")
@@ -116,22 +123,30 @@ def _embed(given: argparse.Namespace) -> int:
     else:
         package = Shipped.read(given.package, given.device, given.threads)
         done = embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))
-    for line in done.unreadable:
-        print(f"warning: {line}", file=sys.stderr)
+    code = _named(done.unreadable)
     speed = f" ({done.embedded_now / done.seconds:,.0f} images/s)" if done.embedded_now else ""
     print(
         f"{shown(given.output)}: {done.images:,} images, {done.embedded_before:,} embedded before, "
         f"{done.embedded_now:,} now{speed}, {len(done.unreadable):,} unreadable"
     )
-    return UNREADABLE if done.unreadable else 0
+    return code
+
+
+def _named(unreadable: list[str]) -> int:
+    """Say what could not be read, and return the exit code."""
+    for line in unreadable:
+        print(f"warning: {line}", file=sys.stderr)
+    return UNREADABLE if unreadable else 0
 
 
 def _search(given: argparse.Namespace) -> int:
     from clip_deploy.search import search
 
-    for cosine, path in search(_open(given), given.source, given.text, given.top):
+    check_count("top", given.top)
+    found = search(_open(given), given.source, given.text, given.top)
+    for cosine, path in found.hits:
         print(f"{cosine:.4f}  {path}")
-    return 0
+    return _named(found.unreadable)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.images import Preprocessor, read_image, rgb
 from clip_deploy.runtimes.ort import CPU, CUDA, load_cuda
+from clip_deploy.sample import Sample
 from clip_deploy.text_cache import TextCache
 from clip_deploy.tokens import Tokenizer, check_texts
 
@@ -46,6 +47,7 @@ class ZeroShotClassifier:
         manifest: what manifest.json says.
         labels: the classes and templates that the package came with; both may be empty.
         fingerprint: a hash of all that makes an embedding of an image or a text.
+        sample: what keeps some of the images' embeddings, or None.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class ZeroShotClassifier:
         threads: int | None,
         cache_size: int,
         cache_folder: Path | None,
+        sample: Sample | None,
     ) -> None:
-        self.manifest, self.device = manifest, device
+        self.manifest, self.device, self.sample = manifest, device, sample
         self.labels = json.loads((package / "labels.json").read_text(encoding="utf-8"))
         self.fingerprint = fingerprint(manifest)
         self.image_input = manifest["towers"]["vision"]["image_input"]
@@ -65,7 +68,8 @@ class ZeroShotClassifier:
         self.tokenizer = Tokenizer(
             package / "tokenizer.json", *(manifest[key] for key in ("context_length", "pad_to_context", "pad_token"))
         )
-        self.cache = TextCache(_fingerprint(manifest, ("text", "tokenizer")), cache_size, cache_folder)
+        tower = _fingerprint(manifest, ("text", "tokenizer"))
+        self.cache = TextCache(tower, manifest["dimension"], cache_size, cache_folder)
         self.sessions = {
             tower: _session(package / manifest["towers"][tower]["file"], device, threads) for tower in OUTPUTS
         }
@@ -78,6 +82,8 @@ class ZeroShotClassifier:
         threads: int | None = None,
         cache_size: int = 4096,
         cache_folder: Path | str | None = None,
+        sample_folder: Path | str | None = None,
+        sample_share: float = 0.01,
     ) -> "ZeroShotClassifier":
         """Open a package after checking that its files are those that were judged.
 
@@ -87,6 +93,8 @@ class ZeroShotClassifier:
             threads: of each tower's pool; None leaves ONNX Runtime's default.
             cache_size: texts whose embeddings are kept in memory.
             cache_folder: where they are kept on disk besides, or None.
+            sample_folder: where a sample of the images' embeddings is kept for `python -m stages.drift`, or None.
+            sample_share: of the images whose embeddings go there, above 0 and at most 1.
 
         Raises:
             DeployError: ONNX Runtime is too old, it is no package, nothing in it was fit to ship, a file is not the one
@@ -101,9 +109,10 @@ class ZeroShotClassifier:
             raise DeployError(f"device is {chosen!r}: accepted are {', '.join(DEVICES)}")
         if threads is not None and threads < 1:
             raise DeployError(f"threads is {threads}: give 1 or more, or nothing for ONNX Runtime's default")
+        sample = Sample(Path(sample_folder), sample_share) if sample_folder else None
         if chosen == "cuda":
             load_cuda()
-        return cls(folder, manifest, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None)
+        return cls(folder, manifest, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None, sample)
 
     def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
         """The probability of each text for one image, the highest first.
@@ -133,7 +142,11 @@ class ZeroShotClassifier:
         return powers / powers.sum(axis=1, keepdims=True)
 
     def embed_images(self, images: Sequence[Picture], batch_size: int = 32) -> np.ndarray:
-        """Embeddings [images, dimension], in their order. Raises DataError where one cannot be read."""
+        """Embeddings [images, dimension], in their order.
+
+        Raises DataError where one cannot be read, or `images` is a single one and no list.
+        """
+        _check_list(images)
         rows = np.empty((len(images), self.manifest["dimension"]), dtype=np.float32)
         steps = tqdm(self.embed_each(images, batch_size), total=len(images), desc="embed images", disable=None)
         for row, embedding in enumerate(steps):
@@ -147,8 +160,8 @@ class ZeroShotClassifier:
 
         Images are read and preprocessed by threads while the batch before is encoded.
         """
-        if batch_size < 1:
-            raise DataError(f"batch_size is {batch_size}: give 1 or more")
+        _check_list(images)
+        check_count("batch_size", batch_size)
         waiting: deque[list[Future]] = deque()
         with ThreadPoolExecutor(cores()) as pool:
             try:
@@ -168,6 +181,7 @@ class ZeroShotClassifier:
         Raises DataError where there are no texts, or one is empty.
         """
         check_texts(texts)
+        check_count("batch_size", batch_size)
         found = {text: self.cache.get(text) for text in texts}
         missing = [text for text, embedding in found.items() if embedding is None]
         for start in tqdm(range(0, len(missing), batch_size), desc="embed texts", disable=_few(missing, batch_size)):
@@ -201,6 +215,8 @@ class ZeroShotClassifier:
             embeddings = self._run("vision", {self.image_input: np.stack(list(alike.values()))})
             for row, embedding in zip(alike, embeddings, strict=True):
                 answers[row] = embedding
+            if self.sample:
+                self.sample.add(embeddings)
         return answers
 
     def _encode_texts(self, texts: list[str]) -> np.ndarray:
@@ -251,6 +267,18 @@ def _fingerprint(manifest: dict[str, Any], parts: tuple[str, ...]) -> str:
     """SHA-256 over the hashes of the files whose names begin so."""
     files = sorted((name, facts["sha256"]) for name, facts in manifest["files"].items() if name.startswith(parts))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise DataError where a number of things to do is none."""
+    if value < 1:
+        raise DataError(f"{name} is {value}: give 1 or more")
+
+
+def _check_list(images: object) -> None:
+    """A string is a sequence too, of its letters."""
+    if isinstance(images, str | bytes | Path | Image.Image):
+        raise DataError(f"images is a single one, {images!r:.80}: give a list of images")
 
 
 def _read(image: Picture) -> Image.Image:

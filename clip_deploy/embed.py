@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from clip_deploy.classifier import ZeroShotClassifier
+from clip_deploy.classifier import ZeroShotClassifier, check_count
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.storage import (
     Part,
@@ -33,7 +33,7 @@ from clip_deploy.storage import (
 MADE_BY = b"clip_deploy"  # key of a part's metadata
 PART = "part-{:05}.parquet"
 WAY_OUT = "give another output folder, or remove the files in this one"
-WHAT = {"package": "another package", "files": "another list of files, or files of other sizes"}
+WHAT = {"package": "another package", "files": "another list of files, or files that were changed since"}
 
 
 @dataclass
@@ -46,8 +46,7 @@ class EmbedSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "part_size"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} is {getattr(self, name)}: give 1 or more")
+            check_count(name, getattr(self, name))
 
 
 @dataclass
@@ -196,15 +195,15 @@ def _embed_part(
     for (name, _), embedding in zip(named, found, strict=True):
         advance(1)
         if isinstance(embedding, DataError):
-            unreadable.append(_printable(str(embedding)))
-        elif _printable(name) != name:
-            unreadable.append(f"{_printable(name)} has a name that is no UTF-8: rename it")
+            unreadable.append(printable(str(embedding)))
+        elif printable(name) != name:
+            unreadable.append(f"{printable(name)} has a name that is no UTF-8: rename it")
         else:
             made.append((name, embedding))
     return made, unreadable
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Bytes of a file's name that are no UTF-8 as question marks."""
     return text.encode("utf-8", "replace").decode()
 

@@ -1,7 +1,7 @@
 """`embed` on many machines: Ray Data gives whole parts to workers that have the package open.
 
-A part is what is tried again where a worker dies. It has the same bytes whoever makes it, and appears whole or not at
-all under its own name: nothing is lost, nothing is there twice.
+A part is what is tried again where a worker dies, for ever by Ray itself and TRIES times here. It has the same bytes
+whoever makes it, and appears whole or not at all under its own name: nothing is lost, nothing is there twice.
 """
 
 import json
@@ -9,18 +9,21 @@ import logging
 import os
 import pickle
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from clip_deploy.classifier import ZeroShotClassifier, fingerprint, read_manifest
-from clip_deploy.core.errors import DeployError
+from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.embed import PART, Header, Job, check_header, make_part
 from clip_deploy.storage import Part, has_part, local
 
 REACH_S = 5  # what a connection to the cluster may take
+TRIES = 3  # of a part: one whose process always dies is not a machine's fault
 
 
 @dataclass
@@ -59,11 +62,40 @@ class Shipped:
         return classifier
 
 
+class Attempts:
+    """How often each part was begun, and what was done last: what kills its process again and again is named."""
+
+    def __init__(self) -> None:
+        self.begun: Counter[int] = Counter()
+        self.last: dict[int, str] = {}
+
+    def begin(self, number: int) -> tuple[int, str]:
+        """Which attempt this is, and what the one before did last."""
+        self.begun[number] += 1
+        return self.begun[number], self.last.get(number, "it began")
+
+    def note(self, number: int, doing: str) -> None:
+        self.last[number] = doing
+
+
+class SharedAttempts:
+    """Attempts in a process of the cluster, which all workers ask."""
+
+    def __init__(self) -> None:
+        self.actor = load_ray().remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
+
+    def begin(self, number: int) -> tuple[int, str]:
+        return load_ray().get(self.actor.begin.remote(number))
+
+    def note(self, number: int, doing: str) -> None:
+        load_ray().get(self.actor.note.remote(number, doing))
+
+
 class Worker:
     """A process of the cluster that makes parts, one after the other."""
 
-    def __init__(self, package: Any, job: Job) -> None:
-        self.package, self.job = package, job
+    def __init__(self, package: Any, job: Job, attempts: Attempts | SharedAttempts) -> None:
+        self.package, self.job, self.attempts = package, job, attempts
         self.classifier: ZeroShotClassifier | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
@@ -76,9 +108,28 @@ class Worker:
     def _make(self, number: int, part: Part) -> Header:
         if has_part(self.job.output, PART.format(number)):  # written by a worker that died before it said so
             return check_header(self.job, number)
+        attempt, last = self.attempts.begin(number)
+        if attempt > TRIES:
+            raise DeployError(
+                f"{PART.format(number)} is given up: the process that made it died {TRIES} times, the last time as "
+                f"{last}; remove or replace what it cannot bear"
+            )
+        if attempt > 1:
+            self._read_one_by_one(number, part)
         if self.classifier is None:
             self.classifier = load_ray().get(self.package).open()
         return make_part(self.classifier, self.job, number, part, lambda images: None)
+
+    def _read_one_by_one(self, number: int, part: Part) -> None:
+        """Read all pictures and keep none, so that the one which ends this process is known."""
+        names = []
+        for name, picture in part.pictures():
+            names.append(name)
+            self.attempts.note(number, f"it read {name}")
+            if callable(picture):
+                with suppress(DataError):
+                    picture()
+        self.attempts.note(number, f"it embedded {len(names)} images, {names[0]} to {names[-1]}")
 
 
 def make_on_ray(
@@ -93,7 +144,8 @@ def make_on_ray(
         address: as ray.init takes it: "auto", "local" or host:port.
 
     Raises:
-        DeployError: ray is missing, there is no cluster, or a worker cannot read, write or open the package.
+        DeployError: ray is missing, there is no cluster, a worker cannot read, write or open the package, or a part
+            ended its process TRIES times.
     """
     if not missing:
         return
@@ -120,7 +172,7 @@ def _rows(ray: Any, package: Shipped, sent: Any, job: Job, missing: dict[int, Pa
     parts = ray.data.from_items(items, override_num_blocks=len(items))
     made = parts.map(
         Worker,
-        fn_constructor_args=(sent, job),
+        fn_constructor_args=(sent, job, SharedAttempts()),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=len(items)),
         num_cpus=package.threads,
         num_gpus=int(package.device == "cuda"),

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from clip_deploy.classifier import ZeroShotClassifier
+from clip_deploy.classifier import ZeroShotClassifier, check_count
 from clip_deploy.core.errors import DataError, DeployError
-from clip_deploy.embed import read_header
-from clip_deploy.storage import list_images, list_parts, local, open_part, shown
+from clip_deploy.embed import printable, read_header
+from clip_deploy.storage import list_images, list_parts, local, open_part, shown, vectors
+
+Embedded = tuple[list[str], np.ndarray]  # paths, and float32 embeddings [images, dimension]
 
 
 class Hit(NamedTuple):
@@ -18,31 +21,38 @@ class Hit(NamedTuple):
     path: str
 
 
-def search(classifier: ZeroShotClassifier, source: Path | str, text: str, top: int) -> list[Hit]:
-    """The `top` images nearest to `text`, the nearest first.
+class Found(NamedTuple):
+    """The nearest first; and a line for each image that cannot be read."""
+
+    hits: list[Hit]
+    unreadable: list[str]
+
+
+def search(classifier: ZeroShotClassifier, source: Path | str, text: str, top: int) -> Found:
+    """The `top` images nearest to `text`. What cannot be read is left out and named.
 
     Args:
         source: a folder of images, a folder or URI of `embed`'s parts, or one part. Paths are relative to the images'
             folder.
 
     Raises:
-        DataError: there is nothing to search, an image cannot be read, or the text is empty.
+        DataError: there is nothing to search, `top` is below 1, or the text is empty.
         DeployError: the parts were made by another package, whose embeddings mean something else.
     """
-    if top < 1:
-        raise DataError(f"top is {top}: give 1 or more")
+    check_count("top", top)
     (wanted,) = classifier.embed_texts([text])
     best: list[Hit] = []
-    for paths, embeddings in _parts(classifier, str(source)):
+    unreadable: list[str] = []
+    for paths, embeddings in _parts(classifier, str(source), unreadable):
         cosines = embeddings @ wanted
         nearest = np.argsort(-cosines, kind="stable")[:top]
         hits = (Hit(float(cosines[row]), paths[row]) for row in nearest)
         best = heapq.nlargest(top, [*best, *hits], key=lambda hit: hit.cosine)
-    return best
+    return Found(best, unreadable)
 
 
-def _parts(classifier: ZeroShotClassifier, source: str) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Paths and float32 embeddings [images, dimension], one part in memory at a time."""
+def _parts(classifier: ZeroShotClassifier, source: str, unreadable: list[str]) -> Iterator[Embedded]:
+    """One part in memory at a time."""
     folder = local(source)
     if folder and folder.is_file():
         yield _read(classifier, str(folder.parent), folder.name)
@@ -51,18 +61,30 @@ def _parts(classifier: ZeroShotClassifier, source: str) -> Iterator[tuple[list[s
     for name in names:
         yield _read(classifier, source, name)
     if not names and folder:
-        images = list_images(folder)
-        yield images, classifier.embed_images([folder / name for name in images])
+        yield _embed(classifier, folder, unreadable)
     elif not names:
         raise DataError(f"{shown(source)} holds none of `embed`'s parts: give a folder of images, or embed them")
 
 
-def _read(classifier: ZeroShotClassifier, source: str, name: str) -> tuple[list[str], np.ndarray]:
+def _embed(classifier: ZeroShotClassifier, folder: Path, unreadable: list[str]) -> Embedded:
+    images = list_images(folder)
+    found = classifier.embed_each(folder / name for name in images)
+    paths: list[str] = []
+    embeddings: list[np.ndarray] = []
+    for name, embedding in zip(images, tqdm(found, "embed images", len(images), disable=None), strict=True):
+        if isinstance(embedding, DataError):
+            unreadable.append(printable(str(embedding)))
+        else:
+            paths.append(printable(name))
+            embeddings.append(embedding)
+    return paths, np.array(embeddings, np.float32).reshape(-1, classifier.manifest["dimension"])
+
+
+def _read(classifier: ZeroShotClassifier, source: str, name: str) -> Embedded:
     if read_header(source, name)["package"] != classifier.fingerprint:
         raise DeployError(
             f"{shown(source)}/{name} was made by another package: search with that one, or embed the images anew"
         )
     with open_part(source, name) as part:
         table = part.read().combine_chunks()
-    rows = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return table.column("path").to_pylist(), rows.astype(np.float32).reshape(table.num_rows, -1)
+    return table.column("path").to_pylist(), vectors(table).reshape(-1, classifier.manifest["dimension"])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote
 from uuid import uuid4
 
+import numpy as np
 from PIL import Image
 
 from clip_deploy.classifier import Picture
@@ -37,6 +38,13 @@ class Columns(NamedTuple):
 NAMES = Columns()
 
 
+class Stamp(NamedTuple):
+    """What tells whether a file was replaced: an object store gives no other hash of all its objects."""
+
+    size: int
+    mtime_ns: int | None  # None where the storage keeps none
+
+
 class Rows(NamedTuple):
     path: str  # in its file system
     first: int
@@ -53,7 +61,7 @@ class Part(Protocol):
 
 @dataclass
 class Source:
-    """All images to embed; `digest` stands for their names, files and sizes."""
+    """All images to embed; `digest` stands for their names, files, sizes and times of change."""
 
     parts: list[Part]
     digest: str
@@ -135,7 +143,7 @@ def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bo
     """
     load_pyarrow()  # whatever is missing is said before the work
     found = list_files(where)
-    images = {name: size for name, size in found.items() if not name.endswith(TABLE)}
+    images = {name: stamp for name, stamp in found.items() if not name.endswith(TABLE)}
     if not found:
         raise DataError(f"{shown(where)} holds no images ({', '.join(SUFFIXES)}) and no Parquet")
     if not images:
@@ -156,49 +164,75 @@ def list_images(folder: Path) -> list[str]:
     return names
 
 
-def list_files(where: str) -> dict[str, int]:
-    """Bytes of all images and tables in a folder by their paths in it, in the order of the names' bytes.
+def list_files(where: str) -> dict[str, Stamp]:
+    """Stamps of all images and tables in a folder by their paths in it, in the order of the names' bytes.
 
     Of a single table the path is its name.
     """
     folder = local(where)
     found = _walk(folder) if folder else _list_store(where)
-    known = [(name, size) for name, size in found if name.lower().endswith((*SUFFIXES, TABLE))]
+    known = [(name, stamp) for name, stamp in found if name.lower().endswith((*SUFFIXES, TABLE))]
     return dict(sorted(known, key=lambda item: os.fsencode(item[0])))
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, int]]:
+def _walk(folder: Path) -> Iterator[tuple[str, Stamp]]:
     if folder.suffix == TABLE and folder.is_file():
-        return iter([(folder.name, folder.stat().st_size)])
+        return iter([(folder.name, _stamp(folder))])
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: give one with images")
     found = (path for path in folder.rglob("*") if path.suffix.lower() in (*SUFFIXES, TABLE) and path.is_file())
-    return ((path.relative_to(folder).as_posix(), path.stat().st_size) for path in found)
+    return ((path.relative_to(folder).as_posix(), _stamp(path)) for path in found)
 
 
-def _list_store(where: str) -> list[tuple[str, int]]:
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
+def _list_store(where: str) -> list[tuple[str, Stamp]]:
     from pyarrow.fs import FileSelector, FileType
 
     files, base = locate(where)
+    bucket = base.partition("/")[0]
     with storage_errors(shown(where)):
+        if files.get_file_info(bucket).type == FileType.NotFound:
+            raise DataError(f"{shown(where)}: there is no bucket {bucket}: check its name, or make it")
         one = files.get_file_info(base)
         if one.type == FileType.File:
-            return [(one.base_name, one.size)]
+            return [(one.base_name, Stamp(one.size, one.mtime_ns))]
         found = files.get_file_info(FileSelector(base, recursive=True, allow_not_found=True))
-    return [(file.path[len(base) :].lstrip("/"), file.size) for file in found if file.type == FileType.File]
+    return [
+        (file.path[len(base) :].lstrip("/"), Stamp(file.size, file.mtime_ns))
+        for file in found
+        if file.type == FileType.File
+    ]
 
 
-def _tables(where: str, found: dict[str, int], part_size: int, columns: Columns) -> Source:
+def _tables(where: str, found: dict[str, Stamp], part_size: int, columns: Columns) -> Source:
     """Rows in the order of the files' names, of each file in its own order."""
-    files, base = locate(where)
-    with storage_errors(shown(where)):
-        paths = [base] if files.get_file_info(base).is_file else [f"{base}/{name}" for name in found]
+    paths = _paths(where, list(found))
     with ThreadPoolExecutor(FOOTERS) as pool:
         counts = list(pool.map(partial(_count_rows, where, columns), paths))
     if not sum(counts):
         raise DataError(f"{shown(where)} holds no rows")
     pieces = _divide(list(zip(paths, counts, strict=True)), part_size)
     return Source([TableRows(where, part, columns) for part in pieces], _digest(found, columns))
+
+
+def _paths(where: str, names: list[str]) -> list[str]:
+    """Of files in their file system, from their names in a folder; `where` itself is one file or the folder."""
+    files, base = locate(where)
+    with storage_errors(shown(where)):
+        return [base] if files.get_file_info(base).is_file else [f"{base}/{name}" for name in names]
+
+
+def read_tables(where: str) -> Iterator[Any]:
+    """Column `embedding` of each Parquet file in a folder, or of one file, as pyarrow's tables."""
+    _, parquet = load_pyarrow()
+    files, _ = locate(where)
+    for path in _paths(where, [name for name in list_files(where) if name.endswith(TABLE)]):
+        with storage_errors(path):
+            yield parquet.read_table(files.open_input_file(path), columns=["embedding"])
 
 
 def _count_rows(where: str, columns: Columns, path: str) -> int:
@@ -249,10 +283,10 @@ def _read_rows(opened: Any, rows: Rows, columns: Columns) -> Iterator[tuple[Any,
             yield identity, image["bytes"] if isinstance(image, dict) else image
 
 
-def _digest(sizes: dict[str, int], columns: Columns | None = None) -> str:
+def _digest(stamps: dict[str, Stamp], columns: Columns | None = None) -> str:
     digest = hashlib.sha256(repr(columns).encode() if columns else b"")
-    for name, size in sizes.items():
-        digest.update(os.fsencode(name) + f"\0{size}\0".encode())
+    for name, (size, mtime_ns) in stamps.items():
+        digest.update(os.fsencode(name) + f"\0{size} {mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
@@ -327,6 +361,12 @@ def open_part(output: str, name: str) -> Iterator[Any]:
     files, base = locate(output)
     with files.open_input_file(f"{base}/{name}") as opened:
         yield parquet.ParquetFile(opened)
+
+
+def vectors(table: Any) -> np.ndarray:
+    """A table's column `embedding` as float32 [rows, dimension]; [0, 0] where it has no rows."""
+    flat = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32).reshape(table.num_rows, len(flat) // max(1, table.num_rows))
 
 
 def local(where: str) -> Path | None:

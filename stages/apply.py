@@ -1,5 +1,7 @@
 """Keep in FP32 what the diagnosis of a failed target names: python -m stages.apply ort-fp16, then dvc repro
 
+usage: python -m stages.apply TARGET      (no stage of the pipeline, no settings)
+
 It writes the nodes of reports/validate/<target>.json into the target's keep_fp32 in params.yaml; all else there stays
 as it is, comments included.
 """
@@ -64,6 +66,9 @@ def _with_nodes(text: str, settings: yaml.MappingNode, nodes: list[str]) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(sys.argv) != 2:
         sys.exit("usage: python -m stages.apply TARGET")
     try:

@@ -1,5 +1,7 @@
 """Choose the device: python -m stages.device cuda
 
+usage: python -m stages.device cpu|cuda      (no stage of the pipeline, no settings)
+
 DVC cannot look a list up by another setting's value, so all that goes with the device (targets, and how each is built)
 stands at the end of params.yaml. This puts the other device's lines there and keeps the present ones in conf/devices/.
 """
@@ -34,6 +36,9 @@ def choose(device: str, params: Path, conf: Path) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(sys.argv) != 2:
         sys.exit("usage: python -m stages.device cpu|cuda")
     try:

@@ -2,8 +2,10 @@
 
 usage: python -m stages.drift LIVE GOLDEN      (no stage of the pipeline, no settings)
 
-Each is a .npy of embeddings [rows, dimension], or a .npz with them under `images`, as
-artifacts/data/evaluation/reference.npz. Exit code 0: no drift; 3: drift.
+Each is one of: a .npy of embeddings [rows, dimension]; a .npz with them under `images`, as
+artifacts/data/evaluation/reference.npz; a folder of .npy files, as ZeroShotClassifier.open(..., sample_folder=...)
+keeps them; Parquet with a column `embedding`, one file or a folder or URI of it, as `python -m clip_deploy embed`
+writes it. Exit code 0: no drift; 3: drift.
 """
 
 import sys
@@ -13,6 +15,7 @@ import numpy as np
 
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.serving.drift import compare
+from clip_deploy.storage import local, read_tables, shown, vectors
 
 DRIFTED = 3
 
@@ -23,10 +26,10 @@ def main(arguments: list[str]) -> int:
         return 0
     if len(arguments) != 2:
         wanted = "usage: python -m stages.drift LIVE GOLDEN"
-        print(f"{wanted}: two files are needed, {len(arguments)} given", file=sys.stderr)
+        print(f"{wanted}: two samples are needed, {len(arguments)} given", file=sys.stderr)
         return 2
     try:
-        live, golden = (read_embeddings(Path(name)) for name in arguments)
+        live, golden = (read_embeddings(name) for name in arguments)
         drift = compare(live, golden)
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -39,13 +42,36 @@ def main(arguments: list[str]) -> int:
     return DRIFTED if drift.drifted else 0
 
 
-def read_embeddings(path: Path) -> np.ndarray:
-    """Raises DataError where the file holds none."""
+def read_embeddings(where: str) -> np.ndarray:
+    """Float32 [rows, dimension]. Raises DataError where there are none."""
+    path = local(where)
     try:
-        content = np.load(path)
-        return content["images"] if path.suffix == ".npz" else content
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read {path} ({error}): give a .npy, or a .npz with `images`") from error
+        if path is None or path.suffix not in (".npy", ".npz"):
+            return np.concatenate(_parts(where, path))
+        return _array(path)
+    except DeployError:
+        raise
+    except Exception as error:  # NumPy's and pyarrow's readers raise whatever their parsers meet
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise DataError(
+            f"cannot read {shown(where)} ({reason}): give a .npy, a .npz with `images`, a folder of .npy, or Parquet "
+            "with a column `embedding`"
+        ) from error
+
+
+def _parts(where: str, path: Path | None) -> list[np.ndarray]:
+    if path and not path.exists():
+        raise FileNotFoundError("no such file or folder")
+    found = [_array(array) for array in sorted(path.glob("*.npy"))] if path else []
+    found = found or [rows for rows in map(vectors, read_tables(where)) if len(rows)]
+    if not found:
+        raise ValueError("it holds no embeddings")
+    return found
+
+
+def _array(path: Path) -> np.ndarray:
+    content = np.load(path)
+    return np.asarray(content["images"] if path.suffix == ".npz" else content, dtype=np.float32)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from pathlib import Path
 
 import grimp
 import numpy as np
@@ -93,6 +94,22 @@ def test_an_image_that_cannot_be_read_is_named(classifier, tmp_path):
 def test_texts_that_say_nothing_are_refused(classifier, texts, said):
     with pytest.raises(DataError, match=said):
         classifier.predict(IMAGES[0], texts)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_of_nothing_is_refused(classifier, batch_size):
+    with pytest.raises(DataError, match=rf"batch_size is {batch_size}: give 1 or more"):
+        classifier.embed_texts(TEXTS, batch_size)
+    with pytest.raises(DataError, match=rf"batch_size is {batch_size}: give 1 or more"):
+        classifier.embed_images(IMAGES, batch_size)
+
+
+@pytest.mark.parametrize("image", ["a.png", Path("a.png"), IMAGES[0]])
+def test_one_image_is_no_list_of_images(classifier, image):
+    with pytest.raises(DataError, match=r"images is a single one, .*: give a list of images"):
+        classifier.embed_images(image)
+    with pytest.raises(DataError, match=r"images is a single one"):
+        next(classifier.embed_each(image))
 
 
 def test_an_unknown_device_is_refused(package):

@@ -137,6 +137,21 @@ def test_another_package_other_files_and_damaged_parts_are_refused(classifier, f
         embed_folder(classifier, folder, tmp_path, SMALL)
 
 
+def test_a_file_that_was_replaced_by_one_of_its_size_keeps_no_stale_embedding(classifier, tmp_path):
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for index in range(2):
+        shapes.render("replaced", index, 5 * index)[0].save(images / f"{index}.bmp")  # all of one size
+    embed_folder(classifier, images, output, SMALL)
+    shapes.render("replaced", 2, 20)[0].save(images / "1.bmp")
+    with pytest.raises(DeployError, match=r"files that were changed since: give another output folder, or remove"):
+        embed_folder(classifier, images, output, SMALL)
+    (output / "part-00000.parquet").unlink()
+    embed_folder(classifier, images, output, SMALL)
+    expected = classifier.embed_images([images / "0.bmp", images / "1.bmp"])
+    assert np.allclose(list(rows(output).values()), expected, atol=1e-6)
+
+
 def test_float16_halves_the_bytes_and_keeps_three_digits(classifier, folder, tmp_path):
     embed_folder(classifier, folder, tmp_path / "half", EmbedSettings(4, 10, float16=True))
     embed_folder(classifier, folder, tmp_path / "whole", SMALL)
@@ -152,7 +167,7 @@ def test_a_search_finds_what_the_text_describes_in_images_and_in_their_embedding
 ):
     embed_folder(classifier, folder, tmp_path, EmbedSettings(4, 10, float16))
     text = f"a photo of a {LABELS[6]}"
-    hits = search(classifier, tmp_path, text, 3)
+    hits = search(classifier, tmp_path, text, 3).hits
     assert hits[0].path == f"06 {LABELS[6]}.png"
     assert hits[0].cosine > hits[1].cosine > hits[2].cosine
 
@@ -160,10 +175,28 @@ def test_a_search_finds_what_the_text_describes_in_images_and_in_their_embedding
 def test_a_folder_of_images_is_searched_as_it_is(classifier, tmp_path):
     for index, label in enumerate(("red circle", "blue square")):
         shapes.render("search", index, shapes.CLASSES.index(label))[0].save(tmp_path / f"{label}.png")
-    assert [hit.path for hit in search(classifier, tmp_path, "a blue square", 5)] == [
-        "blue square.png",
-        "red circle.png",
-    ]
+    found = search(classifier, tmp_path, "a blue square", 5)
+    assert [hit.path for hit in found.hits] == ["blue square.png", "red circle.png"]
+    assert found.unreadable == []
+
+
+def test_a_search_leaves_out_what_cannot_be_read_and_names_it(package, classifier, tmp_path, capsys):
+    shapes.render("search", 0, 0)[0].save(tmp_path / "good.png")
+    os.rename(tmp_path / "good.png", os.fsencode(tmp_path) + b"/good\xff.png")
+    (tmp_path / "page.png").write_text("<html>")
+    assert main(["search", str(tmp_path), "a red circle", "--package", str(package)]) == 3
+    printed = capsys.readouterr()
+    assert printed.out.endswith("  good?.png\n")
+    assert printed.out.count("\n") == 1
+    (said,) = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
+    assert "page.png is no readable image" in said
+
+
+def test_a_search_of_nothing_but_unreadable_images_finds_nothing(classifier, tmp_path):
+    (tmp_path / "page.png").write_text("<html>")
+    assert search(classifier, tmp_path, "a red circle", 5).hits == []
+    embed_folder(classifier, tmp_path, tmp_path / "out", SMALL)
+    assert search(classifier, tmp_path / "out", "a red circle", 5).hits == []
 
 
 def test_an_empty_folder_and_a_missing_one_are_named(classifier, tmp_path):
@@ -210,6 +243,8 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
         (["predict", "none.png", ""], 1, "error: text 1 of 1 is ''"),
         (["search", "none", "a cat"], 1, "error: none is no folder"),
         (["search", "none", "a cat", "--top", "0"], 1, "error: top is 0"),
+        (["predict", "none.png", "--top", "0"], 1, "error: top is 0: give 1 or more"),
+        (["predict", "none.png", "a cat", "--top", "-1"], 1, "error: top is -1: give 1 or more"),
         (["embed", "none", "out", "--part-size", "0"], 1, "error: part_size is 0"),
         (["embed", "none", "out", "--ray", "local"], 1, "error: none is no folder"),
         (["predict", "none.png", "--device", "tpu"], 1, "error: device is 'tpu'"),

@@ -13,11 +13,18 @@ from clip_deploy import shapes
 from clip_deploy.__main__ import main
 from clip_deploy.classifier import ZeroShotClassifier
 from clip_deploy.core.errors import DeployError
-from clip_deploy.embed import PART, EmbedSettings, embed
-from clip_deploy.embed_ray import Shipped, Worker, connect
+from clip_deploy.embed import PART, EmbedSettings, Job, embed
+from clip_deploy.embed_ray import TRIES, Attempts, Shipped, Worker, connect
 from clip_deploy.storage import open_source
 
 IMAGES, PART_SIZE = 240, 8
+# In every process of the cluster: a decoder that crashes on an image.
+CRASH = """
+import os, signal
+from PIL import Image
+whole = Image.open
+Image.open = lambda file, *more: os.kill(os.getpid(), signal.SIGKILL) if "crash" in repr(file) else whole(file, *more)
+"""
 RAY = ROOT / "build" / "ray"  # `make test` puts ray there
 
 
@@ -34,11 +41,14 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(tmp_path_factory):
     """A head that only conducts, and two workers of one CPU each, on this machine."""
+    (tmp_path_factory.getbasetemp() / "sitecustomize.py").write_text(CRASH)
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     sys.path.append(str(RAY))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(RAY)]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [os.environ.get("PYTHONPATH"), str(RAY), str(tmp_path_factory.getbasetemp())])
+    )
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'clip-deploy[ray]'")
     from ray.cluster_utils import Cluster
 
@@ -63,6 +73,23 @@ def parts(output):
 
 def contents(output):
     return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+@pytest.mark.slow
+def test_an_image_that_ends_its_process_is_named_and_not_tried_for_ever(cluster, package, few, tmp_path):
+    (few / "2.png").rename(few / "crash.png")
+    process = subprocess.run(
+        words(package, few, tmp_path / "out", "--ray", cluster.address, "--part-size", "3"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert process.returncode == 1, process.stderr
+    said = process.stderr.splitlines()[-1]
+    assert said.startswith(f"error: part-00002.parquet is given up: the process that made it died {TRIES} times")
+    assert "as it read crash.png; remove or replace" in said
 
 
 @pytest.mark.slow
@@ -109,7 +136,7 @@ def test_a_part_that_is_tried_again_is_kept_as_it_is_and_told_again(package, few
     rows = []
 
     def make(job, missing, advance):
-        worker = Worker(None, job)
+        worker = Worker(None, job, Attempts())
         worker.classifier = classifier
         for number, part in missing.items():
             rows.append(worker({"number": number, "part": pickle.dumps(part)}))
@@ -128,7 +155,7 @@ def test_an_image_that_a_worker_does_not_see_stops_the_run_and_is_not_left_out(p
     (few / "3.png").unlink()
 
     def make(job, missing, advance):
-        worker = Worker(None, job)
+        worker = Worker(None, job, Attempts())
         worker.classifier = classifier
         row = worker({"number": 0, "part": pickle.dumps(missing[0])})
         assert row["header"] == ""
@@ -169,3 +196,38 @@ def test_without_ray_the_way_to_it_is_named(package, few, tmp_path, monkeypatch,
     words = ["embed", str(few), str(tmp_path / "out"), "--package", str(package), "--ray", "auto"]
     assert main(words) == 1
     assert capsys.readouterr().err == "error: --ray needs Ray Data: pip install 'clip-deploy[ray]'\n"
+
+
+class DeathError(BaseException):
+    """Ends what it is raised in, as a signal would."""
+
+
+def test_what_ended_every_process_that_tried_it_is_named_with_what_was_done_last(package, few, tmp_path, monkeypatch):
+    source, attempts = open_source(str(few), 10, shared=True), Attempts()
+    job = Job(str(tmp_path / "out"), {}, 64, EmbedSettings(4, 10))
+
+    def tried():
+        worker = Worker(None, job, attempts)
+        worker.classifier = ZeroShotClassifier.open(package, threads=1)
+        return worker({"number": 0, "part": pickle.dumps(source.parts[0])})["error"]
+
+    def die(*_):
+        raise DeathError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clip_deploy.embed_ray.make_part", die)
+        for _ in range(TRIES):
+            with pytest.raises(DeathError):
+                tried()
+    assert "died 3 times, the last time as it embedded 7 images, 0.png to 6.png; remove or replace" in tried()
+    attempts.begun.clear()
+    (few / "3.png").write_text("<html>")
+    source = open_source(str(few), 10, shared=True)
+    monkeypatch.setattr(
+        "clip_deploy.storage.decode", lambda content, name: die() if name.endswith("5.png") else content
+    )
+    attempts.begun[0] = 1
+    for _ in range(TRIES - 1):
+        with pytest.raises(DeathError):
+            tried()
+    assert "the last time as it read 5.png; remove" in tried()

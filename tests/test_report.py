@@ -1,10 +1,14 @@
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
 
 from clip_deploy.core.results import write_json
 from clip_deploy.report import fastest, markdown, metrics, number, page, plots, read_rows
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TIMING = {
     "p50_ms": 2.0,
     "calls": 20,
@@ -115,6 +119,30 @@ def test_the_page_stands_alone_and_no_text_closes_its_script(rows):
     assert "https://" not in html
     data = html.split('id="content">')[1].split("</script>")[0]
     assert json.loads(data)["rows"][1]["reasons"] == ["</script><script>alert(1)</script>"]
+
+
+def labels(page, plot, folder):
+    """Of the vertical axis of a plot, as Chromium draws the page."""
+    (folder / "page.html").write_text(page)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", "--dump-dom"]
+    done = subprocess.run([*command, f"file://{folder}/page.html"], capture_output=True, text=True, check=True)
+    drawn = done.stdout.split(f'id="{plot}"')[1].split("</svg>")[0]
+    return re.findall(r'text-anchor="end">([^<]*)<', drawn)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium that draws the page")
+@pytest.mark.parametrize(
+    ("cosines", "expected"),
+    [
+        ([1.0, 0.9998678], ["0.99990", "0.99995", "1.00000"]),
+        ([1.0, 0.75], ["0.8", "0.9", "1.0"]),
+        ([1.0, 0.99999], ["0.999995", "1.000000"]),
+    ],
+)
+def test_no_two_labels_of_an_axis_are_the_same(rows, tmp_path, cosines, expected):
+    curve = [{"share": share, "flips": 0, "cosine": cosine} for share, cosine in zip((0.0, 1.0), cosines, strict=True)]
+    rows[1].search = {"left_in_float": [], "nodes": 20, "curve": curve, "sensitivity": {}}
+    assert labels(page("title", rows, {}), "sensitivity", tmp_path) == expected
 
 
 def test_speed_ups_of_a_busy_machine_are_marked_and_win_nothing(tmp_path):

@@ -29,6 +29,13 @@ def test_a_stage_explains_itself(name):
     assert "output: ???" in done.stdout
 
 
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_command_that_is_run_by_hand_explains_itself(name):
+    done = run(f"stages.{name}", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python -m stages.{name}" in done.stdout
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_under_fifty_lines(name):
     assert len((ROOT / "stages" / f"{name}.py").read_text().splitlines()) < 50
@@ -147,7 +154,13 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
             "manifest=out/ort-fp32.manifest.json",
         ],
         "benchmark": ["source=artifacts/ort-fp32", "reference=artifacts/torch-fp32", "output=out/b.json"],
-        "recommend": ["validation=reports/validate", "benchmark_results=reports/benchmark", "output=out/r.json"],
+        "recommend": [
+            "validation=reports/validate",
+            "benchmark_results=reports/benchmark",
+            "built=artifacts",
+            "evaluation=artifacts/data/evaluation",
+            "output=out/r.json",
+        ],
         "triton_repository": [
             "package=artifacts/package",
             "benchmark_results=reports/benchmark",
@@ -161,6 +174,7 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
             "evaluation=artifacts/data/evaluation",
             "validation=reports/validate",
             "benchmark_results=reports/benchmark",
+            "recommendation=reports/recommendation.json",
             "served=reports/triton.json",
             "output=out",
         ],

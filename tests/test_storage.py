@@ -1,9 +1,16 @@
 import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow
 import pytest
-from pyarrow import parquet
+from conftest import ROOT
+from pyarrow import fs, parquet
 
 from clip_deploy import shapes
 from clip_deploy.__main__ import main
@@ -90,6 +97,15 @@ def test_a_shared_folder_reads_the_same_pictures_with_the_same_complaints(pictur
         assert str(ours.value) == str(theirs.value)
 
 
+def test_a_table_that_was_replaced_by_one_of_its_size_is_another_source(pictures, tmp_path):
+    path = tmp_path / "in.parquet"
+    write(path, [0, 1], pictures[:2])
+    before = open_source(str(path), 10).digest
+    assert open_source(str(path), 10).digest == before
+    path.write_bytes(path.read_bytes())
+    assert open_source(str(path), 10).digest != before
+
+
 def test_storage_that_fails_stops_the_run_and_is_no_unreadable_image(pictures, tmp_path):
     (tmp_path / "0.png").write_bytes(pictures[0])
     ((_, picture),) = open_source(str(tmp_path), 10, shared=True).parts[0].pictures()
@@ -123,3 +139,128 @@ def test_keys_and_options_of_a_uri_are_not_shown():
     assert shown("s3://key:secret@bucket/images/?region=eu") == "s3://bucket/images"
     assert shown("abfs://container@account/images") == "abfs://container@account/images"
     assert shown("what?/folder/") == "what?/folder"
+
+
+MOTO = ROOT / "build" / "moto"  # `make test` puts moto there
+SERVE = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """A server with the API of S3 on this machine, which ends with its standard input."""
+    if not (MOTO / "ready").is_file():
+        pytest.skip("no moto: make build/moto/ready")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE],
+        env={**os.environ, "PYTHONPATH": str(MOTO)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    yield f"127.0.0.1:{process.stdout.readline().strip()}"
+    process.communicate()
+
+
+@pytest.fixture
+def bucket(endpoint, monkeypatch):
+    """A bucket of its own for each test, as pyarrow's file system; the commands reach it through the environment."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint}")
+    store = fs.S3FileSystem(endpoint_override=endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
+    name = f"bucket-{time.monotonic_ns()}"
+    store.create_dir(name)
+    return fs.SubTreeFileSystem(name, store)
+
+
+def put(bucket, name, content):
+    with bucket.open_output_stream(name) as stream:
+        stream.write(content)
+
+
+def table_of(bucket, folder):
+    """All parts of a folder, in their order."""
+    found = bucket.get_file_info(fs.FileSelector(folder))
+    return pyarrow.concat_tables(
+        parquet.read_table(bucket.open_input_file(path)).replace_schema_metadata()
+        for path in sorted(file.path for file in found)
+    )
+
+
+@pytest.mark.parametrize("kind", ["images", "table"])
+def test_an_object_store_gives_what_a_folder_gives_and_is_searched(package, pictures, bucket, tmp_path, capsys, kind):
+    names = [f"{index}.png" for index in range(5)]
+    if kind == "images":
+        for name, content in zip(names, pictures, strict=True):
+            put(bucket, f"in/sub folder/{name}", content)
+            (tmp_path / "in" / "sub folder").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / "sub folder" / name).write_bytes(content)
+    else:
+        (tmp_path / "in").mkdir()
+        write(tmp_path / "in" / "a.parquet", names, pictures)
+        put(bucket, "in/a.parquet", (tmp_path / "in" / "a.parquet").read_bytes())
+    settings = ["--package", str(package), "--threads", "1"]
+    parted = [*settings, "--part-size", "2"]
+    uri = f"s3://{bucket.base_path.rstrip('/')}"
+    assert main(["embed", str(tmp_path / "in"), str(tmp_path / "out"), *parted]) == 0
+    assert main(["embed", f"{uri}/in", f"{uri}/out", *parted]) == 0
+    here = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    assert table_of(bucket, "out").equals(table_of(here, "out"))
+    capsys.readouterr()
+    assert main(["embed", f"{uri}/in", f"{uri}/out", *parted]) == 0
+    assert "5 images, 5 embedded before, 0 now" in capsys.readouterr().out
+    assert main(["search", f"{uri}/out", "a photo of a yellow star", "--top", "1", *settings]) == 0
+    assert capsys.readouterr().out.endswith("2.png\n")
+
+
+def test_a_killed_run_on_an_object_store_goes_on_and_notices_a_replaced_object(package, pictures, bucket, tmp_path):
+    for index in range(80):
+        put(bucket, f"in/{index:02}.png", pictures[index % 5])
+    uri = f"s3://{bucket.base_path.rstrip('/')}"
+    words = ["embed", f"{uri}/in", f"{uri}/out", "--package", str(package), "--threads", "1", "--part-size", "4"]
+    command = [sys.executable, "-m", "clip_deploy", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list_parts(f"{uri}/out")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = len(list_parts(f"{uri}/out"))
+    assert 2 <= kept < 20
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"80 images, {4 * kept} embedded before, {80 - 4 * kept} now" in again.stdout
+    assert table_of(bucket, "out")["path"].to_pylist() == [f"{index:02}.png" for index in range(80)]
+    time.sleep(1.1)  # S3 keeps whole seconds
+    put(bucket, "in/07.png", pictures[2])
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "was made with another list of files, or files that were changed since" in refused.stderr
+
+
+def test_an_unreachable_store_and_a_missing_bucket_are_named_in_one_line(package, pictures, bucket, tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"s3://{bucket.base_path.rstrip('/')}"
+    put(bucket, "in/0.png", pictures[0])
+    away = f"s3://gone/in?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    for source, output, said in (
+        (away, str(tmp_path / "out"), "error: s3://gone/in cannot be read or written here"),
+        ("s3://no-such-bucket/in", str(tmp_path / "out"), "error: s3://no-such-bucket/in: there is no bucket no-such"),
+        (f"{uri}/in", "s3://no-such-bucket/out", "error: s3://no-such-bucket/out: there is no bucket no-such-bucket"),
+        (f"{uri}/none", str(tmp_path / "out"), f"error: {uri}/none holds no images"),
+    ):
+        assert main(["embed", source, output, "--package", str(package)]) == 1
+        errors = capsys.readouterr().err
+        assert errors.startswith(said)
+        assert errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
