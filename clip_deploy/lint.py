@@ -196,14 +196,20 @@ class Opened:
         return " ".join(str(name) for name in known if name).lower()
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """What the processor makes of one image, float32 [3, height, width]; CheckpointError where it fails."""
+        """What the processor makes of one image, float32 [3, height, width]; CheckpointError where that is none."""
+        what = f"{self.folder}: of an image of {image.width} x {image.height} pixels, its image processor"
         try:
-            return np.asarray(self.processor.image_processor(image, return_tensors="np")["pixel_values"])[0]
+            with np.errstate(all="ignore"):
+                made = np.asarray(self.processor.image_processor(image, return_tensors="np")["pixel_values"])[0]
         except Exception as error:  # whatever transformers meets in preprocessor_config.json
-            size = f"{image.width} x {image.height} pixels"
+            raise CheckpointError(f"{what} makes an error: {first_line(error)}") from error
+        if made.ndim != 3 or len(made) != 3 or not made.size:
             raise CheckpointError(
-                f"{self.folder}: its image processor fails on an image of {size}: {first_line(error)}"
-            ) from error
+                f"{what} makes pixel_values of shape {list(made.shape)}: [3, height, width] is needed"
+            )
+        if not np.isfinite(made).all():
+            raise CheckpointError(f"{what} makes NaN or infinity: mend image_mean and image_std")
+        return made
 
 
 def activations(opened: Opened) -> Iterator[Finding]:

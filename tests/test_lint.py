@@ -282,6 +282,20 @@ def test_released_checkpoints_have_no_error(name, tmp_path, request):
     assert {finding.code for finding in found} - {"logit-scale", "logit-bias"} <= expected  # random weights have others
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"image_mean": [0.5, 0.5, None]}, "makes NaN or infinity: mend image_mean and image_std"),
+        ({"image_std": [0.5, 0.5, 0.0]}, "makes NaN or infinity: mend image_mean and image_std"),
+        ({"crop_size": {"height": 0, "width": 48}}, r"makes pixel_values of shape \[3, 0, 48\]"),
+    ],
+)
+def test_pixels_that_are_no_numbers_are_refused(folder, values, said):
+    pictures(**values)(folder)
+    with pytest.raises(CheckpointError, match=said):
+        findings(folder)
+
+
 @pytest.mark.parametrize("value", ["bicubic", [3], 3.0, True, 9])
 def test_a_filter_that_is_no_number_of_pillows_is_refused_by_name(folder, value):
     """transformers would resize bilinear, and say nothing."""
