@@ -28,8 +28,9 @@ HOSTILE = """
 
 Each input was made by [Hypothesis](https://hypothesis.readthedocs.io) from a sound one, or by hand. *Accepted*: it was
 read; checkpoints, images, texts and graphs then gave what transformers, the checkpoint's own processor, tokenizer and
-towers give (pixels within 1e-5, of a checkpoint 1e-4, cosine above 0.9999; 16 bits of grey aside, whose upper 8 are kept
-where the processor clips). *Refused*: with one line that says why, or, by the linter, with one for each finding. *Wrong*: a traceback, a crash, a hang, or another result than the reference's.
+towers give (pixels within 1e-5, of a checkpoint 1e-4, cosine above 0.9999; 16 bits of grey aside, whose upper 8 are
+kept where the processor clips). *Refused*: with one line that says why; the linter gives one for each finding. *Wrong*:
+a traceback, a crash, a hang, or another result than the reference's.
 
 | Input | Tried | Accepted | Refused with a message | Wrong |
 | --- | ---: | ---: | ---: | ---: |
