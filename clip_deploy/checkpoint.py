@@ -248,7 +248,7 @@ def _load(folder: Path, **options: Any) -> tuple["PreTrainedModel", dict[str, An
             **options,
         )
     except Exception as error:  # whatever transformers and torch meet in its files
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
 
 
 def load_processor(folder: Path) -> "ProcessorMixin":
@@ -261,11 +261,24 @@ def load_processor(folder: Path) -> "ProcessorMixin":
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
         if not hasattr(processor, "tokenizer"):
             raise CheckpointError(f"{folder} has no tokenizer: save it there with `tokenizer.save_pretrained(folder)`")
+        _verify_filter(folder, processor.image_processor)
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers and tokenizers meet in its files
-        raise CheckpointError(f"{folder}: its processor cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder}: its processor cannot be loaded: {first_line(error)}") from error
     return processor
+
+
+def _verify_filter(folder: Path, processor: Any) -> None:
+    """Raise CheckpointError where `resample` is no number of Pillow's: transformers silently takes bilinear then."""
+    from PIL import Image
+
+    given = getattr(processor, "resample", None)
+    if given is not None and (type(given) is bool or not isinstance(given, int) or given not in set(Image.Resampling)):
+        numbers = ", ".join(f"{kind.value} {kind.name.lower()}" for kind in Image.Resampling)
+        raise CheckpointError(
+            f"{folder}: its image processor's resample is {given!r:.60}: accepted are Pillow's numbers, {numbers}"
+        )
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -283,7 +296,7 @@ def describe(folder: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever transformers meets when it uses them
         raise CheckpointError(
-            f"{folder}: its configuration, tokenizer and image processor do not work together: {_first_line(error)}"
+            f"{folder}: its configuration, tokenizer and image processor do not work together: {first_line(error)}"
         ) from error
 
 
@@ -295,7 +308,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
-            f"{folder}: its config.json is not one that transformers knows: {_first_line(error)}"
+            f"{folder}: its config.json is not one that transformers knows: {first_line(error)}"
         ) from error
     processor = load_processor(folder)
     pixels = processor.image_processor(Image.new("RGB", (64, 64)), return_tensors="np")["pixel_values"]
@@ -328,5 +341,6 @@ def _tower(config: Any) -> dict[str, int]:
     return {key: int(getattr(config, name, 0) or 0) for key, name in names.items()}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line; its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

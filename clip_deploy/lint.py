@@ -6,7 +6,7 @@ another activation, other pixels. What the families expect is what their release
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
-from clip_deploy.checkpoint import load_as_is, load_processor, read_config
+from clip_deploy.checkpoint import first_line, load_as_is, load_processor, read_config
 from clip_deploy.core.config import ModelConfig
 from clip_deploy.core.errors import CheckpointError, ConfigError
 
@@ -49,16 +49,22 @@ LEGACY_EOS = (
 POOLED_AT_EOS = ("clip", "metaclip_2")
 PAD_TOKENS = {"siglip": ("</s>", "<pad>"), "siglip2": ("<pad>",)}  # read as text; SigLIP 2 of one size is a siglip
 
-# Which activation the weights were trained with, by name: the first pattern that fits decides.
+# Which activation the weights were trained with: vision and text tower of all that a family has released...
+SIGMOID, EXACT, TANH = "quick_gelu", "gelu", "gelu_pytorch_tanh"
+ACTIVATIONS = {"siglip": (TANH, TANH), "siglip2": (TANH, TANH), "chinese_clip": (SIGMOID, EXACT)}
+# ...and where it released both kinds, by name: the first pattern that fits decides.
 # https://github.com/mlfoundations/open_clip/blob/main/src/open_clip/pretrained.py
 LINEAGES = (
-    (r"quick-?gelu", "quick_gelu"),
-    (r"openai/clip-vit", "quick_gelu"),
-    (r"apple/dfn.*39b", "gelu"),
-    (r"apple/dfn", "quick_gelu"),
-    (r"facebook/metaclip-(?!2)", "quick_gelu"),
-    (r"laion/clip-vit", "gelu"),
+    (r"quick-?gelu", SIGMOID),
+    (r"openai/clip-vit", SIGMOID),
+    (r"apple/dfn.*39b", EXACT),
+    (r"apple/dfn", SIGMOID),
+    (r"facebook/metaclip-2", EXACT),
+    (r"facebook/metaclip", SIGMOID),
+    (r"laion/clip-vit", EXACT),
 )
+OF_BOTH_KINDS = ("clip", "metaclip_2")
+SAME_FUNCTION = 1e-3  # the exact GELU and its tanh form differ by 5e-4 at most, QuickGELU by 2e-2
 
 INITIAL_SCALE = float(np.log(1 / 0.07))  # CLIP's temperature before training (arXiv:2103.00020, section 2.3)
 LARGEST_SCALE = {"siglip": 200.0, "siglip2": 200.0}  # exp(logit_scale) of the released ones is 100 to 120
@@ -87,6 +93,9 @@ FAMILIES = {
     "siglip": Family(*HALF, (BICUBIC, BILINEAR), crops=False),
     "siglip2": Family(*HALF, (BILINEAR,), crops=False),
 }
+
+
+INCEPTION = r"laion/clip-vit-l-14-laion2b-s32b-b82k"  # the one CLIP that OpenCLIP trained with SigLIP's mean
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,10 @@ class Opened:
 
     @property
     def family(self) -> Family | None:
-        return FAMILIES.get(self.kind)
+        family = FAMILIES.get(self.kind)
+        if family and self.kind == "clip" and re.search(INCEPTION, self.names):
+            return replace(family, mean=HALF[0], std=HALF[1])
+        return family
 
     @property
     def names(self) -> str:
@@ -184,28 +196,84 @@ class Opened:
         return " ".join(str(name) for name in known if name).lower()
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """What the processor makes of one image, float32 [3, height, width]."""
-        return np.asarray(self.processor.image_processor(image, return_tensors="np")["pixel_values"])[0]
+        """What the processor makes of one image, float32 [3, height, width]; CheckpointError where that is none."""
+        what = f"{self.folder}: of an image of {image.width} x {image.height} pixels, its image processor"
+        try:
+            with np.errstate(all="ignore"):
+                made = np.asarray(self.processor.image_processor(image, return_tensors="np")["pixel_values"])[0]
+        except Exception as error:  # whatever transformers meets in preprocessor_config.json
+            raise CheckpointError(f"{what} makes an error: {first_line(error)}") from error
+        if made.ndim != 3 or len(made) != 3 or not made.size:
+            raise CheckpointError(
+                f"{what} makes pixel_values of shape {list(made.shape)}: [3, height, width] is needed"
+            )
+        if not np.isfinite(made).all():
+            raise CheckpointError(f"{what} makes NaN or infinity: mend image_mean and image_std")
+        return made
 
 
 def activations(opened: Opened) -> Iterator[Finding]:
-    """QuickGELU against GELU; nothing in the weights tells them apart, so names and what config.json leaves out do."""
-    if opened.kind != "clip" or not opened.settings.trained:
+    """The towers' activation; nothing in the weights tells it, so family, names and what config.json leaves out do."""
+    if not opened.settings.trained:
         return
-    used = {tower: getattr(opened.config, f"{tower}_config").hidden_act for tower in ("vision", "text")}
-    found = ", ".join(f"{tower} {name}" for tower, name in used.items())
-    omitted = [tower for tower in used if "hidden_act" not in (opened.written[f"{tower}_config"] or {})]
-    trained_with = next((name for pattern, name in LINEAGES if re.search(pattern, opened.names)), None)
-    consequence = "Every layer would compute another function than the weights were trained with"
-    if trained_with is not None:
-        if set(used.values()) != {trained_with}:
-            yield Finding("hidden-act", ERROR, f"hidden_act is {found}", trained_with, consequence)
-    elif len(set(used.values())) > 1:
+    towers = ("vision", "text")
+    expected = _trained_with(opened)
+    if expected is None and opened.kind not in OF_BOTH_KINDS:
+        return
+    used = tuple(str(getattr(opened.config, f"{tower}_config").hidden_act) for tower in towers)
+    if expected:
+        yield from _other_activation(used, expected)
+    else:
+        omitted = [tower for tower in towers if "hidden_act" not in (opened.written[f"{tower}_config"] or {})]
+        yield from _doubtful_activation(used, omitted)
+
+
+def _trained_with(opened: Opened) -> tuple[str, str] | None:
+    """Activations of the vision and the text tower, where they are known."""
+    if opened.kind not in OF_BOTH_KINDS:
+        return ACTIVATIONS.get(opened.kind)
+    known = next((name for pattern, name in LINEAGES if re.search(pattern, opened.names)), None)
+    return (known, known) if known else None
+
+
+OTHER_FUNCTION = "Every layer would compute another function than the weights were trained with"
+
+
+def _other_activation(used: Sequence[str], expected: tuple[str, str]) -> Iterator[Finding]:
+    apart = max(_distance(*pair) for pair in zip(used, expected, strict=True))
+    named = expected[0] if len(set(expected)) == 1 else _towers(expected)
+    if apart > SAME_FUNCTION:
+        yield Finding("hidden-act", ERROR, f"hidden_act is {_towers(used)}", named, OTHER_FUNCTION)
+    elif apart > 1e-6:
+        consequence = "It is nearly the same function: embeddings move by less than FP16 moves them"
+        yield Finding("hidden-act", WARNING, f"hidden_act is {_towers(used)}", named, consequence)
+
+
+def _distance(one: str, other: str) -> float:
+    """The largest difference between two of transformers' activations."""
+    import torch
+    from transformers.activations import ACT2FN
+
+    values = torch.linspace(-8, 8, 4001)
+    return float((ACT2FN[one](values) - ACT2FN[other](values)).abs().max())
+
+
+def _doubtful_activation(used: Sequence[str], omitted: list[str]) -> Iterator[Finding]:
+    """A checkpoint whose origin is not known."""
+    if strange := sorted(set(used) - {SIGMOID, EXACT}):
+        expected = f"{SIGMOID} or {EXACT}, as every CLIP was trained"
+        yield Finding("hidden-act", WARNING, f"hidden_act is {' and '.join(strange)}", expected, OTHER_FUNCTION)
+    elif len(set(used)) > 1:
         expected = "the same in both towers, as every CLIP was trained"
-        yield Finding("hidden-act", WARNING, f"hidden_act is {found}", expected, f"{consequence} in one of the towers")
+        consequence = f"{OTHER_FUNCTION} in one of the towers"
+        yield Finding("hidden-act", WARNING, f"hidden_act is {_towers(used)}", expected, consequence)
     elif omitted:
         said = f"config.json has no hidden_act for {' and '.join(omitted)}, so transformers takes quick_gelu"
-        yield Finding("hidden-act", WARNING, said, "it to be stated", f"{consequence}, if that was OpenCLIP's gelu")
+        yield Finding("hidden-act", WARNING, said, "it to be stated", f"{OTHER_FUNCTION}, if that was OpenCLIP's gelu")
+
+
+def _towers(names: Sequence[str]) -> str:
+    return f"vision {names[0]}, text {names[1]}"
 
 
 def end_of_text(opened: Opened) -> Iterator[Finding]:
@@ -332,27 +400,37 @@ def images(opened: Opened) -> Iterator[Finding]:
 
 def _pictures(opened: Opened, family: Family, squared: bool) -> Iterator[Finding]:
     processor = opened.processor.image_processor
+    resizes = bool(getattr(processor, "do_resize", True))
     black, white = (opened.pixels(Image.new("RGB", (64, 64), shade)).mean((1, 2)) for shade in ("black", "white"))
     std = 1 / np.maximum(white - black, 1e-9)
     mean = -black * std
     if max(np.abs(mean - family.mean).max(), np.abs(std - family.std).max()) > 1e-3:
-        off = np.abs(mean - family.mean).max() > 0.2 or max((std / family.std).max(), (family.std / std).max()) > 2
         found = f"pixels are normalised by mean {_listed(mean)} and deviation {_listed(std)}"
         expected = f"{_listed(family.mean)} and {_listed(family.std)}, as {opened.kind} was trained"
-        consequence = (
-            "The vision tower sees a range that it was never trained on" if off else "Embeddings shift a little"
-        )
-        yield Finding("normalization", ERROR if off else WARNING, found, expected, consequence)
+        consequence = "The vision tower sees a range that it was never trained on: embeddings and answers change"
+        yield Finding("normalization", ERROR, found, expected, consequence)
     crops = bool(getattr(processor, "do_center_crop", False))
-    if squared and crops != family.crops:
+    if squared and not _sees_rims(opened):
+        found = "of a large image only the middle is seen" + ("" if resizes else " (do_resize is false)")
+        consequence = "What lies outside is left out, the more the larger an image is"
+        yield Finding("crop", ERROR, found, "the image to be resized before its middle is taken", consequence)
+    elif squared and crops != family.crops:
         ways = {True: "crops images to a square", False: "squashes images into a square"}
         consequence = "Images that are not square lose their rims, or their proportions, unlike in training"
         yield Finding("crop", WARNING, f"the processor {ways[crops]}", f"it {ways[family.crops]}", consequence)
-    used = getattr(processor, "resample", None)
-    if used is not None and int(used) not in family.filters:
-        names = [Image.Resampling(number).name.lower() for number in (int(used), *family.filters)]
+    used = processor.resample if resizes else None
+    if used is not None and used not in family.filters:
+        names = [Image.Resampling(number).name.lower() for number in (used, *family.filters)]
         consequence = "Embeddings shift a little, most for images much larger than the model's"
         yield Finding("interpolation", WARNING, f"images are resized {names[0]}", " or ".join(names[1:]), consequence)
+
+
+def _sees_rims(opened: Opened) -> bool:
+    """Whether the rims of a square image, an eighth of its width, leave a trace; the image is large."""
+    side = 4 * max(opened.described["image_size"])
+    framed = Image.new("RGB", (side, side), "black")
+    framed.paste("white", (side // 8, side // 8, side - side // 8, side - side // 8))
+    return bool(np.ptp(opened.pixels(framed)[0]) > 0)
 
 
 def _listed(values: Sequence[float] | np.ndarray) -> str:

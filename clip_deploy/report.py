@@ -323,8 +323,10 @@ HOW = """
 
 - Every row is held against `torch-fp32`, the untouched checkpoint, on the same inputs. Two processes took turns on the
   same cores: speed-up is the median over the turns of the ratio of median latencies, reference over target, with the
-  95 % interval of the sign test, which assumes nothing of how the noise is distributed. The row of `torch-fp32` is
-  timed against itself: its interval shows the noise. Compare rows by speed-up: latencies of rows that were timed
+  95 % interval of the sign test, which assumes nothing of how the noise is distributed; many turns count in blocks, as
+  neighbours in time are alike. What stays for a whole benchmark (where a process lies in memory) no interval shows.
+  `detectable_slowdown` in `reports/benchmark/` is the least that 4 of 5 such benchmarks find. The row of `torch-fp32`
+  is timed against itself: its interval shows the noise. Compare rows by speed-up: latencies of rows that were timed
   minutes apart carry the machine's drift as well.
 - p90 and p99 (and the p95 of `recommend`) are stated only where at least 5 calls lie beyond them; images/s and texts/s
   are means over all calls. Texts are timed at the model's whole context.

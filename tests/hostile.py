@@ -6,6 +6,7 @@ A request is [reader, folder], the answer [outcome, what was said]. A native lib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import traceback
@@ -15,24 +16,69 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoModel, AutoProcessor
 from transformers.models.clip import modeling_clip, processing_clip  # noqa: F401 - loaded once, before the forks
 
 from clip_deploy import checkpoint as checkpoints
-from clip_deploy.core.config import Gate, GatesConfig
+from clip_deploy import shapes
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import Gate, GatesConfig, ModelConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.images import Preprocessor, read_image
-from clip_deploy.prepared import Prepared, Texts, load_prepared
+from clip_deploy.lint import lint
+from clip_deploy.portable import write_portable
+from clip_deploy.prepared import Prepared, Texts, load_prepared, pad_token_of, tokenize
+from clip_deploy.runtimes import open_encoder
+from clip_deploy.tokens import Tokenizer
 from clip_deploy.validation import validate_apart
 
 MEMORY = 6 << 30  # of address space, above what is mapped already
 LIMIT_S = 120  # a busy machine must not look like a hang
 ROWS = 8
+FINDINGS = "the checkpoint would give wrong answers"
 
 
 def read_checkpoint(folder: Path) -> None:
-    checkpoints.verify(folder)
-    checkpoints.describe(folder)
-    checkpoints.load_model(folder)
+    """Take folder/checkpoint in as `download` does, and hold our reading of it against transformers' own."""
+    target, portable = (folder / name for name in ("torch-fp32", "portable"))
+    for made in (target, portable):
+        shutil.rmtree(made, ignore_errors=True)
+    portable.mkdir()
+    build(target, lambda output: checked(ModelConfig(path=str(folder / "checkpoint")), output), Target("eager", "fp32"))
+    write_portable(target, portable)
+    images, texts = own_embeddings(folder / "checkpoint")
+    encoder, model, processor = open_encoder(target), read_target(target).model, checkpoints.load_processor(target)
+    pixels = processor.image_processor([PHOTO], return_tensors="np")["pixel_values"]
+    tokens = tokenize(processor, model, WORDS)
+    assert alike(encoder.encode_images(pixels), images), "another image embedding than transformers'"
+    assert alike(encoder.encode_texts(tokens.input_ids, tokens.attention_mask), texts), "another text embedding"
+    if (packed := portable / "preprocessor.json").is_file():
+        ours = Preprocessor(**json.loads(packed.read_text()))(PHOTO)
+        assert np.abs(ours - pixels[0]).max() < 1e-4, "the package sees other pixels than transformers"
+    if (packed := portable / "tokenizer.json").is_file():
+        own = Tokenizer(packed, model["context_length"], model["pad_to_context"], pad_token_of(processor))
+        assert np.array_equal(own(WORDS)["input_ids"], tokens.input_ids), "the package reads other tokens"
+
+
+def checked(model: ModelConfig, output: Path) -> Target:
+    target = checkpoints.fetch(model, output)
+    lint(output, model, target.model)
+    checkpoints.load_model(output)  # as every stage after `download`
+    return target
+
+
+def own_embeddings(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Of PHOTO and WORDS, by transformers alone."""
+    model, processor = AutoModel.from_pretrained(folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder)
+    given = processor(text=WORDS, images=[PHOTO], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        found = model.eval()(**given)
+    return found.image_embeds.numpy(), found.text_embeds.numpy()
+
+
+def alike(ours: np.ndarray, own: np.ndarray) -> bool:
+    """Cosines above 0.9999 in each row; `own` is of unit length."""
+    return bool((np.sum(ours * own, 1) > 0.9999 * np.linalg.norm(ours, axis=1)).all())
 
 
 def read_graph(folder: Path) -> None:
@@ -64,6 +110,8 @@ def read_picture(folder: Path) -> None:
     assert np.abs(ours(image) - expected).max() < 1e-5, "other pixels than the checkpoint's processor"
 
 
+PHOTO = shapes.render("hostile", 0, 7)[0].resize((120, 90))
+WORDS = ["a photo of a red circle", "Two BLUE squares, caf\u00e9", "x"]
 READERS = {"checkpoint": read_checkpoint, "graph": read_graph, "picture": read_picture}
 
 
@@ -91,7 +139,7 @@ def bounded(reader: str, folder: Path) -> tuple[str, str]:
     try:
         READERS[reader](folder)
     except DeployError as error:
-        said = str(error)
+        said = str(error).replace("\n", " ") if FINDINGS in str(error) else str(error)  # one a line, all one message
         return ("refused" if said.strip() and len(said.splitlines()) == 1 else "wrong"), said[:2000]
     except BaseException:
         return "wrong", traceback.format_exc()[-4000:]

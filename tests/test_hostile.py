@@ -201,7 +201,7 @@ def in_folder(tmp_path, monkeypatch):
 def test_any_params_are_valid_or_refused_in_one_line(in_folder, outcomes, fuzz):
     path = in_folder / "params.yaml"
 
-    @fuzz(150)
+    @fuzz(8)
     @given(mutated(yaml.safe_load(PARAMS)))
     def read(tree):
         path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
@@ -213,7 +213,7 @@ def test_any_params_are_valid_or_refused_in_one_line(in_folder, outcomes, fuzz):
 def test_any_text_in_params_is_valid_or_refused_in_one_line(in_folder, outcomes, fuzz):
     path = in_folder / "params.yaml"
 
-    @fuzz(60)
+    @fuzz(8)
     @given(damaged(PARAMS.encode()))
     def read(content):
         path.write_bytes(content)
@@ -268,7 +268,7 @@ def test_any_json_of_a_checkpoint_is_read_or_refused_in_one_line(name, hostile_c
     @given(st.one_of(mutated(tree).map(lambda changed: json.dumps(changed).encode()), damaged(path.read_bytes())))
     def try_one(content):
         path.write_bytes(content)
-        read(f"a checkpoint's {name}", "checkpoint", hostile_checkpoint)
+        read(f"a checkpoint's {name}", "checkpoint", hostile_checkpoint.parent)
 
     try_one()
 
@@ -320,7 +320,7 @@ REFUSED_WEIGHTS = set(WEIGHTS) - {"another type of the same size"}  # whole numb
 def test_weights_that_lie_are_refused_in_one_line(name, hostile_checkpoint, read):
     path = hostile_checkpoint / "model.safetensors"
     path.write_bytes(WEIGHTS[name](*header_of(path.read_bytes())))
-    outcome, said = read("safetensors, made by hand", "checkpoint", hostile_checkpoint)
+    outcome, said = read("safetensors, made by hand", "checkpoint", hostile_checkpoint.parent)
     assert outcome == ("refused" if name in REFUSED_WEIGHTS else outcome), said
 
 
@@ -333,7 +333,7 @@ def test_damaged_weights_are_read_or_refused_in_one_line(hostile_checkpoint, rea
     @given(st.one_of(damaged(whole[:head]).map(lambda start: start + whole[head:]), damaged(whole)))
     def try_one(content):
         path.write_bytes(content)
-        read("safetensors, bytes changed", "checkpoint", hostile_checkpoint)
+        read("safetensors, bytes changed", "checkpoint", hostile_checkpoint.parent)
 
     try_one()
 
@@ -526,7 +526,7 @@ def test_pictures_that_are_none_or_bombs_are_refused_in_one_line(kind, pictures,
 
 
 def test_damaged_pictures_are_read_as_the_processor_reads_them_or_refused(pictures, read, fuzz):
-    @fuzz(60)
+    @fuzz(8)
     @given(st.sampled_from(sorted(PICTURES)).flatmap(lambda kind: damaged(PICTURES[kind])))
     def try_one(content):
         (pictures / "image").write_bytes(content)

@@ -87,9 +87,9 @@ def half_halved(weights):
     weights["visual_projection.weight"] = weights["visual_projection.weight"].astype(np.float16)
 
 
-LEARNED = change("config.json", _name_or_path="laion/CLIP-ViT-B-32-laion2B-s34B-b79K")
+NAMED_OPENCLIP = change("config.json", _name_or_path="laion/CLIP-ViT-B-32-laion2B-s34B-b79K")
 ERRORS = [
-    (LEARNED, "hidden-act", "expected gelu. Every layer would compute another function"),
+    (NAMED_OPENCLIP, "hidden-act", "expected gelu. Every layer would compute another function"),
     (
         both(vision(hidden_act="gelu"), change("config.json", _name_or_path="openai/clip-vit-base-patch32")),
         "hidden-act",
@@ -113,6 +113,12 @@ ERRORS = [
     (pictures(do_center_crop=False), "crop", "Images that are not square would not fit"),
     (pictures(do_rescale=False), "normalization", "a range that it was never trained on"),
     (pictures(do_normalize=False), "normalization", "a range that it was never trained on"),
+    (pictures(**SIGLIP_MEAN), "normalization", "mean 0.5/0.5/0.5 and deviation 0.5/0.5/0.5; expected 0.481/0.458"),
+    (pictures(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]), "normalization", "answers change"),
+    (pictures(image_mean=[0.40821073, 0.4578275, 0.48145466]), "normalization", "answers change"),
+    (pictures(rescale_factor=0.0078), "normalization", "a range that it was never trained on"),
+    (pictures(do_resize=False), "crop", "only the middle is seen (do_resize is false)"),
+    (pictures(size={"shortest_edge": 224}), "crop", "of a large image only the middle is seen; expected the image"),
     (reweigh(lambda w: w.pop(LAYER)), "missing-weights", f"{LAYER} are missing"),
     (reweigh(lambda w: w.update({LAYER: w[LAYER][:5]})), "missing-weights", "another shape than config.json says"),
     (text(num_hidden_layers=1), "unused-weights", "Layers or adapters that were trained would not be run"),
@@ -136,7 +142,8 @@ WARNINGS = [
     (tokens(model_max_length=None), "context-length", "a server that asks the tokenizer alone fails on longer ones"),
     (scale(np.log(1 / 0.07)), "logit-scale", "it was never trained"),
     (scale(6.0), "logit-scale", "probabilities are too sharp or too flat"),
-    (pictures(**SIGLIP_MEAN), "normalization", "Embeddings shift a little"),
+    (both(text(hidden_act="relu"), vision(hidden_act="relu")), "hidden-act", "quick_gelu or gelu, as every CLIP"),
+    (both(NAMED_OPENCLIP, text(hidden_act="gelu_new"), vision(hidden_act="gelu")), "hidden-act", "nearly the same"),
     (pictures(size={"height": 48, "width": 48}, do_center_crop=False), "crop", "or their proportions, unlike in"),
     (pictures(resample=2), "interpolation", "images are resized bilinear; expected bicubic"),
     (reweigh(halved), "weights-dtype", "cosines say nothing of what rounding has cost"),
@@ -198,6 +205,103 @@ def test_siglip_has_its_own_pixels_padding_scale_and_bias(siglip):
 
 def test_chinese_clip_is_clean_but_for_its_padding(chinese_clip):
     assert {finding.code for finding in findings(chinese_clip, trained=False)} == {"pad-token"}
+
+
+@pytest.mark.parametrize(
+    ("family", "spoil", "said"),
+    [
+        ("siglip", both(text(hidden_act="quick_gelu"), vision(hidden_act="quick_gelu")), "expected gelu_pytorch_tanh"),
+        ("siglip", vision(hidden_act="quick_gelu"), "vision quick_gelu, text gelu_pytorch_tanh; expected gelu_pytorch"),
+        ("chinese_clip", vision(hidden_act="gelu"), "vision gelu, text gelu; expected vision quick_gelu, text gelu"),
+        ("chinese_clip", text(hidden_act="quick_gelu"), "vision quick_gelu, text quick_gelu; expected vision quick"),
+    ],
+)
+def test_a_family_that_knows_one_activation_is_refused_with_another(family, spoil, said, tmp_path, request):
+    folder = shutil.copytree(request.getfixturevalue(family), tmp_path / "broken")
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=r"\n  hidden-act \(error\): ") as refused:
+        findings(folder)
+    assert said in str(refused.value)
+    assert "hidden-act" in {finding.code for finding in findings(folder, allow=["hidden-act"]) if finding.allowed}
+    assert "hidden-act" not in {finding.code for finding in findings(folder, trained=False)}
+
+
+# What config.json and preprocessor_config.json of released checkpoints say, sizes and ids of other tokenizers aside.
+OPENAI = {
+    "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True, "do_resize": True, "resample": 3,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+GOOGLE = {"do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3, **SIGLIP_MEAN}
+LEGACY = both(text(eos_token_id=2, bos_token_id=0, pad_token_id=1))
+RELEASED = {
+    "openai/clip-vit-base-patch32": (
+        "checkpoint",
+        both(
+            text(hidden_act="quick_gelu"), vision(hidden_act="quick_gelu"), LEGACY, pictures(size=48, crop_size=48),
+            pictures(feature_extractor_type="CLIPFeatureExtractor", do_rescale=None, rescale_factor=None, **OPENAI),
+        ),
+        {"eos-token"},
+    ),
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": (
+        "checkpoint",
+        both(text(hidden_act="gelu"), vision(hidden_act="gelu"), LEGACY, pictures(do_rescale=True, **OPENAI)),
+        {"eos-token"},
+    ),
+    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K": (
+        "checkpoint",
+        both(text(hidden_act="gelu"), vision(hidden_act="gelu"), LEGACY, pictures(**OPENAI), pictures(**SIGLIP_MEAN)),
+        {"eos-token"},
+    ),
+    "facebook/metaclip-b32-400m": ("checkpoint", both(LEGACY, pictures(**OPENAI)), {"eos-token"}),
+    # its config.json names the towers' kinds and leaves the rest to transformers' defaults
+    "google/siglip-base-patch16-224": ("siglip", both(vision(hidden_act=None), text(hidden_act=None),
+                                                      pictures(**GOOGLE)), {"pad-token"}),
+    "google/siglip2-base-patch16-224": ("siglip", pictures(**{**GOOGLE, "resample": 2}), {"pad-token"}),
+    "OFA-Sys/chinese-clip-vit-base-patch16": (
+        "chinese_clip",
+        both(
+            text(hidden_act="gelu"), vision(hidden_act="quick_gelu"),
+            pictures(feature_extractor_type="ChineseCLIPFeatureExtractor", **{**OPENAI, "do_center_crop": False}),
+        ),
+        {"pad-token"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_checkpoints_have_no_error(name, tmp_path, request):
+    family, settings, expected = RELEASED[name]
+    folder = shutil.copytree(request.getfixturevalue(family), tmp_path / "released")
+    if (whole := folder / "processor_config.json").is_file():  # as today's transformers saves it; none of these has one
+        own = json.loads(whole.read_text())["image_processor"]
+        (folder / "preprocessor_config.json").write_text(json.dumps(own))
+        whole.unlink()
+    settings(folder)
+    found = lint(folder, ModelConfig(repo_id=name, revision="main"), describe(folder))
+    assert {finding.severity for finding in found} <= {"warning"}
+    assert {finding.code for finding in found} - {"logit-scale", "logit-bias"} <= expected  # random weights have others
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"image_mean": [0.5, 0.5, None]}, "makes NaN or infinity: mend image_mean and image_std"),
+        ({"image_std": [0.5, 0.5, 0.0]}, "makes NaN or infinity: mend image_mean and image_std"),
+        ({"crop_size": {"height": 0, "width": 48}}, r"makes pixel_values of shape \[3, 0, 48\]"),
+    ],
+)
+def test_pixels_that_are_no_numbers_are_refused(folder, values, said):
+    pictures(**values)(folder)
+    with pytest.raises(CheckpointError, match=said):
+        findings(folder)
+
+
+@pytest.mark.parametrize("value", ["bicubic", [3], 3.0, True, 9])
+def test_a_filter_that_is_no_number_of_pillows_is_refused_by_name(folder, value):
+    """transformers would resize bilinear, and say nothing."""
+    pictures(resample=value)(folder)
+    with pytest.raises(CheckpointError, match=r"resample is .*: accepted are Pillow's numbers, .*3 bicubic"):
+        describe(folder)
 
 
 def test_all_errors_come_at_once_and_each_can_be_allowed_by_name(folder):

@@ -50,7 +50,7 @@ def race(contestants: list[Contestant], requests: list[dict], threads: int, seco
     """Run every request. A contestant that fails is marked unavailable, and the others go on without it.
 
     Args:
-        seconds: time limit of the rounds of one request, all contestants together; at least 5 rounds are run.
+        seconds: time limit of the rounds of one request, all contestants together; at least 8 rounds are run.
         rounds: of one request, at most.
     """
     workers: dict[str, Worker] = {}

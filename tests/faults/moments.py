@@ -13,18 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FAULT, MODULE = "FAULT", "FAULT_MODULE"  # "kill 3" in the process that runs this module, as stages.optimize
+FAULT, MODULE = "FAULT", "FAULT_MODULE"  # "kill 3", "kill os.rename" in the process that runs stages.optimize
 CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def install(act: Callable[[int, str, str], Any]) -> None:
     """Call `act` with number, kind and path of every moment of this process from now on."""
-    root, seen = os.getcwd(), 0
+    root, process, seen = os.getcwd(), os.getpid(), 0
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal seen
         if event not in CHANGES and not (event == "open" and _is_write(arguments)):
+            return
+        if os.getpid() != process:  # a child that was forked has moments of its own
             return
         path = os.path.abspath(os.fsdecode(arguments[0]))
         if path.startswith(root + os.sep):
@@ -38,11 +40,15 @@ def _is_write(arguments: tuple) -> bool:
     return isinstance(arguments[0], str | bytes | os.PathLike) and bool((arguments[2] or 0) & WRITING)
 
 
-def fault(name: str, at: int) -> Callable[[int, str, str], None]:
-    """At moment `at`: "kill" the process, let the disk be "full" from then on, or "wait" for the file `go`."""
+def fault(name: str, at: str) -> Callable[[int, str, str], None]:
+    """At moment `at`: "kill" the process, let the disk be "full" from then on, or "wait" for the file `go`.
+
+    Args:
+        at: a number, or an event: its first moment.
+    """
 
     def act(number: int, event: str, path: str) -> None:
-        if number != at:
+        if at not in (str(number), event):
             return
         if name == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -6,4 +6,4 @@ import sys
 from moments import FAULT, MODULE, fault, install
 
 if FAULT in os.environ and sys.orig_argv[1:3] == ["-m", os.environ[MODULE]]:
-    install(fault(os.environ[FAULT].split()[0], int(os.environ[FAULT].split()[1])))
+    install(fault(*os.environ[FAULT].split()))
