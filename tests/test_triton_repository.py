@@ -216,8 +216,9 @@ def picture(size, kind="png", mode="RGB"):
         (picture((64, 64), "jpeg")[:-300], "not an image that can be decoded"),
         (picture((10_000, 10_000), mode="1"), "10000 x 10000 pixels: at most 50000000"),
         (b"\xff\xd8" + bytes(20_000_000), "20000002 bytes: at most 20000000"),
+        (picture((1, 1_000_000), mode="1"), "1 x 1000000 pixels: a side may be at most 500 times the other"),
     ],
-    ids=["text", "empty", "truncated", "bomb", "large"],
+    ids=["text", "empty", "truncated", "bomb", "large", "thin"],
 )
 def test_a_bad_image_gets_an_error_and_its_neighbour_an_answer(program, repository, content, message):
     model = started(program, repository, "preprocess")
@@ -225,6 +226,38 @@ def test_a_bad_image_gets_an_error_and_its_neighbour_an_answer(program, reposito
     refused, answered = model.execute([{"encoded": bad}, {"encoded": good}])
     assert message in refused.error
     assert answered.tensors[0].array.shape == (1, 3, 48, 48)
+
+
+def test_a_server_refuses_the_same_thin_images_as_what_opens_packages(program):
+    assert program("preprocess").MOST_ASPECT == images.MOST_ASPECT
+
+
+def test_the_images_of_a_request_are_decoded_and_shrunk_one_by_one(program, repository, monkeypatch):
+    model, preprocess, steps = started(program, repository, "preprocess"), program("preprocess"), []
+    module = model.stacked.__func__.__globals__
+
+    def noted(name):
+        def run(*arguments):
+            steps.append(name)
+            return getattr(preprocess, name)(*arguments)
+
+        return run
+
+    for name in ("decoded", "pixel_values"):
+        monkeypatch.setitem(module, name, noted(name))
+    assert model.stacked([picture((60, 50))] * 3).shape == (3, 3, 48, 48)
+    assert steps == ["decoded", "pixel_values"] * 3
+
+
+def test_a_tower_that_preprocesses_gets_whole_images_of_one_size_up_to_a_bound(program, repository, monkeypatch):
+    model = started(program, repository, "preprocess")
+    model.settings, module = None, model.stacked.__func__.__globals__
+    monkeypatch.setitem(module, "MOST_PIXELS", 6000)
+    assert model.stacked([picture((60, 50))] * 2).shape == (2, 50, 60, 3)
+    with pytest.raises(module["RefusedError"], match="one request must have one size"):
+        model.stacked([picture((60, 50)), picture((50, 60))])
+    with pytest.raises(module["RefusedError"], match="more than 6000 pixels in all: send fewer"):
+        model.stacked([picture((60, 50))] * 3)
 
 
 def test_served_tokens_are_those_of_the_checkpoints_tokenizer(program, repository, checkpoint):

@@ -18,6 +18,7 @@ from clip_deploy.serving.client import TIMEOUT_S, Client, Job, embed_images, sho
 
 LARGE_BYTES = 64_000_000  # a body that is far too large
 BOMB_SIDE = 30_000  # pixels: 900 million in a file of a few hundred kilobytes
+THIN_LENGTH = 1_000_000  # pixels of an image one pixel wide, in a file of 4 kB
 KILLED_AFTER_S = 0.5
 IDLE = 100  # connections that are opened and never used
 
@@ -142,7 +143,11 @@ def large_file(job: Job) -> str:
 
 
 def bomb(job: Job) -> str:
-    return zero_shot(job, png(BOMB_SIDE), [b"red"])
+    return zero_shot(job, png(BOMB_SIDE, BOMB_SIDE), [b"red"])
+
+
+def thin_image(job: Job) -> str:
+    return zero_shot(job, png(1, THIN_LENGTH), [b"red"])
 
 
 def file(job: Job) -> bytes:
@@ -158,11 +163,11 @@ def zero_shot(job: Job, content: bytes, texts: list[bytes]) -> str:
     return f"answered: {np.round(found, 3).tolist()}"
 
 
-def png(side: int) -> bytes:
-    """A white PNG of side x side pixels with one bit each, written in rows so that it takes no memory here."""
-    packer, row = zlib.compressobj(9), bytes(1) + b"\xff" * ((side + 7) // 8)
-    data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
+def png(width: int, height: int) -> bytes:
+    """A white PNG with one bit a pixel, written in rows so that it takes no memory here."""
+    packer, row = zlib.compressobj(9), bytes(1) + b"\xff" * ((width + 7) // 8)
+    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
     content = io.BytesIO(b"\x89PNG\r\n\x1a\n")
     content.seek(0, io.SEEK_END)
     for kind, body in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b"")):
@@ -227,6 +232,7 @@ FAULTS: dict[str, Callable[[Job], str]] = {
     "a truncated image": truncated_image,
     "an image file of 25 MB": large_file,
     "an image of 900 million pixels": bomb,
+    "an image of 1 x 1 million pixels": thin_image,
     "a client killed while four requests run": killed_client,
     "half a request": half_a_request,
     "a hundred idle connections": idle_connections,

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns; MOST_PIXELS refuses
 MOST_BYTES = 20_000_000  # of one file
 MOST_PIXELS = 50_000_000  # of one image: a small file can hold a picture that fills the memory
+MOST_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
 
 
 class RefusedError(ValueError):
@@ -39,12 +40,16 @@ class TritonPythonModel:
 
     def stacked(self, files):
         """float32 [images, 3, height, width], or uint8 [images, height, width, 3] where the tower preprocesses."""
-        images = [decoded(content) for content in files]
-        if self.settings is not None:
-            return np.stack([pixel_values(image, self.settings) for image in images])
-        if len({image.size for image in images}) > 1:
-            raise RefusedError("the images of one request must have one size: send one request for each size")
-        return np.stack([np.asarray(image) for image in images])
+        if self.settings is not None:  # one by one: decoded, an image takes far more memory than its pixel values
+            return np.stack([pixel_values(decoded(content), self.settings) for content in files])
+        images = []
+        for content in files:
+            images.append(np.asarray(decoded(content)))
+            if images[-1].shape != images[0].shape:
+                raise RefusedError("the images of one request must have one size: send one request for each size")
+            if len(images) * images[0][..., 0].size > MOST_PIXELS:
+                raise RefusedError(f"the images of one request have more than {MOST_PIXELS} pixels in all: send fewer")
+        return np.stack(images)
 
 
 def decoded(content):
@@ -55,6 +60,11 @@ def decoded(content):
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise RefusedError(f"the image has {image.width} x {image.height} pixels: at most {MOST_PIXELS} in all")
+            if max(image.size) > MOST_ASPECT * min(image.size):
+                raise RefusedError(
+                    f"the image has {image.width} x {image.height} pixels: a side may be at most {MOST_ASPECT} times "
+                    "the other"
+                )
             return rgb(image)
     except RefusedError:
         raise
