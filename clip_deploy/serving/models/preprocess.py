@@ -1,5 +1,7 @@
 """Triton Python model: image files (JPEG, PNG, WebP...) to what the image tower takes. Needs numpy and Pillow.
 
+Tokens of texts, where they come along, pass through: a step of the ensemble that follows has seen both.
+
 Resize, centre crop, rescaling and normalisation are those of the checkpoint's own processor, read from
 preprocessor.json; without that file the tower preprocesses itself, and this model only decodes.
 """
@@ -24,22 +26,30 @@ class RefusedError(ValueError):
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.output = json.loads(args["model_config"])["output"][0]["name"]
+        config = json.loads(args["model_config"])
+        self.output, *self.tokens = [output["name"] for output in config["output"]]
+        self.max_images = int(config["parameters"]["max_images"]["string_value"])
         path = Path(args["model_repository"]) / args["model_version"] / "preprocessor.json"
         self.settings = json.loads(path.read_text()) if path.exists() else None
 
     def execute(self, requests):
-        return [self._answer(pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy()) for request in requests]
+        return [self._answer(request) for request in requests]
 
-    def _answer(self, encoded):
+    def _answer(self, request):
+        files = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy().reshape(-1)
         try:
-            tensor = pb_utils.Tensor(self.output, self.stacked(encoded.reshape(-1)))
+            tensor = pb_utils.Tensor(self.output, self.stacked(files))
         except RefusedError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
-        return pb_utils.InferenceResponse([tensor])
+            refused = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=refused)
+        given = [pb_utils.get_input_tensor_by_name(request, name) for name in self.tokens]
+        passed = [pb_utils.Tensor(token.name(), token.as_numpy()) for token in given if token is not None]
+        return pb_utils.InferenceResponse([tensor, *passed])
 
     def stacked(self, files):
         """float32 [images, 3, height, width], or uint8 [images, height, width, 3] where the tower preprocesses."""
+        if not 1 <= len(files) <= self.max_images:
+            raise RefusedError(f"the request has {len(files)} images: give 1 to {self.max_images}")
         if self.settings is not None:  # one by one: decoded, an image takes far more memory than its pixel values
             return np.stack([pixel_values(decoded(content), self.settings) for content in files])
         images = []
