@@ -10,6 +10,7 @@ from PIL import Image
 from clip_deploy.core.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MOST_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
 UNBOUNDED = ("I", "F")  # Pillow's modes without a fixed range: black and white are a matter of opinion
 
 
@@ -64,7 +65,8 @@ def read_image(path: Path) -> Image.Image:
     As in the checkpoints' own processors, what is transparent becomes white and EXIF's rotation is not applied: a model
     sees what its processor would show it. 16 bits of grey become the upper 8.
 
-    Raises DataError naming a file that is none, is damaged, or has more than Pillow's MAX_IMAGE_PIXELS.
+    Raises DataError naming a file that is none, is damaged, thinner than MOST_ASPECT, or has more than Pillow's
+    MAX_IMAGE_PIXELS.
     """
     try:
         with Image.open(path) as image:
@@ -84,10 +86,15 @@ def _fault(path: Path, error: Exception) -> str:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Any picture of Pillow as RGB. Raises DataError where that has no one meaning, or it is too large to decode."""
+    """Any picture of Pillow as RGB. Raises DataError where that has no one meaning, or it is too large or too thin."""
     most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
     if most and pixels > most:  # below twice as many, Pillow only warns
         raise DataError(f"has {pixels:,} pixels, more than {most:,}: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS")
+    if max(image.size) > MOST_ASPECT * min(image.size):
+        raise DataError(
+            f"is {image.width:,} x {image.height:,} pixels: a side may be at most {MOST_ASPECT} times the other; "
+            "crop it"
+        )
     if image.mode in UNBOUNDED:
         raise DataError(f"has pixels of mode {image.mode}, whose range is unknown: save it with 8 bits a channel")
     if image.mode.startswith("I;16"):

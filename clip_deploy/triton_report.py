@@ -33,11 +33,12 @@ def triton_sections(record: dict[str, Any]) -> list[str]:
         "",
         *_parity(record["parity"]),
         "",
-        "Versions, changed while a client went on asking:",
+        "Versions, changed while a client went on asking; version 2 has other weights, which negate image embeddings:",
         "",
         *_versions(record["versions"]),
         "",
-        "Faults. Survived: afterwards the server is ready and gives the same embedding as before.",
+        "Faults. Refused: a client's mistake, with HTTP's 400 or gRPC's INVALID_ARGUMENT. Survived: afterwards the "
+        "server is ready, and answers an image and a question to all models as before.",
         "",
         *_faults(record["faults"]),
         "",
@@ -80,8 +81,7 @@ def _parity(parities: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _versions(steps: list[dict[str, Any]]) -> list[str]:
-    head = ["Step", "Versions that answer", "Without a version", "Same embedding", "Requests", "Failed"]
-    sent = [0, *(step["sent"] for step in steps)]
+    head = ["Step", "Versions that answer", "Without a version", "Each by its own weights", "Requests", "Failed"]
     return table(
         head,
         [
@@ -89,20 +89,25 @@ def _versions(steps: list[dict[str, Any]]) -> list[str]:
                 step["step"],
                 ", ".join(step["ready"]),
                 f"version {step['answers']}",
-                "yes" if step["same"] else "**no**",
-                str(step["sent"] - before),
+                "yes" if step["right"] else "**no**",
+                str(step["sent"]),
                 str(step["failed"]),
             ]
-            for step, before in zip(steps, sent, strict=False)
+            for step in steps
         ],
     )
 
 
 def _faults(faults: list[dict[str, Any]]) -> list[str]:
     return table(
-        ["Fault", "Answer", "Survived"],
+        ["Fault", "Answer", "Refused", "Survived"],
         [
-            [fault["fault"], fault["answer"].replace("|", "\\|"), "yes" if fault["survived"] else "**no**"]
+            [
+                fault["fault"],
+                fault["answer"].replace("|", "\\|"),
+                {True: "yes", False: "**no**", None: MISSING}[fault["refused"]],
+                "yes" if fault["survived"] else "**no**",
+            ]
             for fault in faults
         ],
     )

@@ -15,7 +15,7 @@ from reliability import Outcomes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-shapes"
-COMMANDS = {"apply", "compare", "device", "drift", "gate", "verify", "why"}  # of stages/, run by hand
+COMMANDS = {"apply", "compare", "device", "drift", "gate", "publish", "verify", "why"}  # of stages/, run by hand
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ["DVC_NO_ANALYTICS"] = "1"

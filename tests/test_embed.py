@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 from pyarrow import parquet
 
 from clip_deploy import shapes
@@ -60,6 +61,15 @@ def test_every_readable_image_has_its_embedding_and_every_other_is_named(classif
     assert list(found) == names
     expected = classifier.embed_images([folder / name for name in names])
     assert np.allclose(list(found.values()), expected, atol=1e-6)
+
+
+def test_an_image_too_thin_to_be_resized_is_named_and_left_out(classifier, tmp_path):
+    (tmp_path / "images").mkdir()
+    shapes.render("embed", 0, 0)[0].save(tmp_path / "images" / "whole.png")
+    Image.new("1", (1, 1_000_000)).save(tmp_path / "images" / "thin.png")
+    done = embed_folder(classifier, tmp_path / "images", tmp_path / "parts", SMALL)
+    assert done.embedded_now == 1
+    assert "thin.png is 1 x 1,000,000 pixels: a side may be at most 500 times the other" in done.unreadable[0]
 
 
 def test_a_second_run_does_nothing_and_says_the_same(classifier, folder, tmp_path):

@@ -488,8 +488,8 @@ PICTURES = {
     "bmp": saved(SCENE, "bmp"),
     "tiff, compressed": saved(SCENE, "tiff", compression="tiff_lzw"),
     "one pixel": saved(Image.new("RGB", (1, 1), "red"), "png"),
-    "one line": saved(SCENE.resize((5000, 1)), "png"),
-    "one column": saved(SCENE.resize((1, 3000)), "png"),
+    "one line": saved(SCENE.resize((500, 1)), "png"),
+    "one column": saved(SCENE.resize((1, 500)), "png"),
 }
 BAD_PICTURES = {
     "no bytes": b"",
@@ -497,6 +497,9 @@ BAD_PICTURES = {
     "half a jpeg": saved(SCENE.resize((300, 300)), "jpeg")[:2000],
     "a bomb of 900 million pixels": wide_png(30_000, 30_000),
     "a bomb of 100 million pixels": wide_png(10_000, 10_000),
+    "a line of a million pixels": saved(Image.new("1", (1_000_000, 1)), "png"),
+    "a column of a million pixels": saved(Image.new("1", (1, 1_000_000)), "png"),
+    "a column of 1,001 pixels, two wide": saved(SCENE.resize((2, 1001)), "png"),
     "a png with no width": wide_png(0, 10),
     "a png of 2^31 columns": wide_png(2**31 - 1, 1),
     "floats without a range": saved(SCENE.convert("F"), "tiff"),

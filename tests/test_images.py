@@ -95,6 +95,9 @@ REFUSED = {
     "is no readable image (image file is truncated": damaged,
     "is empty: replace or remove it": lambda folder: written(folder, b""),
     "is no readable image (cannot identify image file": lambda folder: written(folder, b"<html>not found</html>"),
+    "is 1 x 1,000,000 pixels: a side may be at most 500 times the other; crop it": lambda folder: saved(
+        folder, Image.new("1", (1, 1_000_000))
+    ),
     "does not exist: check the path": lambda folder: folder / "missing.png",
     "has pixels of mode F, whose range is unknown": lambda folder: saved(folder, SCENE.convert("F"), "tiff"),
 }

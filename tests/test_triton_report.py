@@ -36,10 +36,13 @@ RECORD = {
         "probabilities, grpc": {"files": 32, "same_answer_percent": 96.9, "max_abs_diff": 0.02},
     },
     "versions": [
-        {"step": "two", "ready": ["1", "2"], "answers": "2", "refused": "", "same": True, "sent": 40, "failed": 0},
-        {"step": "back", "ready": ["1"], "answers": "1", "refused": "", "same": False, "sent": 50, "failed": 3},
+        {"step": "two", "ready": ["1", "2"], "answers": "2", "refused": "", "right": True, "sent": 40, "failed": 0},
+        {"step": "back", "ready": ["1"], "answers": "1", "refused": "", "right": False, "sent": 50, "failed": 3},
     ],
-    "faults": [{"fault": "noise", "answer": "400: a|b", "survived": True}],
+    "faults": [
+        {"fault": "noise", "answer": "400: a|b", "refused": True, "survived": True},
+        {"fault": "silence", "answer": "closed", "refused": None, "survived": True},
+    ],
     "drift": {"dark": {"mmd2": 0.035, "threshold": 0.0021, "p_value": 0.001, "mean_cosine": 0.91, "drifted": True}},
 }
 
@@ -50,8 +53,9 @@ def test_load_parity_versions_faults_and_drift_are_rows():
     assert "| images, grpc | 1.000000 | 0.0012 | - |" in lines
     assert "| probabilities, grpc | - | 0.02 | 96.9 |" in lines
     assert "| two | 1, 2 | version 2 | yes | 40 | 0 |" in lines
-    assert "| back | 1 | version 1 | **no** | 10 | 3 |" in lines
-    assert "| noise | 400: a\\|b | yes |" in lines
+    assert "| back | 1 | version 1 | **no** | 50 | 3 |" in lines
+    assert "| noise | 400: a\\|b | yes | yes |" in lines
+    assert "| silence | closed | - | yes |" in lines
     assert "| dark | drift | 0.035 | 0.0021 | 0.001 | 0.910 |" in lines
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
@@ -25,13 +26,14 @@ from clip_deploy.prepared import tokenize
 from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
 from clip_deploy.serving.repository import (
     BACKENDS,
+    FLAGS,
     MODELS,
     preferred_sizes,
     read_package,
     tower_config,
     write_repository,
 )
-from clip_deploy.serving.server import find_environment
+from clip_deploy.serving.server import command, find_environment
 
 MODEL_NAMES = ["clip_preprocess", "clip_score", "clip_text", "clip_tokenize", "clip_vision", "clip_zero_shot"]
 ALLOWED = {"io", "json", "pathlib", "numpy", "onnxruntime", "tokenizers", "PIL", "triton_python_backend_utils"}
@@ -57,14 +59,31 @@ def repository(package, benchmark):
     return benchmark / "triton"
 
 
+class Refusal(str):
+    """Triton's error: a text and a code."""
+
+    INVALID_ARG, INTERNAL = "INVALID_ARG", "INTERNAL"
+
+    def __new__(cls, text, code):
+        error = super().__new__(cls, text)
+        error.code = code
+        return error
+
+
+def given(request, name):
+    if name in request:
+        return SimpleNamespace(name=lambda: name, as_numpy=lambda: request[name])
+    return None
+
+
 @pytest.fixture
 def program(monkeypatch):
     """Import one of the served models as Triton does, with a stand-in for the module that only the server has."""
     stand_in = SimpleNamespace(
         Tensor=lambda name, array: SimpleNamespace(name=name, array=array),
-        TritonError=str,
+        TritonError=Refusal,
         InferenceResponse=lambda tensors=(), error=None: SimpleNamespace(tensors=list(tensors), error=error),
-        get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request[name]),
+        get_input_tensor_by_name=given,
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
 
@@ -81,9 +100,11 @@ def started(program, repository, name):
     """The program of one model of the repository, initialised as Triton does."""
     folder = repository / "python" / f"clip_{name}"
     model = program(name).TritonPythonModel()
-    given = re.findall(r'key: "(\w+)"\s+value \{\s+string_value: "([^"]*)"', (folder / "config.pbtxt").read_text())
-    parameters = {key: {"string_value": value} for key, value in given}
-    config = {"parameters": parameters, "output": [{"name": "pixel_values"}]}
+    text = (folder / "config.pbtxt").read_text()
+    found = re.findall(r'key: "(\w+)"\s+value \{\s+string_value: "([^"]*)"', text)
+    parameters = {key: {"string_value": value} for key, value in found}
+    outputs = re.findall(r'^output \{\n  name: "(\w+)"', text, re.MULTILINE)
+    config = {"parameters": parameters, "output": [{"name": output} for output in outputs]}
     model.initialize(
         {"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"},
     )
@@ -216,19 +237,53 @@ def picture(size, kind="png", mode="RGB"):
         (picture((64, 64), "jpeg")[:-300], "not an image that can be decoded"),
         (picture((10_000, 10_000), mode="1"), "10000 x 10000 pixels: at most 50000000"),
         (b"\xff\xd8" + bytes(20_000_000), "20000002 bytes: at most 20000000"),
+        (picture((1, 1_000_000), mode="1"), "1 x 1000000 pixels: a side may be at most 500 times the other"),
     ],
-    ids=["text", "empty", "truncated", "bomb", "large"],
+    ids=["text", "empty", "truncated", "bomb", "large", "thin"],
 )
 def test_a_bad_image_gets_an_error_and_its_neighbour_an_answer(program, repository, content, message):
     model = started(program, repository, "preprocess")
     bad, good = (np.array([[file]], dtype=object) for file in (content, picture((60, 50), "jpeg")))
     refused, answered = model.execute([{"encoded": bad}, {"encoded": good}])
     assert message in refused.error
+    assert refused.error.code == "INVALID_ARG"
     assert answered.tensors[0].array.shape == (1, 3, 48, 48)
 
 
+def test_a_server_refuses_the_same_thin_images_as_what_opens_packages(program):
+    assert program("preprocess").MOST_ASPECT == images.MOST_ASPECT
+
+
+def test_the_images_of_a_request_are_decoded_and_shrunk_one_by_one(program, repository, monkeypatch):
+    model, preprocess, steps = started(program, repository, "preprocess"), program("preprocess"), []
+    module = model.stacked.__func__.__globals__
+
+    def noted(name):
+        def run(*arguments):
+            steps.append(name)
+            return getattr(preprocess, name)(*arguments)
+
+        return run
+
+    for name in ("decoded", "pixel_values"):
+        monkeypatch.setitem(module, name, noted(name))
+    assert model.stacked([picture((60, 50))] * 3).shape == (3, 3, 48, 48)
+    assert steps == ["decoded", "pixel_values"] * 3
+
+
+def test_a_tower_that_preprocesses_gets_whole_images_of_one_size_up_to_a_bound(program, repository, monkeypatch):
+    model = started(program, repository, "preprocess")
+    model.settings, module = None, model.stacked.__func__.__globals__
+    monkeypatch.setitem(module, "MOST_PIXELS", 6000)
+    assert model.stacked([picture((60, 50))] * 2).shape == (2, 50, 60, 3)
+    with pytest.raises(module["RefusedError"], match="one request must have one size"):
+        model.stacked([picture((60, 50)), picture((50, 60))])
+    with pytest.raises(module["RefusedError"], match="more than 6000 pixels in all: send fewer"):
+        model.stacked([picture((60, 50))] * 3)
+
+
 def test_served_tokens_are_those_of_the_checkpoints_tokenizer(program, repository, checkpoint):
-    texts = ["a photo of a red circle", "", "x" * 500, "naïve 日本"]
+    texts = ["a photo of a red circle", "blue", "x" * 500, "naïve 日本"]
     model = started(program, repository, "tokenize")
     ids, mask = model.tokens(texts)
     expected = tokenize(load_processor(checkpoint), {"pad_to_context": False, "context_length": 32}, texts)
@@ -237,9 +292,52 @@ def test_served_tokens_are_those_of_the_checkpoints_tokenizer(program, repositor
     assert model.tokens(["red"])[0].shape == (1, 8)  # a multiple of 8, so that more requests share a length
 
 
-def test_a_text_that_is_not_utf8_is_refused(program, repository):
-    (answer,) = started(program, repository, "tokenize").execute([{"texts": np.array([[b"\xff"]], dtype=object)}])
-    assert "not UTF-8" in answer.error
+@pytest.mark.parametrize(
+    ("text", "message"), [(b"\xff", "not UTF-8"), (b"", "text 2 of 2 is empty"), (b" \n", "text 2 of 2 is empty")]
+)
+def test_a_text_that_is_not_utf8_or_says_nothing_is_refused(program, repository, text, message):
+    texts = np.array([[b"red"], [text]], dtype=object)
+    (answer,) = started(program, repository, "tokenize").execute([{"texts": texts}])
+    assert message in answer.error
+    assert answer.error.code == "INVALID_ARG"
+
+
+def test_scores_are_scaled_as_the_version_says(program, repository, package):
+    score, manifest = started(program, repository, "score"), read_package(package)
+    assert (score.scale, score.bias) == (manifest["logit_scale"], 0.0)
+    assert score.activation.__name__ == manifest["activation"]
+
+
+@pytest.mark.parametrize("count", [0, 33])
+def test_a_request_of_no_image_or_too_many_is_refused(program, repository, count):
+    model = started(program, repository, "preprocess")
+    (refused,) = model.execute([{"encoded": np.array([[picture((60, 50))]] * count, dtype=object)}])
+    assert refused.error == f"the request has {count} images: give 1 to 32"
+    assert refused.error.code == "INVALID_ARG"
+
+
+def test_tokens_that_come_with_images_pass_through(program, repository):
+    tokens = {name: np.array([[row, 2, 3]]) for row, name in enumerate(("input_ids", "attention_mask"))}
+    encoded = np.array([[picture((60, 50))]], dtype=object)
+    (answer,) = started(program, repository, "preprocess").execute([{"encoded": encoded, **tokens}])
+    assert [tensor.name for tensor in answer.tensors] == ["pixel_values", *tokens]
+    assert [tensor.array.tolist() for tensor in answer.tensors[1:]] == [array.tolist() for array in tokens.values()]
+
+
+def test_no_step_of_the_ensemble_that_can_refuse_runs_beside_another(repository):
+    """Triton 2.51 crashes where a step fails while the ensemble starts another."""
+    text = (repository / "python" / "clip_zero_shot" / "config.pbtxt").read_text()
+    known, waves = set(re.findall(r'^input \{\n  name: "(\w+)"', text, re.MULTILINE)), []
+    steps = {}
+    for step in text.split("  step {")[1:]:
+        inputs, outputs = step.split("output_map")[0], "".join(step.split("output_map")[1:])
+        name = re.search(r'model_name: "(\w+)"', step)[1]
+        steps[name] = [set(re.findall(r'value: "(\w+)"', part)) for part in (inputs, outputs)]
+    while steps:
+        ready = sorted(name for name, (inputs, _) in steps.items() if inputs <= known)
+        known |= {tensor for name in ready for tensor in steps.pop(name)[1]}
+        waves.append(ready)
+    assert waves == [["clip_tokenize"], ["clip_preprocess"], ["clip_text", "clip_vision"], ["clip_score"]]
 
 
 def test_scores_are_a_softmax_over_texts_or_a_sigmoid_of_each_pair(program):
@@ -254,13 +352,16 @@ def test_one_bad_request_does_not_fail_those_that_were_batched_with_it(program):
     model.inputs, model.output = ["input_ids"], "text_embeds"
 
     def run(_, fed):
+        if fed["input_ids"].max() > 700:
+            raise MemoryError("no memory")
         if fed["input_ids"].max() > 600:
-            raise RuntimeError("indices out of bounds")
+            raise InvalidArgument("indices out of bounds")
         return [fed["input_ids"].astype(np.float32)]
 
     model.session = SimpleNamespace(run=run)
-    one, two, three = model.execute([{"input_ids": np.array([[number]])} for number in (1, 601, 3)])
+    one, two, three, four = model.execute([{"input_ids": np.array([[number]])} for number in (1, 601, 3, 701)])
     assert "out of bounds" in two.error
+    assert [two.error.code, four.error.code] == ["INVALID_ARG", "INTERNAL"]
     assert [answer.tensors[0].array.tolist() for answer in (one, three)] == [[[1.0]], [[3.0]]]
 
 
@@ -278,6 +379,18 @@ def test_every_path_that_a_container_is_given_is_in_the_repository(repository):
     assert all((repository / name).is_dir() for name in given)
     dockerfile = (repository / "deploy" / "Dockerfile").read_text()
     assert all((repository / source).exists() for source in re.findall(r"^COPY (\S+)", dockerfile, re.MULTILINE))
+
+
+def test_every_server_runs_with_the_flags_of_the_one_that_was_checked(repository):
+    lists = [container["args"] for document in documents(repository) for container in find(document, "containers")]
+    lists.append(
+        json.loads(re.search("^CMD (.*)", (repository / "deploy" / "Dockerfile").read_text(), re.MULTILINE)[1])
+    )
+    lists.append(command(Path("models"), SimpleNamespace(triton=Path("triton")), {"http": 1, "grpc": 2, "metrics": 3}))
+    assert len(lists) == 4
+    for flags in lists:
+        assert [flag for flag in flags if flag in FLAGS] == list(FLAGS)
+        assert not [flag for flag in flags if "control" in flag and flag not in FLAGS]
 
 
 def test_containers_ask_for_a_gpu_only_where_the_package_needs_one(repository, package, benchmark, tmp_path):

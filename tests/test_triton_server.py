@@ -1,23 +1,28 @@
 """A real Triton server, where `make triton-env` made its environment; without it these tests are skipped."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
+from clip_deploy import onnx_graph
 from clip_deploy.core.config import TritonCheckConfig, TritonConfig
 from clip_deploy.core.errors import ConfigError, DeployError, UnavailableError
 from clip_deploy.prepared import load_prepared
 from clip_deploy.serving import server as running
-from clip_deploy.serving.check import check_served, judge
+from clip_deploy.serving.check import changed, check_served, judge, negate
 from clip_deploy.serving.load import summary
+from clip_deploy.serving.publish import publish, withdraw
 from clip_deploy.serving.repository import write_repository
 from clip_deploy.serving.server import Server, find_environment, free_ports, serve, stop, versions
 
@@ -62,10 +67,11 @@ def test_a_second_version_comes_and_goes_and_a_broken_one_is_refused_under_traff
     second, broken, back = record["versions"]
     assert (second["ready"], second["answers"], second["refused"]) == (["1", "2"], "2", "")
     assert (broken["ready"], broken["answers"]) == (["1", "2"], "2")
-    assert "load failed" in broken["refused"]
+    assert "the server refuses clip_vision: load failed" in broken["refused"]
     assert (back["ready"], back["answers"]) == (["1"], "1")
-    assert [step["failed"] for step in record["versions"]] == [0, 0, 0]
-    assert back["sent"] > 0
+    assert [step["failed"] for step in record["versions"]] == [0, 0, 0], record["versions"]
+    assert all(step["sent"] >= 50 for step in record["versions"])
+    assert all(step["right"] for step in record["versions"])
 
 
 @pytest.mark.slow
@@ -75,6 +81,10 @@ def test_the_server_survives_what_no_client_should_send(record):
     assert answers["a model that is not there"].startswith("404")
     assert "batch-size must be <= 32" in answers["a batch of one more than accepted"]
     assert "30000 x 30000 pixels" in answers["an image of 900 million pixels"]
+    assert "1 x 1000000 pixels" in answers["an image of 1 x 1 million pixels"]
+    assert "text 2 of 2 is empty" in answers["a text of one blank"]
+    assert answers["200 files from eight clients, half of them no images"] == "100 answered, 100 status 400"
+    assert sum(fault["refused"] is True for fault in record["faults"]) == 12
     assert "at most 20000000 are accepted" in answers["an image file of 25 MB"]
     assert "cannot encode this request" in answers["token ids beyond the vocabulary"]
     assert answers["a client killed while four requests run"] == "killed"
@@ -106,6 +116,43 @@ def test_load_is_measured_for_both_towers_the_cache_and_the_ensemble(record):
 
 
 @pytest.mark.slow
+def test_a_start_with_a_broken_version_ends_and_names_it(environment, repository, tmp_path):
+    """Triton takes all of a model's versions at its start or none: a rollout stops, and the old pod goes on."""
+    models = Path(shutil.copytree(repository / "python", tmp_path / "models"))
+    broken = changed(repository / "python", tmp_path / "broken", lambda graph: graph.write_bytes(b"broken"))
+    assert publish(broken, models) == "2"
+    with (
+        pytest.raises(DeployError, match="Triton ended with code 1"),
+        serve(models, environment, tmp_path / "server.log"),
+    ):
+        pass
+    assert "failed to load 'clip_vision' version 2" in (tmp_path / "server.log").read_text(errors="replace")
+    assert withdraw(models, "2") == "1"
+    with serve(models, environment, tmp_path / "server.log") as server:
+        assert server.is_ready()
+
+
+SERVING = """
+import sys, time
+from pathlib import Path
+from clip_deploy.serving.server import find_environment, serve
+with serve(Path(sys.argv[1]), find_environment(Path(sys.argv[2])), Path(sys.argv[3])) as server:
+    print(server.process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_server_no_model_and_no_memory(environment, repository, tmp_path):
+    command = [sys.executable, "-c", SERVING, repository / "python", TRITON, tmp_path / "server.log"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        group = int(process.stdout.readline())
+        assert list(Path("/dev/shm").glob(f"clip_deploy_{process.pid}_*"))
+        process.kill()
+    assert gone(lambda: alive(group) or list(Path("/dev/shm").glob(f"clip_deploy_{process.pid}_*")))
+
+
+@pytest.mark.slow
 def test_a_server_that_cannot_start_says_why_and_leaves_nothing_behind(environment, repository, tmp_path):
     shutil.copytree(repository / "python" / "clip_text", tmp_path / "models" / "clip_text")
     (tmp_path / "models" / "clip_text" / "1" / "model.onnx").write_bytes(b"broken")
@@ -117,12 +164,67 @@ def test_a_server_that_cannot_start_says_why_and_leaves_nothing_behind(environme
     assert not list(Path("/dev/shm").glob("clip_deploy_*"))
 
 
+def gone(found, limit_s=20.0):
+    """Whether nothing is found any more, within a time."""
+    end = time.monotonic() + limit_s
+    while found() and time.monotonic() < end:
+        time.sleep(0.05)
+    return not found()
+
+
+def alive(group):
+    """States of a group's processes, without those that only wait to be reaped."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            found += [state] if int(its_group) == group and state != "Z" else []
+    return found
+
+
+GUARDED = """
+import subprocess, sys, time
+from pathlib import Path
+from clip_deploy.serving import server
+server.SHARED = Path(sys.argv[1])
+guard = server.start_guard("clip_deploy_mine_")
+model = subprocess.Popen(["sleep", "600"], start_new_session=True)
+server.watch(guard, model)
+print(model.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_guard_clears_up_behind_a_killed_run(tmp_path):
+    for name in ("clip_deploy_mine_region", "clip_deploy_other_region"):
+        (tmp_path / name).touch()
+    with subprocess.Popen([sys.executable, "-c", GUARDED, tmp_path], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        group = int(process.stdout.readline())
+        assert alive(group)
+        process.kill()
+    assert gone(lambda: alive(group) or (tmp_path / "clip_deploy_mine_region").exists())
+    assert (tmp_path / "clip_deploy_other_region").exists()
+
+
+def test_memory_of_a_run_that_was_killed_with_its_guard_is_freed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "SHARED", tmp_path)
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    regions = [f"clip_deploy_{pid}_8000_region" for pid in (ended.pid, os.getpid())]
+    for region in regions:
+        (tmp_path / region).touch()
+    running.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == regions[1:]
+
+
 def test_a_server_that_ignores_its_end_is_killed(monkeypatch, tmp_path):
     monkeypatch.setattr(running, "STOP_S", 0.2)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, start_new_session=True)
     process.stdout.readline()
-    stop(Server(0, 0, 0, process, tmp_path / "log"))
+    guard = running.start_guard("clip_deploy_none_")
+    running.watch(guard, process)
+    stop(Server(0, 0, 0, process, tmp_path / "log", guard))
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
 
@@ -175,7 +277,8 @@ def test_rows_that_the_cache_answered_say_nothing_of_batches():
     assert "mean_batch" not in summary(ROW, requests=600, rows=16, executions=16)
 
 
-WRONG = {"step": "back", "failed": 0, "same": True, "as_expected": False, "ready": ["1", "2"]}
+STEP = {"step": "back", "sent": 50, "failed": 0, "error": "", "right": True, "as_expected": True, "ready": ["1", "2"]}
+FAULT = {"fault": "noise", "survived": True, "refused": None}
 GOOD = {
     "parity": {"images, http": {"cosine_min": 1.0}},
     "faults": [],
@@ -191,13 +294,12 @@ GOOD = {
         ({"parity": {"texts, grpc": {"cosine_min": 0.9}}}, "texts, grpc: lowest cosine"),
         ({"parity": {"texts, grpc": {"cosine_min": float("nan")}}}, "texts, grpc: lowest cosine"),
         ({"parity": {"files": {"same_answer_percent": 50.0}}}, "50 % of the answers"),
-        ({"faults": [{"fault": "noise", "survived": False}]}, "after noise the server was not as before"),
-        ({"versions": [{"step": "back", "failed": 2, "same": True, "as_expected": True}]}, "back: 2 requests failed"),
-        (
-            {"versions": [{"step": "back", "failed": 0, "same": False, "as_expected": True}]},
-            "back: the versions answer differently",
-        ),
-        ({"versions": [WRONG]}, "back: versions 1, 2 answer"),
+        ({"faults": [{**FAULT, "survived": False}]}, "after noise the server was not as before"),
+        ({"faults": [{**FAULT, "refused": False}]}, "noise was not refused as a client's mistake"),
+        ({"versions": [{**STEP, "failed": 2, "error": "closed"}]}, "back: 2 requests failed (closed)"),
+        ({"versions": [{**STEP, "sent": 3}]}, "back: only 3 requests were sent"),
+        ({"versions": [{**STEP, "right": False}]}, "back: an answer is not of the version that gave it"),
+        ({"versions": [{**STEP, "as_expected": False}]}, "back: versions 1, 2 answer"),
         ({"health": {"/v2/health/ready": 400}}, "/v2/health/ready answers 400"),
         ({"drift": {"same": {"drifted": True}, "dark": {"drifted": True}}}, "drift was found where there is none"),
         ({"drift": {"same": {"drifted": False}, "dark": {"drifted": False}}}, "were not found to have drifted"),
@@ -207,6 +309,14 @@ def test_what_went_wrong_is_named(part, reason):
     assert judge(GOOD) == []
     (found,) = judge({**GOOD, **part})
     assert reason in found
+
+
+def test_the_second_version_gives_the_negated_embeddings(package, tmp_path):
+    path = Path(shutil.copy(package / "vision.onnx", tmp_path))
+    pixels = np.random.default_rng(0).normal(size=(3, 3, 48, 48)).astype(np.float32)
+    before = onnx_graph.run(path, {"pixel_values": pixels})
+    negate(path)
+    assert np.array_equal(onnx_graph.run(path, {"pixel_values": pixels}), -before)
 
 
 def test_settings_of_the_check_are_bounded():

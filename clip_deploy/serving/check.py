@@ -5,12 +5,15 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
+from clip_deploy.core.artifact import hashes, write_text
 from clip_deploy.core.config import TritonCheckConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.parity import compare
@@ -18,7 +21,7 @@ from clip_deploy.prepared import Prepared
 from clip_deploy.serving import drift
 from clip_deploy.serving.golden import TEXTS, encode_offline, golden_inputs, stored
 from clip_deploy.serving.load import Work, measure_load, read_metrics
-from clip_deploy.serving.repository import read_package
+from clip_deploy.serving.repository import EMBEDS, read_package
 from clip_deploy.serving.server import Environment, Server, find_environment, load_model, model_config, serve, versions
 
 ROOT = Path(__file__).resolve().parents[2]  # the client's program is imported from here
@@ -28,6 +31,7 @@ LABELS = 8  # of one zero-shot question under load
 CLIENT_S = 600.0  # until the client's program must have ended
 LEAST_COSINE = 0.9999  # with the offline artifact, on the same inputs in the same batches
 LEAST_TOGETHER = 0.99  # where the server chose the batches: dynamic INT8 takes its scale from the whole batch
+LEAST_SENT = 50  # requests while versions come or go: the client waits for as many
 LEAST_AGREEMENT = 95.0  # percent of the files whose most probable text is the same
 
 
@@ -76,15 +80,38 @@ def _ask(
             job = {
                 "ports": {"http": server.http, "grpc": server.grpc},
                 "repository": str(copy),
+                "second": str(changed(repository, Path(name) / "second", negate)),
+                "broken": str(changed(repository, Path(name) / "broken", lambda graph: graph.write_bytes(b"broken"))),
                 "image_input": manifest["towers"]["vision"]["image_input"],
                 "text_inputs": manifest["towers"]["text"]["inputs"],
                 "max_batch": config["max_batch_size"],
             }
             record, answers = run_client(server, environment, job, inputs, Path(name))
+            if server.process.poll() is not None:
+                last = next((fault["fault"] for fault in record["faults"] if not fault["survived"]), "the last fault")
+                raise DeployError(f"Triton ended with code {server.process.returncode} after {last}")
             record["load"] = under_load(server, environment, job, inputs, settings)
             record["metrics"] = sorted({key.partition("{")[0] for key, _ in read_metrics(server)})
     threads = int(config["parameters"]["intra_op_thread_count"]["string_value"])
     return {"backend": BACKEND, "threads": threads, **record}, answers
+
+
+def changed(repository: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    """A copy of the repository in `folder`, with its manifest, whose image tower's graph `change` has rewritten."""
+    copy = Path(shutil.copytree(repository, folder / repository.name))
+    change(copy / "clip_vision" / "1" / "model.onnx")
+    write_text(folder / "manifest.json", json.dumps({"files": hashes(folder)}))
+    return copy
+
+
+def negate(path: Path) -> None:
+    """Turn every embedding round: another model, of which any answer tells that it is not the first."""
+    model = onnx.load(path, load_external_data=False)
+    (name,) = [output.name for output in model.graph.output if output.name == EMBEDS["vision"]]
+    (node,) = [node for node in model.graph.node if name in node.output]
+    node.output[list(node.output).index(name)] = f"{name}_before"
+    model.graph.node.append(onnx.helper.make_node("Neg", [f"{name}_before"], [name]))
+    onnx.save(model, path)
 
 
 def run_client(
@@ -175,13 +202,14 @@ def judge(record: dict[str, Any]) -> list[str]:
             wrong.append(f"{name}: lowest cosine with the offline artifact is {parity['cosine_min']:.6f}")
         if parity.get("same_answer_percent", 100.0) < LEAST_AGREEMENT:
             wrong.append(f"{name}: {parity['same_answer_percent']:.0f} % of the answers are the offline artifact's")
-    wrong += [
-        f"after {fault['fault']} the server was not as before" for fault in record["faults"] if not fault["survived"]
-    ]
+    for fault in record["faults"]:
+        wrong += [] if fault["survived"] else [f"after {fault['fault']} the server was not as before"]
+        wrong += [f"{fault['fault']} was not refused as a client's mistake"] if fault["refused"] is False else []
     for step in record["versions"]:
-        wrong += [f"{step['step']}: {step['failed']} requests failed"] if step["failed"] else []
+        wrong += [f"{step['step']}: {step['failed']} requests failed ({step['error']})"] if step["failed"] else []
+        wrong += [] if step["sent"] >= LEAST_SENT else [f"{step['step']}: only {step['sent']} requests were sent"]
         wrong += [] if step["as_expected"] else [f"{step['step']}: versions {', '.join(step['ready'])} answer"]
-        wrong += [] if step["same"] else [f"{step['step']}: the versions answer differently"]
+        wrong += [] if step["right"] else [f"{step['step']}: an answer is not of the version that gave it"]
     wrong += [f"{path} answers {status}" for path, status in record["health"].items() if status != 200]
     undisturbed, darkened = record["drift"].values()
     wrong += ["drift was found where there is none"] if undisturbed["drifted"] else []

@@ -2,14 +2,14 @@
 
     PYTHON -m clip_deploy.serving.client JOB     reads JOB/job.json and JOB/inputs.npz, writes answers.json, answers.npz
 
-It imports numpy and tritonclient only, and nothing else of this project but its neighbour `faults`.
+It imports numpy and tritonclient only, and of this project what needs no library: `faults`, `publish` and `core`.
 """
 
 import json
 import re
-import shutil
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -22,12 +22,18 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as grpc
 import tritonclient.http as http
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.utils import np_to_triton_dtype
+
+from clip_deploy.core.errors import DeployError
+from clip_deploy.serving.publish import PARTS, WHOLE, publish, withdraw
 
 TIMEOUT_S = 60.0  # of one request
+STEP_REQUESTS = 50  # that another client sends at each step, at least
+STEP_S = 60.0  # until they must have sent them
+SAME = 0.99  # cosine of one image's embeddings, whoever was batched with it: of the two versions it is -1
+SAME_ANSWER = 0.01  # largest difference of one question's probabilities
 NEIGHBOURS = 8  # clients that send at once
-MODELS = ("clip_preprocess", "clip_score", "clip_text", "clip_tokenize", "clip_vision", "clip_zero_shot")
-ENDPOINTS = ("/v2/health/live", "/v2/health/ready", *(f"/v2/models/{model}/ready" for model in MODELS))
+ENDPOINTS = ("/v2/health/live", "/v2/health/ready", *(f"/v2/models/{model}/ready" for model in (*PARTS, WHOLE)))
 PROTOCOLS: dict[str, ModuleType] = {"http": http, "grpc": grpc}
 
 
@@ -38,12 +44,16 @@ class Job:
     Attributes:
         ports: by protocol.
         repository: the server's own copy, which may be changed.
+        second: another repository, whose image embeddings are the first one's negated.
+        broken: one whose image tower does not load.
         image_input: of clip_vision; text_inputs: of clip_text.
         max_batch: images in one call.
     """
 
     ports: dict[str, int]
     repository: str
+    second: str
+    broken: str
     image_input: str
     text_inputs: list[str]
     max_batch: int
@@ -151,14 +161,21 @@ def health(job: Job) -> dict[str, int]:
                 answers[path] = answer.status
         except urllib.error.HTTPError as error:
             answers[path] = error.code
+        except OSError:
+            answers[path] = 0
     return answers
 
 
 class Traffic:
-    """A client that asks for one embedding again and again while something else happens; errors are counted."""
+    """A client that asks for one embedding and one question's answer again and again while something else happens.
+
+    Attributes:
+        sent, failed: requests since the last `restart`; error: what the last that failed met.
+    """
 
     def __init__(self, job: Job) -> None:
-        self.job, self.sent, self.failed, self.ended = job, 0, 0, threading.Event()
+        self.job, self.ended = job, threading.Event()
+        self.sent, self.failed, self.error = 0, 0, ""
         self.thread = threading.Thread(target=self._send, daemon=True)
 
     def __enter__(self) -> "Traffic":
@@ -169,57 +186,94 @@ class Traffic:
         self.ended.set()
         self.thread.join()
 
+    def restart(self) -> None:
+        self.sent, self.failed, self.error = 0, 0, ""
+
+    def wait(self, sent: int) -> None:
+        """Until so many requests were sent, or STEP_S have passed."""
+        end = time.monotonic() + STEP_S
+        while self.sent < sent and time.monotonic() < end:
+            time.sleep(0.01)
+
     def _send(self) -> None:
         client, image = Client(self.job, "grpc"), self.job.batches("images")[0][:1]
         while not self.ended.is_set():
-            self.sent += 1
-            try:
-                embed_images(client, self.job, image)
-            except InferenceServerException:
-                self.failed += 1
+            for send in (partial(embed_images, client, self.job, image), partial(question, client, self.job)):
+                try:
+                    send()
+                except Exception as error:  # whatever it is, a client would have met it
+                    self.failed, self.error = self.failed + 1, short(error)
+                self.sent += 1
 
 
 def change_versions(job: Job) -> list[dict[str, Any]]:
-    """Load version 2 beside 1, refuse a broken version 3, roll back; all of it under traffic."""
-    model = Path(job.repository) / "clip_vision"
-    steps = []
+    """Add version 2, have a broken version 3 refused, go back to version 1; all of it while clients go on asking."""
+    repository, url = Path(job.repository), f"http://127.0.0.1:{job.ports['http']}"
+    add, both = partial(publish, served=repository, url=url), ["1", "2"]
     with Traffic(job) as traffic:
-        shutil.copytree(model / "1", model / "2")
-        steps.append(step(job, "version 2 is loaded beside version 1", ["1", "2"], traffic))
-        shutil.copytree(model / "1", model / "3")
-        (model / "3" / "model.onnx").write_bytes(b"broken")
-        steps.append(step(job, "a broken version 3 is refused", ["1", "2"], traffic))
-        for version in ("2", "3"):
-            shutil.rmtree(model / version)
-        steps.append(step(job, "rolled back to version 1", ["1"], traffic))
-    return steps
+        asked = Asked(job, traffic)
+        return [
+            asked.step("version 2 is added", partial(add, Path(job.second)), both),
+            asked.step("a broken version 3 is refused", partial(add, Path(job.broken)), both),
+            asked.step("back to version 1", partial(withdraw, repository, "2", url), ["1"]),
+        ]
 
 
-def step(job: Job, name: str, expected: list[str], traffic: Traffic) -> dict[str, Any]:
-    """Let the server look at the repository again: which versions answer, and which one where a client names none."""
-    client, image = Client(job, "http"), job.batches("images")[0][:1]
-    failed, refused = traffic.failed, ""
-    try:
-        client.inner.load_model("clip_vision")
-    except InferenceServerException as error:
-        refused = short(error)
-    ready = [version for version in ("1", "2", "3") if client.inner.is_model_ready("clip_vision", version)]
-    answer = client.infer("clip_vision", {job.image_input: image})
-    return {
-        "step": name,
-        "ready": ready,
-        "answers": client.version_of(answer),
-        "refused": refused,
-        "as_expected": ready == expected and client.version_of(answer) == expected[-1],
-        "same": all(same(client, job, image, version, answer.as_numpy("image_embeds")) for version in ready),
-        "sent": traffic.sent,
-        "failed": traffic.failed - failed,
-    }
+class Asked:
+    """One image and one question, asked again at every step."""
+
+    def __init__(self, job: Job, traffic: Traffic) -> None:
+        self.traffic = traffic
+        self.job, self.client, self.image = job, Client(job, "http"), job.batches("images")[0][:1]
+        first = embed_images(self.client, job, self.image)
+        self.embeddings, self.answer = {"1": first, "2": -first}, question(self.client, job)
+
+    def step(self, name: str, change: Callable[[], object], expected: list[str]) -> dict[str, Any]:
+        """Which versions answer after a change, which one where none is named, and whether by their own weights."""
+        self.traffic.restart()
+        refused = ""
+        try:
+            change()
+        except DeployError as error:
+            refused = short(error)
+        self.traffic.wait(STEP_REQUESTS)
+        counted = {"sent": self.traffic.sent, "failed": self.traffic.failed, "error": self.traffic.error}
+        ready = [version for version in ("1", "2", "3") if self.client.inner.is_model_ready("clip_vision", version)]
+        newest = self.client.version_of(self._embed(""))
+        return {
+            "step": name,
+            "ready": ready,
+            "answers": newest,
+            "refused": refused,
+            "as_expected": ready == expected and newest == expected[-1],
+            "right": all(self._is_right(version) for version in ["", *ready]) and self._answers_by(newest),
+            **counted,
+        }
+
+    def _embed(self, version: str) -> Any:
+        return self.client.infer("clip_vision", {self.job.image_input: self.image}, version)
+
+    def _is_right(self, version: str) -> bool:
+        """Whether a version, by its number or as the newest, gives the embedding that is its own."""
+        answer = self._embed(version)
+        found, expected = answer.as_numpy("image_embeds")[0], self.embeddings.get(self.client.version_of(answer))
+        return expected is not None and cosine(found, expected[0]) > SAME
+
+    def _answers_by(self, version: str) -> bool:
+        """Whether the ensemble answers by that version's towers."""
+        found = question(self.client, self.job)
+        if found is None or self.answer is None:
+            return True
+        return bool(np.abs(found - self.answer).max() < SAME_ANSWER) == (version == "1")
 
 
-def same(client: Client, job: Job, image: np.ndarray, version: str, expected: np.ndarray) -> bool:
-    found = client.infer("clip_vision", {job.image_input: image}, version).as_numpy("image_embeds")
-    return bool(np.array_equal(found, expected))
+def question(client: Client, job: Job) -> np.ndarray | None:
+    """Probabilities of one image file among the labels; None where the data have fewer than two."""
+    return ask(client, job, 0) if len(job.inputs.get("labels", ())) > 1 else None
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
 
 
 def short(error: Exception) -> str:

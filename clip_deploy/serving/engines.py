@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import Target, new_folder, read_target, sha256, write_text
+from clip_deploy.core.artifact import Target, hashes, new_folder, read_target, sha256, write_text
 from clip_deploy.core.config import BuildEngineConfig, TritonConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.results import read_json
@@ -69,15 +69,15 @@ def _manifest(built: Path, record: dict[str, Any], prepared: Path, engine: Build
     for name in (SCORES, TOKENIZER, PREPROCESSOR):
         if name in scores["unavailable"]:
             raise UnavailableError(scores["unavailable"][name])
-    hashes = {tower: record["files"][f"{tower}.engine"] for tower in EMBEDS}
+    judged = {tower: record["files"][f"{tower}.engine"] for tower in EMBEDS}
     with np.load(prepared / "evaluation" / "reference.npz") as reference:
         dimension = int(reference["images"].shape[1])
     return {
         **{name: target.model[name] for name in ("image_size", "context_length", "pad_to_context")},
         **{name: scores[name] for name in ("logit_scale", "logit_bias", "activation")},
         "towers": {
-            "vision": {"target": built.name, "image_input": "pixel_values", "sha256": hashes["vision"]},
-            "text": {"target": built.name, "inputs": target.model["text_inputs"], "sha256": hashes["text"]},
+            "vision": {"target": built.name, "image_input": "pixel_values", "sha256": judged["vision"]},
+            "text": {"target": built.name, "inputs": target.model["text_inputs"], "sha256": judged["text"]},
         },
         "dimension": dimension,
         "pad_token": read_json(prepared / "evaluation" / "manifest.json")["pad_token"],
@@ -122,4 +122,9 @@ def _fill(
         towers[tower] = described(manifest["towers"][tower], preferred)
     write_warm_up(repository / "clip_text", np.ones(manifest["context_length"], dtype=np.int64))
     write_companions(repository, portable, manifest, settings)
-    return {"towers": towers, "backends": ["tensorrt"], **manifest["valid_for"]}
+    return {
+        "towers": towers,
+        "backends": ["tensorrt"],
+        **manifest["valid_for"],
+        "files": hashes(repository.parent),
+    }

@@ -1,4 +1,8 @@
-"""Requests that no server should have to meet, and whether it still answers after each. Runs beside `client`."""
+"""Requests that no server should have to meet, and whether it still answers after each. Runs beside `client`.
+
+A client's own mistake must be refused as such: HTTP's 400 or 404, or gRPC's INVALID_ARGUMENT. Two of Triton 2.51's own
+answers to a body that is no JSON are 500; the models' answers are ours.
+"""
 
 import io
 import signal
@@ -8,17 +12,32 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tritonclient.utils import InferenceServerException
 
-from clip_deploy.serving.client import TIMEOUT_S, Client, Job, embed_images, short
+from clip_deploy.serving.client import (
+    SAME,
+    SAME_ANSWER,
+    TIMEOUT_S,
+    Client,
+    Job,
+    cosine,
+    embed_images,
+    question,
+    short,
+    together,
+)
 
 LARGE_BYTES = 64_000_000  # a body that is far too large
 BOMB_SIDE = 30_000  # pixels: 900 million in a file of a few hundred kilobytes
+THIN_LENGTH = 1_000_000  # pixels of an image one pixel wide, in a file of 4 kB
 KILLED_AFTER_S = 0.5
+MISTAKES_EACH = 25  # requests of one of eight clients
 IDLE = 100  # connections that are opened and never used
 
 HAMMER = """
@@ -42,22 +61,45 @@ for thread in threads:
 
 
 def provoke(job: Job) -> list[dict[str, Any]]:
-    """Each fault: what was answered, and whether the server then is ready and gives the same embedding as before."""
-    expected = embed_images(Client(job, "http"), job, job.batches("images")[0][:1])
+    """Each fault, and what came of it.
+
+    Returns rows of: fault; answer; refused: whether a mistake was refused as one (None where it is no mistake);
+    survived: whether the server then is ready and answers an image and a question as before.
+    """
+    expected = asked(job)
     record = []
     for name, fault in FAULTS.items():
         try:
-            answer = fault(job)
-        except (InferenceServerException, OSError) as error:  # refused, or the connection was closed
-            answer = short(error)
-        record.append({"fault": name, "answer": answer, "survived": answers_as_before(job, expected)})
+            answer, code = fault(job), ""
+        except InferenceServerException as error:
+            answer, code = short(error), str(error.status())
+        except OSError as error:  # the connection was closed
+            answer, code = short(error), ""
+        record.append(
+            {
+                "fault": name,
+                "answer": answer,
+                "refused": code in REFUSED if fault in MISTAKES else None,
+                "survived": answers_as_before(job, expected),
+            }
+        )
     return record
 
 
-def answers_as_before(job: Job, expected: np.ndarray) -> bool:
+def asked(job: Job) -> tuple[np.ndarray, np.ndarray | None]:
+    """An embedding, and what all models together make of a file and texts."""
     client = Client(job, "http")
-    found = embed_images(client, job, job.batches("images")[0][:1])
-    return bool(client.inner.is_model_ready("clip_zero_shot")) and bool(np.array_equal(found, expected))
+    return embed_images(client, job, job.batches("images")[0][:1]), question(client, job)
+
+
+def answers_as_before(job: Job, expected: tuple[np.ndarray, np.ndarray | None]) -> bool:
+    try:
+        ready = Client(job, "http").inner.is_model_ready("clip_zero_shot")
+        (image, answer), (image_before, before) = asked(job), expected
+    except (InferenceServerException, OSError):
+        return False
+    alike = cosine(image[0], image_before[0]) > SAME
+    return ready and alike and (answer is None or before is None or bool(np.abs(answer - before).max() < SAME_ANSWER))
 
 
 def post(job: Job, path: str, body: bytes, headers: dict[str, str] | None = None) -> str:
@@ -125,6 +167,10 @@ def no_text(job: Job) -> str:
     return zero_shot(job, file(job), [])
 
 
+def empty_text(job: Job) -> str:
+    return zero_shot(job, file(job), [b"red", b" "])
+
+
 def not_utf8(job: Job) -> str:
     return zero_shot(job, file(job), [b"\xff\xfe"])
 
@@ -137,12 +183,32 @@ def truncated_image(job: Job) -> str:
     return zero_shot(job, file(job)[:-200], [b"red"])
 
 
+def many_mistakes(job: Job) -> str:
+    """Files that are none beside good ones: a step of the ensemble fails while others begin."""
+    outcomes: Counter[str] = Counter()
+
+    def send(content: bytes) -> None:
+        for _ in range(MISTAKES_EACH):
+            try:
+                zero_shot(job, content, [b"red"])
+                outcomes["answered"] += 1
+            except InferenceServerException as error:
+                outcomes[f"status {error.status()}"] += 1
+
+    together([partial(send, content) for content in [b"no image", file(job)] * 4])
+    return ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+
+
 def large_file(job: Job) -> str:
     return zero_shot(job, file(job) + bytes(25_000_000), [b"red"])
 
 
 def bomb(job: Job) -> str:
-    return zero_shot(job, png(BOMB_SIDE), [b"red"])
+    return zero_shot(job, png(BOMB_SIDE, BOMB_SIDE), [b"red"])
+
+
+def thin_image(job: Job) -> str:
+    return zero_shot(job, png(1, THIN_LENGTH), [b"red"])
 
 
 def file(job: Job) -> bytes:
@@ -154,15 +220,15 @@ def zero_shot(job: Job, content: bytes, texts: list[bytes]) -> str:
         "encoded": np.array([[content]], dtype=object),
         "texts": np.array(texts, dtype=object).reshape(-1, 1),
     }
-    found = Client(job, "grpc").infer("clip_zero_shot", inputs).as_numpy("probabilities")
+    found = Client(job, "http").infer("clip_zero_shot", inputs).as_numpy("probabilities")
     return f"answered: {np.round(found, 3).tolist()}"
 
 
-def png(side: int) -> bytes:
-    """A white PNG of side x side pixels with one bit each, written in rows so that it takes no memory here."""
-    packer, row = zlib.compressobj(9), bytes(1) + b"\xff" * ((side + 7) // 8)
-    data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
+def png(width: int, height: int) -> bytes:
+    """A white PNG with one bit a pixel, written in rows so that it takes no memory here."""
+    packer, row = zlib.compressobj(9), bytes(1) + b"\xff" * ((width + 7) // 8)
+    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
     content = io.BytesIO(b"\x89PNG\r\n\x1a\n")
     content.seek(0, io.SEEK_END)
     for kind, body in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b"")):
@@ -222,12 +288,20 @@ FAULTS: dict[str, Callable[[Job], str]] = {
     "token ids beyond the vocabulary": unknown_token,
     "a text of 1 MB": long_text,
     "no text": no_text,
+    "a text of one blank": empty_text,
     "a text that is not UTF-8": not_utf8,
     "a file that is no image": no_image,
     "a truncated image": truncated_image,
+    "200 files from eight clients, half of them no images": many_mistakes,
     "an image file of 25 MB": large_file,
     "an image of 900 million pixels": bomb,
+    "an image of 1 x 1 million pixels": thin_image,
     "a client killed while four requests run": killed_client,
     "half a request": half_a_request,
     "a hundred idle connections": idle_connections,
 }
+MISTAKES = {
+    wrong_type, wrong_shape, wide_batch, unknown_token, no_text, empty_text, not_utf8, no_image, truncated_image,
+    large_file, bomb, thin_image,
+}  # fmt: skip
+REFUSED = ("400", "404", "StatusCode.INVALID_ARGUMENT", "StatusCode.NOT_FOUND")

@@ -31,8 +31,15 @@ MODELS = Path(__file__).with_name("models")
 DEPLOY = Path(__file__).with_name("deploy")
 EMBEDS = {"vision": "image_embeds", "text": "text_embeds"}  # the towers' outputs
 KEPT_VERSIONS = 2  # served side by side: the new one and the one to go back to
-VERSION = "1"
+VERSION = "1"  # publish.py adds others
 IMAGE_TYPES = {"pixel_values": "TYPE_FP32", "images": "TYPE_UINT8"}
+FLAGS = (  # of every server: those of deploy/ and the one that validate_triton holds the repository against
+    "--cache-config=local,size=16777216",  # answers of the text tower
+    "--model-control-mode=explicit",  # versions come and go by request, and one that is refused leaves the others
+    "--load-model=*",
+    "--strict-readiness=false",  # else a version that was refused makes it "not ready" for good, whatever answers
+    "--metrics-config=summary_latencies=true",
+)
 GPU = {"cpu": "", "cuda": ", nvidia.com/gpu: 1"}  # among the container's limits
 
 
@@ -153,7 +160,7 @@ def tower_config(
         "max_batch_size": settings.max_batch if tower == "vision" else settings.max_texts,
         "input": inputs,
         "output": [_tensor(EMBEDS[tower], "TYPE_FP32", [manifest["dimension"]])],
-        "version_policy": {"latest": {"num_versions": KEPT_VERSIONS}},
+        "version_policy": _kept(),
         "dynamic_batching": {
             **({"preferred_batch_size": preferred} if preferred else {}),
             "max_queue_delay_microseconds": settings.queue_delay_us,
@@ -192,23 +199,38 @@ def write_companions(repository: Path, files: Path, manifest: dict[str, Any], se
     """The models around the towers, the same for every backend; tokenizer.json and preprocessor.json from `files`."""
     preprocess = write_model(repository, preprocess_config(manifest, settings), "preprocess")
     tokenize = write_model(repository, tokenize_config(manifest, settings), "tokenize")
-    write_model(repository, score_config(manifest), "score")
-    write_model(repository, zero_shot_config(manifest), None)
+    score = write_model(repository, score_config(manifest), "score")
+    whole = write_model(repository, zero_shot_config(manifest), None)
+    _write_settings(tokenize, {name: manifest[name] for name in ("context_length", "pad_token", "pad_to_context")})
+    _write_settings(score, {name: manifest[name] for name in ("logit_scale", "logit_bias", "activation")})
+    _write_settings(whole, {"towers": manifest["towers"]})  # what the version is
     shutil.copyfile(files / "tokenizer.json", tokenize / "tokenizer.json")
     if (files / "preprocessor.json").exists():
         shutil.copyfile(files / "preprocessor.json", preprocess / "preprocessor.json")
 
 
+def _write_settings(version: Path, settings: dict[str, Any]) -> None:
+    """What differs between versions lies with them: all of a model's versions share one config.pbtxt."""
+    write_text(version / "settings.json", json.dumps(settings, indent=2) + "\n")
+
+
 def preprocess_config(manifest: dict[str, Any], settings: TritonConfig) -> dict[str, Any]:
+    """Image files to what the tower takes. Tokens pass through, with a batch axis of their own (max_batch_size 0).
+
+    Triton 2.51 crashes where one step of an ensemble fails while it starts another beside it. So clip_zero_shot starts
+    the towers only after all that can be wrong with a request has been seen, one step after the other.
+    """
     (image,) = tower_inputs("vision", manifest)
+    tokens = [_tensor(name, "TYPE_INT64", [-1, -1]) for name in manifest["towers"]["text"]["inputs"]]
     return {
         "name": "clip_preprocess",
         "backend": "python",
-        "max_batch_size": settings.max_batch,
-        "input": [_tensor("encoded", "TYPE_STRING", [1])],
-        "output": [image],
-        "dynamic_batching": {},
+        "max_batch_size": 0,
+        "input": [_tensor("encoded", "TYPE_STRING", [-1, 1]), *({**token, "optional": True} for token in tokens)],
+        "output": [{**image, "dims": [-1, *image["dims"]]}, *tokens],
+        "version_policy": _kept(),
         "instance_group": _instances(settings.workers, "cpu"),
+        "parameters": _parameters({"max_images": settings.max_batch}),
     }
 
 
@@ -219,8 +241,8 @@ def tokenize_config(manifest: dict[str, Any], settings: TritonConfig) -> dict[st
         "max_batch_size": settings.max_texts,
         "input": [_tensor("texts", "TYPE_STRING", [1])],
         "output": [_tensor(name, "TYPE_INT64", [-1]) for name in ("input_ids", "attention_mask")],
+        "version_policy": _kept(),
         "instance_group": _instances(1, "cpu"),
-        "parameters": _parameters({name: manifest[name] for name in ("context_length", "pad_token", "pad_to_context")}),
     }
 
 
@@ -233,20 +255,15 @@ def score_config(manifest: dict[str, Any]) -> dict[str, Any]:
         "max_batch_size": 0,
         "input": [_tensor(name, "TYPE_FP32", [-1, dimension]) for name in EMBEDS.values()],
         "output": [_tensor("probabilities", "TYPE_FP32", [-1, -1])],
+        "version_policy": _kept(),
         "instance_group": _instances(1, "cpu"),
-        "parameters": _parameters(
-            {
-                "logit_scale": manifest["logit_scale"],
-                "logit_bias": manifest["logit_bias"] or 0.0,
-                "activation": manifest["activation"],
-            }
-        ),
     }
 
 
 def zero_shot_config(manifest: dict[str, Any]) -> dict[str, Any]:
     image = manifest["towers"]["vision"]["image_input"]
     tokens = {name: name for name in manifest["towers"]["text"]["inputs"]}
+    passed = {name: f"passed_{name}" for name in tokens}
     return {
         "name": "clip_zero_shot",
         "platform": "ensemble",
@@ -255,10 +272,10 @@ def zero_shot_config(manifest: dict[str, Any]) -> dict[str, Any]:
         "output": [_tensor("probabilities", "TYPE_FP32", [-1, -1])],
         "ensemble_scheduling": {
             "step": [
-                _step("clip_preprocess", {"encoded": "encoded"}, {image: image}),
-                _step("clip_vision", {image: image}, {"image_embeds": "image_embeds"}),
                 _step("clip_tokenize", {"texts": "texts"}, tokens),
-                _step("clip_text", tokens, {"text_embeds": "text_embeds"}),
+                _step("clip_preprocess", {"encoded": "encoded", **tokens}, {image: image, **passed}),
+                _step("clip_vision", {image: image}, {"image_embeds": "image_embeds"}),
+                _step("clip_text", passed, {"text_embeds": "text_embeds"}),
                 _step("clip_score", {name: name for name in EMBEDS.values()}, {"probabilities": "probabilities"}),
             ]
         },
@@ -266,10 +283,10 @@ def zero_shot_config(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step(model: str, inputs: dict[str, str], outputs: dict[str, str]) -> dict[str, Any]:
-    """Version -1 is the newest."""
+    """One version of all parts: a newer image tower beside an older text tower would score without an error."""
     return {
         "model_name": model,
-        "model_version": -1,
+        "model_version": int(VERSION),
         "input_map": mapped(inputs),
         "output_map": mapped(outputs),
     }
@@ -277,6 +294,10 @@ def _step(model: str, inputs: dict[str, str], outputs: dict[str, str]) -> dict[s
 
 def _tensor(name: str, kind: str, shape: list[int]) -> dict[str, Any]:
     return {"name": name, "data_type": Word(kind), "dims": shape}
+
+
+def _kept() -> dict[str, Any]:
+    return {"latest": {"num_versions": KEPT_VERSIONS}}
 
 
 def _instances(count: int, device: str) -> list[dict[str, Any]]:
@@ -289,10 +310,14 @@ def _parameters(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_deploy(folder: Path, manifest: dict[str, Any]) -> None:
-    """Manifests for containers and monitoring; those ending in .template name the GPU where the package needs one."""
+    """Manifests for containers and monitoring; those ending in .template get FLAGS, and a GPU if the package needs one.
+
+    JSON's list is one in YAML and in a Dockerfile too.
+    """
     folder.mkdir()
+    flags = ", ".join(map(json.dumps, FLAGS))
     for path in sorted(DEPLOY.iterdir()):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".template":
-            text = Template(text).substitute(gpu=GPU[manifest["device"]])
+            text = Template(text).substitute(gpu=GPU[manifest["device"]], flags=flags)
         write_text(folder / path.name.removesuffix(".template"), text)

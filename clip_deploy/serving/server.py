@@ -4,31 +4,46 @@ The server is the one inside the Python package nvidia-pytriton: the official bi
 and metrics, without the other backends. It lives in an environment of its own, which `make triton-env` makes.
 """
 
+import filecmp
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_deploy.core.child import die_with_parent
 from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.serving.repository import FLAGS
 
 START_S = 120.0  # until the server is ready; a server without a load answers after 3
 STOP_S = 20.0  # from SIGTERM until SIGKILL
-CACHE_BYTES = 16_777_216  # answers of the text tower
 READY = "/v2/models/clip_zero_shot/ready"  # the ensemble is, once all that it calls are
 PACKAGES = ("nvidia_pytriton", "numpy", "onnxruntime", "tokenizers", "pillow", "tritonclient")
 LIBDIR = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
 VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
+SHARED = Path("/dev/shm")
+PREFIX = "clip_deploy_"
+GUARD = """
+import os, signal, sys
+from pathlib import Path
+group = sys.stdin.readline()
+sys.stdin.read()  # ends when the process that started this one lets go, or is killed
+try:
+    os.killpg(int(group), signal.SIGKILL)
+except (ProcessLookupError, ValueError):
+    pass
+for region in Path(sys.argv[1]).glob(sys.argv[2] + "*"):
+    region.unlink(missing_ok=True)
+"""
 
 
 @dataclass
@@ -67,13 +82,14 @@ class Environment:
 
 @dataclass
 class Server:
-    """A running server: its ports, its process and where it logs."""
+    """A running server: its ports, its process, where it logs, and who clears up behind it."""
 
     http: int
     grpc: int
     metrics: int
     process: subprocess.Popen[bytes]
     log: Path
+    guard: subprocess.Popen[bytes]
 
     def is_ready(self) -> bool:
         return answers(self.http, READY)
@@ -127,37 +143,62 @@ def serve(repository: Path, environment: Environment, log: Path) -> Iterator[Ser
 
 def _start(repository: Path, environment: Environment, log: Path) -> Server:
     _place_stub(environment)
-    http, grpc, metrics = free_ports(3)
-    command = [
-        str(environment.triton / "bin" / "tritonserver"),
-        f"--model-repository={repository.absolute()}",
-        f"--backend-directory={environment.triton / 'backends'}",
-        f"--cache-directory={environment.triton / 'caches'}",
-        f"--cache-config=local,size={CACHE_BYTES}",
-        f"--backend-config=python,shm-region-prefix-name={_region(http)}",
-        "--model-control-mode=explicit",
-        "--load-model=*",
-        "--strict-readiness=false",  # a version that was refused would make it "not ready" for good, whatever answers
-        "--metrics-config=summary_latencies=true",
-        "--allow-gpu-metrics=false",
-    ]
-    for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics)):
-        command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
+    ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
+    sweep()
+    guard = start_guard(_region(ports["http"]))
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            command(repository, environment, ports),
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment.variables(),
             preexec_fn=die_with_parent,
             start_new_session=True,
         )
-    return Server(http, grpc, metrics, process, log)
+    watch(guard, process)
+    return Server(**ports, process=process, log=log, guard=guard)
+
+
+def command(repository: Path, environment: Environment, ports: dict[str, int]) -> list[str]:
+    given = [
+        str(environment.triton / "bin" / "tritonserver"),
+        f"--model-repository={repository.absolute()}",
+        f"--backend-directory={environment.triton / 'backends'}",
+        f"--cache-directory={environment.triton / 'caches'}",
+        f"--backend-config=python,shm-region-prefix-name={_region(ports['http'])}",
+        "--allow-gpu-metrics=false",
+        *FLAGS,
+    ]
+    for name, port in ports.items():
+        given += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
+    return given
+
+
+def start_guard(region: str) -> subprocess.Popen[bytes]:
+    """A process that ends a server's models and frees their memory once its input ends: a killed server leaves both."""
+    command = [sys.executable, "-c", GUARD, str(SHARED), region]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def watch(guard: subprocess.Popen[bytes], server: subprocess.Popen[bytes]) -> None:
+    assert guard.stdin is not None  # it is piped
+    guard.stdin.write(f"{server.pid}\n".encode())
+    guard.stdin.flush()
+
+
+def sweep() -> None:
+    """Free what a run left behind that was killed with its guard."""
+    for region in SHARED.glob(f"{PREFIX}*"):
+        owner = region.name.removeprefix(PREFIX).partition("_")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            region.unlink(missing_ok=True)
 
 
 def _place_stub(environment: Environment) -> None:
     """The python backend starts each model by a program that was built for one version of Python."""
-    shutil.copy2(environment.stub, environment.triton / "backends" / "python")
+    stub, placed = environment.stub, environment.triton / "backends" / "python" / environment.stub.name
+    if not placed.exists() or not filecmp.cmp(stub, placed, shallow=False):  # it may be running for another server
+        shutil.copy2(stub, placed)
 
 
 def _wait(server: Server) -> None:
@@ -171,23 +212,20 @@ def _wait(server: Server) -> None:
 
 
 def stop(server: Server) -> None:
-    """SIGTERM, then SIGKILL to what is left of it, its models' processes included."""
+    """SIGTERM, then SIGKILL by the guard to what is left of it, its models' processes included."""
     server.process.terminate()
     try:
         server.process.wait(STOP_S)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.process.pid, signal.SIGKILL)
+        server.guard.communicate()
         server.process.wait()
-        for region in Path("/dev/shm").glob(f"{_region(server.http)}*"):  # left by a killed server
-            region.unlink(missing_ok=True)
 
 
 def _region(port: int) -> str:
     """Shared memory by which the server and its models' processes speak, named apart from another server's."""
-    return f"clip_deploy_{os.getpid()}_{port}_"
+    return f"{PREFIX}{os.getpid()}_{port}_"
 
 
 def model_config(server: Server, model: str) -> dict[str, Any]:

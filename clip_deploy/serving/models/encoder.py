@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 PROVIDERS = {"CPU": ["CPUExecutionProvider"], "GPU": ["CUDAExecutionProvider"]}
 
@@ -42,7 +43,9 @@ class TritonPythonModel:
         try:
             return _response(self.output, self.session.run([self.output], arrays)[0])
         except Exception as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"cannot encode this request: {error}"))
+            errors = pb_utils.TritonError
+            code = errors.INVALID_ARG if isinstance(error, InvalidArgument) else errors.INTERNAL
+            return pb_utils.InferenceResponse(error=errors(f"cannot encode this request: {error}", code))
 
 
 def _response(name, rows):

@@ -1,5 +1,7 @@
 """Triton Python model: image files (JPEG, PNG, WebP...) to what the image tower takes. Needs numpy and Pillow.
 
+Tokens of texts, where they come along, pass through: a step of the ensemble that follows has seen both.
+
 Resize, centre crop, rescaling and normalisation are those of the checkpoint's own processor, read from
 preprocessor.json; without that file the tower preprocesses itself, and this model only decodes.
 """
@@ -15,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns; MOST_PIXELS refuses
 MOST_BYTES = 20_000_000  # of one file
 MOST_PIXELS = 50_000_000  # of one image: a small file can hold a picture that fills the memory
+MOST_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
 
 
 class RefusedError(ValueError):
@@ -23,28 +26,40 @@ class RefusedError(ValueError):
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.output = json.loads(args["model_config"])["output"][0]["name"]
+        config = json.loads(args["model_config"])
+        self.output, *self.tokens = [output["name"] for output in config["output"]]
+        self.max_images = int(config["parameters"]["max_images"]["string_value"])
         path = Path(args["model_repository"]) / args["model_version"] / "preprocessor.json"
         self.settings = json.loads(path.read_text()) if path.exists() else None
 
     def execute(self, requests):
-        return [self._answer(pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy()) for request in requests]
+        return [self._answer(request) for request in requests]
 
-    def _answer(self, encoded):
+    def _answer(self, request):
+        files = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy().reshape(-1)
         try:
-            tensor = pb_utils.Tensor(self.output, self.stacked(encoded.reshape(-1)))
+            tensor = pb_utils.Tensor(self.output, self.stacked(files))
         except RefusedError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
-        return pb_utils.InferenceResponse([tensor])
+            refused = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=refused)
+        given = [pb_utils.get_input_tensor_by_name(request, name) for name in self.tokens]
+        passed = [pb_utils.Tensor(token.name(), token.as_numpy()) for token in given if token is not None]
+        return pb_utils.InferenceResponse([tensor, *passed])
 
     def stacked(self, files):
         """float32 [images, 3, height, width], or uint8 [images, height, width, 3] where the tower preprocesses."""
-        images = [decoded(content) for content in files]
-        if self.settings is not None:
-            return np.stack([pixel_values(image, self.settings) for image in images])
-        if len({image.size for image in images}) > 1:
-            raise RefusedError("the images of one request must have one size: send one request for each size")
-        return np.stack([np.asarray(image) for image in images])
+        if not 1 <= len(files) <= self.max_images:
+            raise RefusedError(f"the request has {len(files)} images: give 1 to {self.max_images}")
+        if self.settings is not None:  # one by one: decoded, an image takes far more memory than its pixel values
+            return np.stack([pixel_values(decoded(content), self.settings) for content in files])
+        images = []
+        for content in files:
+            images.append(np.asarray(decoded(content)))
+            if images[-1].shape != images[0].shape:
+                raise RefusedError("the images of one request must have one size: send one request for each size")
+            if len(images) * images[0][..., 0].size > MOST_PIXELS:
+                raise RefusedError(f"the images of one request have more than {MOST_PIXELS} pixels in all: send fewer")
+        return np.stack(images)
 
 
 def decoded(content):
@@ -55,6 +70,11 @@ def decoded(content):
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise RefusedError(f"the image has {image.width} x {image.height} pixels: at most {MOST_PIXELS} in all")
+            if max(image.size) > MOST_ASPECT * min(image.size):
+                raise RefusedError(
+                    f"the image has {image.width} x {image.height} pixels: a side may be at most {MOST_ASPECT} times "
+                    "the other"
+                )
             return rgb(image)
     except RefusedError:
         raise

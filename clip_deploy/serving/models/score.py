@@ -1,6 +1,7 @@
 """Triton Python model: image and text embeddings to probabilities, as the model itself scores pairs. Needs numpy."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -8,10 +9,10 @@ import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
     def initialize(self, args):
-        settings = {
-            name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
-        }
-        self.scale, self.bias = float(settings["logit_scale"]), float(settings["logit_bias"])
+        settings = json.loads(
+            (Path(args["model_repository"]) / args["model_version"] / "settings.json").read_text(encoding="utf-8")
+        )
+        self.scale, self.bias = settings["logit_scale"], settings["logit_bias"] or 0.0
         self.activation = {"softmax": softmax, "sigmoid": sigmoid}[settings["activation"]]
 
     def execute(self, requests):

@@ -12,12 +12,10 @@ STEP = 8  # lengths are rounded up to a multiple of it: requests of one length c
 
 class TritonPythonModel:
     def initialize(self, args):
-        settings = {
-            name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
-        }
-        self.context, self.pad_token = int(settings["context_length"]), int(settings["pad_token"])
-        self.pad_to_context = settings["pad_to_context"] == "true"
         folder = Path(args["model_repository"]) / args["model_version"]
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        self.context, self.pad_token = settings["context_length"], settings["pad_token"]
+        self.pad_to_context = settings["pad_to_context"]
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.context)
@@ -29,7 +27,9 @@ class TritonPythonModel:
         try:
             words = [text.decode("utf-8") for text in texts.reshape(-1)]
         except UnicodeDecodeError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"a text is not UTF-8: {error}"))
+            return _refused(f"a text is not UTF-8: {error}")
+        if empty := [row for row, word in enumerate(words, 1) if not word.strip()]:
+            return _refused(f"text {empty[0]} of {len(words)} is empty: give each text at least one word")
         ids, mask = self.tokens(words)
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids), pb_utils.Tensor("attention_mask", mask)])
 
@@ -43,3 +43,7 @@ class TritonPythonModel:
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
         return ids, mask
+
+
+def _refused(why):
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(why, pb_utils.TritonError.INVALID_ARG))

@@ -1,0 +1,145 @@
+"""Add a repository's models to one that is served, as its next version, and take a version back.
+
+Triton loads a model's versions one model at a time, and an ensemble whose parts are missing goes out of service. So the
+parts come first, one by one, and clip_zero_shot, which names the version of every part, follows once all of them are
+there; back it goes the other way round. A part that is refused changes nothing. It needs no library: it runs where the
+repository lies.
+"""
+
+import json
+import re
+import shutil
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from clip_deploy.core.artifact import differences, disk_errors, new_folder, write_text
+from clip_deploy.core.errors import DeployError
+from clip_deploy.core.results import read_json
+
+PARTS = ("clip_preprocess", "clip_tokenize", "clip_score", "clip_vision", "clip_text")
+WHOLE = "clip_zero_shot"
+CONFIG = "config.pbtxt"
+WRITTEN = "1"  # the version that repository.py writes
+LOAD_S = 300.0  # until a server must have loaded a model, warm-up included
+TENSORS = re.compile(r"^(?:input|output) \{\n(?:  .*\n)*\}|^(?:backend|platform): .*|^ *dims: .*", re.MULTILINE)
+
+
+def publish(new: Path, served: Path, url: str | None = None) -> str:
+    """Add version 1 of `new` to `served` as the next version. Returns its number.
+
+    Args:
+        new: one backend's repository, as write_repository lays it out.
+        served: a copy of such a repository, with any versions.
+        url: of the server's HTTP port, which then loads it; without, a server takes it at its next start.
+
+    Raises DeployError where `new` is damaged, takes or gives other tensors than `served`, or the server refuses a part;
+    `served` is then as it was, and so is what the server answers.
+    """
+    _check_whole(new)
+    version = str(max(map(int, versions(served))) + 1)
+    _check_alike(new, served)
+    before = {model: (served / model / CONFIG).read_text(encoding="utf-8") for model in (WHOLE, *PARTS)}
+    try:
+        for models in (PARTS, (WHOLE,)):
+            for model in models:
+                _put(new, served, model, version)
+            load(url, models)
+    except BaseException:
+        for model, config in before.items():
+            _remove(served / model / version)
+            write_text(served / model / CONFIG, config)
+        for model in (*PARTS, WHOLE):
+            with suppress(DeployError):  # the first error is the one to tell
+                load(url, (model,))
+        raise
+    return version
+
+
+def withdraw(served: Path, version: str, url: str | None = None) -> str:
+    """Take a version out of `served`, and out of the server at `url`. Returns the newest that is left.
+
+    Raises DeployError where there is no such version, or no other.
+    """
+    known = versions(served)
+    left = [other for other in known if other != version]
+    if version not in known or not left:
+        raise DeployError(f"{served} has version {', '.join(known)}: {version} cannot be taken out of it")
+    _remove(served / WHOLE / version)
+    _pin(served, left[-1])
+    load(url, (WHOLE,))
+    for part in PARTS:
+        _remove(served / part / version)
+    load(url, PARTS)
+    return left[-1]
+
+
+def versions(served: Path) -> list[str]:
+    """Numbers of the folders that any model has, the newest last. Raises DeployError where it is no such repository."""
+    lacking = [model for model in (*PARTS, WHOLE) if not (served / model / CONFIG).is_file()]
+    found = {path.name for model in (*PARTS, WHOLE) for path in (served / model).glob("[0-9]*") if path.name.isdigit()}
+    if lacking or not found:
+        what = f"has no {lacking[0]}/{CONFIG}" if lacking else "has no version"
+        raise DeployError(f"{served} {what}: give a copy of artifacts/triton/onnxruntime or artifacts/triton/python")
+    return sorted(found, key=int)
+
+
+def _check_whole(new: Path) -> None:
+    """Hold a repository's files against the manifest beside it."""
+    files: dict[str, Any] = read_json(new.parent / "manifest.json").get("files", {})
+    within = f"{new.name}/"
+    inside = {name.removeprefix(within): facts for name, facts in files.items() if name.startswith(within)}
+    if found := differences(new, inside):
+        raise DeployError(f"{new}/{found[0]} (by manifest.json beside it): lay it out anew with `dvc repro`")
+    versions(new)
+
+
+def _check_alike(new: Path, served: Path) -> None:
+    for model in (*PARTS, WHOLE):
+        mine, theirs = ((folder / model / CONFIG).read_text(encoding="utf-8") for folder in (new, served))
+        if set(TENSORS.findall(mine)) != set(TENSORS.findall(theirs)):
+            raise DeployError(
+                f"{model} of {new} has another backend or other tensors than that of {served}, and all versions of a "
+                "model share one config.pbtxt: serve it from a folder of its own"
+            )
+
+
+def _put(new: Path, served: Path, model: str, version: str) -> None:
+    """A version appears whole; batching and instances are the new one's, for all versions."""
+    with new_folder(served / model / version) as folder:
+        shutil.copytree(new / model / WRITTEN, folder, dirs_exist_ok=True)
+    write_text(served / model / CONFIG, (new / model / CONFIG).read_text(encoding="utf-8"))
+    if model == WHOLE:
+        _pin(served, version)
+
+
+def _pin(served: Path, version: str) -> None:
+    path = served / WHOLE / CONFIG
+    write_text(path, re.sub(r"model_version: -?\d+", f"model_version: {version}", path.read_text(encoding="utf-8")))
+
+
+def _remove(version: Path) -> None:
+    with disk_errors(version):
+        if version.exists():
+            shutil.rmtree(version)
+
+
+def load(url: str | None, models: tuple[str, ...]) -> None:
+    """Let the server look at the models again. Raises DeployError with what it says where it refuses one."""
+    for model in models if url else ():
+        request = urllib.request.Request(f"{url}/v2/repository/models/{model}/load", data=b"", method="POST")
+        try:
+            urllib.request.urlopen(request, timeout=LOAD_S).close()
+        except urllib.error.HTTPError as error:
+            raise DeployError(f"the server refuses {model}: {_said(error.read())}") from error
+        except (OSError, ValueError) as error:
+            raise DeployError(f"no server answers at {url} ({error}): give its address, as http://host:8000") from error
+
+
+def _said(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]).splitlines()[0]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return body.decode(errors="replace")[:200]

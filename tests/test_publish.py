@@ -1,0 +1,154 @@
+"""A served repository gets versions and loses them. The server is a stand-in: test_triton_server.py has a real one."""
+
+import json
+import re
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from clip_deploy.core.artifact import hashes
+from clip_deploy.core.config import TritonConfig
+from clip_deploy.core.errors import DeployError
+from clip_deploy.serving.publish import PARTS, WHOLE, publish, versions, withdraw
+from clip_deploy.serving.repository import write_repository
+from stages.publish import main
+
+
+@pytest.fixture(scope="module")
+def written(package, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written") / "triton"
+    write_repository(package, folder / "no-benchmark", TritonConfig(), folder)
+    return folder
+
+
+@pytest.fixture
+def new(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "new") / "python"
+
+
+@pytest.fixture
+def served(written, tmp_path):
+    return shutil.copytree(written / "python", tmp_path / "served")
+
+
+@pytest.fixture
+def server(served):
+    """Notes which model is loaded, and which version clip_zero_shot names then; refuses the models in `refused`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            model = self.path.split("/")[-2]
+            listening.loaded.append((model, *sorted(pinned(served))))
+            body = json.dumps({"error": f"load failed for model '{model}'"}).encode()
+            self.send_response(400 if model in listening.refused else 200)
+            self.end_headers()
+            self.wfile.write(body if model in listening.refused else b"")
+
+        def log_message(self, *_):
+            pass
+
+    listening = HTTPServer(("127.0.0.1", 0), Handler)
+    listening.loaded, listening.refused = [], []
+    listening.url = f"http://127.0.0.1:{listening.server_port}"
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    yield listening
+    listening.shutdown()
+    listening.server_close()
+
+
+def pinned(served):
+    return set(re.findall(r"model_version: (\S+)", (served / WHOLE / "config.pbtxt").read_text()))
+
+
+def renew(new):
+    """The manifest of a repository that was changed on purpose."""
+    (new.parent / "manifest.json").write_text(
+        json.dumps({"files": {name: facts for name, facts in hashes(new.parent).items() if name != "manifest.json"}})
+    )
+
+
+def test_a_version_is_added_beside_the_others_and_the_ensemble_names_it(new, served):
+    (new / "clip_vision" / "1" / "model.onnx").write_bytes(b"another")
+    batching = (new / "clip_vision" / "config.pbtxt").read_text().replace("_microseconds: 200", "_microseconds: 300")
+    (new / "clip_vision" / "config.pbtxt").write_text(batching)
+    renew(new)
+    old = (served / "clip_vision" / "1" / "model.onnx").read_bytes()
+    assert publish(new, served) == "2"
+    assert publish(new, served) == "3"
+    assert versions(served) == ["1", "2", "3"]
+    assert pinned(served) == {"3"}
+    for model in (*PARTS, WHOLE):
+        assert sorted(path.name for path in (served / model).iterdir() if path.is_dir()) == [
+            "1",
+            "2",
+            "3",
+            *(["warmup"] if model == "clip_text" else []),
+        ]
+    assert (served / "clip_vision" / "1" / "model.onnx").read_bytes() == old
+    assert (served / "clip_vision" / "3" / "model.onnx").read_bytes() == b"another"
+    assert (served / "clip_vision" / "config.pbtxt").read_text() == batching
+
+
+def test_parts_are_loaded_before_the_ensemble_that_names_them_and_leave_after_it(new, served, server):
+    publish(new, served, server.url)
+    assert server.loaded == [*((part, "1") for part in PARTS), (WHOLE, "2")]
+    server.loaded.clear()
+    assert withdraw(served, "2", server.url) == "1"
+    assert server.loaded == [(WHOLE, "1"), *((part, "1") for part in PARTS)]
+    assert versions(served) == ["1"]
+
+
+@pytest.mark.parametrize("model", ["clip_text", WHOLE])
+def test_a_version_that_the_server_refuses_leaves_everything_as_it_was(new, served, server, model):
+    before, server.refused = hashes(served), [model]
+    with pytest.raises(DeployError, match=f"the server refuses {model}: load failed for model '{model}'"):
+        publish(new, served, server.url)
+    assert hashes(served) == before
+    assert {loaded for loaded, _ in server.loaded[-6:]} == {*PARTS, WHOLE}  # the server, too, looks again
+
+
+def test_an_older_version_leaves_the_newest_in_service(new, served):
+    publish(new, served)
+    assert withdraw(served, "1") == "2"
+    assert pinned(served) == {"2"}
+
+
+@pytest.mark.parametrize("version", ["7", "1"])
+def test_a_version_that_is_not_there_or_the_last_one_stays(served, version):
+    with pytest.raises(DeployError, match=f"has version 1: {version} cannot be taken out of it"):
+        withdraw(served, version)
+    assert versions(served) == ["1"]
+
+
+def test_a_model_of_other_tensors_cannot_be_a_version(new, served):
+    config = new / "clip_vision" / "config.pbtxt"
+    config.write_text(config.read_text().replace("[3, 48, 48]", "[3, 64, 64]"))
+    renew(new)
+    with pytest.raises(DeployError, match=r"clip_vision of .* has another backend or other tensors"):
+        publish(new, served)
+    assert versions(served) == ["1"]
+
+
+def test_a_repository_of_another_backend_cannot_be_a_version(written, served):
+    with pytest.raises(DeployError, match="has another backend or other tensors"):
+        publish(written / "onnxruntime", served)
+
+
+def test_a_damaged_repository_is_refused(new, served):
+    (new / "clip_text" / "1" / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(DeployError, match=r"clip_text/1/model\.onnx: changed"):
+        publish(new, served)
+
+
+def test_by_hand(new, served, server, tmp_path, capsys):
+    assert main([str(new), str(served)]) == 0
+    assert capsys.readouterr().out == f"{served}: version 2 is the newest; a server takes it at its next start\n"
+    assert main(["--withdraw", "2", str(served), server.url + "/"]) == 0
+    assert capsys.readouterr().out == f"{served}: version 1 is the newest\n"
+    assert main([str(new), str(tmp_path)]) == 1
+    assert "give a copy of artifacts/triton/onnxruntime" in capsys.readouterr().err
+    assert main([str(new), str(served), "http://127.0.0.1:9"]) == 1
+    assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
+    assert main([str(new)]) == 2
