@@ -17,8 +17,10 @@ from clip_deploy.core.results import read_json
 from clip_deploy.report import number, table
 from clip_deploy.validation import Miss, misses
 from clip_deploy.verify import verify
+from clip_deploy.why import changed
 
 AGAIN = "run `dvc repro`"
+MEANT = "--allow-uncompared lets it pass"
 PACKAGE = "package"
 TOWERS = ("vision", "text")
 Reports = Callable[[str], Any]  # a path below reports/ -> what the JSON file holds, None where there is none
@@ -166,8 +168,8 @@ def judge_package(reports: Reports, folder: Path) -> list[Miss]:
     return [Miss("files", difference, AGAIN) for difference in found]
 
 
-def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, list[str]]:
-    """What required targets lost since `former`, and what could not be compared, in words.
+def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, Found]:
+    """What required targets lost since `former`, and what could not be compared.
 
     Raises DeployError where nothing could be.
     """
@@ -175,29 +177,32 @@ def compare(names: list[str], reports: Reports, former: Reports, limits: GateCon
     known = [name for name, (_, before) in pairs.items() if before.checked.get("parity")]
     if not known:
         raise DeployError("that revision has no result of any required target: name one in which `dvc repro` was run")
-    alike = _hardware(reports) == _hardware(former)
-    notes = [] if alike else ["the two ran on different hardware: timings are not compared"]
-    notes += [f"{name} has no result there: not compared" for name in names if name not in known]
-    found: Found = {}
-    for name in known:
-        now, before = pairs[name]
-        found[name] = [*_larger(now, before, limits), *_less_alike(now, before, limits)]
-        found[name] += _less_accurate(now, before, limits) + (_slower(now, before, limits) if alike else [])
-        notes += [f"{name}: {note}" for note in _unlike(now, before, alike)]
-    return found, notes
+    unlike = list(changed(_hardware(former), _hardware(reports), "reports/environment.json"))
+    uncompared = {"machine": [Miss("timings", f"not compared: {line}", MEANT) for line in unlike]}
+    lost: Found = {}
+    for name, (now, before) in pairs.items():
+        if name not in known:
+            uncompared[name] = [Miss("all", "not compared: that revision has no result of it", MEANT)]
+            continue
+        lost[name] = [*_larger(now, before, limits), *_less_alike(now, before, limits)]
+        lost[name] += _less_accurate(now, before, limits) + ([] if unlike else _slower(now, before, limits))
+        uncompared[name] = [Miss(*said, MEANT) for said in _unlike(now, before, not unlike)]
+    return lost, uncompared
 
 
-def _hardware(reports: Reports) -> Any:
-    return (reports("environment.json") or {}).get("hardware")
+def _hardware(reports: Reports) -> dict[str, Any]:
+    return {"hardware": (reports("environment.json") or {}).get("hardware")}
 
 
-def _unlike(now: Result, before: Result, alike: bool) -> Iterator[str]:
+def _unlike(now: Result, before: Result, same_machine: bool) -> Iterator[tuple[str, str]]:
+    """Quantities that cannot be compared, and why."""
     if now.checked.get("images") != before.checked.get("images"):
-        yield "another evaluation set: top-1 is not compared, its drop is"
-    if alike and now.timed.get("threads") != before.timed.get("threads"):
-        yield "timed with another number of threads, or not at all: timings are not compared"
-    elif alike and (lost := dict(_timings(before.timed)).keys() - dict(_timings(now.timed)).keys()):
-        yield f"not timed any more, so not compared: {'; '.join(sorted(lost))}"
+        yield "top-1", "not compared, its drop is: another evaluation set"
+    threads = [result.timed.get("threads") for result in (before, now)]
+    if same_machine and threads[0] != threads[1]:
+        yield "timings", f"not compared: threads were {threads[0]}, and are {threads[1]}"
+    elif same_machine and (gone := dict(_timings(before.timed)).keys() - dict(_timings(now.timed)).keys()):
+        yield "timings", f"not compared: not timed any more: {'; '.join(sorted(gone))}"
 
 
 def _larger(now: Result, before: Result, limits: GateConfig) -> list[Miss]:

@@ -179,9 +179,9 @@ def test_a_seeded_regression_is_caught_by_the_real_validation(sound, check, arti
     deliver(artifacts, artifacts / TARGET, checked)
     reports = reports_of(checked)
     assert [line for line in missed(reports, artifacts) if ": cosine" in line and "(gates.fp32.min_cosine)" in line]
-    lost, notes = compare([TARGET], reports.get, reports_of(sound).get, GateConfig())
+    lost, uncompared = compare([TARGET], reports.get, reports_of(sound).get, GateConfig())
     assert {miss.quantity for miss in lost[TARGET]} >= {"vision: cosine", "top-1"}
-    assert notes == []
+    assert not any(uncompared.values())
     assert f"| `{TARGET}` | vision: cosine | " in refusals([lost])
 
 
@@ -203,8 +203,8 @@ def lost_since(sound, change, former=None):
     change(now)
     if former:
         former(before)
-    lost, notes = compare([TARGET], now.get, before.get, GateConfig())
-    return [str(miss) for miss in lost[TARGET]], notes
+    lost, uncompared = compare([TARGET], now.get, before.get, GateConfig())
+    return [str(miss) for miss in lost[TARGET]], [str(miss) for missed in uncompared.values() for miss in missed]
 
 
 def checked(**changes):
@@ -271,25 +271,45 @@ def test_what_is_within_the_limits_is_not(sound, change, former):
     assert lost_since(sound, change, former) == ([], [])
 
 
-def test_other_hardware_is_said_and_its_timings_are_not_compared(sound):
+MEANT = "--allow-uncompared lets it pass"
+
+
+def test_another_machine_is_a_miss_of_its_own_as_its_timings_cannot_be_compared(sound):
     slow = timed(speedup=1.0, speedup_low=0.9, speedup_high=1.1)
-    elsewhere = lost_since(sound, slow, lambda reports: reports.update({"environment.json": {"hardware": "GPU"}}))
-    assert elsewhere == ([], ["the two ran on different hardware: timings are not compared"])
+    xeon = {"environment.json": {"hardware": {"cpu": "Xeon"}}}
+    line = "hardware.cpu: Xeon -> EPYC  (reports/environment.json)"
+    assert lost_since(sound, slow, lambda reports: reports.update(xeon)) == (
+        [],
+        [f"timings not compared: {line} {MEANT}"],
+    )
 
 
-def test_another_evaluation_set_is_said_and_its_top1_is_not_compared(sound):
+def test_another_number_of_threads_is_a_miss_of_its_own(sound):
+    slow = timed(speedup=1.0, speedup_low=0.9, speedup_high=1.1)
+    four = lost_since(sound, slow, lambda reports: reports[f"benchmark/{TARGET}.json"].update(threads=4))
+    assert four == ([], [f"timings not compared: threads were 4, and are 2 {MEANT}"])
+
+
+def test_a_target_that_the_revision_has_not_is_a_miss_of_its_own(sound):
+    now, before = reports_of(sound), reports_of(sound)
+    now["validate/new.json"], now["benchmark/new.json"] = now[f"validate/{TARGET}.json"], TIMED
+    lost, uncompared = compare([TARGET, "new"], now.get, before.get, GateConfig())
+    assert list(lost) == [TARGET]
+    assert [str(miss) for miss in uncompared["new"]] == [f"all not compared: that revision has no result of it {MEANT}"]
+
+
+def test_another_evaluation_set_is_a_miss_of_its_own_where_top1_is_not_compared(sound):
     def fewer(reports):
         TOP1(reports)
         reports[f"validate/{TARGET}.json"]["images"] = 5
 
-    note = f"{TARGET}: another evaluation set: top-1 is not compared, its drop is"
-    assert lost_since(sound, answered(top1=10.0), fewer) == ([], [note])
+    miss = f"top-1 not compared, its drop is: another evaluation set {MEANT}"
+    assert lost_since(sound, answered(top1=10.0), fewer) == ([], [miss])
 
 
-def test_timings_that_are_gone_are_said(sound):
-    lost, notes = lost_since(sound, lambda reports: reports[f"benchmark/{TARGET}.json"]["towers"].pop("text"))
-    assert lost == []
-    assert notes == [f"{TARGET}: not timed any more, so not compared: text, batch 1"]
+def test_a_batch_size_that_is_not_timed_any_more_is_a_miss_of_its_own(sound):
+    gone = lost_since(sound, lambda reports: reports[f"benchmark/{TARGET}.json"]["towers"].pop("text"))
+    assert gone == ([], [f"timings not compared: not timed any more: text, batch 1 {MEANT}"])
 
 
 def test_a_revision_without_results_is_refused(sound):
@@ -327,10 +347,30 @@ def test_a_revision_reaches_hydra_in_quotes():
         for_hydra(["gate", "--against"])
 
 
+def test_what_cannot_be_compared_passes_by_one_flag_for_one_run():
+    assert for_hydra(["gate", "--allow-uncompared"]) == ["gate", "allow_uncompared=true"]
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_a_sweep_of_gates_is_refused(flag):
+    with pytest.raises(SystemExit, match=f"error: the gate judges one set of results and takes no {flag}"):
+        for_hydra(["gate", flag])
+
+
 def test_what_dvc_calls_stale_is_said_in_words():
     assert in_words("changed command") == "changed command"
     changed = {"changed deps": {"params.yaml": {"onnx.opset": "modified"}, "stages/a.py": "modified"}}
     assert in_words(changed) == "changed deps: params.yaml onnx.opset, stages/a.py"
+
+
+def shut_by(gate, path):
+    """The only miss where the last byte of a file is another, which is then put back."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, out, _ = gate()
+    path.write_bytes(whole)
+    assert code == 1
+    return out.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -344,6 +384,11 @@ def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path):
     code, out, err = gate("--against", "HEAD")
     assert (code, err) == (0, "")
     assert "9 required targets pass, and none lost since HEAD" in out
+    assert gate("--against", "")[0] == 1
+    assert shut_by(gate, project.path / "assets/tiny-shapes/model.safetensors") == (
+        "| `probe` | stale | model: what lies on this disk is not what was read  (reports/inputs.json) "
+        "| run `dvc repro` |"
+    )
     path = project.path / "reports/validate/ort-fp16.json"
     record = json.loads(path.read_text())
     record["parity"]["text"]["cosine_min"] = 0.9
