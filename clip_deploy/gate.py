@@ -240,14 +240,13 @@ def _less_accurate(now: Result, before: Result, limits: GateConfig) -> list[Miss
 
 
 def _slower(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
-    """Speed-ups whose interval lies wholly below the former one, and that fell by more than the limit."""
+    """Speed-ups whose interval lies wholly below the former one, by more than the limit."""
     if now.timed.get("threads") != before.timed.get("threads"):
         return []
     present, found = dict(_timings(now.timed)), []
     for where, former in _timings(before.timed):
         timing = present.get(where)
-        least = former["speedup"] * (1 - limits.max_slow_down / 100)
-        if timing and timing["speedup_high"] < former["speedup_low"] and timing["speedup"] < least:
+        if timing and not timing["speedup_high"] >= former["speedup_low"] * (1 - limits.max_slow_down / 100):
             limit = f"below {_interval(former, 'speedup')} by more than {limits.max_slow_down:g} % (gate.max_slow_down)"
             found.append(Miss(f"{where}: speed-up", _interval(timing, "speedup"), limit))
     return found

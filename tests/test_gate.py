@@ -197,13 +197,13 @@ def test_a_gate_that_would_check_nothing_or_what_is_unknown_is_refused(names, sa
         check_required(names, ["torch-fp32", "ort-fp32"])
 
 
-def lost_since(sound, change, former=None):
+def lost_since(sound, change, former=None, slow_down=10):
     """What `change(reports)` loses against the sound reports, as changed by `former`."""
     now, before = reports_of(sound), reports_of(sound)
     change(now)
     if former:
         former(before)
-    lost, uncompared = compare([TARGET], now.get, before.get, GateConfig())
+    lost, uncompared = compare([TARGET], now.get, before.get, GateConfig(max_slow_down=slow_down))
     return [str(miss) for miss in lost[TARGET]], [str(miss) for missed in uncompared.values() for miss in missed]
 
 
@@ -247,9 +247,9 @@ TOP1 = answered(top1=92.0, top1_drop=0.1, top1_drop_low=-0.2, top1_drop_high=0.4
             "top-1 drop 0.60 [0.50, 0.70] above 0.10 [-0.20, 0.40]",
         ),
         (
-            timed(speedup=2.6, speedup_low=2.5, speedup_high=2.7),
+            timed(speedup=2.5, speedup_low=2.4, speedup_high=2.6),
             None,
-            "text, batch 1: speed-up 2.60 [2.50, 2.70] below 3.00 [2.90, 3.10] by more than 10 % (gate.max_slow_down)",
+            "text, batch 1: speed-up 2.50 [2.40, 2.60] below 3.00 [2.90, 3.10] by more than 10 % (gate.max_slow_down)",
         ),
     ],
 )
@@ -263,12 +263,18 @@ def test_what_was_lost_since_a_revision_is_named(sound, change, former, said):
         (checked(size_mb=4.1), checked(size_mb=4.0)),
         (answered(top1=91.6, top1_drop=0.5, top1_drop_low=0.2, top1_drop_high=0.8), TOP1),
         (timed(speedup=2.6, speedup_low=2.2, speedup_high=2.95), None),  # the intervals meet
-        (timed(speedup=2.8, speedup_low=2.78, speedup_high=2.82), None),  # apart, and 7 % only
+        (timed(speedup=2.5, speedup_low=2.4, speedup_high=2.62), None),  # 17 % slower, and 9.7 % between the intervals
         (timed(speedup=9.0, speedup_low=8.9, speedup_high=9.1), None),
     ],
 )
 def test_what_is_within_the_limits_is_not(sound, change, former):
     assert lost_since(sound, change, former) == ([], [])
+
+
+@pytest.mark.parametrize(("high", "limit", "is_lost"), [(2.9, 0, False), (2.89, 0, True), (2.89, 1, False)])
+def test_without_a_tolerance_the_intervals_alone_decide(sound, high, limit, is_lost):
+    slower = timed(speedup=high - 0.05, speedup_low=high - 0.1, speedup_high=high)
+    assert bool(lost_since(sound, slower, slow_down=limit)[0]) == is_lost
 
 
 MEANT = "--allow-uncompared lets it pass"
