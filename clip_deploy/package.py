@@ -6,7 +6,7 @@ torch and transformers.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,13 @@ from clip_deploy.core.config import GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.results import read_json
 from clip_deploy.encode import load_embeddings
-from clip_deploy.prepared import PREPROCESSOR, SCORES, TOKENIZER, load_prepared
-from clip_deploy.runtimes import open_encoder
-from clip_deploy.validation import judge, measure
+from clip_deploy.prepared import PREPROCESSOR, SCORES, TOKENIZER
 
 FORMAT = 1  # of manifest.json
 RUNTIME = "ort"  # the one that needs neither torch nor a library of its own
 RECOMMENDED = "recommended"
 MANIFEST = "manifest.json"
 TOWERS = ("vision", "text")
-COARSENESS = ("fp32", "fp16", "bf16", "int8")  # a pair of targets is held to the gate of the coarser one
 
 
 @dataclass
@@ -34,7 +31,7 @@ class Sources:
     Attributes:
         built: the folder with the targets' folders.
         portable: the checkpoint's tokenizer, preprocessing and scale (portable.write_portable).
-        evaluation: the prepared set, for classes, templates and a pair's judgement.
+        evaluation: the prepared set, for classes and templates.
     """
 
     built: Path
@@ -80,13 +77,14 @@ def _packaged(
     towers = advice["package"] if wanted == RECOMMENDED else dict.fromkeys(TOWERS, wanted)
     for name in dict.fromkeys(towers.values()):
         check_fit(name, advice, sources.built)
-    towers, pair = judged_together(towers, advice, sources, gates)
     names = list(dict.fromkeys(towers.values()))
+    pairs = advice["pairs"] if wanted == RECOMMENDED else {}
     return {
         "format": FORMAT,
         **facts,
         **_fill(folder, towers, sources),
-        "gates": {name: _gate(advice["targets"][name]["precision"], gates) for name in names} | pair,
+        "gates": {name: _gate(advice["targets"][name]["precision"], gates) for name in names}
+        | {name: _gate(pair["precision"], gates) | pair for name, pair in pairs.items()},
         "metrics": {name: advice["targets"][name]["metrics"] for name in names},
         "note": advice["note"] if wanted == RECOMMENDED else f"{wanted} was asked for by name",
     }
@@ -108,45 +106,6 @@ def check_fit(name: str, advice: dict[str, Any], built: Path) -> None:
         path = built / name / file
         if not path.is_file() or sha256(path) != target["files"].get(file):
             raise DeployError(f"{path} is not the file that was judged (reports/validate/{name}.json): run `dvc repro`")
-
-
-def judged_together(
-    towers: dict[str, str], advice: dict[str, Any], sources: Sources, gates: GatesConfig
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """Hold two targets, one for each tower, to the coarser one's gate: together they were never judged.
-
-    Returns:
-        The towers, those of the best single target where the pair fails, and what was found, for the manifest.
-    """
-    if towers["vision"] == towers["text"]:
-        return towers, {}
-    reasons, precision = _judge_pair(towers, sources, gates)
-    found = _gate(precision, gates) | {"status": "fail" if reasons else "pass", "reasons": reasons}
-    name = f"{towers['vision']} with {towers['text']}"
-    if not reasons:
-        return towers, {name: found}
-    check_fit(advice["single"], advice, sources.built)
-    return dict.fromkeys(TOWERS, advice["single"]), {name: found}
-
-
-class _Pair:
-    """The image tower of one encoder and the text tower of another."""
-
-    def __init__(self, vision: Any, text: Any) -> None:
-        self.image_input, self.encode_images = vision.image_input, vision.encode_images
-        self.text_inputs, self.encode_texts = text.text_inputs, text.encode_texts
-
-
-def _judge_pair(towers: dict[str, str], sources: Sources, gates: GatesConfig) -> tuple[list[str], str]:
-    targets = {tower: read_target(sources.built / name) for tower, name in towers.items()}
-    pair: Any = _Pair(*(open_encoder(sources.built / towers[tower]) for tower in TOWERS))
-    precision = max((target.precision for target in targets.values()), key=COARSENESS.index)
-    model = {key: value for key, value in targets["vision"].model.items() if key != "classifier"}
-    alone = replace(targets["vision"], model=model)  # a head answers from images alone, and was judged
-    reference = load_embeddings(sources.evaluation / "reference.npz")
-    record = measure(pair, load_prepared(sources.evaluation), reference, alone, seed=0)
-    trained = model.get("trained", True)
-    return judge(record | {"trained": trained}, getattr(gates, precision), precision), precision
 
 
 def _gate(precision: str, gates: GatesConfig) -> dict[str, Any]:

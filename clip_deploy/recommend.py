@@ -1,6 +1,6 @@
 """Which target to ship: the fastest that passes its gate and keeps the limits, and why each other one lost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
@@ -12,6 +12,8 @@ TOWERS = ("vision", "text")
 BUSY = "the machine was busy (~), time it again"
 PACKAGED = "ort"  # the runtime of what the stage `package` can put into a folder that needs no torch
 
+Together = Callable[[Row, Row], Row]  # what pair.judge_pair says of an image tower with another target's text tower
+
 
 @dataclass
 class Recommendation:
@@ -21,11 +23,12 @@ class Recommendation:
         limits: what was asked for.
         ship: the winner for each tower; empty where nothing is fit.
         package: the same among what ONNX Runtime runs, which is what the stage `package` takes.
-        single: of those, the best for both towers at once.
+        pairs: by its name, each pair that is the fastest tower by tower: which it is, whether it passed its gate and
+            keeps the limits together, and why not. Where it failed, `ship` or `package` is the best single target.
         note: what is packaged and, where it is not the winner or nothing, why.
         alike: for each tower, targets whose speed cannot be told apart from the winner's.
         front: targets than which no other fit one is as fast on images, as accurate and as small.
-        packaged: what `targets` says of those in `package` and of `single`: all that the stage depends on.
+        packaged: what `targets` says of those in `package`: all that the stage depends on.
         losers: for each other target, why it lost.
         targets: what the gate said of each, its files' hashes and its metrics.
     """
@@ -33,7 +36,7 @@ class Recommendation:
     limits: dict[str, Any]
     ship: dict[str, str] = field(default_factory=dict)
     package: dict[str, str] = field(default_factory=dict)
-    single: str | None = None
+    pairs: dict[str, dict[str, Any]] = field(default_factory=dict)
     note: str = ""
     alike: dict[str, list[str]] = field(default_factory=dict)
     front: list[str] = field(default_factory=list)
@@ -51,29 +54,32 @@ class Pace:
     high: float
 
 
-def recommend(rows: list[Row], limits: RecommendConfig) -> Recommendation:
-    """Judge all rows of the report by `limits`."""
+def recommend(rows: list[Row], limits: RecommendConfig, together: Together) -> Recommendation:
+    """Judge all rows of the report by `limits`; `together` is asked where each tower gets a target of its own."""
     refused = {row.target: reason for row in rows if (reason := refusal(row, limits))}
     kept = [row for row in rows if row.target not in refused]
     fit = steady(kept, limits.batch)
     packable = steady([row for row in kept if row.runtime == PACKAGED and row.files], limits.batch)
     refused |= {row.target: f"its timing decides nothing: {BUSY}" for row in kept if row not in fit}
-    ship, package = choose(fit, limits.batch), choose(packable, limits.batch)
     by_name = {row.target: row for row in rows}
+    pairs: dict[str, dict[str, Any]] = {}
+    ship, package = (_held(choose(some, limits.batch), some, limits, together, pairs) for some in (fit, packable))
     alike = {tower: _alike_to(by_name[winner], fit, tower, limits.batch) for tower, winner in ship.items()}
     lost = [row for row in rows if row.target not in ship.values()]
-    single = min(packable, key=lambda row: _both(row, limits.batch)).target if packable else None
     targets = _targets(rows)
     return Recommendation(
         limits={key: value.value if isinstance(value, Enum) else value for key, value in asdict(limits).items()},
         ship=ship,
         package=package,
-        single=single,
+        pairs=pairs,
         note=_note(ship, package, by_name),
         alike={tower: names for tower, names in alike.items() if names},
         front=[row.target for row in pareto(fit, limits.batch)],
-        losers={row.target: refused.get(row.target) or _slower(row, ship, by_name, limits.batch) for row in lost},
-        packaged={name: row for name, row in targets.items() if name in (*package.values(), single)},
+        losers={
+            row.target: refused.get(row.target) or _failed(row, pairs) + _slower(row, ship, by_name, limits.batch)
+            for row in lost
+        },
+        packaged={name: row for name, row in targets.items() if name in package.values()},
         targets=targets,
     )
 
@@ -137,6 +143,26 @@ def choose(fit: list[Row], batch: int) -> dict[str, str]:
     return {tower: row.target for tower, row in best.items()}
 
 
+def _held(
+    towers: dict[str, str], fit: list[Row], limits: RecommendConfig, together: Together, pairs: dict[str, Any]
+) -> dict[str, str]:
+    """The towers, if a pair among them keeps its gate and the limits together, or else the best single target.
+
+    What was found of a pair goes into `pairs`.
+    """
+    if len(set(towers.values())) < 2:
+        return towers
+    by_name, single = {row.target: row for row in fit}, min(fit, key=lambda row: _both(row, limits.batch)).target
+    name = f"{towers['vision']} with {towers['text']}"
+    if name not in pairs:
+        pair = together(by_name[towers["vision"]], by_name[towers["text"]])
+        reason = refusal(pair, limits)
+        reasons = pair.reasons or ([reason] if reason else [])
+        status = "fail" if reason else "pass"
+        pairs[name] = {"towers": towers, "precision": pair.precision, "status": status, "reasons": reasons}
+    return towers if pairs[name]["status"] == "pass" else dict.fromkeys(TOWERS, single)
+
+
 def pace(row: Row, tower: str, batch: int) -> Pace:
     """On a CPU from the speed-up: latencies of rows timed minutes apart carry the machine's drift."""
     timing = row.timing(tower, str(batch))
@@ -146,7 +172,8 @@ def pace(row: Row, tower: str, batch: int) -> Pace:
 
 def alike(row: Row, winner: Row, tower: str, batch: int) -> bool:
     """Whether the intervals overlap, so that the two cannot be told apart."""
-    return pace(row, tower, batch).low <= pace(winner, tower, batch).high
+    one, other = pace(row, tower, batch), pace(winner, tower, batch)
+    return one.low <= other.high and other.low <= one.high
 
 
 def _alike_to(winner: Row, fit: list[Row], tower: str, batch: int) -> list[str]:
@@ -175,6 +202,14 @@ def accuracy(row: Row) -> float:
     if row.trained and "top1" in row.zero_shot:
         return row.zero_shot["top1"]
     return min(row.cosine_min.values(), default=0.0)
+
+
+def _failed(row: Row, pairs: dict[str, Any]) -> str:
+    """That a target was the fastest for a tower, and in which pair it failed."""
+    failed = [
+        name for name, pair in pairs.items() if pair["status"] == "fail" and row.target in pair["towers"].values()
+    ]
+    return "".join(f"{name} failed together; alone " for name in failed[:1])
 
 
 def _slower(row: Row, ship: dict[str, str], by_name: dict[str, Row], batch: int) -> str:
@@ -244,6 +279,11 @@ def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
     front = "Pareto front (none other that is fit is as fast on images, as accurate and as small)"
     return [
         *([f"Ship {_named(advice.ship)}: {_costs(advice, rows)}."] if advice.ship else []),
+        *(
+            f"{_named(pair['towers'])}, the fastest for each tower, failed together: {'; '.join(pair['reasons'])}."
+            for pair in advice.pairs.values()
+            if pair["status"] == "fail"
+        ),
         *_caveats(advice, rows),
         f"Fit is what passes its gate and keeps `recommend` in params.yaml: {', '.join(asked) or 'no limits'}.",
         f"Package: {advice.note}.",

@@ -1,12 +1,17 @@
-"""Say which of the configured targets to ship, before anything is packaged; the report shows the same."""
+"""Say which of the configured targets to ship, before anything is packaged; the report shows the same.
+
+Where each tower gets a target of its own, the two are judged together first.
+"""
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.core.config import RecommendConfig
+from clip_deploy.core.config import GatesConfig, RecommendConfig
 from clip_deploy.core.results import write_json
+from clip_deploy.pair import judge_pair
 from clip_deploy.recommend import recommend as advise
 from clip_deploy.report import read_rows
 from stages import stage
@@ -16,15 +21,19 @@ from stages import stage
 class Settings:
     targets: list[str] = field(default_factory=list)
     recommend: RecommendConfig = MISSING
+    gates: GatesConfig = MISSING
     validation: Path = MISSING
     benchmark_results: Path = MISSING
+    built: Path = MISSING
+    evaluation: Path = MISSING
     output: Path = MISSING
 
 
 @stage
 def recommend(settings: Settings) -> None:
     rows = read_rows(settings.targets, settings.validation, settings.benchmark_results)
-    advice = advise(rows, settings.recommend)
+    together = partial(judge_pair, built=settings.built, evaluation=settings.evaluation, gates=settings.gates)
+    advice = advise(rows, settings.recommend, together)
     write_json(settings.output, asdict(advice))
     print(f"{settings.output}: {', '.join(dict.fromkeys(advice.ship.values())) or 'nothing'} to ship; {advice.note}")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.artifact import read_target
-from clip_deploy.core.config import EndToEndConfig, RecommendConfig
+from clip_deploy.core.config import EndToEndConfig
 from clip_deploy.core.results import read_json
 from clip_deploy.gpu_report import gpu_sections
-from clip_deploy.recommend import recommend, shown
+from clip_deploy.recommend import Recommendation, shown
 from clip_deploy.report import read_flows, read_rows, write_report
 from clip_deploy.triton_report import triton_sections
 from stages import stage
@@ -19,7 +19,6 @@ from stages import stage
 class Settings:
     targets: list[str] = field(default_factory=list)
     end_to_end: EndToEndConfig = MISSING
-    recommend: RecommendConfig = MISSING
     model_name: str = MISSING
     data_name: str = MISSING
     environment: Path = MISSING
@@ -27,6 +26,7 @@ class Settings:
     evaluation: Path = MISSING
     validation: Path = MISSING
     benchmark_results: Path = MISSING
+    recommendation: Path = MISSING
     served: Path = MISSING
     output: Path = MISSING
 
@@ -38,7 +38,7 @@ def report(settings: Settings) -> None:
     environment, evaluation = read_json(settings.environment), read_json(settings.evaluation / "manifest.json")
     model, names = read_target(settings.checkpoint).model, {"model": settings.model_name, "data": settings.data_name}
     sections = gpu_sections(rows) + triton_sections(read_json(settings.served))
-    advice = shown(recommend(rows, settings.recommend), rows)
+    advice = shown(Recommendation(**read_json(settings.recommendation)), rows)
     write_report(rows, environment, model, evaluation, names, flows, settings.output, sections, advice)
     print(f"{settings.output / 'report.md'}: {len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass")
 

@@ -180,6 +180,19 @@ def onnx_target(checkpoint):
     return folder
 
 
+@pytest.fixture(scope="session")
+def fused(onnx_target, sets):
+    """A second target beside the exported one."""
+    from clip_deploy.core.artifact import Target, build
+    from clip_deploy.core.config import OptimizeConfig
+    from clip_deploy.fusion import optimize
+    from clip_deploy.prepared import load_prepared
+
+    folder, calibration = onnx_target.parent / "ort-fp32", load_prepared(sets / "calibration")
+    build(folder, lambda output: optimize(onnx_target, OptimizeConfig(), calibration, output), Target("ort", "fp32"))
+    return folder
+
+
 def advice(built, **other):
     """reports/recommendation.json as if all targets of a folder had passed, and the first of `other` were chosen."""
     from clip_deploy.core.artifact import read_target, sha256
@@ -196,7 +209,7 @@ def advice(built, **other):
             "files": {name: sha256(folder / name) for name in target.files},
             "metrics": {"vision_p50_ms": 1.0},
         }
-    return {"package": {}, "single": None, "note": "as asked", "targets": targets, **other}
+    return {"package": {}, "pairs": {}, "note": "as asked", "targets": targets, **other}
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ EXTRA = {
     "validate": RUNTIME_MODULES,
     "benchmark": {"clip_deploy.worker", *RUNTIME_MODULES},
     "end_to_end": RUNTIME_MODULES,
-    "package": {"clip_deploy.runtimes.ort"},  # it opens nothing else
+    "recommend": RUNTIME_MODULES,
     "validate_triton": {"clip_deploy.serving.client"},  # it runs in the server's environment
 }
 SHARED = "clip_deploy.core"  # watched as a folder: every stage uses most of it

@@ -5,26 +5,13 @@ import numpy as np
 import pytest
 from conftest import advice
 
-from clip_deploy.core.artifact import Target, build, sha256
-from clip_deploy.core.config import Gate, GatesConfig, OptimizeConfig
+from clip_deploy.core.artifact import sha256
+from clip_deploy.core.config import Gate, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
-from clip_deploy.fusion import optimize
 from clip_deploy.package import Sources, write_package
 from clip_deploy.portable import write_portable
-from clip_deploy.prepared import load_prepared
 
 FACTS = {"model": "tiny", "versions": {"onnxruntime": "1"}}
-
-
-@pytest.fixture(scope="module")
-def fused(onnx_target, sets):
-    """A second target beside the exported one."""
-    folder = onnx_target.parent / "ort-fp32"
-    if not folder.exists():
-        calibration = load_prepared(sets / "calibration")
-        fallback = Target("ort", "fp32")
-        build(folder, lambda output: optimize(onnx_target, OptimizeConfig(), calibration, output), fallback)
-    return folder
 
 
 @pytest.fixture
@@ -108,24 +95,17 @@ def test_a_tokenizer_that_needs_transformers_is_no_package_and_no_failure_of_the
         write_package(known, "onnx-fp32", sources, GatesConfig(), FACTS, folder)
 
 
-def test_two_targets_are_judged_together(sources, fused, tmp_path):
-    known = advice(sources.built, package={"vision": "ort-fp32", "text": "onnx-fp32"}, single="onnx-fp32")
+def test_two_targets_are_packaged_tower_by_tower_with_what_was_found_of_the_pair(sources, fused, tmp_path):
+    towers = {"vision": "ort-fp32", "text": "onnx-fp32"}
+    found = {"towers": towers, "precision": "fp32", "status": "pass", "reasons": []}
+    known = advice(sources.built, package=towers, pairs={"ort-fp32 with onnx-fp32": found})
     gates = GatesConfig(fp32=Gate(min_cosine=0.999, max_top1_drop=5, max_flips=5))
     manifest = write_package(known, "recommended", sources, gates, FACTS, tmp_path)
-    assert {tower: chosen["target"] for tower, chosen in manifest["towers"].items()} == known["package"]
+    assert {tower: chosen["target"] for tower, chosen in manifest["towers"].items()} == towers
     assert sha256(tmp_path / "vision.onnx") == known["targets"]["ort-fp32"]["files"]["vision.onnx"]
     assert sha256(tmp_path / "text.onnx") == known["targets"]["onnx-fp32"]["files"]["text.onnx"]
-    assert manifest["gates"]["ort-fp32 with onnx-fp32"]["status"] == "pass"
-
-
-def test_a_pair_that_fails_gives_way_to_one_target(sources, fused, tmp_path):
-    known = advice(sources.built, package={"vision": "ort-fp32", "text": "onnx-fp32"}, single="onnx-fp32")
-    gates = GatesConfig(fp32=Gate(min_cosine=1.1))
-    manifest = write_package(known, "recommended", sources, gates, FACTS, tmp_path)
-    assert {chosen["target"] for chosen in manifest["towers"].values()} == {"onnx-fp32"}
     pair = manifest["gates"]["ort-fp32 with onnx-fp32"]
-    assert pair["status"] == "fail"
-    assert "< 1.1 (gates.fp32.min_cosine)" in pair["reasons"][0]
+    assert (pair["status"], pair["min_cosine"], pair["towers"]) == ("pass", 0.999, towers)
 
 
 def test_the_processors_numbers_survive_as_they_are_written(package):

@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 
+from clip_deploy import recommend as module
 from clip_deploy.core.config import Device, RecommendConfig
 from clip_deploy.core.errors import ConfigError
-from clip_deploy.recommend import TOWERS, recommend, shown
+from clip_deploy.recommend import TOWERS, shown
 from clip_deploy.report import Row, markdown, page
 
 
@@ -39,6 +40,16 @@ def row(target, vision, text, **other):
 
 def drop(points):
     return {"top1": 90 - points, "top1_drop": points, "top1_drop_low": 0.0, "top1_drop_high": 2.0}
+
+
+def recommend(rows, limits, together=None):
+    """Pairs pass their gate together, and cost as much as both targets, unless `together` says what they do."""
+
+    def alike(vision, text):
+        assert vision is not text
+        return replace(vision, target=f"{vision.target} with {text.target}")
+
+    return module.recommend(rows, limits, together or alike)
 
 
 REFERENCE = row("torch-fp32", 1.0, 1.0, runtime="eager")
@@ -94,8 +105,44 @@ def test_a_p95_is_held_against_its_limit_for_each_tower():
 def test_each_tower_gets_its_own_where_that_is_better():
     advice = recommend([REFERENCE, row("a", 3.0, 1.5), row("b", 2.0, 4.0)], RecommendConfig())
     assert advice.ship == {"vision": "a", "text": "b"}
-    assert advice.single == "b"
+    assert advice.pairs == {
+        "a with b": {"towers": advice.ship, "precision": "fp32", "status": "pass", "reasons": []}  # judged once
+    }
+    assert set(advice.packaged) == {"a", "b"}
     assert advice.losers["torch-fp32"] == "slower than a by 3.00x on vision; slower than b by 4.00x on text"
+
+
+PAIR_FAILED = "a for images with b for texts, the fastest for each tower, failed together: "
+
+
+@pytest.mark.parametrize(
+    ("change", "limits", "reason"),
+    [
+        ({"zero_shot": drop(1.5)}, {}, "over max_top1_drop: 1.50 > 1.0 points"),
+        ({"memory_mb": 110.0}, {"max_memory_mb": 100}, "over max_memory_mb: 110 > 100"),
+        ({"size_mb": 605.0}, {"max_size_mb": 500}, "over max_size_mb: 605 > 500"),
+        ({"status": "fail", "reasons": ["flips 9.00 % > 0.5 (gates.fp32.max_flips)"]}, {}, "flips 9.00 % > 0.5 (gates"),
+    ],
+)
+def test_a_pair_that_fails_together_gives_way_to_the_best_single_target_and_the_report_says_so(change, limits, reason):
+    rows = [REFERENCE, row("a", 3.0, 1.5), row("b", 2.0, 4.0)]
+    advice = recommend(rows, RecommendConfig(**limits), lambda vision, text: replace(vision, target="pair", **change))
+    assert advice.ship == advice.package == {"vision": "b", "text": "b"}
+    assert advice.pairs["a with b"]["status"] == "fail"
+    assert reason in advice.pairs["a with b"]["reasons"][0]
+    assert advice.losers["a"] == "a with b failed together; alone slower than b by 0.67x on vision, 2.67x on text"
+    assert advice.alike == {}
+    report = markdown("title", rows, {}, shipping=shown(advice, rows))
+    assert "\n- Ship b: an image 5.00 ms, a text 2.50 ms" in report
+    assert f"\n- {PAIR_FAILED}{reason}" in report
+
+
+def test_the_pair_to_package_falls_back_to_what_can_be_packaged():
+    rows = [row("a", 3.0, 1.5), row("b", 2.0, 4.0), row("openvino", 2.9, 3.9, runtime="openvino")]
+    advice = recommend(rows, RecommendConfig(), lambda vision, text: replace(vision, zero_shot=drop(2.0)))
+    assert advice.ship == {"vision": "openvino", "text": "openvino"}
+    assert advice.package == {"vision": "b", "text": "b"}
+    assert "a with b" in advice.pairs
 
 
 def test_one_target_serves_both_towers_where_the_others_winner_cannot_be_told_apart_from_it():

@@ -167,7 +167,13 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
             "manifest=out/ort-fp32.manifest.json",
         ],
         "benchmark": ["source=artifacts/ort-fp32", "reference=artifacts/torch-fp32", "output=out/b.json"],
-        "recommend": ["validation=reports/validate", "benchmark_results=reports/benchmark", "output=out/r.json"],
+        "recommend": [
+            "validation=reports/validate",
+            "benchmark_results=reports/benchmark",
+            "built=artifacts",
+            "evaluation=artifacts/data/evaluation",
+            "output=out/r.json",
+        ],
         "triton_repository": [
             "package=artifacts/package",
             "benchmark_results=reports/benchmark",
@@ -181,6 +187,7 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
             "evaluation=artifacts/data/evaluation",
             "validation=reports/validate",
             "benchmark_results=reports/benchmark",
+            "recommendation=reports/recommendation.json",
             "served=reports/triton.json",
             "output=out",
         ],

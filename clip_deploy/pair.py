@@ -1,0 +1,78 @@
+"""Two targets as one, the image tower of one with the text tower of the other: together they were never judged."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from clip_deploy.core.artifact import check_files, read_target
+from clip_deploy.core.child import call_in_child
+from clip_deploy.core.config import GatesConfig
+from clip_deploy.core.errors import DeployError
+from clip_deploy.encode import load_embeddings
+from clip_deploy.prepared import load_prepared
+from clip_deploy.report import Row
+from clip_deploy.runtimes import open_encoder
+from clip_deploy.validation import judge, measure
+
+COARSENESS = ("fp32", "fp16", "bf16", "int8")  # a pair is held to the gate of its coarser target
+
+
+class Pair:
+    """The image tower of one encoder and the text tower of another."""
+
+    def __init__(self, vision: Any, text: Any) -> None:
+        self.image_input, self.encode_images = vision.image_input, vision.encode_images
+        self.text_inputs, self.encode_texts = text.text_inputs, text.encode_texts
+
+
+def judge_pair(vision: Row, text: Row, built: Path, evaluation: Path, gates: GatesConfig) -> Row:
+    """The row of a pair, from the rows of its two targets.
+
+    Timings are each tower's own, size is that of the files which both towers need. Memory is the sum of both targets',
+    which together take no more: nobody measured them in one process.
+
+    Args:
+        built: the folder with both targets' folders.
+        evaluation: the prepared set, with the untouched model's embeddings in reference.npz.
+
+    Raises DeployError where a target's files are not those that were built.
+    """
+    folders = {"vision": built / vision.target, "text": built / text.target}
+    for folder in folders.values():
+        check_files(folder)
+    precision = max(vision.precision, text.precision, key=COARSENESS.index)
+    row = replace(
+        vision,
+        target=f"{vision.target} with {text.target}",
+        precision=precision,
+        timings={"vision": vision.timings["vision"], "text": text.timings["text"]},
+        memory_mb=_sum(vision.memory_mb, text.memory_mb),
+        gpu_memory_mb=_sum(vision.gpu_memory_mb, text.gpu_memory_mb),
+        size_mb=(tower_bytes(folders["vision"], "vision") + tower_bytes(folders["text"], "text")) / 1e6,
+    )
+    try:
+        record = call_in_child(_measure, folders, evaluation, limit_s=gates.max_seconds)
+    except (DeployError, MemoryError) as error:
+        return replace(row, status="fail", reasons=[str(error) or "memory ran out"])
+    reasons = judge(record | {"trained": row.trained}, getattr(gates, precision), precision)
+    status = "fail" if reasons else "pass"
+    return replace(row, status=status, reasons=reasons, zero_shot=record.get("zero_shot", {}))
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
+
+
+def tower_bytes(folder: Path, tower: str) -> int:
+    """Of a target's files those that one tower needs: all but the other tower's own."""
+    other = "text." if tower == "vision" else "vision."
+    return sum((folder / name).stat().st_size for name in read_target(folder).files if not name.startswith(other))
+
+
+def _measure(folders: dict[str, Path], evaluation: Path) -> dict[str, Any]:
+    target = read_target(folders["vision"])
+    model = {key: value for key, value in target.model.items() if key != "classifier"}
+    alone = replace(target, model=model)  # a head answers from images alone, and was judged
+    pair: Any = Pair(open_encoder(folders["vision"]), open_encoder(folders["text"]))
+    reference = load_embeddings(evaluation / "reference.npz")
+    return measure(pair, load_prepared(evaluation), reference, alone, seed=0)
