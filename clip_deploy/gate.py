@@ -15,14 +15,13 @@ from clip_deploy.core.config import GateConfig, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.results import read_json
 from clip_deploy.report import number, table
-from clip_deploy.validation import Miss, misses
+from clip_deploy.verdict import TOWERS, Miss, held, numbers
 from clip_deploy.verify import verify
 from clip_deploy.why import changed
 
 AGAIN = "run `dvc repro`"
 MEANT = "--allow-uncompared lets it pass"
 PACKAGE = "package"
-TOWERS = ("vision", "text")
 Reports = Callable[[str], Any]  # a path below reports/ -> what the JSON file holds, None where there is none
 Found = dict[str, list[Miss]]  # by target
 
@@ -65,15 +64,8 @@ def _git(*words: str) -> str | None:
 
 
 def read_result(target: str, reports: Reports) -> Result:
-    checked, timed = (_numbers(reports(f"{kind}/{target}.json") or {}) for kind in ("validate", "benchmark"))
+    checked, timed = (numbers(reports(f"{kind}/{target}.json") or {}) for kind in ("validate", "benchmark"))
     return Result(checked, timed)
-
-
-def _numbers(value: Any) -> Any:
-    """NaN in the place of null, as which results.write_json writes it: it keeps no limit."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    return nan if value is None else value
 
 
 def check_required(names: list[str], targets: list[str]) -> None:
@@ -98,23 +90,11 @@ def judge_target(target: str, reports: Reports, gates: GatesConfig, built: Path)
     if not result.checked:
         return [Miss("validation", "no result", AGAIN)]
     return [
-        *_gate(result.checked, gates),
+        *held(result.checked, gates),
         *_timing(result.timed),
         *_files(result.checked.get("files", {}), built / target),
         *_reported(target, result.checked, reports),
     ]
-
-
-def _gate(checked: dict[str, Any], gates: GatesConfig) -> list[Miss]:
-    """The record's numbers against the limits as they are now, and its own verdict."""
-    whole = set(TOWERS) <= set(checked.get("parity", {})) and {"shapes", "flips", "trained"} <= set(checked)
-    found = misses(checked, getattr(gates, checked["precision"]), checked["precision"]) if whole else []
-    if found:
-        return found
-    status = checked.get("status")
-    if status != "pass":
-        return [Miss("gate", str(status), "; ".join(checked.get("reasons", [])))]
-    return [] if whole else [Miss("gate", "pass, and not all was measured", AGAIN)]
 
 
 def _timing(timed: dict[str, Any]) -> list[Miss]:
@@ -141,7 +121,7 @@ def _files(judged: dict[str, str], folder: Path) -> list[Miss]:
         manifest, found = verify(folder)
     except DeployError as error:
         return [Miss("files", str(error))]
-    if not judged or any(manifest["files"].get(name, {}).get("sha256") != sha for name, sha in judged.items()):
+    if not judged or any(sha != _sha(manifest, name) for name, sha in judged.items()):
         found = [*found, "not those that were judged"]
     return [Miss("files", difference, AGAIN) for difference in found]
 
@@ -161,11 +141,20 @@ def judge_package(reports: Reports, folder: Path) -> list[Miss]:
         manifest, found = verify(folder)
     except DeployError as error:
         return [Miss("files", str(error))]
-    for tower, chosen in manifest.get("towers", {}).items():
-        checked = reports(f"validate/{chosen['target']}.json") or {}
-        if checked.get("status") != "pass" or checked.get("files", {}).get(chosen["file"]) != chosen["sha256"]:
-            found = [*found, f"{tower}: {chosen['target']} did not pass as it is packaged"]
+    towers = manifest.get("towers", {})
+    for tower in sorted({name.split(".")[0] for name in manifest.get("files", {}) if ".onnx" in name} | set(towers)):
+        target = towers.get(tower, {}).get("target", "no target")
+        checked = reports(f"validate/{target}.json") or {}
+        graphs = [name for name in manifest.get("files", {}) if name.startswith(f"{tower}.onnx")]
+        judged = checked.get("files", {})
+        if checked.get("status") != "pass" or any(judged.get(name) != _sha(manifest, name) for name in graphs):
+            found = [*found, f"{tower}: {target} did not pass as it is packaged"]
     return [Miss("files", difference, AGAIN) for difference in found]
+
+
+def _sha(manifest: dict[str, Any], name: str) -> str | None:
+    """What a manifest says of a file."""
+    return manifest.get("files", {}).get(name, {}).get("sha256")
 
 
 def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, Found]:

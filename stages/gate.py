@@ -30,7 +30,7 @@ from clip_deploy.gate import (
     refusals,
     verdicts,
 )
-from clip_deploy.validation import Miss
+from clip_deploy.verdict import Miss
 from clip_deploy.why import changed
 from stages import SWEEP, stage
 from stages.probe import probed

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from clip_deploy.core.artifact import hashes
 from clip_deploy.core.config import Gate, GateConfig, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.results import rounded
@@ -68,7 +69,7 @@ def artifacts(tmp_path, onnx_target, sound):
 def deliver(artifacts, folder, checked):
     if folder != artifacts / TARGET:
         shutil.copytree(folder, artifacts / TARGET)
-    text = json.dumps(manifest(artifacts / TARGET, checked, GATES, {}))
+    text = json.dumps(manifest(artifacts / TARGET, checked, {}))
     (artifacts / f"{TARGET}.manifest.json").write_text(text)
 
 
@@ -160,6 +161,21 @@ def test_what_failed_shuts_the_gate_where_it_is_packaged(sound, artifacts):
         f"{TARGET}: gate fail crashed",
         f"package: files vision: {TARGET} did not pass as it is packaged run `dvc repro`",
     ]
+
+
+def test_a_package_whose_graph_was_not_judged_shuts_the_gate(sound, artifacts):
+    """The manifest agrees with the files, and its tower with the record: only between the two is nothing."""
+    package(artifacts, sound)
+    path = artifacts / "package" / "manifest.json"
+    record = json.loads(path.read_text())
+    (artifacts / "package" / "vision.onnx").write_bytes(b"another graph")
+    record["files"] = hashes(artifacts / "package")
+    del record["files"]["manifest.json"]
+    said = f"package: files vision: {TARGET} did not pass as it is packaged run `dvc repro`"
+    path.write_text(json.dumps(record))
+    assert missed(reports_of(sound), artifacts) == [said]
+    path.write_text(json.dumps({**record, "towers": {}}))
+    assert missed(reports_of(sound), artifacts) == [said.replace(TARGET, "no target")]
 
 
 def test_a_package_that_was_changed_shuts_the_gate(sound, artifacts):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import Target, new_folder, read_target, sha256, write_text
+from clip_deploy.core.artifact import Target, hashes, new_folder, read_target, sha256, write_text
 from clip_deploy.core.config import BuildEngineConfig, TritonConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.results import read_json
@@ -25,6 +25,7 @@ from clip_deploy.serving.repository import (
     write_model,
     write_warm_up,
 )
+from clip_deploy.verdict import PROVENANCE
 
 LOADED = "TensorRT "  # what the backend's library calls itself; it loads no engine of TensorRT-RTX
 
@@ -32,6 +33,7 @@ LOADED = "TensorRT "  # what the backend's library calls itself; it loads no eng
 def write_engine_repository(
     built: Path,
     record: dict[str, Any],
+    origin: dict[str, Any],
     prepared: Path,
     benchmark: Path,
     engine: BuildEngineConfig,
@@ -43,6 +45,7 @@ def write_engine_repository(
     Args:
         built: the target with the engines.
         record: its reports/validate/<target>.json: only what passed its gate is served.
+        origin: its manifest, artifacts/<target>.manifest.json.
         prepared: artifacts/data, for the tokenizer, the preprocessing and what turns cosines into probabilities.
         benchmark: reports/benchmark, whose curves say which batch sizes are preferred.
         engine: the batches that it was built for.
@@ -55,6 +58,7 @@ def write_engine_repository(
         try:
             manifest = _manifest(built, record, prepared, engine)
             found = _fill(folder / "tensorrt", built, manifest, prepared / "portable", benchmark, engine, settings)
+            found = {**{key: origin[key] for key in PROVENANCE}, **found, "files": hashes(folder)}
         except UnavailableError as error:
             found = {"unavailable": str(error)}
         write_text(folder / "manifest.json", json.dumps(found, indent=2) + "\n")
@@ -69,15 +73,15 @@ def _manifest(built: Path, record: dict[str, Any], prepared: Path, engine: Build
     for name in (SCORES, TOKENIZER, PREPROCESSOR):
         if name in scores["unavailable"]:
             raise UnavailableError(scores["unavailable"][name])
-    hashes = {tower: record["files"][f"{tower}.engine"] for tower in EMBEDS}
+    judged = {tower: record["files"][f"{tower}.engine"] for tower in EMBEDS}
     with np.load(prepared / "evaluation" / "reference.npz") as reference:
         dimension = int(reference["images"].shape[1])
     return {
         **{name: target.model[name] for name in ("image_size", "context_length", "pad_to_context")},
         **{name: scores[name] for name in ("logit_scale", "logit_bias", "activation")},
         "towers": {
-            "vision": {"target": built.name, "image_input": "pixel_values", "sha256": hashes["vision"]},
-            "text": {"target": built.name, "inputs": target.model["text_inputs"], "sha256": hashes["text"]},
+            "vision": {"target": built.name, "image_input": "pixel_values", "sha256": judged["vision"]},
+            "text": {"target": built.name, "inputs": target.model["text_inputs"], "sha256": judged["text"]},
         },
         "dimension": dimension,
         "pad_token": read_json(prepared / "evaluation" / "manifest.json")["pad_token"],
