@@ -10,20 +10,27 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-LIBRARIES = {
+LIBRARIES = {  # by the name that is imported (pillow aside): the distributions that bring it
     "torch": ("torch",),
     "torchvision": ("torchvision",),
     "transformers": ("transformers",),
     "tokenizers": ("tokenizers",),
+    "safetensors": ("safetensors",),
     "onnx": ("onnx",),
+    "onnx_ir": ("onnx-ir",),
     "onnxscript": ("onnxscript",),
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
     "numpy": ("numpy",),
+    "ml_dtypes": ("ml_dtypes",),
+    "pandas": ("pandas",),
     "pillow": ("pillow",),
     "datasets": ("datasets",),
     "openvino": ("openvino",),
     "nncf": ("nncf",),
     "tensorrt": ("tensorrt", "tensorrt-rtx-cu13-bindings"),
+    "triton": ("triton",),
+    "pynvml": ("nvidia-ml-py",),
+    "markdown_it": ("markdown-it-py",),
 }
 INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 
