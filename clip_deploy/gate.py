@@ -22,6 +22,11 @@ from clip_deploy.why import changed
 AGAIN = "run `dvc repro`"
 MEANT = "--allow-uncompared lets it pass"
 PACKAGE = "package"
+DATA = (
+    "data/calibration",
+    "data/evaluation",
+    "data/portable",
+)  # what builds, checks and the package rest on
 Reports = Callable[[str], Any]  # a path below reports/ -> what the JSON file holds, None where there is none
 Found = dict[str, list[Miss]]  # by target
 
@@ -80,9 +85,10 @@ def check_required(names: list[str], targets: list[str]) -> None:
 
 
 def judge(names: list[str], reports: Reports, gates: GatesConfig, built: Path) -> Found:
-    """All misses of the required targets, and of what was packaged (under "package"), whatever it is."""
+    """All misses of the required targets, of what was packaged (under "package"), and of what they were judged on."""
     found = {name: judge_target(name, reports, gates, built) for name in names}
-    return {**found, PACKAGE: judge_package(reports, built / PACKAGE)}
+    data = {name: judge_data(built / name) for name in DATA}
+    return {**found, PACKAGE: judge_package(reports, built / PACKAGE), **data}
 
 
 def judge_target(target: str, reports: Reports, gates: GatesConfig, built: Path) -> list[Miss]:
@@ -133,6 +139,15 @@ def _reported(target: str, checked: dict[str, Any], reports: Reports) -> list[Mi
     found = [] if status == checked.get("status") else [Miss("metrics.json", f"says {status}", AGAIN)]
     same = advised.get("files") == checked.get("files", {})
     return found if same else [*found, Miss("recommendation.json", "is of other files", AGAIN)]
+
+
+def judge_data(folder: Path) -> list[Miss]:
+    """Whether prepared data are as `prepare` wrote them."""
+    try:
+        _, found = verify(folder)
+    except DeployError as error:
+        found = [str(error)]
+    return [Miss("files", difference, "run `dvc repro -f prepare`") for difference in found]
 
 
 def judge_package(reports: Reports, folder: Path) -> list[Miss]:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.core.artifact import differences
+from clip_deploy.core.artifact import BESIDE, differences
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.results import read_json
 
-INSIDE, BESIDE = "manifest.json", "{}.manifest.json"  # of packages and repositories; of targets
+INSIDE = "manifest.json"  # of packages and repositories
 
 
 def verify(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -55,7 +55,7 @@ def _are(entries: Any, **types: Any) -> bool:
 
 
 def find_manifest(folder: Path) -> Path:
-    """A target's lies beside its folder, and comes first: what lies inside is the target's own."""
+    """A target's and that of prepared data lie beside their folders, and come first: what lies inside is their own."""
     whole = folder.resolve()  # of "." the name is wanted too
     known = [whole.with_name(BESIDE.format(whole.name)), whole / INSIDE]
     for path in known:

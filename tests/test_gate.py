@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from clip_deploy.core.artifact import hashes
+from clip_deploy.core.artifact import hashes, write_manifest
 from clip_deploy.core.config import Gate, GateConfig, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.results import rounded
@@ -58,9 +58,11 @@ def reports_of(checked):
 
 
 @pytest.fixture
-def artifacts(tmp_path, onnx_target, sound):
-    """A folder with one target and an empty package."""
+def artifacts(tmp_path, onnx_target, sound, sets):
+    """A folder with one target, the prepared data and an empty package."""
     deliver(tmp_path, onnx_target, sound)
+    for name in ("calibration", "evaluation", "portable"):
+        write_manifest(shutil.copytree(sets / name, tmp_path / "data" / name))
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "manifest.json").write_text(json.dumps(NOTHING_PACKAGED))
     return tmp_path
@@ -141,6 +143,18 @@ def test_files_that_are_not_those_that_were_judged_do_not_pass(sound, artifacts)
     ]
     (artifacts / f"{TARGET}.manifest.json").unlink()
     assert f"{TARGET}: files {artifacts / TARGET} has no manifest" in missed(reports_of(sound), artifacts)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("calibration", "texts.npz"), ("evaluation", "manifest.json"), ("portable", "preprocessor.json")]
+)
+def test_prepared_data_that_rotted_shut_the_gate(sound, artifacts, name, file):
+    path = artifacts / "data" / name / file
+    path.write_bytes(path.read_bytes()[:-2] + b"x\n")
+    assert missed(reports_of(sound), artifacts) == [f"data/{name}: files {file}: changed run `dvc repro -f prepare`"]
+    (artifacts / "data" / f"{name}.manifest.json").unlink()
+    (without,) = missed(reports_of(sound), artifacts)
+    assert without.startswith(f"data/{name}: files ")
 
 
 def package(artifacts, checked):

@@ -4,10 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import COMMANDS, ROOT
 
+from clip_deploy.core.artifact import write_manifest
+from clip_deploy.core.errors import DeployError
+from stages import _check_inputs
 from stages.probe import identity
 
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
@@ -34,6 +38,23 @@ def test_a_stage_explains_itself(name):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_under_fifty_lines(name):
     assert len((ROOT / "stages" / f"{name}.py").read_text().splitlines()) < 50
+
+
+@pytest.mark.parametrize("read", ["data/portable", "data"])
+def test_prepared_data_that_rotted_stop_a_stage_that_reads_them(read, tmp_path):
+    """As target's files do, and also where their mtime is that of before, which DVC trusts."""
+    folder = tmp_path / "data" / "portable"
+    folder.mkdir(parents=True)
+    (folder / "preprocessor.json").write_text('{"crop": [48, 48]}')
+    write_manifest(folder)
+    settings = SimpleNamespace(read=tmp_path / read, output=tmp_path / "out", seed=0)
+    _check_inputs(settings)
+    (folder / "preprocessor.json").write_text('{"crop": [49, 48]}')
+    with pytest.raises(DeployError, match=r"preprocessor.json is not the file that was built .*; `rm -r \S*portable`"):
+        _check_inputs(settings)
+    (tmp_path / "data" / "portable.manifest.json").write_text("[]")
+    with pytest.raises(DeployError, match=r"portable.manifest.json does not say what .* holds .*; run `dvc repro"):
+        _check_inputs(settings)
 
 
 def test_a_local_data_set_is_known_by_all_of_its_files(tmp_path, monkeypatch):
