@@ -176,6 +176,14 @@ def new_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def described_folder(output: Path) -> Iterator[Path]:
+    """As new_folder; a manifest beside it then says which files it holds."""
+    with new_folder(output) as folder:
+        yield folder
+    write_manifest(output)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
