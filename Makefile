@@ -57,7 +57,7 @@ reliability: $(VENV)/ready ## kill, starve and feed it nonsense, many times more
 	@$(MAKE) --no-print-directory -j 2 $(COUNTS)
 	python tests/reliability.py $(COUNTS) > build/reliability.md && mv build/reliability.md reports/
 
-COUNTS := build/faults.json build/hostile.json
+COUNTS := build/faults.json build/hostile.json build/gate.json build/verify.json
 .PHONY: $(COUNTS)
 $(COUNTS): build/%.json:
 	python -m pytest tests/test_$*.py --reliability $@
