@@ -27,7 +27,7 @@ What was done to a stage while it worked, and what came of it, then and in the n
 REGRESSIONS = """
 ## A seeded regression
 
-Noise was put on one weight of a target in a project that had been built whole, and `dvc repro` run. Then
+A little noise was put on one weight of a target in a project that had been built whole, and `dvc repro` run. Then
 `python -m stages.gate --against HEAD`, which is `make gate AGAINST=HEAD`, printed:
 
 | Target | Quantity | Value | Limit | Exit code |
@@ -39,8 +39,9 @@ HOSTILE = """
 
 Each input was made by [Hypothesis](https://hypothesis.readthedocs.io) from a sound one, or by hand. *Accepted*: it was
 read; images, texts and graphs then gave what the checkpoint's own processor, tokenizer and towers give (pixels within
-1e-5, cosine above 0.9999; 16 bits of grey aside, whose upper 8 are kept where the processor clips). *Refused*: with one
-line that says why. *Wrong*: a traceback, a crash, a hang, or another result than the reference's.
+1e-5, cosine above 0.9999; 16 bits of grey aside, whose upper 8 are kept where the processor clips), and manifests named
+the files as they are. *Refused*: with one line that says why. *Wrong*: a traceback, a crash, a hang, or another result
+than the reference's.
 
 | Input | Tried | Accepted | Refused with a message | Wrong |
 | --- | ---: | ---: | ---: | ---: |

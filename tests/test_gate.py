@@ -202,19 +202,19 @@ def test_a_package_that_was_changed_shuts_the_gate(sound, artifacts):
     assert missed(reports_of(sound), artifacts) == ["package: files vision.onnx: added run `dvc repro`"]
 
 
-def disturb(path):
-    """Noise on the largest weight of a graph."""
+def disturb(path, deviation):
+    """Noise on the largest weight of a graph, whose own deviation is 0.05."""
     model = onnx.load(path)
     weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     array = onnx.numpy_helper.to_array(weight)
-    noise = np.random.default_rng(0).normal(0, 0.3, array.shape).astype(array.dtype)
+    noise = np.random.default_rng(0).normal(0, deviation, array.shape).astype(array.dtype)
     weight.CopyFrom(onnx.numpy_helper.from_array(array + noise, weight.name))
     onnx.save(model, path)
 
 
 def test_a_seeded_regression_is_caught_by_the_real_validation(sound, check, artifacts):
     """Noise on one weight of the image tower: validate judges it, the manifest is its own, and all files agree."""
-    disturb(artifacts / TARGET / "vision.onnx")
+    disturb(artifacts / TARGET / "vision.onnx", 0.3)
     checked = check(artifacts / TARGET)
     deliver(artifacts, artifacts / TARGET, checked)
     reports = reports_of(checked)
@@ -431,9 +431,9 @@ def shut_by(gate, path):
 
 
 def seed_regression(project, target):
-    """Noise on a weight of a target, as if its stage had built it so; all behind it runs again."""
+    """A little noise on a weight of a target, as if its stage had built it so; all behind it runs again."""
     folder = project.path / "artifacts" / target
-    disturb(folder / "vision.onnx")
+    disturb(folder / "vision.onnx", 0.03)
     described = json.loads((folder / "target.json").read_text())
     described["sha256"]["vision.onnx"] = sha256(folder / "vision.onnx")
     (folder / "target.json").write_text(json.dumps(described))
