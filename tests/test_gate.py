@@ -457,6 +457,16 @@ def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes):
         "| `probe` | stale | model: what lies on this disk is not what was read  (reports/inputs.json) "
         "| run `dvc repro` |"
     )
+    project.edit("reports/environment.json", '"cores": ', '"cores": 9')
+    project.run("git", "commit", "-q", "-a", "-m", "On another machine")
+    project.edit("reports/environment.json", '"cores": 9', '"cores": ')
+    code, out, _ = gate("--against", "HEAD")
+    assert code == 1
+    assert out.splitlines()[-1].startswith("| `machine` | timings | not compared: hardware.cores: 9")
+    code, out, _ = gate("--against", "HEAD", "--allow-uncompared")
+    assert code == 0
+    assert out.startswith("note: machine: timings not compared: hardware.cores: 9")
+    project.run("git", "reset", "-q", "HEAD~1")
     seed_regression(project, "ort-fp16")
     code, out, err = gate("--against", "HEAD")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
