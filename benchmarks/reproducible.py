@@ -36,6 +36,8 @@ EXPECTED = {  # the end of a path: which bytes differ, and why
         "error messages and in its debug sections. Built twice in one folder, the bytes are the same."
     ),
 }
+DESCRIPTIONS = ("target.json", "manifest.json")
+MODELS = (".onnx", ".data", ".pt", ".pt2", ".safetensors", ".xml", ".bin", ".engine", ".plan")
 SHOWN = 16  # characters of a hash in the table
 Hashes = dict[str, str]  # path below artifacts/: SHA-256
 
@@ -57,8 +59,15 @@ class Copy:
         self.run("dvc", "repro", *arguments)
 
     def hashes(self) -> Hashes:
-        built = self.path / "artifacts"
-        return {path.relative_to(built).as_posix(): sha256(path) for path in sorted(built.rglob("*")) if path.is_file()}
+        """Of all that was built; what stands for a target that could not be is none of it."""
+        built, missing = self.path / "artifacts", self.unavailable()
+        paths = [path for path in sorted(built.rglob("*")) if path.is_file() and path.parent.name not in missing]
+        return {path.relative_to(built).as_posix(): sha256(path) for path in paths}
+
+    def unavailable(self) -> dict[str, str]:
+        """The targets that could not be built here, and why."""
+        paths = [path for path in sorted((self.path / "artifacts").glob("*/*.json")) if path.name in DESCRIPTIONS]
+        return {path.parent.name: reason for path in paths if (reason := read_json(path).get("unavailable"))}
 
 
 def extended(params: str) -> str:
@@ -73,8 +82,9 @@ def extended(params: str) -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         first, second = Copy(Path(folder) / "a", "1"), Copy(Path(folder) / "another/longer/path", "2")
-        hashes = build_both(first, second)
-        record = {"files": compare(*hashes)} | read_json(first.path / "reports/environment.json")
+        hashes, unavailable = build_both(first, second)
+        environment = read_json(first.path / "reports/environment.json")
+    record = {"files": compare(*hashes), "unavailable": unavailable} | environment
     write_json(ROOT / "reports/reproducible.json", record)
     write_text(ROOT / "reports/reproducible.md", markdown(record))
     left = unexplained(record["files"])
@@ -82,21 +92,23 @@ def main() -> None:
     sys.exit(bool(left))
 
 
-def build_both(first: Copy, second: Copy) -> tuple[Hashes, Hashes, Hashes]:
-    """What both built, for a CPU and then for a GPU, and what the first built anew where the path matters."""
+def build_both(first: Copy, second: Copy) -> tuple[tuple[Hashes, Hashes, Hashes], dict[str, str]]:
+    """What both built, for a CPU and then for a GPU, what the first built anew where the path matters, and what neither
+    could build."""
     for copy in (first, second):
         copy.repro(*BUILDS)
     first.repro("triton_repository")
     for name in ("validate", "benchmark"):
         shutil.copytree(first.path / "reports" / name, second.path / "reports" / name)
     second.repro("--single-item", "--force", *SHIPPED)
-    on_cpu = first.hashes(), second.hashes()
+    on_cpu, missing = (first.hashes(), second.hashes()), first.unavailable()
     first.repro("--single-item", "--force", "export_aoti")
     again = {path: digest for path, digest in first.hashes().items() if expected(path)}
     for copy in (first, second):
         copy.run(sys.executable, "-m", "stages.device", "cuda")
         copy.repro(*BUILDS)
-    return first.hashes() | on_cpu[0], second.hashes() | on_cpu[1], again
+    built = first.hashes() | on_cpu[0], second.hashes() | on_cpu[1], again
+    return built, missing | first.unavailable()
 
 
 def compare(first: Hashes, second: Hashes, again: Hashes) -> dict[str, Any]:
@@ -122,8 +134,25 @@ def unexplained(files: dict[str, Any]) -> list[str]:
 
 
 def summary(files: dict[str, Any]) -> str:
-    equal = sum(row["equal"] for row in files.values())
-    return f"{equal} of {len(files)} files are equal, byte for byte; {len(unexplained(files))} differ unexpectedly"
+    """How many are equal, of models and of what lies beside them (descriptions, data, configurations)."""
+    said = []
+    for what, is_model in (("model files", True), ("other files", False)):
+        rows = [row["equal"] for path, row in files.items() if (Path(path).suffix in MODELS) == is_model]
+        said.append(f"{sum(rows)} of {len(rows)} {what}")
+    return f"{' and '.join(said)} are equal, byte for byte; {len(unexplained(files))} differ unexpectedly"
+
+
+def formats(files: dict[str, Any]) -> list[str]:
+    """A table of the model files by format, with what differs and why."""
+    lines = ["| Format | Files | Equal | Equal in the same folder | Which bytes differ, and why |"]
+    lines += ["| --- | ---: | ---: | ---: | --- |"]
+    for suffix in MODELS:
+        rows = [row for path, row in files.items() if Path(path).suffix == suffix]
+        equal, again = (sum(bool(row.get(key)) for row in rows) for key in ("equal", "equal_again"))
+        differing = [path for path, row in files.items() if Path(path).suffix == suffix and not row["equal"]]
+        why = (expected(differing[0]) or "not known: a fault") if differing else "none"
+        lines += [f"| `{suffix}` | {len(rows)} | {equal} | {again or '-'} | {why} |"] if rows else []
+    return lines
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -135,13 +164,16 @@ def markdown(record: dict[str, Any]) -> str:
         f"Made by `make reproducible` on {hardware['cpu']}: {versions}.",
         "",
     ]
-    lines += [f"{summary(files)}. Whole hashes: [reproducible.json](reproducible.json).", ""]
+    lines += [f"{summary(files)}. Whole hashes: [reproducible.json](reproducible.json).", "", *formats(files), ""]
+    if missing := record["unavailable"]:
+        lines += ["Not built here, and so not compared and not counted:", ""]
+        lines += [*(f"- `{target}`: {reason}" for target, reason in missing.items()), ""]
     lines += ["| File below artifacts/ | SHA-256, first | SHA-256, second | Equal |", "| --- | --- | --- | --- |"]
     lines += [
         f"| `{path}` | `{str(row['first'])[:SHOWN]}` | `{str(row['second'])[:SHOWN]}` | {verdict(row)} |"
         for path, row in files.items()
     ]
-    return "\n".join([*lines, "", *(f"`{end}`: {reason}" for end, reason in EXPECTED.items())]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def verdict(row: dict[str, Any]) -> str:

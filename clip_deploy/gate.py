@@ -15,12 +15,18 @@ from clip_deploy.core.config import GateConfig, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.results import read_json
 from clip_deploy.report import number, table
-from clip_deploy.validation import Miss, misses
+from clip_deploy.verdict import TOWERS, Miss, held, numbers
 from clip_deploy.verify import verify
+from clip_deploy.why import changed
 
 AGAIN = "run `dvc repro`"
+MEANT = "--allow-uncompared lets it pass"
 PACKAGE = "package"
-TOWERS = ("vision", "text")
+DATA = (
+    "data/calibration",
+    "data/evaluation",
+    "data/portable",
+)  # what builds, checks and the package rest on
 Reports = Callable[[str], Any]  # a path below reports/ -> what the JSON file holds, None where there is none
 Found = dict[str, list[Miss]]  # by target
 
@@ -63,15 +69,8 @@ def _git(*words: str) -> str | None:
 
 
 def read_result(target: str, reports: Reports) -> Result:
-    checked, timed = (_numbers(reports(f"{kind}/{target}.json") or {}) for kind in ("validate", "benchmark"))
+    checked, timed = (numbers(reports(f"{kind}/{target}.json") or {}) for kind in ("validate", "benchmark"))
     return Result(checked, timed)
-
-
-def _numbers(value: Any) -> Any:
-    """NaN in the place of null, as which results.write_json writes it: it keeps no limit."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    return nan if value is None else value
 
 
 def check_required(names: list[str], targets: list[str]) -> None:
@@ -86,9 +85,10 @@ def check_required(names: list[str], targets: list[str]) -> None:
 
 
 def judge(names: list[str], reports: Reports, gates: GatesConfig, built: Path) -> Found:
-    """All misses of the required targets, and of what was packaged (under "package"), whatever it is."""
+    """All misses of the required targets, of what was packaged (under "package"), and of what they were judged on."""
     found = {name: judge_target(name, reports, gates, built) for name in names}
-    return {**found, PACKAGE: judge_package(reports, built / PACKAGE)}
+    data = {name: judge_data(built / name) for name in DATA}
+    return {**found, PACKAGE: judge_package(reports, built / PACKAGE), **data}
 
 
 def judge_target(target: str, reports: Reports, gates: GatesConfig, built: Path) -> list[Miss]:
@@ -96,23 +96,11 @@ def judge_target(target: str, reports: Reports, gates: GatesConfig, built: Path)
     if not result.checked:
         return [Miss("validation", "no result", AGAIN)]
     return [
-        *_gate(result.checked, gates),
+        *held(result.checked, gates),
         *_timing(result.timed),
         *_files(result.checked.get("files", {}), built / target),
         *_reported(target, result.checked, reports),
     ]
-
-
-def _gate(checked: dict[str, Any], gates: GatesConfig) -> list[Miss]:
-    """The record's numbers against the limits as they are now, and its own verdict."""
-    whole = set(TOWERS) <= set(checked.get("parity", {})) and {"shapes", "flips", "trained"} <= set(checked)
-    found = misses(checked, getattr(gates, checked["precision"]), checked["precision"]) if whole else []
-    if found:
-        return found
-    status = checked.get("status")
-    if status != "pass":
-        return [Miss("gate", str(status), "; ".join(checked.get("reasons", [])))]
-    return [] if whole else [Miss("gate", "pass, and not all was measured", AGAIN)]
 
 
 def _timing(timed: dict[str, Any]) -> list[Miss]:
@@ -139,7 +127,7 @@ def _files(judged: dict[str, str], folder: Path) -> list[Miss]:
         manifest, found = verify(folder)
     except DeployError as error:
         return [Miss("files", str(error))]
-    if not judged or any(manifest["files"].get(name, {}).get("sha256") != sha for name, sha in judged.items()):
+    if not judged or any(sha != _sha(manifest, name) for name, sha in judged.items()):
         found = [*found, "not those that were judged"]
     return [Miss("files", difference, AGAIN) for difference in found]
 
@@ -153,21 +141,39 @@ def _reported(target: str, checked: dict[str, Any], reports: Reports) -> list[Mi
     return found if same else [*found, Miss("recommendation.json", "is of other files", AGAIN)]
 
 
+def judge_data(folder: Path) -> list[Miss]:
+    """Whether prepared data are as `prepare` wrote them."""
+    try:
+        _, found = verify(folder)
+    except DeployError as error:
+        found = [str(error)]
+    return [Miss("files", difference, "run `dvc repro -f prepare`") for difference in found]
+
+
 def judge_package(reports: Reports, folder: Path) -> list[Miss]:
     """Whether all that was packaged passed its gate, byte for byte; nothing packaged is in order."""
     try:
         manifest, found = verify(folder)
     except DeployError as error:
         return [Miss("files", str(error))]
-    for tower, chosen in manifest.get("towers", {}).items():
-        checked = reports(f"validate/{chosen['target']}.json") or {}
-        if checked.get("status") != "pass" or checked.get("files", {}).get(chosen["file"]) != chosen["sha256"]:
-            found = [*found, f"{tower}: {chosen['target']} did not pass as it is packaged"]
+    towers = manifest.get("towers", {})
+    for tower in sorted({name.split(".")[0] for name in manifest.get("files", {}) if ".onnx" in name} | set(towers)):
+        target = towers.get(tower, {}).get("target", "no target")
+        checked = reports(f"validate/{target}.json") or {}
+        graphs = [name for name in manifest.get("files", {}) if name.startswith(f"{tower}.onnx")]
+        same = graphs and all(checked.get("files", {}).get(name) == _sha(manifest, name) for name in graphs)
+        if checked.get("status") != "pass" or not same:
+            found = [*found, f"{tower}: {target} did not pass as it is packaged"]
     return [Miss("files", difference, AGAIN) for difference in found]
 
 
-def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, list[str]]:
-    """What required targets lost since `former`, and what could not be compared, in words.
+def _sha(manifest: dict[str, Any], name: str) -> str | None:
+    """What a manifest says of a file."""
+    return manifest.get("files", {}).get(name, {}).get("sha256")
+
+
+def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, Found]:
+    """What required targets lost since `former`, and what could not be compared.
 
     Raises DeployError where nothing could be.
     """
@@ -175,29 +181,32 @@ def compare(names: list[str], reports: Reports, former: Reports, limits: GateCon
     known = [name for name, (_, before) in pairs.items() if before.checked.get("parity")]
     if not known:
         raise DeployError("that revision has no result of any required target: name one in which `dvc repro` was run")
-    alike = _hardware(reports) == _hardware(former)
-    notes = [] if alike else ["the two ran on different hardware: timings are not compared"]
-    notes += [f"{name} has no result there: not compared" for name in names if name not in known]
-    found: Found = {}
-    for name in known:
-        now, before = pairs[name]
-        found[name] = [*_larger(now, before, limits), *_less_alike(now, before, limits)]
-        found[name] += _less_accurate(now, before, limits) + (_slower(now, before, limits) if alike else [])
-        notes += [f"{name}: {note}" for note in _unlike(now, before, alike)]
-    return found, notes
+    unlike = list(changed(_hardware(former), _hardware(reports), "reports/environment.json"))
+    uncompared = {"machine": [Miss("timings", f"not compared: {line}", MEANT) for line in unlike]}
+    lost: Found = {}
+    for name, (now, before) in pairs.items():
+        if name not in known:
+            uncompared[name] = [Miss("all", "not compared: that revision has no result of it", MEANT)]
+            continue
+        lost[name] = [*_larger(now, before, limits), *_less_alike(now, before, limits)]
+        lost[name] += _less_accurate(now, before, limits) + ([] if unlike else _slower(now, before, limits))
+        uncompared[name] = [Miss(*said, MEANT) for said in _unlike(now, before, not unlike)]
+    return lost, uncompared
 
 
-def _hardware(reports: Reports) -> Any:
-    return (reports("environment.json") or {}).get("hardware")
+def _hardware(reports: Reports) -> dict[str, Any]:
+    return {"hardware": (reports("environment.json") or {}).get("hardware")}
 
 
-def _unlike(now: Result, before: Result, alike: bool) -> Iterator[str]:
+def _unlike(now: Result, before: Result, same_machine: bool) -> Iterator[tuple[str, str]]:
+    """Quantities that cannot be compared, and why."""
     if now.checked.get("images") != before.checked.get("images"):
-        yield "another evaluation set: top-1 is not compared, its drop is"
-    if alike and now.timed.get("threads") != before.timed.get("threads"):
-        yield "timed with another number of threads, or not at all: timings are not compared"
-    elif alike and (lost := dict(_timings(before.timed)).keys() - dict(_timings(now.timed)).keys()):
-        yield f"not timed any more, so not compared: {'; '.join(sorted(lost))}"
+        yield "top-1", "not compared, its drop is: another evaluation set"
+    threads = [result.timed.get("threads") for result in (before, now)]
+    if same_machine and threads[0] != threads[1]:
+        yield "timings", f"not compared: threads were {threads[0]}, and are {threads[1]}"
+    elif same_machine and (gone := dict(_timings(before.timed)).keys() - dict(_timings(now.timed)).keys()):
+        yield "timings", f"not compared: not timed any more: {'; '.join(sorted(gone))}"
 
 
 def _larger(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
@@ -235,14 +244,13 @@ def _less_accurate(now: Result, before: Result, limits: GateConfig) -> list[Miss
 
 
 def _slower(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
-    """Speed-ups whose interval lies wholly below the former one, and that fell by more than the limit."""
+    """Speed-ups whose interval lies wholly below the former one, by more than the limit."""
     if now.timed.get("threads") != before.timed.get("threads"):
         return []
     present, found = dict(_timings(now.timed)), []
     for where, former in _timings(before.timed):
         timing = present.get(where)
-        least = former["speedup"] * (1 - limits.max_slow_down / 100)
-        if timing and timing["speedup_high"] < former["speedup_low"] and timing["speedup"] < least:
+        if timing and not timing["speedup_high"] >= former["speedup_low"] * (1 - limits.max_slow_down / 100):
             limit = f"below {_interval(former, 'speedup')} by more than {limits.max_slow_down:g} % (gate.max_slow_down)"
             found.append(Miss(f"{where}: speed-up", _interval(timing, "speedup"), limit))
     return found

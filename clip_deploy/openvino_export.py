@@ -10,7 +10,7 @@ FP32, and validate judges both together.
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ def export_openvino(source: Path, settings: OpenVinoConfig, calibration: Prepare
         facts["rewrites_undone"] = undone
     if nncf is not None:
         models, made = _quantise(openvino, nncf, models, target.model, settings.accuracy_budget, calibration, seed)
-        facts |= made
+        budget = {"accuracy_budget": asdict(settings.accuracy_budget)} if settings.accuracy_budget else {}
+        facts |= budget | made
     for name, model in models.items():
         openvino.save_model(model, output / f"{name}.xml", compress_to_fp16=settings.precision is Precision.bf16)
     return Target(

@@ -6,7 +6,7 @@ torch and transformers.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.results import read_json
 from clip_deploy.encode import load_embeddings
 from clip_deploy.prepared import PREPROCESSOR, SCORES, TOKENIZER
+from clip_deploy.verdict import held, provenance
 
 FORMAT = 1  # of manifest.json
 RUNTIME = "ort"  # the one that needs neither torch nor a library of its own
@@ -30,11 +31,13 @@ class Sources:
 
     Attributes:
         built: the folder with the targets' folders.
+        validation: the folder with what validate said of each.
         portable: the checkpoint's tokenizer, preprocessing and scale (portable.write_portable).
         evaluation: the prepared set, for classes and templates.
     """
 
     built: Path
+    validation: Path
     portable: Path
     evaluation: Path
 
@@ -47,7 +50,8 @@ def write_package(
     Args:
         advice: reports/recommendation.json.
         wanted: a target for both towers, or "recommended" for what the advice says.
-        facts: entries of the manifest that stand as they are (model, versions).
+        gates: what each precision class must reach now.
+        facts: entries of the manifest that stand as they are (model, seed, versions).
 
     Where the advice has nothing to ship, or what it has cannot be packaged, the folder holds only a manifest with the
     reason, which no runtime opens.
@@ -75,41 +79,41 @@ def _packaged(
     if wanted == RECOMMENDED and not advice["package"]:
         raise UnavailableError(advice["note"])
     towers = advice["package"] if wanted == RECOMMENDED else dict.fromkeys(TOWERS, wanted)
-    for name in dict.fromkeys(towers.values()):
-        check_fit(name, advice, sources.built)
     names = list(dict.fromkeys(towers.values()))
-    pairs = advice["pairs"] if wanted == RECOMMENDED else {}
+    records = {name: check_fit(name, advice, sources, gates) for name in names}
+    pair = " with ".join(towers[tower] for tower in TOWERS)
+    if len(names) > 1 and advice["pairs"].get(pair, {}).get("status") != "pass":
+        raise DeployError(f"{pair} did not pass together (reports/recommendation.json): run `dvc repro`")
+    origin = provenance({name: (read_target(sources.built / name), record) for name, record in records.items()}, facts)
+    origin["gates"] |= advice["pairs"] if wanted == RECOMMENDED else {}
     return {
         "format": FORMAT,
-        **facts,
+        **origin,
         **_fill(folder, towers, sources),
-        "gates": {name: _gate(advice["targets"][name]["precision"], gates) for name in names}
-        | {name: _gate(pair["precision"], gates) | pair for name, pair in pairs.items()},
         "metrics": {name: advice["targets"][name]["metrics"] for name in names},
         "note": advice["note"] if wanted == RECOMMENDED else f"{wanted} was asked for by name",
     }
 
 
-def check_fit(name: str, advice: dict[str, Any], built: Path) -> None:
-    """Raise DeployError where a target did not pass its gate, or its files are not those that did."""
+def check_fit(name: str, advice: dict[str, Any], sources: Sources, gates: GatesConfig) -> dict[str, Any]:
+    """What validate said of a target; DeployError where it did not pass, or its files are not those that did."""
     known = advice["targets"]
     if name not in known:
         raise DeployError(f"target is {name!r}: the report knows {', '.join(known)}")
-    target = known[name]
+    target, record = known[name], read_json(sources.validation / f"{name}.json")
     fit = [other for other, row in known.items() if row["status"] == "pass" and row["runtime"] == RUNTIME]
-    way_out = f"fit are {', '.join(fit)}" if fit else "no target is fit"
-    if target["status"] != "pass":
-        raise DeployError(f"{name} is not fit to ship, {target['status']}: {'; '.join(target['reasons'])}; {way_out}")
+    others = [other for other in fit if other != name]
+    way_out = f"fit are {', '.join(others)}" if others else "no other target is fit"
+    missed = "; ".join(map(str, held(record, gates)))
+    if missed or target["status"] != "pass":
+        raise DeployError(f"{name} is not fit to ship: {missed or '; '.join(target['reasons'])}; {way_out}")
     if target["runtime"] != RUNTIME:
         raise DeployError(f"{name} runs with {target['runtime']}, and packages with ONNX Runtime alone; {way_out}")
-    for file in dict.fromkeys([*target["files"], *read_target(built / name).files]):
-        path = built / name / file
-        if not path.is_file() or sha256(path) != target["files"].get(file):
+    for file in dict.fromkeys([*record["files"], *read_target(sources.built / name).files]):
+        path = sources.built / name / file
+        if not path.is_file() or sha256(path) != record["files"].get(file):
             raise DeployError(f"{path} is not the file that was judged (reports/validate/{name}.json): run `dvc repro`")
-
-
-def _gate(precision: str, gates: GatesConfig) -> dict[str, Any]:
-    return {"status": "pass", "precision": precision, **asdict(getattr(gates, precision))}
+    return record
 
 
 def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, Any]:

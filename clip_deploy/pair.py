@@ -12,7 +12,8 @@ from clip_deploy.encode import load_embeddings
 from clip_deploy.prepared import load_prepared
 from clip_deploy.report import Row
 from clip_deploy.runtimes import open_encoder
-from clip_deploy.validation import judge, measure
+from clip_deploy.validation import measure
+from clip_deploy.verdict import judge
 
 COARSENESS = ("fp32", "fp16", "bf16", "int8")  # a pair is held to the gate of its coarser target
 

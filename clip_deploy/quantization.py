@@ -85,6 +85,8 @@ def _described(settings: QuantizeConfig, calibration: Prepared, reduced: bool) -
     if settings.method is Quantization.static:
         facts |= {"calibration": settings.calibration.value, "calibration_images": len(calibration.pixel_values)}
         facts |= {"symmetric": settings.symmetric, "smooth_quant": settings.smooth_quant or "no"}
+    if settings.accuracy_budget:
+        facts["accuracy_budget"] = asdict(settings.accuracy_budget)
     return facts | {"reduce_range": reduced}
 
 

@@ -124,6 +124,8 @@ def _build(build: dict[str, Any]) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value) or "nothing"
+    if isinstance(value, dict):
+        return " and ".join(f"{key} {item}" for key, item in value.items())
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 

@@ -1,6 +1,5 @@
 """Check one target against the untouched FP32 model: is the file sound, the embeddings close, the answers the same?"""
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from clip_deploy.encode import Embeddings, encode_images, encode_set, encode_tex
 from clip_deploy.parity import compare, normalized, row_cosines
 from clip_deploy.prepared import Images, Prepared
 from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
+from clip_deploy.verdict import judge, limits, provenance
 
 FORMAT = 1  # of a target's manifest
-LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
 BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
 
 
@@ -65,25 +64,21 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
     reasons = judge(record, gate, target.precision)
     if reasons:
         record["diagnosis"] = diagnosis(folder, encoder, prepared, load_embeddings(reference), gate)
-    return record | {"status": "fail" if reasons else "pass", "reasons": reasons}
+    return record | {"status": "fail" if reasons else "pass", "reasons": reasons, "limits": limits(record, gate)}
 
 
-def manifest(folder: Path, record: dict[str, Any], gates: GatesConfig, facts: dict[str, Any]) -> dict[str, Any]:
+def manifest(folder: Path, record: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """What stands beside a target's folder: what it was made from and how, how it was judged, and all its files.
 
     Args:
         record: what validate said of it.
-        facts: entries that stand as they are (model, versions).
+        facts: model, seed, versions.
     """
-    target = read_target(folder)
-    gate = {"status": record["status"], "reasons": record["reasons"], **asdict(getattr(gates, target.precision))}
+    described = provenance({folder.name: (read_target(folder), record)}, facts)
     return {
         "format": FORMAT,
         "target": folder.name,
-        **facts,
-        "checkpoint": target.model.get("checkpoint"),
-        **{name: getattr(target, name) for name in ("runtime", "precision", "device", "build")},
-        "gate": gate,
+        **described,
         "files": hashes(folder, record.get("files", {})),
     }
 
@@ -215,45 +210,3 @@ def _alike(inputs: np.ndarray | Images, count: int) -> tuple[np.ndarray, np.ndar
     known = inputs.by_size()[0] if isinstance(inputs, Images) else np.arange(len(inputs))
     rows = np.resize(known[:count], count)
     return np.stack([inputs[row] for row in rows]), rows
-
-
-@dataclass(frozen=True)
-class Miss:
-    """One way in which a target misses its gate: of what, how much, and the limit that it breaks."""
-
-    quantity: str
-    value: str
-    limit: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.quantity} {self.value} {self.limit}".rstrip()
-
-
-def judge(record: dict[str, Any], gate: Gate, precision: str) -> list[str]:
-    """Every way in which the target misses its gate, in words."""
-    return [str(miss) for miss in misses(record, gate, precision)]
-
-
-def misses(record: dict[str, Any], gate: Gate, precision: str) -> list[Miss]:
-    """Every way in which the target misses its gate; random weights are held to the cosine only."""
-    found = [Miss(tower, "gives NaN or infinity") for tower, parity in record["parity"].items() if not parity["finite"]]
-    cosines = {tower: parity["cosine_min"] for tower, parity in record["parity"].items()} | record["shapes"]
-    if not record.get("length_error", 0.0) <= LENGTH_ERROR:
-        found.append(Miss("onnx.normalize: an embedding's length is off 1 by", f"{record['length_error']:.1e}"))
-    low = sorted((name for name in cosines if not cosines[name] >= gate.min_cosine), key=lambda name: cosines[name])
-    if low:
-        others = f", and {len(low) - 1} more ({', '.join(low[1:])})" if low[1:] else ""
-        limit = f"< {gate.min_cosine} (gates.{precision}.min_cosine){others}"
-        found.append(Miss(f"{low[0]}: cosine", f"{cosines[low[0]]:.6f}", limit))
-    if record["trained"]:
-        drop = record.get("zero_shot", {}).get("top1_drop", 0.0)
-        changed = 100 - record.get("classifier", {}).get("agreement_percent", 100.0)
-        flips = f"> {gate.max_flips} (gates.{precision}.max_flips)"
-        if not drop <= gate.max_top1_drop:
-            limit = f"> {gate.max_top1_drop} (gates.{precision}.max_top1_drop)"
-            found.append(Miss("top-1 drop", f"{drop:.2f} points", limit))
-        if not changed <= gate.max_flips:
-            found.append(Miss("the zero-shot head changes", f"{changed:.2f} %", flips))
-        if not record["flips"] <= gate.max_flips:
-            found.append(Miss("flips", f"{record['flips']:.2f} %", flips))
-    return found

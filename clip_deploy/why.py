@@ -74,7 +74,10 @@ def _changes(stage: Stage) -> Iterator[tuple[str, str]]:
         yield "dvc.lock", "not in dvc.lock: never run"
         return
     for file in stage.new:
-        for line in _settings_changed(stage, file):
+        if file not in stage.old:
+            yield file, f"{file}: read now"
+            continue
+        for line in changed(stage.old[file], stage.new[file], file):
             yield file, line
     for path, word in stage.files.items():
         back = ", and taken back from DVC's cache" if path in stage.outs and stage.is_cached else ""
@@ -90,14 +93,12 @@ def _writers(stages: dict[str, Stage], path: str) -> set[str]:
     }
 
 
-def _settings_changed(stage: Stage, file: str) -> Iterator[str]:
-    if file not in stage.old:
-        yield f"{file}: read now"
-        return
-    old, new = dict(_flat(stage.old[file])), dict(_flat(stage.new[file]))
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key):
-            yield f"{key}: {_step(old.get(key), new.get(key))}  ({file})"
+def changed(old: dict[str, Any], new: dict[str, Any], file: str) -> Iterator[str]:
+    """Each setting of a file that is another now, as "onnx.opset: 18 -> 20  (params.yaml)"."""
+    was, now = dict(_flat(old)), dict(_flat(new))
+    for key in dict.fromkeys([*was, *now]):
+        if was.get(key) != now.get(key):
+            yield f"{key}: {_step(was.get(key), now.get(key))}  ({file})"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

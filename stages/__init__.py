@@ -25,7 +25,7 @@ except ModuleNotFoundError as missing:
         "or `source .venv/bin/activate` first"
     )
 
-from clip_deploy.core.artifact import MANIFEST, check_files
+from clip_deploy.core.artifact import BESIDE, MANIFEST, check_files, check_prepared
 from clip_deploy.core.child import die_with_dvc
 from clip_deploy.core.config import GROUPS, find_choice, read_yaml, sections, typed
 from clip_deploy.core.errors import ConfigError, DeployError
@@ -108,10 +108,18 @@ def _check_target(settings: Any) -> None:
 
 
 def _check_inputs(settings: Any) -> None:
-    """Targets that a stage reads must be what was built."""
+    """Targets and prepared data that a stage reads must be what was built."""
     for name, value in vars(settings).items():
-        if name != "output" and isinstance(value, Path) and (value / MANIFEST).is_file():
+        if name == "output" or not isinstance(value, Path):
+            continue
+        if (value / MANIFEST).is_file():
             check_files(value)
+            continue
+        known = [value.with_name(BESIDE.format(value.name)), *sorted(value.glob(BESIDE.format("*")))]
+        folders = [path.with_name(path.name.removesuffix(BESIDE.format(""))) for path in known if path.is_file()]
+        for folder in folders:
+            if not (folder / MANIFEST).is_file():  # of a target, validate's is older than the target may be
+                check_prepared(folder)
 
 
 def _name(function: Callable[[Any], None]) -> str:

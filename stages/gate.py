@@ -2,6 +2,7 @@
 
     python -m stages.gate                        # or `make gate`: after `dvc repro`, as no stage of the pipeline
     python -m stages.gate --against HEAD~1       # and where one lost more than gate.max_... since that git revision
+    python -m stages.gate --against HEAD~1 --allow-uncompared    # where the machine or a new target was meant to change
 
 Prints target, quantity, value and limit of every miss, or the verdicts where there is none.
 """
@@ -16,11 +17,23 @@ from typing import Any
 from omegaconf import MISSING
 
 from clip_deploy.core.config import GateConfig, GatesConfig
-from clip_deploy.core.environment import hardware, software
 from clip_deploy.core.errors import DeployError
-from clip_deploy.gate import AGAIN, Found, at_revision, check_required, compare, in_folder, judge, refusals, verdicts
-from clip_deploy.validation import Miss
-from stages import stage
+from clip_deploy.gate import (
+    AGAIN,
+    Found,
+    Reports,
+    at_revision,
+    check_required,
+    compare,
+    in_folder,
+    judge,
+    refusals,
+    verdicts,
+)
+from clip_deploy.verdict import Miss
+from clip_deploy.why import changed
+from stages import SWEEP, stage
+from stages.probe import probed
 
 STATUS = [sys.executable, "-m", "dvc", "status", "--json"]
 
@@ -31,6 +44,7 @@ class Settings:
     gates: GatesConfig = MISSING
     targets: list[str] = field(default_factory=list)
     against: str | None = None  # a git revision
+    allow_uncompared: bool = False  # what cannot be held against it is a note, and no miss
     reports: Path = Path("reports")
     built: Path = Path("artifacts")
 
@@ -39,30 +53,42 @@ class Settings:
 def gate(settings: Settings) -> None:
     names, present = settings.gate.required, in_folder(settings.reports)
     check_required(names, settings.targets)
-    found = [stale(present("environment.json")), judge(names, present, settings.gates, settings.built)]
-    if settings.against:
+    found = [stale(present), judge(names, present, settings.gates, settings.built)]
+    if settings.against is not None:
         former = at_revision(settings.against, settings.reports)
-        lost, notes = compare(names, present, former, settings.gate)
-        print("".join(f"note: {note}\n" for note in notes), end="")
+        lost, uncompared = compare(names, present, former, settings.gate)
         found.append(lost)
+        if settings.allow_uncompared:
+            print("".join(f"note: {name}: {miss}\n" for name, missed in uncompared.items() for miss in missed), end="")
+        else:
+            found.append(uncompared)
     if any(missed for part in found for missed in part.values()):
         print(refusals(found))
         raise DeployError(f"not all of the {len(names)} required targets can be defended")
     print(verdicts(names, present))
-    since = f", and none lost since {settings.against}" if settings.against else ""
+    since = f", and none lost since {settings.against}" if settings.against is not None else ""
     print(f"\n{len(names)} required targets pass{since}")
 
 
-def stale(environment: Any) -> Found:
-    """What `dvc repro` would do again: results of other settings, code, files, libraries or another machine."""
+def stale(present: Reports) -> Found:
+    """What `dvc repro` would do again: results of other settings, code, files, libraries, machine, weights or data.
+
+    DVC sees the last three only once the probe has run: here they are looked at anew.
+    """
     done = subprocess.run(STATUS, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DeployError(f"`dvc status` cannot tell what is stale: {done.stderr.strip()}")
     status = json.loads(done.stdout)
-    changed = {name: [in_words(what) for what in why if what != "always changed"] for name, why in status.items()}
-    if environment != {"software": software(), "hardware": hardware()}:
-        changed["probe"] = ["reports/environment.json is of another machine or other libraries"]
-    return {name: [Miss("stale", what, AGAIN) for what in why] for name, why in changed.items()}
+    found = {name: [in_words(what) for what in why if what != "always changed"] for name, why in status.items()}
+    environment, inputs = probed()
+    read = present("inputs.json") or {}
+    found["probe"] = [*changed(present("environment.json") or {}, environment, "reports/environment.json")]
+    found["probe"] += [
+        f"{name}: what lies on this disk is not what was read  (reports/inputs.json)"
+        for name, what in inputs.items()
+        if what != read.get(name)
+    ]
+    return {name: [Miss("stale", what, AGAIN) for what in why] for name, why in found.items()}
 
 
 def in_words(what: str | dict[str, Any]) -> str:
@@ -77,7 +103,10 @@ def _changed(names: dict[str, Any]) -> list[str]:
 
 
 def for_hydra(words: list[str]) -> list[str]:
-    """`--against HEAD~1` as an override, in the quotes that Hydra wants around a ~."""
+    """The flags as overrides: `--against HEAD~1` in the quotes that Hydra wants around a ~."""
+    if many := [word for word in words if word in SWEEP]:
+        sys.exit(f"error: the gate judges one set of results and takes no {many[0]}: name all targets in gate.required")
+    words = ["allow_uncompared=true" if word == "--allow-uncompared" else word for word in words]
     if "--against" not in words:
         return words
     at = words.index("--against")

@@ -18,10 +18,12 @@ from stages import stage
 @dataclass
 class Settings:
     gates: GatesConfig = MISSING
+    seed: int = 0
     target: str = MISSING
     model_name: str = MISSING
     recommendation: Path = MISSING
     environment: Path = MISSING
+    validation: Path = MISSING
     built: Path = MISSING
     portable: Path = MISSING
     evaluation: Path = MISSING
@@ -31,8 +33,8 @@ class Settings:
 @stage
 def package(settings: Settings) -> None:
     advice, software = read_json(settings.recommendation), read_json(settings.environment)["software"]
-    sources = Sources(settings.built, settings.portable, settings.evaluation)
-    facts = {"model": settings.model_name, "versions": software}
+    sources = Sources(settings.built, settings.validation, settings.portable, settings.evaluation)
+    facts = {"model": settings.model_name, "seed": settings.seed, "versions": software}
     with new_folder(settings.output) as folder:
         manifest = write_package(advice, settings.target, sources, settings.gates, facts, folder)
     towers = ", ".join(f"{tower} {chosen['target']}" for tower, chosen in manifest.get("towers", {}).items())

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.checkpoint import load_processor
-from clip_deploy.core.artifact import new_folder, read_target
+from clip_deploy.core.artifact import described_folder, read_target
 from clip_deploy.core.config import DataConfig
 from clip_deploy.dataset import load
 from clip_deploy.encode import encode_set, save_embeddings
@@ -35,13 +35,13 @@ def prepare(settings: Settings) -> None:
     model, device = target.model, target.device if is_available(target.device) else "cpu"
     processor = load_processor(settings.checkpoint)
     for name in ("calibration", "evaluation"):
-        with new_folder(settings.output / name) as folder:
+        with described_folder(settings.output / name) as folder:
             keep = settings.images and name == "evaluation"
             write_prepared(name, dataset, settings.data.templates, processor, model, folder, keep)
             if name == "evaluation":
                 embeddings = encode_set(open_encoder(settings.checkpoint, device=device), load_prepared(folder))
                 save_embeddings(embeddings, folder / "reference.npz")
-    with new_folder(settings.output / "portable") as folder:
+    with described_folder(settings.output / "portable") as folder:
         write_portable(settings.checkpoint, folder)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.config import load_choice, load_params
-from clip_deploy.core.environment import fingerprint, hardware, software
+from clip_deploy.core.environment import fingerprint, fingerprint_table, hardware, software
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.results import write_json
 from clip_deploy.serving.server import versions
@@ -21,23 +21,28 @@ class Settings:
 
 @stage
 def probe(settings: Settings) -> None:
+    for path, found in zip((settings.output, settings.inputs), probed(), strict=True):
+        write_json(path, found)
+
+
+def probed() -> tuple[dict, dict]:
+    """What environment.json and inputs.json would hold now; ConfigError where a setting is refused."""
     params = load_params(PARAMS, CONF)
     inputs = {group: identity(group, getattr(params, group)) for group in ("model", "data")}
-    found = versions(Path(params.triton_check.environment))
-    inputs["triton"] = ", ".join(f"{name} {version}" for name, version in found.items()) or "no server"
-    write_json(settings.inputs, inputs)
-    write_json(settings.output, {"software": software(), "hardware": hardware()})
+    server = ", ".join(f"{name} {version}" for name, version in versions(Path(params.triton_check.environment)).items())
+    return {"software": software(), "hardware": hardware()}, inputs | {"triton": server or "no server"}
 
 
 def identity(group: str, choice: str) -> str:
     """What a local checkpoint or data set holds, so that DVC sees it change."""
-    name = load_choice(CONF, group, choice).path
-    if not name:
-        return "not local"
+    settings = load_choice(CONF, group, choice)
+    name = settings.path or getattr(settings, "dataset_id", None) or ""  # `datasets` takes a folder in an id's place
     path = Path(name).expanduser()
+    if not settings.path and not (name and path.is_dir()):
+        return "not local"
     if not path.exists():
         raise ConfigError(f"{group}.path is {name}: no such file or folder; set it in conf/{group}/{choice}.yaml")
-    return fingerprint(path)
+    return fingerprint_table(path, settings.image_column) if group == "data" and path.is_file() else fingerprint(path)
 
 
 if __name__ == "__main__":

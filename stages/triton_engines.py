@@ -18,6 +18,7 @@ class Settings:
     target: str = MISSING
     built: Path = MISSING
     validation: Path = MISSING
+    manifest: Path = MISSING
     prepared: Path = MISSING
     benchmark_results: Path = MISSING
     output: Path = MISSING
@@ -28,6 +29,7 @@ def triton_engines(settings: Settings) -> None:
     record = write_engine_repository(
         settings.built,
         read_json(settings.validation),
+        read_json(settings.manifest),
         settings.prepared,
         settings.benchmark_results,
         settings.build_engine[settings.target],

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from clip_deploy.core.artifact import write_text
 from clip_deploy.core.config import GatesConfig
-from clip_deploy.core.results import read_json, write_json
+from clip_deploy.core.results import read_json, rounded, write_json
 from clip_deploy.prepared import load_prepared
 from clip_deploy.validation import manifest
 from clip_deploy.validation import validate_apart as check
@@ -30,9 +30,10 @@ class Settings:
 @stage
 def validate(settings: Settings) -> None:
     prepared = load_prepared(settings.evaluation)
-    record = check(settings.source, prepared, settings.evaluation / "reference.npz", settings.gates, settings.seed)
-    facts = {"model": settings.model_name, "versions": read_json(settings.environment)["software"]}
-    described = manifest(settings.source, record, settings.gates, facts)
+    found = check(settings.source, prepared, settings.evaluation / "reference.npz", settings.gates, settings.seed)
+    record, software = rounded(found), read_json(settings.environment)["software"]
+    facts = {"model": settings.model_name, "seed": settings.seed, "versions": software}
+    described = manifest(settings.source, record, facts)
     write_text(settings.manifest, json.dumps(described, indent=1) + "\n")
     write_json(settings.output, record)
     print(f"{settings.source.name}: {record['status']}", *record["reasons"], sep="\n  ")

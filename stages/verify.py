@@ -26,9 +26,15 @@ def main(arguments: list[str]) -> int:
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(*(f"{arguments[0]}/{difference}" for difference in found), sep="\n", end="\n" if found else "")
-    print(f"{arguments[0]}: {'not what its manifest says' if found else described(manifest)}")
-    return 1 if found or "files" not in manifest else 0
+    for difference in found:
+        print(f"{arguments[0]}/{printable(difference)}")
+    print(f"{arguments[0]}: {'not what its manifest says' if found else printable(described(manifest))}")
+    return 1 if found or "unavailable" in manifest else 0
+
+
+def printable(text: str) -> str:
+    """In one line, and without what a terminal obeys: a manifest may come from anywhere."""
+    return text if text.isprintable() else ascii(text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from dataclasses import fields
 from importlib import import_module
 from typing import get_type_hints
@@ -12,6 +13,7 @@ import yaml
 from conftest import COMMANDS, ROOT
 
 from clip_deploy.core.config import BUILDERS, GROUPS, is_per_target, sections
+from clip_deploy.core.environment import LIBRARIES
 from clip_deploy.runtimes import RUNTIMES
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -70,6 +72,48 @@ def watched(name):
 @pytest.mark.parametrize("name", WATCHED)
 def test_a_stage_depends_on_exactly_the_code_it_can_run(graph, name):
     assert watched(name) == needed(graph, name)
+
+
+# Libraries that change no result: what they read are settings, files of a pinned revision or progress.
+TOOLS = {"hydra", "omegaconf", "yaml", "huggingface_hub", "tqdm"}
+ELSEWHERE = {"tritonclient"}  # in the server's environment, whose versions are in reports/inputs.json
+IDLE = {  # stages in which a library decides nothing: it checks what was made, or comes with a module for others
+    "onnxruntime": {"prepare", "export_onnx"},
+    "onnx": {"prepare"},
+    "onnx_ir": {"prepare"},
+    "pillow": {  # pictures are read by prepare, and by what depends on all libraries
+        *("download", "export_torch", "export_torchscript", "export_aoti", "export_openvino", "export_onnx"),
+        *("optimize", "quantize", "build_engine", "triton_engines"),
+    },
+}
+
+
+def imported(path):
+    """The top-level names of other people's modules that a file imports when it runs."""
+    tree = ast.parse(path.read_text())
+    typing = {id(node) for test in ast.walk(tree) if is_typing(test) for node in ast.walk(test)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and id(node) not in typing:
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and id(node) not in typing:
+            found.add(node.module)
+    return {name.split(".")[0] for name in found} - {*sys.stdlib_module_names, "stages", "clip_deploy"}
+
+
+def is_typing(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_a_stage_depends_on_every_library_that_it_imports(graph, name):
+    files = [ROOT / file for file in needed(graph, name) - SERVED if file.endswith(".py")]
+    used = {"pillow" if library == "PIL" else library for file in files for library in imported(file)}
+    used -= {library for library in used if name in IDLE.get(library, ())} | TOOLS | ELSEWHERE
+    assert used <= set(LIBRARIES), "add it to LIBRARIES of core/environment.py, or to TOOLS"
+    if "reports/environment.json" not in stage(name)["deps"]:
+        keys = [entry.get("reports/environment.json", []) for entry in stage(name)["params"] if isinstance(entry, dict)]
+        assert {f"software.{library}" for library in used} <= {key for part in keys for key in part}
 
 
 def test_the_library_knows_neither_the_stages_nor_hydra(graph):

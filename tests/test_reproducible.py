@@ -1,14 +1,16 @@
 """The same inputs give the same bytes: in another folder, with other hash seeds and temporary folders."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
 
-from benchmarks.reproducible import Hashes, compare, extended, markdown, summary, unexplained
-from clip_deploy.core.artifact import read_target, sha256
+from benchmarks.reproducible import Copy, Hashes, compare, extended, markdown, summary, unexplained
+from clip_deploy.core.artifact import Target, read_target, sha256
 
 BUILD = """
 import sys
@@ -119,6 +121,17 @@ def test_the_shipped_settings_are_extended_by_what_is_off_in_them():
         extended(params)
 
 
+def test_what_stands_for_a_target_that_could_not_be_built_is_no_equal_file(tmp_path):
+    copy = Copy.__new__(Copy)
+    copy.path = tmp_path
+    for name, reason in (("openvino-fp32", "openvino is not installed"), ("ort-fp32", None)):
+        folder = tmp_path / "artifacts" / name
+        folder.mkdir(parents=True)
+        (folder / "target.json").write_text(json.dumps(asdict(Target("ort", "fp32", unavailable=reason))))
+    assert list(copy.hashes()) == ["ort-fp32/target.json"]
+    assert copy.unavailable() == {"openvino-fp32": "openvino is not installed"}
+
+
 def test_what_differs_is_said_and_only_what_is_explained_is_let_pass():
     second = FIRST | {"b/vision.pt2": "4"}
     assert unexplained(compare(FIRST, second, {"b/vision.pt2": "2"})) == []
@@ -129,9 +142,13 @@ def test_what_differs_is_said_and_only_what_is_explained_is_let_pass():
 
 def test_the_page_shows_both_hashes_of_each_file():
     files = compare(FIRST, FIRST | {"b/vision.pt2": "4"}, {"b/vision.pt2": "2"})
-    page = markdown({"files": files, "hardware": {"cpu": "EPYC"}, "software": {"torch": "2.13", "openvino": None}})
+    machine = {"hardware": {"cpu": "EPYC"}, "software": {"torch": "2.13", "openvino": None}}
+    page = markdown({"files": files, "unavailable": {"trt-fp32": "no GPU"}, **machine})
     assert summary(files) in page
-    assert "2 of 3 files are equal" in page
+    assert "2 of 3 model files and 0 of 0 other files are equal, byte for byte; 0 differ unexpectedly" in page
+    assert "| `.onnx` | 2 | 2 | - | none |" in page
+    assert "| `.pt2` | 1 | 0 | 1 | AOTInductor hands the C++ compiler sources by their full paths" in page
+    assert "Not built here, and so not compared and not counted:\n\n- `trt-fp32`: no GPU\n" in page
     assert "| `a/vision.onnx` | `1` | `1` | yes |" in page
     assert "| `b/vision.pt2` | `2` | `4` | in the same folder |" in page
     assert "on EPYC: torch 2.13." in page

@@ -4,9 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import COMMANDS, ROOT
+
+from clip_deploy.core.artifact import write_manifest
+from clip_deploy.core.errors import DeployError
+from stages import _check_inputs
+from stages.probe import identity
 
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WITHOUT_TORCH = ("probe", "optimize", "quantize", "validate", "benchmark", "recommend", "triton_repository", "report")
@@ -39,6 +45,41 @@ def test_a_command_that_is_run_by_hand_explains_itself(name):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_under_fifty_lines(name):
     assert len((ROOT / "stages" / f"{name}.py").read_text().splitlines()) < 50
+
+
+@pytest.mark.parametrize("read", ["data/portable", "data"])
+def test_prepared_data_that_rotted_stop_a_stage_that_reads_them(read, tmp_path):
+    """As target's files do, and also where their mtime is that of before, which DVC trusts."""
+    folder = tmp_path / "data" / "portable"
+    folder.mkdir(parents=True)
+    (folder / "preprocessor.json").write_text('{"crop": [48, 48]}')
+    write_manifest(folder)
+    settings = SimpleNamespace(read=tmp_path / read, output=tmp_path / "out", seed=0)
+    _check_inputs(settings)
+    (folder / "preprocessor.json").write_text('{"crop": [49, 48]}')
+    with pytest.raises(DeployError, match=r"preprocessor.json is not the file that was built .*; `rm -r \S*portable`"):
+        _check_inputs(settings)
+    (tmp_path / "data" / "portable.manifest.json").write_text("[]")
+    with pytest.raises(DeployError, match=r"portable.manifest.json does not say what .* holds .*; run `dvc repro"):
+        _check_inputs(settings)
+
+
+def test_a_local_data_set_is_known_by_all_of_its_files(tmp_path, monkeypatch):
+    """A CSV with the images that it names, and a folder for `datasets`: an image that changes changes what it is."""
+    (tmp_path / "images").mkdir()
+    image, table = tmp_path / "images" / "a.png", tmp_path / "captions.csv"
+    image.write_bytes(b"a")
+    table.write_text("picture,caption\nimages/a.png,A\nimages/gone.png,B\n")
+    (tmp_path / "data").mkdir()
+    csv = f"source: captions\npath: {table}\nimage_column: picture\ncaption_column: caption\n"
+    (tmp_path / "data" / "csv.yaml").write_text(csv)
+    (tmp_path / "data" / "folder.yaml").write_text(f"source: hub\ndataset_id: {tmp_path / 'images'}\n")
+    (tmp_path / "data" / "far.yaml").write_text("source: hub\ndataset_id: uoft-cs/cifar10\n")
+    monkeypatch.setattr("stages.probe.CONF", tmp_path)
+    before = [identity("data", name) for name in ("csv", "folder", "far")]
+    image.write_bytes(b"b")
+    after = [identity("data", name) for name in ("csv", "folder", "far")]
+    assert [was == now for was, now in zip(before, after, strict=True)] == [False, False, True]
 
 
 def test_a_missing_setting_is_named():

@@ -15,8 +15,11 @@ from clip_deploy.core.config import BuildEngineConfig, TritonConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.serving.engines import write_engine_repository
 from clip_deploy.serving.server import find_environment
+from clip_deploy.verdict import PROVENANCE
+from clip_deploy.verify import verify
 
 LIBRARY = {"library": "TensorRT 10.14.1", "built_for": "NVIDIA H200, 143771 MiB, 580.95.05"}
+ORIGIN = {"model": "tiny", "seed": 0, "versions": {}, "checkpoint": None, "builds": {}, "gates": {}, "files": {}}
 ENGINES = {"text.engine": b"text", "vision.engine": b"vision"}
 
 
@@ -39,7 +42,7 @@ def write(checkpoint, sets, tmp_path):
         record = {"status": "pass", "reasons": [], "files": {name: sha256(built / name) for name in ENGINES}}
         output = tmp_path / "triton"
         found = write_engine_repository(
-            built, record | changed, sets, benchmark, engine, TritonConfig(max_batch=32), output
+            built, record | changed, ORIGIN, sets, benchmark, engine, TritonConfig(max_batch=32), output
         )
         assert json.loads((output / "manifest.json").read_text()) == found
         return found, output
@@ -51,6 +54,8 @@ def test_towers_are_engines_and_the_rest_is_as_everywhere(write):
     found, output = write()
     assert found["library"] == "TensorRT 10.14.1"
     assert found["built_for"].startswith("NVIDIA H200")
+    assert {name: found[name] for name in PROVENANCE} == {name: ORIGIN[name] for name in PROVENANCE}
+    assert verify(output) == (found, [])
     repository = output / "tensorrt"
     assert sorted(path.name for path in repository.iterdir()) == MODEL_NAMES
     assert (repository / "clip_vision" / "1" / "model.plan").read_bytes() == b"vision"

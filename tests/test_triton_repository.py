@@ -34,6 +34,7 @@ from clip_deploy.serving.repository import (
     write_repository,
 )
 from clip_deploy.serving.server import command, find_environment
+from clip_deploy.verdict import PROVENANCE
 
 MODEL_NAMES = ["clip_preprocess", "clip_score", "clip_text", "clip_tokenize", "clip_vision", "clip_zero_shot"]
 ALLOWED = {"io", "json", "pathlib", "numpy", "onnxruntime", "tokenizers", "PIL", "triton_python_backend_utils"}
@@ -126,6 +127,11 @@ def test_every_backend_gets_all_models_in_numbered_versions(repository):
     assert files == {"model.onnx"}
     files = {path.name for path in (repository / "python" / "clip_vision" / "1").iterdir()}
     assert files == {"model.onnx", "model.py"}
+
+
+def test_the_manifest_says_where_the_package_came_from(package, repository):
+    described, packaged = (json.loads((path / "manifest.json").read_text()) for path in (repository, package))
+    assert {name: described[name] for name in PROVENANCE} == {name: packaged[name] for name in PROVENANCE}
 
 
 def test_preferred_sizes_are_those_up_to_which_the_curve_rises(package, benchmark):

@@ -13,7 +13,8 @@ from clip_deploy.core.config import Gate, GatesConfig, Precision
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.prepared import load_prepared
 from clip_deploy.torchscript import export_torchscript
-from clip_deploy.validation import judge, validate, validate_apart
+from clip_deploy.validation import validate, validate_apart
+from clip_deploy.verdict import judge
 
 GATES = GatesConfig(fp32=Gate(min_cosine=0.9999, max_top1_drop=0.1, max_flips=0.5))
 

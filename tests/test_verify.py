@@ -2,22 +2,23 @@ import json
 import shutil
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_deploy.core.artifact import read_target, sha256
-from clip_deploy.core.config import Gate, GatesConfig
 from clip_deploy.validation import manifest
 from stages.verify import main
 
-GATES = GatesConfig(fp32=Gate(min_cosine=0.9999))
-FACTS = {"model": "tiny-shapes", "versions": {"onnx": "1.23.2"}}
+LIMITS = {"min_cosine": {"limit": 0.999, "value": 1.0}}
+FACTS = {"model": "tiny-shapes", "seed": 0, "versions": {"onnx": "1.23.2"}}
 
 
 @pytest.fixture
 def target(onnx_target, tmp_path):
     """A copy of the exported target, with a manifest beside it."""
     folder = shutil.copytree(onnx_target, tmp_path / "onnx-fp32")
-    record = {"status": "pass", "reasons": []}
-    text = json.dumps(manifest(folder, record, GATES, FACTS))
+    record = {"status": "pass", "reasons": [], "precision": "fp32", "limits": LIMITS}
+    text = json.dumps(manifest(folder, record, FACTS))
     (tmp_path / "onnx-fp32.manifest.json").write_text(text)
     return folder
 
@@ -33,24 +34,19 @@ def test_a_manifest_says_what_a_target_is_and_how_it_was_judged(target, onnx_tar
     record = json.loads((target.parent / "onnx-fp32.manifest.json").read_text())
     assert list(record["files"]) == ["target.json", "text.onnx", "vision.onnx"]
     assert record["files"]["vision.onnx"]["sha256"] == sha256(onnx_target / "vision.onnx")
-    assert record["gate"] == {
-        "status": "pass",
-        "reasons": [],
-        "min_cosine": 0.9999,
-        "max_top1_drop": 100.0,
-        "max_flips": 100.0,
-    }
+    assert record["gates"] == {"onnx-fp32": {"status": "pass", "reasons": [], "precision": "fp32", **LIMITS}}
     assert record["checkpoint"] == read_target(onnx_target).model["checkpoint"]
     assert len(record["checkpoint"]["sha256"]) == 64
-    assert record["build"]["opset"] == 18
-    assert (record["model"], record["versions"], record["runtime"]) == ("tiny-shapes", {"onnx": "1.23.2"}, "ort")
+    build = record["builds"]["onnx-fp32"]
+    assert (build["runtime"], build["precision"], build["device"], build["opset"]) == ("ort", "fp32", "cpu", 18)
+    assert {name: record[name] for name in FACTS} == FACTS
 
 
 def test_what_was_built_is_accepted(target, capsys):
     code, lines = said(capsys, target)
     assert code == 0
     assert lines[-1].startswith("F: files: 3, 3.")
-    assert lines[-1].endswith(" MB, model tiny-shapes, gate pass")
+    assert lines[-1].endswith(" MB, model tiny-shapes, onnx-fp32: gate pass")
 
 
 def test_every_difference_is_named(target, capsys):
@@ -94,6 +90,9 @@ def test_a_manifest_leads_nowhere_else(target, capsys):
         (None, "has no manifest, neither package.manifest.json beside it nor manifest.json inside"),
         ("[]", "manifest.json names no files; make it anew with `dvc repro`"),
         ('{"files": {"a": 3}}', "manifest.json names no files; "),
+        ('{"files": {}}', "manifest.json names no files; "),
+        ('{"unavailable": 3}', "manifest.json is none of ours, its unavailable at least; make it anew"),
+        ("[" * 100_000, "manifest.json (maximum recursion depth exceeded"),
         ('{"files"', "manifest.json (Expecting"),
     ],
 )
@@ -105,6 +104,48 @@ def test_a_folder_without_a_manifest_to_believe_is_refused(tmp_path, content, re
     assert code == 1
     assert line.startswith("error: ")
     assert reason in line
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value, path=()):
+    """The path of everything in a manifest."""
+    yield path
+    for key in value if isinstance(value, dict) else ():
+        yield from places(value[key], (*path, key))
+
+
+def changed(record, path, value):
+    """The manifest with another value at a path; without it where the value is ..."""
+    if not path:
+        return {} if value is ... else value
+    key, *rest = path
+    inner = changed(record[key], rest, value) if rest else value
+    return {name: item for name, item in ({**record, key: inner}).items() if item is not ...}
+
+
+def test_any_manifest_is_accepted_or_refused_in_words(target, fuzz, outcomes, capsys):
+    path = target.parent / "onnx-fp32.manifest.json"
+    sound = json.loads(path.read_text())
+
+    @fuzz(300)
+    @given(st.sampled_from(list(places(sound))), st.just(...) | JSON)
+    def tried(place, value):
+        hostile = changed(sound, place, value)
+        path.write_text(json.dumps(hostile))
+        code, lines = said(capsys, target)
+        assert lines
+        assert all(line.startswith(("F", "error: ")) and line.isprintable() for line in lines), lines
+        if code == 0:
+            assert hostile["files"] == sound["files"]
+        outcomes.tried("manifests of targets", "accepted" if code == 0 else "refused")
+
+    tried()
 
 
 def test_a_package_into_which_nothing_went_is_no_delivery(tmp_path, capsys):

@@ -15,6 +15,7 @@ from typing import Any
 from clip_deploy.core.errors import DeployError, UnavailableError
 
 MANIFEST = "target.json"
+BESIDE = "{}.manifest.json"  # of a folder: what it holds
 CACHE = Path(".dvc/cache/files/md5")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -62,11 +63,33 @@ def check_files(folder: Path) -> None:
     for name, built in read_target(folder).sha256.items():
         path = folder / name
         if not path.is_file() or sha256(path) != built:
-            damaged = " ".join([str(folder), *map(str, _cached(path))])
-            raise DeployError(
-                f"{path} is not the file that was built (its hash is in {MANIFEST}): the disk or DVC's cache damaged "
-                f"it; `rm -r {damaged}` and `dvc repro` build it anew"
-            )
+            raise _damaged(folder, path, MANIFEST)
+
+
+def check_prepared(folder: Path) -> None:
+    """The same of a folder of prepared data, by its manifest beside it."""
+    path = folder.with_name(BESIDE.format(folder.name))
+    try:
+        files = json.loads(path.read_text())["files"]
+        found = differences(folder, files)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DeployError(f"{path} does not say what {folder} holds ({error}); run `dvc repro -f prepare`") from error
+    if found:
+        raise _damaged(folder, folder / found[0].rpartition(": ")[0], path.name)
+
+
+def write_manifest(folder: Path) -> None:
+    """Say beside a folder which files it holds."""
+    text = json.dumps({"files": hashes(folder)}, indent=1)
+    write_text(folder.with_name(BESIDE.format(folder.name)), text + "\n")
+
+
+def _damaged(folder: Path, path: Path, known: str) -> DeployError:
+    damaged = " ".join([str(folder), *map(str, _cached(path))])
+    return DeployError(
+        f"{path} is not the file that was built (its hash is in {known}): the disk or DVC's cache damaged it; "
+        f"`rm -r {damaged}` and `dvc repro` build it anew"
+    )
 
 
 def _cached(path: Path) -> list[Path]:
@@ -151,6 +174,14 @@ def new_folder(output: Path) -> Iterator[Path]:
             partial.replace(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def described_folder(output: Path) -> Iterator[Path]:
+    """As new_folder; a manifest beside it then says which files it holds."""
+    with new_folder(output) as folder:
+        yield folder
+    write_manifest(output)
 
 
 def write_text(path: Path, text: str) -> None:

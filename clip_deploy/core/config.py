@@ -245,7 +245,7 @@ class GateConfig:
     required: list[str] = field(default_factory=list)
     max_top1_drop: float = 0.5  # percentage points of top-1
     max_cosine_drop: float = 0.001  # of the lowest cosine, per tower
-    max_slow_down: float = 10.0  # percent of the speed-up
+    max_slow_down: float = 10.0  # percent between the intervals; of unchanged files timed twice, a fifth lies below
     max_size_growth: float = 5.0  # percent
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """What this machine and its libraries are. Nothing here changes between two runs on the same machine."""
 
+import csv
 import hashlib
 import os
 import platform
@@ -9,20 +10,27 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-LIBRARIES = {
+LIBRARIES = {  # by the name that is imported (pillow aside): the distributions that bring it
     "torch": ("torch",),
     "torchvision": ("torchvision",),
     "transformers": ("transformers",),
     "tokenizers": ("tokenizers",),
+    "safetensors": ("safetensors",),
     "onnx": ("onnx",),
+    "onnx_ir": ("onnx-ir",),
     "onnxscript": ("onnxscript",),
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
     "numpy": ("numpy",),
+    "ml_dtypes": ("ml_dtypes",),
+    "pandas": ("pandas",),
     "pillow": ("pillow",),
     "datasets": ("datasets",),
     "openvino": ("openvino",),
     "nncf": ("nncf",),
     "tensorrt": ("tensorrt", "tensorrt-rtx-cu13-bindings"),
+    "triton": ("triton",),
+    "pynvml": ("nvidia-ml-py",),
+    "markdown_it": ("markdown-it-py",),
 }
 INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 
@@ -93,4 +101,17 @@ def fingerprint(path: Path) -> str:
         digest.update(str(file.relative_to(path)).encode() + b"\0")
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def fingerprint_table(path: Path, column: str) -> str:
+    """SHA-256 over a CSV file and the images in one of its columns. What is wrong with it, its reader says."""
+    digest = hashlib.sha256(fingerprint(path).encode())
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            names = sorted({row.get(column) or "" for row in csv.DictReader(file)})
+    except csv.Error:
+        names = []
+    for image in (path.parent / name for name in names):
+        digest.update(fingerprint(image).encode() if os.path.isfile(image) else b"missing")  # False for any nonsense
     return digest.hexdigest()

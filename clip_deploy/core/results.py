@@ -19,7 +19,7 @@ def write_json(path: Path, record: Mapping[str, Any] | list[Any]) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DeployError(f"cannot read {path} ({error}); run `dvc repro`") from error
 
 

@@ -25,6 +25,7 @@ from clip_deploy.serving.repository import (
     write_model,
     write_warm_up,
 )
+from clip_deploy.verdict import PROVENANCE
 
 LOADED = "TensorRT "  # what the backend's library calls itself; it loads no engine of TensorRT-RTX
 
@@ -32,6 +33,7 @@ LOADED = "TensorRT "  # what the backend's library calls itself; it loads no eng
 def write_engine_repository(
     built: Path,
     record: dict[str, Any],
+    origin: dict[str, Any],
     prepared: Path,
     benchmark: Path,
     engine: BuildEngineConfig,
@@ -43,6 +45,7 @@ def write_engine_repository(
     Args:
         built: the target with the engines.
         record: its reports/validate/<target>.json: only what passed its gate is served.
+        origin: its manifest, artifacts/<target>.manifest.json.
         prepared: artifacts/data, for the tokenizer, the preprocessing and what turns cosines into probabilities.
         benchmark: reports/benchmark, whose curves say which batch sizes are preferred.
         engine: the batches that it was built for.
@@ -55,6 +58,7 @@ def write_engine_repository(
         try:
             manifest = _manifest(built, record, prepared, engine)
             found = _fill(folder / "tensorrt", built, manifest, prepared / "portable", benchmark, engine, settings)
+            found = {**{key: origin[key] for key in PROVENANCE}, **found, "files": hashes(folder)}
         except UnavailableError as error:
             found = {"unavailable": str(error)}
         write_text(folder / "manifest.json", json.dumps(found, indent=2) + "\n")

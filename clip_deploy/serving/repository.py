@@ -25,6 +25,7 @@ from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.results import read_json
 from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
+from clip_deploy.verdict import PROVENANCE
 
 BACKENDS = ("onnxruntime", "python")  # a repository for each
 MODELS = Path(__file__).with_name("models")
@@ -71,7 +72,7 @@ def _fill(folder: Path, package: Path, benchmark: Path, settings: TritonConfig) 
         write_companions(folder / backend, package, manifest, settings)
     write_deploy(folder / "deploy", manifest)
     return {
-        "model": manifest["model"],
+        **{key: manifest[key] for key in PROVENANCE},
         "towers": {tower: described(manifest["towers"][tower], preferred[tower]) for tower in EMBEDS},
         "backends": list(BACKENDS),
         "files": hashes(folder),
