@@ -1,9 +1,7 @@
 """Time a target against the reference, call by call in turn, each in a process of its own.
 
 Both processes are opened once and take turns: one is stopped (SIGSTOP) while the other runs, so that the threads of one
-library never spin beside the other's. Drift of the machine hits both alike and cancels in the ratio; who begins
-alternates. Towers and batch sizes take turns as well: the turns of one are spread over the whole benchmark, so that a
-neighbour who slows one side for a while meets few of them.
+library never spin beside the other's. Drift of the machine hits both alike and cancels in the ratio.
 """
 
 import json
@@ -13,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from threading import Timer
@@ -30,12 +27,9 @@ from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 
 ROUND_MS = 20.0  # each side's turn lasts about so long
-LONG_MS = (
-    100.0  # a call so long warms the caches for itself; a turn of shorter ones begins with one that is not counted
-)
+LONG_MS = 100.0  # a call so long warms the caches for itself; a turn of shorter ones begins with one not counted
 LEAST_ROUNDS = 8  # turns of each side; with fewer than 6, no interval covers 95 % (speedup_interval)
 LEAST_BLOCKS = 10  # of turns, where there are so many: fewer are longer, and less alike, but find less
-FOUND = 1.5  # times half of an interval: a slow-down so large is found in 4 of 5 benchmarks
 BEYOND = 5  # a percentile is stated where at least so many calls lie beyond it
 CONFIDENCE = 0.95
 PROGRAM = (sys.executable, "-m", "clip_deploy.worker")
@@ -51,8 +45,7 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> dict[st
     Returns:
         For each tower and batch size: p50_ms, p90_ms, p95_ms, p99_ms (where the number of calls supports them), calls,
         throughput_per_s (images or texts), speedup over the reference with its 95 % interval speedup_low, speedup_high,
-        detectable_slowdown (as a share: the least that 4 of 5 such benchmarks would find), the reference's
-        reference_p50_ms beside it; and memory_mb (peak resident memory above the empty interpreter at
+        the reference's reference_p50_ms beside it; and memory_mb (peak resident memory above the empty interpreter at
         the smallest batch) and size_mb. On a GPU also gpu_memory_mb (of the process, at the smallest batch), power (see
         _power), matrix_tflops (what FP16 products reach there) and with each timing gflop, the reference's work. Where
         the target preprocesses its images, preprocessed_size says how large they were, [height, width]; the reference
@@ -93,32 +86,16 @@ def _worker(folder: Path, settings: BenchmarkConfig) -> "Worker":
 def _measure_towers(
     target: "Worker", other: "Worker", described: Target, settings: BenchmarkConfig
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    points = [
-        Point(_request(tower, batch, described, settings))
-        for batch in settings.batch_sizes
-        for tower in ("vision", "text")
+    requests = [
+        _request(tower, batch, described, settings) for batch in settings.batch_sizes for tower in ("vision", "text")
     ]
-    memory: dict[str, float] = {}
-    for point in points:
-        point.warm_up(target, other, settings.warmup)
-        if point.request["batch"] == settings.batch_sizes[0]:
-            memory = _megabytes(target.ask({"memory": True}))
-    _take_turns(points, target, other, settings)
     towers: dict[str, Any] = {"vision": {}, "text": {}}
-    for point in points:
-        towers[point.request["tower"]][str(point.request["batch"])] = point.summary()
+    memory: dict[str, float] = {}
+    for request in tqdm(requests, desc="benchmark", disable=None):
+        towers[request["tower"]][str(request["batch"])] = _measure_one(target, other, request, settings)
+        if request["batch"] == settings.batch_sizes[0]:
+            memory = _megabytes(target.ask({"memory": True}))
     return towers, memory
-
-
-def _take_turns(points: "list[Point]", target: "Worker", other: "Worker", settings: BenchmarkConfig) -> None:
-    """One turn of every point, round by round, until each has its time."""
-    pending = points
-    with tqdm(total=len(points), desc="benchmark", disable=None) as bar:
-        while pending:
-            for point in pending:
-                point.take_turn(target, other)
-            pending = [point for point in pending if not point.is_done(settings)]
-            bar.update(len(points) - len(pending) - bar.n)
 
 
 def _request(tower: str, batch: int, described: Target, settings: BenchmarkConfig) -> dict[str, Any]:
@@ -163,48 +140,22 @@ def _power(
     }
 
 
-@dataclass
-class Point:
-    """One tower at one batch size.
-
-    Attributes:
-        request: what makes the workers take its inputs.
-        calls: of a turn of the target and of the reference.
-        turns, reference: the ms of each turn's calls, both sides'.
-        spent_s: the time that its turns have taken.
-        work: gflop of a call of the reference, on a GPU.
-    """
-
-    request: dict[str, Any]
-    calls: tuple[int, int] = (0, 0)
-    turns: list[list[float]] = field(default_factory=list)
-    reference: list[list[float]] = field(default_factory=list)
-    spent_s: float = 0.0
-    work: dict[str, float] = field(default_factory=dict)
-
-    def warm_up(self, target: "Worker", other: "Worker", warmup: int) -> None:
-        for worker in (target, other):
-            worker.ask(self.request)
-        if self.request["device"] == "cuda":
-            self.work = {"gflop": other.ask({"flop": True})["flop"] / 1e9}
-        self.calls = calls_per_turn(target, warmup), calls_per_turn(other, warmup)
-
-    def take_turn(self, target: "Worker", other: "Worker") -> None:
-        started = monotonic()
-        sides = [(target, self.calls[0], self.turns), (other, self.calls[1], self.reference)]
-        for worker, calls, turns in sides if len(self.turns) % 2 else reversed(sides):
-            worker.ask(self.request)
-            times = worker.ask({"calls": calls})["ms"]
-            turns.append(times[1:] if len(times) > 1 else times)  # the first call warms the caches again
-        self.spent_s += monotonic() - started
-
-    def is_done(self, settings: BenchmarkConfig) -> bool:
-        count = sum(map(len, self.turns))
-        over = self.spent_s > 2 * settings.seconds or count >= settings.iterations
-        return over and len(self.turns) >= LEAST_ROUNDS
-
-    def summary(self) -> dict[str, Any]:
-        return {**summarize(self.turns, self.reference, self.request["batch"]), **self.work}
+def _measure_one(target: "Worker", other: "Worker", request: dict, settings: BenchmarkConfig) -> dict[str, Any]:
+    for worker in (target, other):
+        worker.ask(request)
+    work = {"gflop": other.ask({"flop": True})["flop"] / 1e9} if request["device"] == "cuda" else {}
+    calls = {worker: calls_per_turn(worker, settings.warmup) for worker in (target, other)}
+    turns: dict[Worker, list[list[float]]] = {target: [], other: []}
+    started = monotonic()
+    while True:
+        pair = (target, other) if len(turns[target]) % 2 else (other, target)
+        for worker in pair:
+            times = worker.ask({"calls": calls[worker]})["ms"]
+            turns[worker].append(times[1:] if len(times) > 1 else times)  # the first call warms the caches again
+        count = sum(map(len, turns[target]))
+        over = monotonic() - started > 2 * settings.seconds or count >= settings.iterations
+        if over and len(turns[target]) >= LEAST_ROUNDS:
+            return {**summarize(turns[target], turns[other], request["batch"]), **work}
 
 
 def calls_per_turn(worker: "Worker", warmup: int) -> int:
@@ -224,7 +175,6 @@ def summarize(turns: list[list[float]], reference: list[list[float]], batch: int
         "speedup": speedup,
         "speedup_low": low,
         "speedup_high": high,
-        "detectable_slowdown": 1 - (low / high) ** (FOUND / 2),
         "reference_p50_ms": float(np.median(np.concatenate(reference))),
     }
 
@@ -247,7 +197,7 @@ def speedup_interval(turns: list[list[float]], reference: list[list[float]]) -> 
 
     It covers noise that both sides share, however long it lasts, and noise of one side that is gone within a block or
     before the next one. It does not cover what stays as it is for the whole benchmark: where two processes' memory and
-    threads happened to come to lie makes a program differ from itself, and only a second benchmark shows that.
+    threads happened to come to lie makes a program differ from itself. report.read_rows widens it by that.
     """
     ours, theirs = (np.array([median(times) for times in side]) for side in (turns, reference))
     ratios = np.sort([np.median(block) for block in blocks(np.log(theirs / ours))])

@@ -1,7 +1,7 @@
 """A process of its own that runs one target and times its calls: python -m clip_deploy.worker FOLDER THREADS
 
 Reads one JSON request a line from standard input and answers with one JSON line on standard output:
-    {"tower": "vision", "batch": 8}     take these inputs from now on; made once, and kept
+    {"tower": "vision", "batch": 8}     take these inputs from now on
     {"calls": 5}                        run so often and answer the milliseconds of each call
     {"rows": true}                      run once and answer the embeddings
     {"seconds": 1.0}                    run for so long and answer the number of calls
@@ -57,16 +57,12 @@ def serve(open_target: Callable[[Path, int], "Encoder"], prepare: Callable[["Enc
     """
     die_with_parent()
     answers = answer_stream()
-    prepared: dict[str, Callable[[], Any]] = {}
     call: Callable[[], Any] = lambda: None  # noqa: E731
 
     def answer(request: dict) -> dict[str, object]:
         nonlocal call
         if "tower" in request:
-            name = json.dumps(request)
-            if name not in prepared:
-                prepared[name] = prepare(encoder, request)
-            call = prepared[name]
+            call = prepare(encoder, request)
             return {"ready": True}
         if "calls" in request:
             return {"ms": [timed(call, perf_counter) for _ in range(request["calls"])]}

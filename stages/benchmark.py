@@ -28,8 +28,7 @@ def benchmark(settings: Settings) -> None:
     for tower, sizes in record.get("towers", {}).items():
         for batch, row in sizes.items():
             interval = f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
-            found = f"{100 * row['detectable_slowdown']:.0f} % slower would show"
-            print(f"{settings.source.name} {tower} batch {batch}: p50 {row['p50_ms']:.2f} ms, {interval}, {found}")
+            print(f"{settings.source.name} {tower} batch {batch}: p50 {row['p50_ms']:.2f} ms, {interval}")
 
 
 if __name__ == "__main__":

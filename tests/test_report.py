@@ -38,6 +38,10 @@ TIMED = {
 }
 
 
+ALONE = {**TIMING, "p50_ms": 3.0, "speedup": 1.0, "speedup_low": 0.99, "speedup_high": 1.01}  # against itself
+REFERENCE = {**TIMED, "towers": {"vision": {"1": ALONE}, "text": {"1": ALONE}}}
+
+
 @pytest.fixture
 def rows(tmp_path):
     results = {
@@ -146,11 +150,10 @@ def test_no_two_labels_of_an_axis_are_the_same(rows, tmp_path, cosines, expected
 
 
 def test_speed_ups_of_a_busy_machine_are_marked_and_win_nothing(tmp_path):
-    reference = {**TIMED, "towers": {"vision": {"1": {**TIMING, "p50_ms": 3.0, "speedup": 1.0}}, "text": {"1": TIMING}}}
     wide = {**TIMING, "speedup": 600.0, "speedup_low": 20.0, "speedup_high": 700.0}
     drifted = {**TIMING, "speedup": 500.0, "speedup_low": 499.0, "speedup_high": 501.0, "reference_p50_ms": 900.0}
     for name, timing in {"torch-fp32": None, "a": wide, "b": drifted, "c": TIMING}.items():
-        timed = {**TIMED, "towers": {"vision": {"1": timing}, "text": {"1": TIMING}}} if timing else reference
+        timed = {**TIMED, "towers": {"vision": {"1": timing}, "text": {"1": TIMING}}} if timing else REFERENCE
         write_json(tmp_path / "validate" / f"{name}.json", CHECKED)
         write_json(tmp_path / "benchmark" / f"{name}.json", timed)
     rows = read_rows(["torch-fp32", "a", "b", "c"], tmp_path / "validate", tmp_path / "benchmark")
@@ -159,6 +162,18 @@ def test_speed_ups_of_a_busy_machine_are_marked_and_win_nothing(tmp_path):
     assert "~ 600.00x" in text
     assert "~ 500.00x" in text
     assert "--single-item benchmark@a" in text
+
+
+@pytest.mark.parametrize("itself", [0.8, 1.25])
+def test_intervals_hold_what_the_reference_differed_from_itself(itself, tmp_path):
+    reference = {**REFERENCE, "towers": {"vision": {"1": {**ALONE, "speedup": itself}}, "text": {"1": ALONE}}}
+    for name, timed in {"torch-fp32": reference, "ort-fp32": TIMED}.items():
+        write_json(tmp_path / "validate" / f"{name}.json", CHECKED)
+        write_json(tmp_path / "benchmark" / f"{name}.json", timed)
+    row = read_rows(["torch-fp32", "ort-fp32"], tmp_path / "validate", tmp_path / "benchmark")[1]
+    timing = row.timing("text", "1")
+    assert (timing["speedup_low"], timing["speedup_high"]) == pytest.approx((1.4 / 1.25, 1.6 * 1.25))
+    assert timing["speedup"] == 1.5
 
 
 FLOW = {

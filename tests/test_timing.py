@@ -7,16 +7,7 @@ import pytest
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
-from clip_deploy.timing import (
-    LEAST_ROUNDS,
-    Point,
-    Worker,
-    _take_turns,
-    measure,
-    percentiles,
-    speedup_interval,
-    summarize,
-)
+from clip_deploy.timing import LEAST_ROUNDS, Worker, measure, percentiles, sign_test_ranks, speedup_interval, summarize
 
 
 @pytest.mark.parametrize(
@@ -58,9 +49,6 @@ def test_the_ratio_lies_in_its_interval_even_where_few_turns_are_torn():
     assert low <= ratio <= high
 
 
-POINTS = 6  # towers and batch sizes that take turns in the standard benchmark: the noise goes on in the others' turns
-
-
 def own_noise(rng, turns):
     """Of each side of each turn, 3 %, and once in ten a neighbour that slows it down by a half on average."""
     return rng.normal(0, 0.03, (2, turns)) + (rng.random((2, turns)) < 0.1) * rng.exponential(0.5, (2, turns))
@@ -73,8 +61,11 @@ def shared_drift(rng, turns):
     return own_noise(rng, turns) + drift
 
 
-def autoregressive(rng, turns, kept=0.8):
-    """Besides, each side is slowed by what is kept to four fifths into the next turn of whatever point: AR(1), 3 %."""
+def autoregressive(rng, turns, kept=0.3):
+    """Besides, each side is slowed by what is partly kept into its next turn: AR(1) of 3 %.
+
+    The ratios of real turns have a correlation of 0.1 with the next one, seldom above 0.3 (reports/noise.md).
+    """
     noise = rng.normal(0, 0.03, (2, turns))
     for turn in range(1, turns):
         noise[:, turn] = kept * noise[:, turn - 1] + np.sqrt(1 - kept**2) * noise[:, turn]
@@ -95,18 +86,12 @@ def clock_of_both(rng, turns):
     return own_noise(rng, turns) + states(rng, turns, 0.3)[0]
 
 
-def state_of_one(rng, turns):
-    """Each side has two states of its own, 5 % apart, as where a neighbour shares its core for a while."""
-    return own_noise(rng, turns) + states(rng, turns, 0.05)
+LASTING = partial(autoregressive, kept=0.9)
 
 
-LONGER = partial(autoregressive, kept=0.9)
-
-
-def simulated(speedup, turns, seed, noise=shared_drift, points=POINTS):
-    """The medians of one point's turns in a benchmark of so many, both sides."""
-    slow = noise(np.random.default_rng(seed), turns * points)[:, ::points]
-    target, reference = np.exp(slow + np.log([[1], [speedup]]))
+def simulated(speedup, turns, seed, noise=shared_drift):
+    """The medians of a benchmark's turns, both sides."""
+    target, reference = np.exp(noise(np.random.default_rng(seed), turns) + np.log([[1], [speedup]]))
     return target[:, None].tolist(), reference[:, None].tolist()
 
 
@@ -125,17 +110,24 @@ def test_the_interval_covers_the_true_speedup_in_95_percent_of_1000_benchmarks(t
     assert 0.93 <= covered(intervals(1.7, turns), 1.7) <= 0.97
 
 
-@pytest.mark.parametrize(
-    ("noise", "turns"),
-    [(autoregressive, 15), (autoregressive, 40), (LONGER, 100), (clock_of_both, 40), (state_of_one, 40)],
-)
-def test_noise_that_lasts_for_some_turns_leaves_the_interval_honest(noise, turns):
+@pytest.mark.parametrize("turns", [15, 40, 100])
+@pytest.mark.parametrize("noise", [autoregressive, clock_of_both])
+def test_noise_as_turns_have_it_leaves_the_interval_honest(noise, turns):
     assert 0.93 <= covered(intervals(1.7, turns, noise=noise), 1.7) <= 0.97
 
 
-def test_turns_in_a_row_would_not_be():
-    """Why towers and batch sizes take turns: of one point alone, the same noise is in most turns of a block."""
-    assert covered(intervals(1.7, 40, noise=LONGER, points=1), 1.7) < 0.9
+def test_blocks_of_turns_bear_noise_that_lasts_better_and_not_for_ever():
+    """What speedup_interval says of itself: noise of one side that outlasts a block is not covered."""
+    found = covered(intervals(1.7, 40, noise=LASTING), 1.7)
+    one_by_one = [by_turn(*simulated(1.7, 40, seed, noise=LASTING)) for seed in range(1000)]
+    assert covered(np.array(one_by_one), 1.7) + 0.1 < found < 0.93
+
+
+def by_turn(turns, reference):
+    """The interval of the same test over single turns."""
+    ratios = np.sort(np.log(np.squeeze(reference)) - np.log(np.squeeze(turns)))
+    inner, _ = sign_test_ranks(len(ratios))
+    return np.exp([ratios[inner], ratios[-1 - inner]])
 
 
 @pytest.mark.parametrize("noise", [shared_drift, clock_of_both])
@@ -143,14 +135,6 @@ def test_a_slow_down_of_5_percent_is_found_and_none_is_not(noise):
     slower, same = intervals(0.95, turns=40, noise=noise), intervals(1.0, turns=40, noise=noise)
     assert np.mean(slower[:, 1] < 1) > 0.95
     assert 0.93 <= covered(same, 1) <= 0.97
-
-
-@pytest.mark.parametrize("turns", [15, 40])
-def test_a_slow_down_as_large_as_is_said_to_be_detectable_is_found_in_most_benchmarks(turns):
-    said = np.median([summarize(*simulated(1.0, turns, seed), 1)["detectable_slowdown"] for seed in range(300)])
-    assert 0.03 < said < 0.09
-    slower = intervals(1 - said, turns)
-    assert 0.7 < np.mean(slower[:, 1] < 1) < 0.9
 
 
 @pytest.mark.parametrize(
@@ -167,30 +151,6 @@ def test_the_interval_lies_between_two_blocks_that_the_sign_test_names(turns, lo
     reference = [[float(np.exp(value))] for value in range(1, turns + 1)]
     found = speedup_interval([[1.0]] * turns, reference[::-1])
     assert np.log(found) == pytest.approx([(turns + 1) / 2, low, high], abs=1e-4)
-
-
-class Recorder:
-    """In a worker's place: every call of its inputs takes as long, and the requests are kept."""
-
-    def __init__(self, ms):
-        self.ms, self.asked = ms, []
-
-    def ask(self, request):
-        self.asked.append(request)
-        return {"ms": [self.ms] * request["calls"]} if "calls" in request else {"ready": True}
-
-
-def test_towers_and_batch_sizes_take_turns_until_each_has_its_time():
-    points = [Point({"tower": tower, "batch": 1, "device": "cpu"}) for tower in ("vision", "text")]
-    target, other = Recorder(5.0), Recorder(10.0)
-    for point in points:
-        point.warm_up(target, other, warmup=1)
-    assert points[0].calls == (5, 3)  # 20 ms, and the first, which is not counted
-    target.asked.clear()
-    _take_turns(points, target, other, BenchmarkConfig(iterations=41, seconds=60))
-    assert [ask["tower"] for ask in target.asked if "tower" in ask] == ["vision", "text"] * 11
-    assert [len(times) for times in points[1].turns] == [4] * 11
-    assert points[0].summary()["speedup"] == pytest.approx(2)
 
 
 def test_a_target_is_timed_in_its_own_process(checkpoint, onnx_target):
@@ -221,28 +181,6 @@ ENDINGS = {
     "os.write(1, b'{'); os._exit(3)": "the process ended with exit code 3",
     "time.sleep(600)": "no answer within 2 s: the process hung and was killed",
 }
-
-
-COUNTING = """
-from clip_deploy.worker import serve
-
-made = []
-
-class Rows:
-    def tolist(self):
-        return made
-
-serve(lambda folder, threads: None, lambda encoder, request: made.append(request["batch"]) or Rows)
-"""
-
-
-def test_a_worker_keeps_the_inputs_that_it_has_made(tmp_path):
-    """Or each turn would make them anew, which takes longer than the turn."""
-    with Worker(tmp_path, 1, [sys.executable, "-c", COUNTING]) as worker:
-        worker.wait()
-        for batch in (1, 8, 1, 8):
-            worker.ask({"tower": "vision", "batch": batch})
-        assert worker.ask({"rows": True})["rows"] == [1, 8]
 
 
 @pytest.mark.parametrize("fault", ENDINGS)
