@@ -75,9 +75,8 @@ def test_contestants_take_turns_and_are_held_against_the_same_two(fake, inputs):
     assert found["truth"]["ratio"] < 1 < found["slow"]["ratio_low"] <= found["slow"]["ratio"]
     assert found["basis"]["cosine_min"] == pytest.approx(1)
     assert found["slow"]["cosine_min"] < 0.999
-    assert {row["rounds"] for row in found.values()} == {
-        LEAST_ROUNDS
-    }  # seconds=0 still runs the fewest rounds that are judged
+    # seconds=0 still runs the fewest rounds that are judged
+    assert {row["rounds"] for row in found.values()} == {LEAST_ROUNDS}
 
 
 def test_a_ratio_above_one_is_slower_and_drift_cancels_in_it():
