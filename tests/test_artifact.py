@@ -23,10 +23,12 @@ def test_a_failed_build_leaves_the_old_target(tmp_path):
 
 
 def test_what_a_killed_process_left_is_swept_away(tmp_path):
-    (tmp_path / ".target.partial").mkdir()
-    (tmp_path / ".target.partial" / "half.onnx").write_text("half")
+    for left in (".target.new.partial", ".target.former.partial"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "half.onnx").write_text("half")
     with new_folder(tmp_path / "target") as folder:
         assert not list(folder.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_an_unavailable_target_keeps_its_reason(tmp_path):

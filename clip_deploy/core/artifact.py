@@ -162,18 +162,23 @@ def build(output: Path, make: Callable[[Path], Target], fallback: Target) -> Non
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place on success and vanishes on failure."""
-    partial = output.with_name(f".{output.name}.partial")
+    """A folder beside `output` that takes its place on success and vanishes on failure.
+
+    A process that is killed leaves `output` whole, or not there between two renames.
+    """
+    partial, former = (output.with_name(f".{output.name}.{kind}.partial") for kind in ("new", "former"))
     with disk_errors(output):
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+        for left in (partial, former):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
-            if output.exists():
-                shutil.rmtree(output)
+            if output.is_dir():
+                output.replace(former)
             partial.replace(output)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            for spent in (partial, former):
+                shutil.rmtree(spent, ignore_errors=True)
 
 
 @contextmanager
