@@ -3,13 +3,14 @@
 A missing, unreadable or contradictory result is a miss: nothing passes because there is nothing to see.
 """
 
+import functools
 import json
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from clip_deploy.core.config import GateConfig, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
@@ -29,6 +30,8 @@ DATA = (
 )  # what builds, checks and the package rest on
 Reports = Callable[[str], Any]  # a path below reports/ -> what the JSON file holds, None where there is none
 Found = dict[str, list[Miss]]  # by target
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,21 @@ class Result:
 
     checked: dict[str, Any]
     timed: dict[str, Any]
+
+
+def readable(function: Callable[P, R]) -> Callable[P, R]:
+    """Let `function` raise DeployError where a report is JSON of another shape than the pipeline's."""
+
+    @functools.wraps(function)
+    def run(*given: P.args, **named: P.kwargs) -> R:
+        try:
+            return function(*given, **named)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DeployError(
+                f"a report is not as this version writes it ({error!r}): run `dvc repro`, or name another revision"
+            ) from error
+
+    return run
 
 
 def in_folder(folder: Path) -> Reports:
@@ -84,6 +102,7 @@ def check_required(names: list[str], targets: list[str]) -> None:
         )
 
 
+@readable
 def judge(names: list[str], reports: Reports, gates: GatesConfig, built: Path) -> Found:
     """All misses of the required targets, of what was packaged (under "package"), and of what they were judged on."""
     found = {name: judge_target(name, reports, gates, built) for name in names}
@@ -172,6 +191,7 @@ def _sha(manifest: dict[str, Any], name: str) -> str | None:
     return manifest.get("files", {}).get(name, {}).get("sha256")
 
 
+@readable
 def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, Found]:
     """What required targets lost since `former`, and what could not be compared.
 
@@ -200,7 +220,7 @@ def _hardware(reports: Reports) -> dict[str, Any]:
 
 def _unlike(now: Result, before: Result, same_machine: bool) -> Iterator[tuple[str, str]]:
     """Quantities that cannot be compared, and why."""
-    if now.checked.get("images") != before.checked.get("images"):
+    if now.checked.get("evaluation") != before.checked.get("evaluation"):
         yield "top-1", "not compared, its drop is: another evaluation set"
     threads = [result.timed.get("threads") for result in (before, now)]
     if same_machine and threads[0] != threads[1]:
@@ -234,7 +254,7 @@ def _less_accurate(now: Result, before: Result, limits: GateConfig) -> list[Miss
         return []
     present = {**dict.fromkeys(former, nan), **now.checked.get("zero_shot", {})}
     found = []
-    same_set = now.checked.get("images") == before.checked.get("images")
+    same_set = now.checked.get("evaluation") == before.checked.get("evaluation")
     if same_set and not present["top1"] >= former["top1"] - limits.max_top1_drop:
         limit = f"< {former['top1']:.2f} % by more than {limits.max_top1_drop:g} points (gate.max_top1_drop)"
         found.append(Miss("top-1", f"{present['top1']:.2f} %", limit))

@@ -1,5 +1,6 @@
 """Evaluation and calibration sets as the encoders take them, on disk: later stages need no tokenizer or image."""
 
+import hashlib
 import io
 import json
 import zipfile
@@ -94,6 +95,12 @@ class Prepared:
     labels: np.ndarray
     manifest: dict
     images: Images | None = None
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what top-1 is counted on: images, labels, classes and templates."""
+        counted = [self.manifest[name] for name in ("sha256", "classes", "templates")]
+        return hashlib.sha256(json.dumps([*counted, self.labels.tolist()]).encode()).hexdigest()
 
     def inputs(self, tower: str, text_inputs: list[str]) -> dict[str, np.ndarray]:
         """All rows of one tower's inputs, by their names in its graph."""

@@ -154,7 +154,7 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
         record["zero_shot"] = accuracy.zero_shot(clean, reference, prepared, seed)
     if len(prepared.captions):
         record["retrieval"] = accuracy.retrieval(clean, prepared)
-    return record | {"flips": accuracy.flips(clean, reference, prepared), "images": len(actual.images)}
+    return record | {"flips": accuracy.flips(clean, reference, prepared), "evaluation": prepared.identity}
 
 
 def head(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from clip_deploy.gate import (
     compare,
     in_folder,
     judge,
+    readable,
     refusals,
     verdicts,
 )
@@ -70,6 +71,7 @@ def gate(settings: Settings) -> None:
     print(f"\n{len(names)} required targets pass{since}")
 
 
+@readable
 def stale(present: Reports) -> Found:
     """What `dvc repro` would do again: results of other settings, code, files, libraries, machine, weights or data.
 

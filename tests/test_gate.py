@@ -1,5 +1,6 @@
 """What shuts the gate: every way in which a green could be false, and what was lost since another revision."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -317,6 +318,22 @@ def test_without_a_tolerance_the_intervals_alone_decide(sound, high, limit, is_l
     assert bool(lost_since(sound, slower, slow_down=limit)[0]) == is_lost
 
 
+SHAPES = [[], "text", 3, {"status": {}}, {"parity": []}, {"parity": {"vision": 1}}, {"towers": [1]}, {"targets": [1]}]
+
+
+@pytest.mark.parametrize("content", SHAPES)
+@pytest.mark.parametrize("name", [f"validate/{TARGET}.json", f"benchmark/{TARGET}.json", "recommendation.json"])
+def test_a_report_of_another_shape_never_passes_and_gives_no_traceback(sound, artifacts, name, content):
+    try:
+        assert missed(reports_of(sound) | {name: content}, artifacts)
+    except DeployError as error:
+        assert "a report is not as this version writes it" in str(error)  # noqa: PT017
+    with contextlib.suppress(DeployError):
+        compare([TARGET], (reports_of(sound) | {name: content}).get, reports_of(sound).get, GateConfig())
+    with contextlib.suppress(DeployError):
+        compare([TARGET], reports_of(sound).get, (reports_of(sound) | {name: content}).get, GateConfig())
+
+
 MEANT = "--allow-uncompared lets it pass"
 
 
@@ -347,7 +364,7 @@ def test_a_target_that_the_revision_has_not_is_a_miss_of_its_own(sound):
 def test_another_evaluation_set_is_a_miss_of_its_own_where_top1_is_not_compared(sound):
     def fewer(reports):
         TOP1(reports)
-        reports[f"validate/{TARGET}.json"]["images"] = 5
+        reports[f"validate/{TARGET}.json"]["evaluation"] = "other images, labels, classes or templates"
 
     miss = f"top-1 not compared, its drop is: another evaluation set {MEANT}"
     assert lost_since(sound, answered(top1=10.0), fewer) == ([], [miss])
@@ -400,7 +417,8 @@ def test_make_hands_on_a_revision_even_where_it_is_empty():
         (["AGAINST=HEAD~1"], "--against 'HEAD~1'"),
         ([], "stages.gate"),
     ):
-        done = subprocess.run(["make", "-n", "gate", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        command = ["make", "--no-print-directory", "-n", "gate", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1].strip().endswith(said)
 
 
