@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.core.config import BuildEngineConfig, TritonConfig
+from clip_deploy.core.config import BuildEngineConfig, GatesConfig, TritonConfig
 from clip_deploy.core.results import read_json
 from clip_deploy.serving.engines import write_engine_repository
 from stages import stage
@@ -14,6 +14,7 @@ from stages import stage
 @dataclass
 class Settings:
     build_engine: dict[str, BuildEngineConfig] = field(default_factory=dict)
+    gates: GatesConfig = MISSING
     triton: TritonConfig = MISSING
     target: str = MISSING
     built: Path = MISSING
@@ -29,6 +30,7 @@ def triton_engines(settings: Settings) -> None:
     record = write_engine_repository(
         settings.built,
         read_json(settings.validation),
+        settings.gates,
         read_json(settings.manifest),
         settings.prepared,
         settings.benchmark_results,

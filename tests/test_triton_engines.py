@@ -11,7 +11,7 @@ from conftest import ROOT
 from test_triton_repository import MODEL_NAMES, check
 
 from clip_deploy.core.artifact import Target, build, read_target, sha256
-from clip_deploy.core.config import BuildEngineConfig, TritonConfig
+from clip_deploy.core.config import BuildEngineConfig, Gate, GatesConfig, TritonConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.serving.engines import write_engine_repository
 from clip_deploy.serving.server import find_environment
@@ -21,6 +21,16 @@ from clip_deploy.verify import verify
 LIBRARY = {"library": "TensorRT 10.14.1", "built_for": "NVIDIA H200, 143771 MiB, 580.95.05"}
 ORIGIN = {"model": "tiny", "seed": 0, "versions": {}, "checkpoint": None, "builds": {}, "gates": {}, "files": {}}
 ENGINES = {"text.engine": b"text", "vision.engine": b"vision"}
+GATES = GatesConfig(fp16=Gate(min_cosine=0.999))
+PASSED = {
+    "status": "pass",
+    "reasons": [],
+    "precision": "fp16",
+    "parity": {tower: {"cosine_min": 0.9995, "finite": True} for tower in ("vision", "text")},
+    "shapes": {},
+    "flips": 0.0,
+    "trained": True,
+}
 
 
 @pytest.fixture
@@ -37,12 +47,12 @@ def write(checkpoint, sets, tmp_path):
             (folder / name).write_bytes(content)
         return replace(description, build={**LIBRARY, "library": library})
 
-    def run(engine=BuildEngineConfig(max_batch=16), library=LIBRARY["library"], **changed):  # noqa: B008
+    def run(engine=BuildEngineConfig(max_batch=16), library=LIBRARY["library"], gates=GATES, **changed):  # noqa: B008
         build(built, lambda folder: fill(folder, library), description)
-        record = {"status": "pass", "reasons": [], "files": {name: sha256(built / name) for name in ENGINES}}
+        record = PASSED | {"files": {name: sha256(built / name) for name in ENGINES}}
         output = tmp_path / "triton"
         found = write_engine_repository(
-            built, record | changed, ORIGIN, sets, benchmark, engine, TritonConfig(max_batch=32), output
+            built, record | changed, gates, ORIGIN, sets, benchmark, engine, TritonConfig(max_batch=32), output
         )
         assert json.loads((output / "manifest.json").read_text()) == found
         return found, output
@@ -72,7 +82,12 @@ def test_towers_are_engines_and_the_rest_is_as_everywhere(write):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"status": "fail", "reasons": ["vision: cosine 0.9"]}, "trt-fp16 is not fit to ship, fail: vision: cosine"),
+        (
+            {"status": "fail", "reasons": ["vision: cosine 0.9"]},
+            "is not fit to ship: gate fail vision: cosine",
+        ),
+        ({"gates": GatesConfig(fp16=Gate(min_cosine=0.9999))}, "cosine 0.999500 < 0.9999 (gates.fp16.min_cosine)"),
+        ({"flips": None}, "flips nan % > 100"),
         ({"library": "TensorRT-RTX 1.6.1.120"}, "backend loads engines of TensorRT only: install NVIDIA's `tensorrt`"),
         ({"engine": BuildEngineConfig(min_batch=2, opt_batch=2)}, "set build_engine.trt-fp16.min_batch to 1"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clip_deploy.core.artifact import Target, hashes, new_folder, read_target, sha256, write_text
-from clip_deploy.core.config import BuildEngineConfig, TritonConfig
+from clip_deploy.core.config import BuildEngineConfig, GatesConfig, TritonConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.results import read_json
 from clip_deploy.prepared import PREPROCESSOR, SCORES, TOKENIZER
@@ -25,7 +25,7 @@ from clip_deploy.serving.repository import (
     write_model,
     write_warm_up,
 )
-from clip_deploy.verdict import PROVENANCE
+from clip_deploy.verdict import PROVENANCE, held
 
 LOADED = "TensorRT "  # what the backend's library calls itself; it loads no engine of TensorRT-RTX
 
@@ -33,6 +33,7 @@ LOADED = "TensorRT "  # what the backend's library calls itself; it loads no eng
 def write_engine_repository(
     built: Path,
     record: dict[str, Any],
+    gates: GatesConfig,
     origin: dict[str, Any],
     prepared: Path,
     benchmark: Path,
@@ -44,7 +45,8 @@ def write_engine_repository(
 
     Args:
         built: the target with the engines.
-        record: its reports/validate/<target>.json: only what passed its gate is served.
+        record: its reports/validate/<target>.json: only what passes its gate is served.
+        gates: what each precision class must reach now.
         origin: its manifest, artifacts/<target>.manifest.json.
         prepared: artifacts/data, for the tokenizer, the preprocessing and what turns cosines into probabilities.
         benchmark: reports/benchmark, whose curves say which batch sizes are preferred.
@@ -56,7 +58,7 @@ def write_engine_repository(
     """
     with new_folder(output) as folder:
         try:
-            manifest = _manifest(built, record, prepared, engine)
+            manifest = _manifest(built, record, gates, prepared, engine)
             found = _fill(folder / "tensorrt", built, manifest, prepared / "portable", benchmark, engine, settings)
             found = {**{key: origin[key] for key in PROVENANCE}, **found, "files": hashes(folder)}
         except UnavailableError as error:
@@ -65,10 +67,12 @@ def write_engine_repository(
     return found
 
 
-def _manifest(built: Path, record: dict[str, Any], prepared: Path, engine: BuildEngineConfig) -> dict[str, Any]:
+def _manifest(
+    built: Path, record: dict[str, Any], gates: GatesConfig, prepared: Path, engine: BuildEngineConfig
+) -> dict[str, Any]:
     """What repository.py reads of a package's manifest."""
     target = read_target(built)
-    _check(target, built, record, engine)
+    _check(target, built, record, gates, engine)
     scores = read_json(prepared / "portable" / SCORES)
     for name in (SCORES, TOKENIZER, PREPROCESSOR):
         if name in scores["unavailable"]:
@@ -90,11 +94,11 @@ def _manifest(built: Path, record: dict[str, Any], prepared: Path, engine: Build
     }
 
 
-def _check(target: Target, built: Path, record: dict[str, Any], engine: BuildEngineConfig) -> None:
+def _check(target: Target, built: Path, record: dict[str, Any], gates: GatesConfig, engine: BuildEngineConfig) -> None:
     if target.unavailable:
         raise UnavailableError(f"{built.name}: {target.unavailable}")
-    if record["status"] != "pass":
-        raise UnavailableError(f"{built.name} is not fit to ship, {record['status']}: {'; '.join(record['reasons'])}")
+    if missed := held(record, gates):
+        raise UnavailableError(f"{built.name} is not fit to ship: {'; '.join(map(str, missed))}")
     if not target.build["library"].startswith(LOADED):
         raise UnavailableError(
             f"{built.name} was built by {target.build['library']}, and Triton's tensorrt backend loads engines of "
