@@ -24,12 +24,15 @@ from tqdm import tqdm, trange
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from clip_deploy import shapes
+from clip_deploy.core.config import DataConfig
+from clip_deploy.dataset import load, pixel_hash
 
 SEED = 0
 IMAGE_SIZE = 48  # pixels; 36 patches of 8 x 8 and the class token, close to B/32's 50 tokens
 CONTEXT = 32  # tokens; the longest caption has 17
 VOCABULARY = 600  # 512 byte symbols as in CLIP, the merges, two special tokens
 IMAGES, HELD_OUT = 96_000, 960  # training and held-out images, each class equally often
+SAMPLE = 47  # every 47th image, so of every class, has a digest of its own: quick to render again
 BATCH, STEPS, WARMUP = 256, 8_000, 500
 LEARNING_RATE, WEIGHT_DECAY = 1.5e-3, 0.1
 SHIFT = 3  # pixels, at most, by which a training picture is moved
@@ -77,8 +80,8 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "versions": {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__},
         "images": {
-            "training": {"count": arguments.images, "sha256": training["sha256"]},
-            "held_out": {"count": HELD_OUT, "sha256": held_out["sha256"]},
+            "training": {"count": arguments.images, **training["sha256"], "used_elsewhere": used_elsewhere(training)},
+            "held_out": {"count": HELD_OUT, **held_out["sha256"]},
         },
         "classes": len(shapes.CLASSES),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -107,16 +110,26 @@ def parse_arguments() -> argparse.Namespace:
 def draw(processor: CLIPImageProcessorPil, split: str, count: int) -> dict:
     """Render a split and keep it as the processor sees it before rescaling: uint8 [count, 3, height, width]."""
     pixels = np.empty((count, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-    captions, digest = [], hashlib.sha256()
+    captions, hashes, digest, sampled = [], set(), hashlib.sha256(), hashlib.sha256()
     labels = [index % len(shapes.CLASSES) for index in range(count)]
     with ProcessPoolExecutor() as pool:
         rendered = pool.map(shapes.render, [split] * count, range(count), labels, chunksize=500)
         for index, (image, scene) in enumerate(tqdm(rendered, desc=f"render {split}", total=count, disable=None)):
             digest.update(image.tobytes())
+            if index % SAMPLE == 0:
+                sampled.update(image.tobytes())
+            hashes.add(pixel_hash(image))
             seen = processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
             pixels[index] = np.asarray(seen, dtype=np.uint8)
             captions.append((scene.caption, scene.label))
-    return {"pixels": pixels, "captions": captions, "processor": processor, "sha256": digest.hexdigest()}
+    digests = {"sha256": digest.hexdigest(), f"sha256_of_every_{SAMPLE}th": sampled.hexdigest()}
+    return {"pixels": pixels, "captions": captions, "processor": processor, "sha256": digests, "hashes": hashes}
+
+
+def used_elsewhere(training: dict) -> int:
+    """How many pictures of the training set the pipeline evaluates or calibrates with."""
+    sets = load(DataConfig(), 0).hashes
+    return len(training["hashes"] & {*sets["evaluation"], *sets["calibration"]})
 
 
 def train_tokenizer(captions: list[tuple[str, str]]) -> CLIPTokenizer:
