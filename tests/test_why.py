@@ -193,7 +193,7 @@ def test_each_kind_of_change_is_named_with_its_stages(copy, capsys):
         "  quantize@ort-int8-dynamic -> ort-int8-dynamic\n  validate, benchmark: ort-int8-dynamic\n" + REST
     )
     code = trees["stages/export_torchscript.py: modified"]
-    assert "export_torchscript@torchscript-bf16 -> torchscript-bf16" in code
+    assert "export_torchscript@torchscript-fp32 -> torchscript-fp32" in code
     assert trees["artifacts/torch-int8: deleted"].startswith("  export_torchscript@torch-int8 -> torch-int8\n")
 
 
