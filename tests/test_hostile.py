@@ -201,7 +201,7 @@ def in_folder(tmp_path, monkeypatch):
 def test_any_params_are_valid_or_refused_in_one_line(in_folder, outcomes, fuzz):
     path = in_folder / "params.yaml"
 
-    @fuzz(8)
+    @fuzz(150)
     @given(mutated(yaml.safe_load(PARAMS)))
     def read(tree):
         path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
@@ -213,7 +213,7 @@ def test_any_params_are_valid_or_refused_in_one_line(in_folder, outcomes, fuzz):
 def test_any_text_in_params_is_valid_or_refused_in_one_line(in_folder, outcomes, fuzz):
     path = in_folder / "params.yaml"
 
-    @fuzz(8)
+    @fuzz(60)
     @given(damaged(PARAMS.encode()))
     def read(content):
         path.write_bytes(content)
@@ -529,7 +529,7 @@ def test_pictures_that_are_none_or_bombs_are_refused_in_one_line(kind, pictures,
 
 
 def test_damaged_pictures_are_read_as_the_processor_reads_them_or_refused(pictures, read, fuzz):
-    @fuzz(8)
+    @fuzz(60)
     @given(st.sampled_from(sorted(PICTURES)).flatmap(lambda kind: damaged(PICTURES[kind])))
     def try_one(content):
         (pictures / "image").write_bytes(content)
