@@ -128,7 +128,8 @@ def test_what_stands_for_a_target_that_could_not_be_built_is_no_equal_file(tmp_p
         folder = tmp_path / "artifacts" / name
         folder.mkdir(parents=True)
         (folder / "target.json").write_text(json.dumps(asdict(Target("ort", "fp32", unavailable=reason))))
-    assert list(copy.hashes()) == ["ort-fp32/target.json"]
+        folder.with_name(f"{name}.manifest.json").write_text("{}")
+    assert list(copy.hashes()) == ["ort-fp32/target.json", "ort-fp32.manifest.json"]
     assert copy.unavailable() == {"openvino-fp32": "openvino is not installed"}
 
 
