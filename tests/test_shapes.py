@@ -51,6 +51,7 @@ def test_training_pictures_are_those_of_the_record_and_none_is_used_elsewhere():
         digest.update(image.tobytes())
         seen.add(pixel_hash(image))
     assert digest.hexdigest() == record[f"sha256_of_every_{SAMPLE}th"]
+    assert len(seen) == len(range(0, record["count"], SAMPLE))
     assert record["used_elsewhere"] == 0
     hashes = load(DataConfig(), 0).hashes
     assert len(hashes["evaluation"]) == 960
