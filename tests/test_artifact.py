@@ -1,5 +1,6 @@
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,23 @@ def test_a_failed_build_leaves_the_old_target(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         build(output, fail, Target("ort", "fp32"))
+    assert read_target(output).build == {"opset": 18}
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_the_former_target_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    output = tmp_path / "target"
+    build(output, lambda folder: Target("ort", "fp32", build={"opset": 18}), Target("ort", "fp32"))
+    move = Path.replace
+
+    def refuse(path, to):
+        if path.name == ".target.new.partial":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return move(path, to)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(DeployError, match=r"cannot write .*target: Permission denied"):
+        build(output, lambda folder: Target("ort", "fp32", build={"opset": 17}), Target("ort", "fp32"))
     assert read_target(output).build == {"opset": 18}
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 

@@ -164,7 +164,8 @@ def build(output: Path, make: Callable[[Path], Target], fallback: Target) -> Non
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place on success and vanishes on failure.
 
-    A process that is killed leaves `output` whole, or not there between two renames.
+    Where it cannot take its place, the former one comes back. A process that is killed leaves `output` whole, or not
+    there between two renames.
     """
     partial, former = (output.with_name(f".{output.name}.{kind}.partial") for kind in ("new", "former"))
     with disk_errors(output):
@@ -177,6 +178,8 @@ def new_folder(output: Path) -> Iterator[Path]:
                 output.replace(former)
             partial.replace(output)
         finally:
+            if former.is_dir() and not output.exists():
+                former.replace(output)
             for spent in (partial, former):
                 shutil.rmtree(spent, ignore_errors=True)
 
