@@ -9,6 +9,7 @@ from clip_deploy import onnx_graph, shapes
 from clip_deploy.checkpoint import load_processor
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import (
+    Device,
     Gate,
     GatesConfig,
     OnnxConfig,
@@ -201,6 +202,17 @@ def test_every_target_takes_images_and_passes_its_gate(whole, mixed, tmp_path, k
     assert record["pixels"]["mean_diff"] < 1e-3
     if kind in ("fused", "half"):
         assert record["graphs"]["vision"]["fusion"]["attention"] == 4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_preprocessing_runs_there_too(whole, mixed, tmp_path):
+    settings, calibration = OptimizeConfig(precision=Precision.fp16), load_prepared(mixed / "calibration")
+    folder = tmp_path / "ort-cuda-fp16"
+    build(folder, lambda output: optimize(whole, settings, calibration, output, Device.cuda), Target("ort", "fp16"))
+    record = validate(folder, load_prepared(mixed / "evaluation"), mixed / "evaluation" / "reference.npz", GATES, 0)
+    assert record["status"] == "pass", record["reasons"]
+    assert set(record["placement"]["vision"]["nodes"]) == {"CUDAExecutionProvider"}
+    assert record["placement"]["vision"]["graph"]
 
 
 def test_half_precision_leaves_the_preprocessing_in_float32(whole, mixed, tmp_path):

@@ -90,7 +90,8 @@ class Encoder:
         if key not in self.fixed:
             if len(self.fixed) == MOST_SESSIONS:
                 self.fixed.pop(next(iter(self.fixed)))
-            axes = {"batch": arrays[0].shape[0]} | ({"sequence": arrays[0].shape[1]} if tower == "text" else {})
+            sizes = {"text": ["sequence"], "vision": ["height", "width"] if self.image_input == "images" else []}
+            axes = dict(zip(["batch", *sizes[tower]], arrays[0].shape, strict=False))
             inputs = dict(zip(self.names[tower], arrays, strict=True))
             self.fixed[key] = FixedCall(partial(self.open_fixed, tower, axes), self.provider, inputs)
         return self.fixed[key]
