@@ -56,7 +56,7 @@ def export_aoti(
         _check_compiler()
     with _cache_in(output):
         for tower, shape in target.model["towers"].items():
-            graph, missed, kept = _fused(source, tower, shape, target.model, precision, calibration, output)
+            graph, missed, kept = _fused(source, tower, shape, target.model, precision, calibration, output, device)
             undone += missed
             in_fp32 += kept
             floating = torch.bfloat16 if precision is Precision.bf16 else torch.float32
@@ -91,6 +91,7 @@ def _fused(
     precision: Precision,
     calibration: Prepared,
     output: Path,
+    device: Device,
 ) -> tuple[ir.Model, list[str], list[str]]:
     """One tower's fused graph, the rewrites that had to be undone, and the nodes that float16 leaves in float32."""
     settings = OptimizeConfig(precision=Precision.fp16 if precision is Precision.fp16 else Precision.fp32)
@@ -100,7 +101,8 @@ def _fused(
         undone = fuse(bare, fused, rewrites_of(shape, settings), model["example_texts"])
         kept: dict[str, float] = {}
         if precision is Precision.fp16:
-            kept = halve(fused, partial(feeds, calibration.inputs(tower, model["text_inputs"]), SCAN_ROWS))
+            inputs = calibration.inputs(tower, model["text_inputs"])
+            kept = halve(fused, partial(feeds, inputs, SCAN_ROWS), device=device)
         graph = ir.load(fused)
         for value in graph.graph.initializers.values():  # the file goes with the folder
             if value.const_value is not None:

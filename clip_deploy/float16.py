@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from clip_deploy import onnx_graph
 from clip_deploy.attention import initializer
+from clip_deploy.core.config import Device
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.runtimes.ort import CPU, CUDA, load_cuda
 
 HEADROOM = 2.0  # what a deployment's inputs may exceed those of the calibration set by
 LARGEST = float(np.finfo(np.float16).max) / HEADROOM
@@ -53,10 +56,11 @@ def _clamped(tensor: ir.TensorProtocol) -> ir.Tensor:
     return ir.Tensor(np.maximum(tensor.numpy(), np.float32(HIDDEN)), name=tensor.name)
 
 
-def halve(path: Path, batches: Batches, keep_fp32: Sequence[str] = ()) -> dict[str, float]:
+def halve(path: Path, batches: Batches, keep_fp32: Sequence[str] = (), device: Device = Device.cpu) -> dict[str, float]:
     """Convert a graph's weights and computation to float16 in place; its inputs and outputs stay float32.
 
-    A node stays in float32 where one of its tensors comes within HEADROOM of float16's largest value.
+    A node stays in float32 where one of its tensors comes within HEADROOM of float16's largest value. For that the
+    graph runs on `device`, or on the CPU where there is none.
 
     Args:
         path: a float32 graph, <tower>.onnx.
@@ -69,14 +73,15 @@ def halve(path: Path, batches: Batches, keep_fp32: Sequence[str] = ()) -> dict[s
     Raises:
         UnavailableError: the outputs hold NaN or Inf, before or after the conversion.
     """
-    _refuse_non_finite(path, batches, "FP32")
     model = _load(path)
     kept = onnx_graph.kept_nodes(model, path.stem, keep_fp32)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        largest = ranges(model, batches, Path(folder))
+        largest = ranges(model, path.stem, batches, Path(folder), device)
     overflowing = _overflowing(model.graph, largest | {item.name: _magnitude(item) for item in model.graph.initializer})
     _lower(model, path, set(largest), {*overflowing, *kept}, ir.DataType.FLOAT16)
-    _refuse_non_finite(path, batches, "FP16")
+    session = _open(path, device)
+    for feeds in batches():
+        _refuse_non_finite(session.run(None, feeds), path.stem, "FP16")
     return overflowing
 
 
@@ -181,21 +186,36 @@ def _restore(graph: ir.Graph, index: int) -> None:
     graph.outputs[index] = back.outputs[0]
 
 
-def ranges(model: onnx.ModelProto, batches: Batches, work: Path) -> dict[str, float]:
+def ranges(
+    model: onnx.ModelProto, tower: str, batches: Batches, work: Path, device: Device = Device.cpu
+) -> dict[str, float]:
     """Largest absolute value of each float32 tensor that the graph takes or computes, over all batches."""
     names = onnx_graph.float_tensors(model, work)
     scan = onnx_graph.copy_of(model)
-    del scan.graph.output[:]
+    own = len(scan.graph.output)
     for name in names:
         scan.graph.node.append(helper.make_node("Abs", [name], [f"{name}/abs"]))
         scan.graph.node.append(helper.make_node("ReduceMax", [f"{name}/abs"], [f"{name}/largest"], keepdims=0))
         scan.graph.output.append(helper.make_tensor_value_info(f"{name}/largest", TensorProto.FLOAT, []))
     onnx_graph.save(ir.from_proto(scan), work / "scan.onnx")
-    session = onnx_graph.open_session(work / "scan.onnx")
+    session = _open(work / "scan.onnx", device)
     found = np.zeros(len(names))
     for feeds in batches():
-        found = np.maximum(found, np.array(session.run(None, feeds)))
+        outputs = session.run(None, feeds)
+        _refuse_non_finite(outputs[:own], tower, "FP32")
+        found = np.maximum(found, np.array(outputs[own:]))
     return dict(zip(names, found.tolist(), strict=True))
+
+
+def _open(path: Path, device: Device) -> onnxruntime.InferenceSession:
+    """On the GPU where one is asked for and there: on a CPU, the images of an L/14 take minutes."""
+    if device is Device.cuda:
+        try:
+            load_cuda()
+        except UnavailableError:
+            return onnx_graph.open_session(path)
+        return onnx_graph.open_session(path, severity=3, providers=(CUDA, CPU))  # 2: that it copies between both
+    return onnx_graph.open_session(path)
 
 
 def _overflowing(graph: onnx.GraphProto, largest: dict[str, float]) -> dict[str, float]:
@@ -213,8 +233,6 @@ def _magnitude(tensor: TensorProto) -> float:
     return float(np.abs(values).max()) if values.dtype == np.float32 and values.size else 0.0
 
 
-def _refuse_non_finite(path: Path, batches: Batches, precision: str) -> None:
-    session = onnx_graph.open_session(path)
-    for feeds in batches():
-        if not all(np.isfinite(output).all() for output in session.run(None, feeds)):
-            raise UnavailableError(f"{path.stem} gives NaN or Inf in {precision} on the calibration set")
+def _refuse_non_finite(outputs: Sequence[np.ndarray], tower: str, precision: str) -> None:
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise UnavailableError(f"{tower} gives NaN or Inf in {precision} on the calibration set")

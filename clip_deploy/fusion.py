@@ -73,7 +73,7 @@ def optimize(
             undone += fuse(bare, fused, rewrites, target.model["example_texts"])
             if settings.precision is Precision.fp16:
                 inputs = calibration.inputs(tower, target.model["text_inputs"])
-                kept = halve(fused, partial(feeds, inputs, SCAN_ROWS), settings.keep_fp32)
+                kept = halve(fused, partial(feeds, inputs, SCAN_ROWS), settings.keep_fp32, device)
                 in_fp32 += [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
             elif settings.precision is Precision.bf16:
                 to_bfloat16(fused, settings.keep_fp32)

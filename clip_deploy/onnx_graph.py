@@ -155,14 +155,16 @@ def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
     return [item.dim_param or item.dim_value for item in value.type.tensor_type.shape.dim]
 
 
-def open_session(graph: Path | bytes, severity: int = 2) -> onnxruntime.InferenceSession:
-    """A graph on the CPU, with a thread for each core left to this process: ONNX Runtime counts those of the machine.
+def open_session(
+    graph: Path | bytes, severity: int = 2, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> onnxruntime.InferenceSession:
+    """A graph with a CPU thread for each core left to this process: ONNX Runtime counts those of the machine.
 
     `severity`: what it logs, from 0 (all) to 4 (fatal errors).
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = cores(), severity
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(graph, options, providers=list(providers))
 
 
 def run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:

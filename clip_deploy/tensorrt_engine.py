@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from clip_deploy import onnx_graph
 from clip_deploy.core.artifact import Target, read_target
-from clip_deploy.core.config import BuildEngineConfig, Precision
+from clip_deploy.core.config import BuildEngineConfig, Device, Precision
 from clip_deploy.core.environment import gpus
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.float16 import SCAN_ROWS, clamp_masks, halve
@@ -81,7 +81,7 @@ def _halve(bare: Path, half: Path, inputs: dict[str, Any]) -> dict[str, float]:
     model = ir.load(bare)
     clamp_masks(model)
     onnx_graph.save(model, half)
-    return halve(half, partial(feeds, inputs, SCAN_ROWS))
+    return halve(half, partial(feeds, inputs, SCAN_ROWS), device=Device.cuda)
 
 
 def _build(library: Any, graph: Path, settings: BuildEngineConfig, context: int, output: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from clip_deploy import float16
+from clip_deploy.core.config import Device
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.float16 import clamp_masks, halve, ranges
 
@@ -56,7 +57,7 @@ def run(path):
 
 
 def test_ranges_are_the_largest_values_of_all_batches(graph, tmp_path):
-    found = ranges(onnx.load(graph(1000.0)), batches, tmp_path)
+    found = ranges(onnx.load(graph(1000.0)), "vision", batches, tmp_path)
     product = ROWS @ np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
     assert found["a"] == pytest.approx(np.abs(product).max(), rel=1e-5)
     assert found["up"] == pytest.approx(1000 * np.abs(product).max(), rel=1e-5)
@@ -76,7 +77,7 @@ def test_nodes_that_would_overflow_stay_in_fp32_and_are_named(graph):
 
 def test_a_value_that_float16_holds_with_little_room_stays_in_fp32_too(graph):
     path = graph(1.0)
-    largest = max(ranges(onnx.load(path), batches, path.parent).values())
+    largest = max(ranges(onnx.load(path), "vision", batches, path.parent).values())
     assert halve(graph(40_000 / largest), batches)
     assert not halve(graph(20_000 / largest), batches)
 
@@ -93,6 +94,21 @@ def test_nodes_that_are_to_be_kept_stay_in_fp32_though_they_would_fit(graph):
     assert halve(path, batches, ["vision: MatMul_0", "text: MatMul_4"]) == {}
     stored = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
     assert (stored["first"], stored["last_float16"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
+def test_where_there_is_no_gpu_the_cpu_finds_the_ranges_of_a_gpus_target(graph, monkeypatch):
+    def refuse():
+        raise UnavailableError("no CUDA device")
+
+    monkeypatch.setattr(float16, "load_cuda", refuse)
+    assert list(halve(graph(40_000.0), batches, device=Device.cuda)) == list(halve(graph(40_000.0), batches))
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_ranges_that_the_cpu_finds(graph, tmp_path):
+    model = onnx.load(graph(1000.0))
+    found, on_gpu = (ranges(model, "vision", batches, tmp_path, device) for device in (Device.cpu, Device.cuda))
+    assert on_gpu == pytest.approx(found, rel=0.01)  # products in TF32
 
 
 def test_a_graph_that_gives_nan_is_refused(graph):
