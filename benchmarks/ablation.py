@@ -118,9 +118,14 @@ def compare(source: Path, tower: str) -> Iterator[list[str]]:
         changed = module(graph, choice)
         yield [tower, choice.name, *cells(choice, changed, shipped, batches)]
     if tower == "text":
-        cut = [tuple(tensor[:, :SHORT].contiguous() for tensor in given) for given in batches]
-        timed = [ratios(SHIPPED, shipped, short, shipped, given) for short, given in zip(cut, batches, strict=True)]
-        yield [tower, f"texts cut to {SHORT} tokens", *(cell for pair in timed for cell in pair), ""]
+        others: dict[str, Callable[[Tensor], Tensor]] = {
+            f"texts cut to {SHORT} tokens": lambda given: given[:, :SHORT],
+            "texts that are all alike": lambda given: given[:1].expand_as(given),
+        }
+        for name, change in others.items():
+            changed = [tuple(change(tensor).contiguous() for tensor in given) for given in batches]
+            timed = [ratios(SHIPPED, shipped, one, shipped, given) for one, given in zip(changed, batches, strict=True)]
+            yield [tower, name, *(cell for pair in timed for cell in pair), ""]
 
 
 def cells(choice: Choice, changed: GraphModule, shipped: GraphModule, batches: list[tuple[Tensor, ...]]) -> list[str]:
@@ -168,11 +173,12 @@ def module(graph: ir.Model, choice: Choice) -> GraphModule:
 
 
 def inputs(model: dict, tower: str, batch: int) -> tuple[Tensor, ...]:
-    """Random pixels, or texts of the full context."""
+    """Random pixels, or texts of the full context whose words are drawn from the model's examples."""
     if tower == "vision":
         return (torch.randn(batch, 3, *model["image_size"], device="cuda"),)
-    words = torch.tensor(model["example_texts"]["input_ids"][0], device="cuda").repeat(batch, 1)
-    held = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    words = torch.tensor(model["example_texts"]["input_ids"], device="cuda").unique()
+    ids = words[torch.randint(len(words), (batch, model["context_length"]), device="cuda")]
+    held = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return tuple(held[name] for name in model["text_inputs"])
 
 

@@ -1,7 +1,7 @@
 """A process of its own that runs one target and times its calls: python -m clip_deploy.worker FOLDER THREADS
 
 Reads one JSON request a line from standard input and answers with one JSON line on standard output:
-    {"tower": "vision", "batch": 8}     take these inputs from now on
+    {"tower": "vision", "batch": 8...}  take inputs of this shape from now on (timing._request says what else)
     {"calls": 5}                        run so often and answer the milliseconds of each call
     {"rows": true}                      run once and answer the embeddings
     {"seconds": 1.0}                    run for so long and answer the number of calls
@@ -103,7 +103,7 @@ def answer_stream() -> TextIO:
 
 
 def prepare_call(encoder: "Encoder", request: dict) -> Callable[[], object]:
-    """A call without arguments on inputs of the asked shape; speed does not depend on their values.
+    """A call without arguments on random inputs of the asked shape.
 
     On a GPU the inputs lie there already, and the call ends when the GPU has done its work.
     """
@@ -118,7 +118,7 @@ def prepare_call(encoder: "Encoder", request: dict) -> Callable[[], object]:
             images = rng.normal(size=(request["batch"], 3, *request["image_size"])).astype(np.float32)
         arrays, encode = [images], partial(encoder.encode_images, images)
     else:
-        ids = np.full((request["batch"], request["tokens"]), 1, dtype=np.int64)
+        ids = rng.choice(np.array(request["words"], dtype=np.int64), (request["batch"], request["tokens"]))
         given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         arrays, encode = [given[name] for name in encoder.text_inputs], partial(encoder.encode_texts, *given.values())
     if request.get("device", "cpu") == "cuda":

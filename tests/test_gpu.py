@@ -159,7 +159,8 @@ def test_energy_is_counted_over_the_images_that_it_encoded(monkeypatch):
             asked.append(request)
             return {"calls": 100} if "seconds" in request else {}
 
-    target = Target("ort", "fp16", model={"image_size": [32, 32], "context_length": 16}, device="cuda")
+    model = {"image_size": [32, 32], "context_length": 16, "example_texts": {"input_ids": [[1, 2]]}}
+    target = Target("ort", "fp16", model=model, device="cuda")
     sizes = {"1": {"throughput_per_s": 900.0}, "32": {"throughput_per_s": 9000.0}, "256": {"throughput_per_s": 8000.0}}
     power = _power(Worker(), target, sizes, BenchmarkConfig(), 345)["power"]
     assert power["batch"] == 32
