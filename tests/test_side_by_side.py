@@ -40,3 +40,13 @@ def test_a_stage_behind_one_that_failed_is_left_out(tmp_path, capfd):
     assert done == {"download", "validate@b"}
     assert (tmp_path / "order").read_text().split() == ["download", "validate@b"]
     assert "validate@a: FAILED in" in capfd.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="no taskset on this machine")
+def test_what_is_done_already_is_not_run_again(tmp_path):
+    commands = {name: f"echo {name} >> {tmp_path}/order" for name in BEFORE}
+    kept = []
+    done = run(["validate@a", "validate@b"], BEFORE, commands, 1, {"download", "validate@a"}, kept.append)
+    assert done == {"download", "validate@a", "validate@b"}
+    assert (tmp_path / "order").read_text().split() == ["validate@b"]
+    assert kept == [done]
