@@ -264,16 +264,32 @@ def _less_accurate(now: Result, before: Result, limits: GateConfig) -> list[Miss
 
 
 def _slower(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
-    """Speed-ups whose interval lies wholly below the former one, by more than the limit."""
+    """Speed-ups whose interval lies wholly below the former one by more than the limit; on a GPU p50s, and above it."""
     if now.timed.get("threads") != before.timed.get("threads"):
         return []
+    share, on_gpu = limits.max_slow_down / 100, now.checked.get("device") == "cuda"
     present, found = dict(_timings(now.timed)), []
     for where, former in _timings(before.timed):
         timing = present.get(where)
-        if timing and not timing["speedup_high"] >= former["speedup_low"] * (1 - limits.max_slow_down / 100):
-            limit = f"below {_interval(former, 'speedup')} by more than {limits.max_slow_down:g} % (gate.max_slow_down)"
-            found.append(Miss(f"{where}: speed-up", _interval(timing, "speedup"), limit))
+        if timing is None:
+            continue
+        if on_gpu:
+            kept = timing["p50_low_ms"] <= former["p50_high_ms"] * (1 + share)
+        else:
+            kept = timing["speedup_high"] >= former["speedup_low"] * (1 - share)
+        if not kept:
+            name, show, side = ("p50 ms", _p50, "above") if on_gpu else ("speed-up", _speedup, "below")
+            limit = f"{side} {show(former)} by more than {limits.max_slow_down:g} % (gate.max_slow_down)"
+            found.append(Miss(f"{where}: {name}", show(timing), limit))
     return found
+
+
+def _p50(timing: dict[str, float]) -> str:
+    return f"{timing['p50_ms']:.3g} [{timing['p50_low_ms']:.3g}, {timing['p50_high_ms']:.3g}]"
+
+
+def _speedup(timing: dict[str, float]) -> str:
+    return _interval(timing, "speedup")
 
 
 def _interval(record: dict[str, float], key: str) -> str:

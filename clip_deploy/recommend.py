@@ -164,10 +164,14 @@ def _held(
 
 
 def pace(row: Row, tower: str, batch: int) -> Pace:
-    """On a CPU from the speed-up: latencies of rows timed minutes apart carry the machine's drift."""
+    """On a CPU from the speed-up: latencies of rows timed minutes apart carry the machine's drift.
+
+    On a GPU the reference's calls wait for Python, and their noise is none of the row's.
+    """
     timing = row.timing(tower, str(batch))
-    unit = timing["p50_ms"] * timing["speedup"] if row.device == "cuda" else 1.0
-    return Pace(unit / timing["speedup"], unit / timing["speedup_high"], unit / timing["speedup_low"])
+    if row.device == "cuda":
+        return Pace(timing["p50_ms"], timing["p50_low_ms"], timing["p50_high_ms"])
+    return Pace(1 / timing["speedup"], 1 / timing["speedup_high"], 1 / timing["speedup_low"])
 
 
 def alike(row: Row, winner: Row, tower: str, batch: int) -> bool:

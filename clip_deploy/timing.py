@@ -43,13 +43,13 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> dict[st
     """Time both towers of `folder` at every batch size, interleaved with `reference`.
 
     Returns:
-        For each tower and batch size: p50_ms, p90_ms, p95_ms, p99_ms (where the number of calls supports them), calls,
-        throughput_per_s (images or texts), speedup over the reference with its 95 % interval speedup_low, speedup_high,
-        the reference's reference_p50_ms beside it; and memory_mb (peak resident memory above the empty interpreter at
-        the smallest batch) and size_mb. On a GPU also gpu_memory_mb (of the process, at the smallest batch), power (see
-        _power), matrix_tflops (what FP16 products reach there) and with each timing gflop, the reference's work. Where
-        the target preprocesses its images, preprocessed_size says how large they were, [height, width]; the reference
-        gets pixel_values in any case.
+        For each tower and batch size: p50_ms with its 95 % interval p50_low_ms, p50_high_ms, p90_ms, p95_ms, p99_ms
+        (where the number of calls supports them), calls, throughput_per_s (images or texts), speedup over the reference
+        with its 95 % interval speedup_low, speedup_high, the reference's reference_p50_ms beside it; and memory_mb
+        (peak resident memory above the empty interpreter at the smallest batch) and size_mb. On a GPU also
+        gpu_memory_mb (of the process, at the smallest batch), power (see _power), matrix_tflops (what FP16 products
+        reach there) and with each timing gflop, the reference's work. Where the target preprocesses its images,
+        preprocessed_size says how large they were, [height, width]; the reference gets pixel_values in any case.
         `{"status": "unavailable", "reason": ...}` where the target cannot run here.
     """
     described = read_target(folder)
@@ -169,8 +169,11 @@ def summarize(turns: list[list[float]], reference: list[list[float]], batch: int
     """Percentiles, throughput and speed-up of one tower at one batch size, from the ms of each turn's calls."""
     times = np.concatenate(turns)
     speedup, low, high = speedup_interval(turns, reference)
+    _, p50_low, p50_high = median_interval(np.array([median(turn) for turn in turns]))
     return {
         **percentiles(times),
+        "p50_low_ms": p50_low,
+        "p50_high_ms": p50_high,
         "calls": len(times),
         "throughput_per_s": 1000 * batch * len(times) / float(times.sum()),
         "speedup": speedup,
@@ -187,32 +190,38 @@ def percentiles(times: np.ndarray) -> dict[str, float]:
 
 
 def speedup_interval(turns: list[list[float]], reference: list[list[float]]) -> tuple[float, float, float]:
-    """Median over blocks of turns of the ratio of both sides' medians, reference over target, and its 95 % interval.
+    """median_interval of the turns' ratios of both sides' medians, reference over target.
 
     The two sides of a turn run within milliseconds of each other, so drift and changes of frequency cancel in their
-    ratio. What slows one side alone often lasts for several turns, which then are less news than they seem: so turns
-    are taken together in blocks of an odd number, as long as LEAST_BLOCKS allow, and a block counts as the median of
-    its ratios. The interval is that of the sign test over the blocks, which holds for any distribution, interpolated
-    between two of them to reach 95 % (Hettmansperger and Sheather, Statistics & Probability Letters 4 (1986) 75-79).
-    Five blocks or fewer are too few for 95 %: their whole range is returned, which covers in 1 - 2 / 2^blocks of cases.
-
-    It covers noise that both sides share, however long it lasts, and noise of one side that is gone within a block or
-    before the next one. It does not cover what stays as it is for the whole benchmark: where two processes' memory and
-    threads happened to come to lie makes a program differ from itself. report.read_rows widens it by that.
+    ratio. It covers noise that both sides share, however long it lasts, and noise of one side that is gone within a
+    block or before the next one. It does not cover what stays as it is for the whole benchmark: where two processes'
+    memory and threads happened to come to lie makes a program differ from itself. report.read_rows widens it by that.
     """
     ours, theirs = (np.array([median(times) for times in side]) for side in (turns, reference))
-    ratios = np.sort([np.median(block) for block in blocks(np.log(theirs / ours))])
-    inner, share = sign_test_ranks(len(ratios))
+    return median_interval(theirs / ours)
+
+
+def median_interval(found: np.ndarray) -> tuple[float, float, float]:
+    """Median over blocks of turns of what was found in each, a positive number, and its 95 % interval.
+
+    What slows a turn often lasts for several, which then are less news than they seem: so turns are taken together in
+    blocks of an odd number, as long as LEAST_BLOCKS allow, and a block counts as the median of its turns. The interval
+    is that of the sign test over the blocks, which holds for any distribution, interpolated between two of them to
+    reach 95 % (Hettmansperger and Sheather, Statistics & Probability Letters 4 (1986) 75-79). Five blocks or fewer are
+    too few for 95 %: their whole range is returned, which covers in 1 - 2 / 2^blocks of cases.
+    """
+    logs = np.sort([np.median(block) for block in blocks(np.log(found))])
+    inner, share = sign_test_ranks(len(logs))
     outer = max(inner - 1, 0)
-    low = (1 - share) * ratios[outer] + share * ratios[inner]
-    high = (1 - share) * ratios[-1 - outer] + share * ratios[-1 - inner]
-    return math.exp(np.median(ratios)), math.exp(low), math.exp(high)
+    low = (1 - share) * logs[outer] + share * logs[inner]
+    high = (1 - share) * logs[-1 - outer] + share * logs[-1 - inner]
+    return math.exp(np.median(logs)), math.exp(low), math.exp(high)
 
 
-def blocks(ratios: np.ndarray) -> list[np.ndarray]:
+def blocks(found: np.ndarray) -> list[np.ndarray]:
     """Consecutive turns, an odd number in most blocks: the median of two is their mean, which one stall moves."""
-    size = max(1, len(ratios) // LEAST_BLOCKS)
-    return np.array_split(ratios, len(ratios) // (size - 1 + size % 2))
+    size = max(1, len(found) // LEAST_BLOCKS)
+    return np.array_split(found, len(found) // (size - 1 + size % 2))
 
 
 def sign_test_ranks(count: int) -> tuple[int, float]:

@@ -318,6 +318,16 @@ def test_without_a_tolerance_the_intervals_alone_decide(sound, high, limit, is_l
     assert bool(lost_since(sound, slower, slow_down=limit)[0]) == is_lost
 
 
+@pytest.mark.parametrize(("low", "is_lost"), [(2.2, False), (2.4, True)])
+def test_on_a_gpu_p50_decides_and_not_a_reference_that_waits_for_python(sound, low, is_lost):
+    before = timed(p50_ms=2.0, p50_low_ms=1.9, p50_high_ms=2.1)
+    slower = timed(p50_ms=2.5, p50_low_ms=low, p50_high_ms=2.6, speedup=1.0, speedup_low=0.9, speedup_high=1.1)
+    lost = lost_since({**sound, "device": "cuda"}, slower, before)[0]
+    found = f"vision, batch 1: p50 ms 2.5 [{low}, 2.6] above 2 [1.9, 2.1] by more than 10 % (gate.max_slow_down)"
+    assert any(line.startswith(found) for line in lost) == is_lost
+    assert not any("speed-up" in line for line in lost)
+
+
 SHAPES = [[], "text", 3, {"status": {}}, {"parity": []}, {"parity": {"vision": 1}}, {"towers": [1]}, {"targets": [1]}]
 
 

@@ -12,6 +12,8 @@ from clip_deploy.report import Row, markdown, page
 def timing(speedup, spread=0.02, **other):
     return {
         "p50_ms": 10 / speedup,
+        "p50_low_ms": 9.9 / speedup,
+        "p50_high_ms": 10.1 / speedup,
         "calls": 200,
         "throughput_per_s": 100 * speedup,
         "speedup": speedup,
@@ -195,9 +197,12 @@ def test_the_front_holds_what_no_other_beats_in_time_accuracy_and_size():
 
 def test_on_a_gpu_latency_decides_and_not_the_speedup_over_a_reference_that_was_slow_then():
     a, b = (replace(row(name, 2.0, 2.0), device="cuda") for name in "ab")
-    a.timings["vision"]["1"] = timing(4.0, p50_ms=2.0)
-    b.timings["vision"]["1"] = timing(3.0, p50_ms=1.0)
+    a.timings["vision"]["1"] = timing(4.0, p50_ms=2.0, p50_low_ms=1.95, p50_high_ms=2.05)
+    b.timings["vision"]["1"] = timing(3.0, 0.9, p50_ms=1.0, p50_low_ms=0.95, p50_high_ms=1.05)
     assert recommend([a, b], RecommendConfig()).ship["vision"] == "b"
+    assert list(recommend([a, b], RecommendConfig()).alike) == ["text"]
+    near = replace(b, target="near", timings={**b.timings, "vision": {"1": timing(3.0, p50_ms=1.06, p50_low_ms=1.04)}})
+    assert recommend([b, near], RecommendConfig()).alike["vision"] == ["near"]
 
 
 def test_the_report_and_its_page_say_which_one_to_ship():

@@ -176,6 +176,22 @@ def test_intervals_hold_what_the_reference_differed_from_itself(itself, tmp_path
     assert timing["speedup"] == 1.5
 
 
+def test_on_a_gpu_a_batch_is_judged_by_what_the_reference_did_there_or_at_a_larger_one(tmp_path):
+    itself = {"1": 0.5, "8": 1.25, "256": 1.01}
+    alone = {batch: {**ALONE, "speedup": speedup} for batch, speedup in itself.items()}
+    timed = {batch: {**TIMING, "p50_low_ms": 1.9, "p50_high_ms": 2.1} for batch in itself}
+    for name, towers in {"torch-fp32": alone, "ort-cuda-fp16": timed}.items():
+        for timing in towers.values():
+            timing |= {"p50_low_ms": 1.9, "p50_high_ms": 2.1}
+        write_json(tmp_path / "validate" / f"{name}.json", {**CHECKED, "device": "cuda"})
+        write_json(tmp_path / "benchmark" / f"{name}.json", {**TIMED, "towers": {"vision": towers, "text": {}}})
+    row = read_rows(["torch-fp32", "ort-cuda-fp16"], tmp_path / "validate", tmp_path / "benchmark")[1]
+    for batch, spread in (("1", 2.0), ("8", 1.25), ("256", 1.01)):
+        timing = row.timing("vision", batch)
+        assert (timing["speedup_low"], timing["speedup_high"]) == pytest.approx((1.4 / spread, 1.6 * spread))
+        assert (timing["p50_low_ms"], timing["p50_high_ms"]) == pytest.approx((1.9 / 1.01, 2.1 * 1.01))
+
+
 FLOW = {
     "target": "ort-fp32",
     "threads": 2,
