@@ -1,7 +1,8 @@
 """Run the pipeline on a machine with many cores: build and check targets side by side, then time them one by one.
 
     python -m benchmarks.side_by_side jobs=8
-    python -m benchmarks.side_by_side jobs=8 resume=true      # what an interrupted or failed run left undone
+    python -m benchmarks.side_by_side jobs=8 timed=false      # builds and checks alone
+    python -m benchmarks.side_by_side jobs=8 resume=true      # what that, or an interrupted or failed run, left undone
 
 DVC runs one stage after another. This takes the stages, their commands and their order from dvc.yaml, and runs all of
 them, needed or not; those that time a target run alone. Stages that run at once get cores of their own. `dvc commit
@@ -29,15 +30,16 @@ LAST_CHARACTERS = 2000  # of a failed stage's output that are shown
 
 
 def main() -> None:
-    given = {"jobs": "4", "resume": "false"} | dict(word.split("=", 1) for word in sys.argv[1:])
+    given = {"jobs": "4", "timed": "true", "resume": "false"} | dict(word.split("=", 1) for word in sys.argv[1:])
     jobs = int(given["jobs"])
     graph = Repo(".").index.graph
     commands = {stage.addressing: stage.cmd for stage in graph}
     before = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in graph}
     done = set(json.loads(DONE.read_text())) if given["resume"] == "true" and DONE.exists() else set()
-    for names, width in zip(phases(before), (1, jobs, 1, jobs), strict=True):
+    plan = list(zip(phases(before), (1, jobs, 1, jobs), strict=True))[: 4 if given["timed"] == "true" else 2]
+    for names, width in plan:
         done |= run(names, before, commands, width, done, lambda now: write_text(DONE, json.dumps(sorted(now))))
-    if left := [name for name in commands if name not in done]:
+    if left := [name for names, _ in plan for name in names if name not in done]:
         sys.exit(f"error: failed, or waited for a stage that did: {', '.join(left)}")
 
 
