@@ -60,7 +60,7 @@ class Row:
 
 
 def read_rows(targets: list[str], validation: Path, benchmark: Path) -> list[Row]:
-    """Read the configured targets' results, the reference first; timings of a busy machine are marked as unstable.
+    """Read the configured targets' results, the reference first; speed-ups that decide nothing are marked as unstable.
 
     Intervals are widened by what the reference differed from itself. On a GPU its small batches wait for Python, whose
     speed in one process is not that in another, and its large ones do not: there, it is what it differed by at that
@@ -413,8 +413,9 @@ def _reasons(rows: list[Row]) -> list[str]:
             f"- {names}: image latency and speed-up include preprocessing, from uint8 images of {height} x {width} "
             f"pixels; other rows, `{REFERENCE}` among them, start from pixel_values"
         )
-    if shaky := [row.target for row in rows if _is_shaky(row)]:
-        lines.append(f"- ~ marks speed-ups that decide nothing: {UNSTABLE.format(target=shaky[0])}")
+    if shaky := [row for row in rows if _is_shaky(row)]:
+        why = UNSTABLE_ON_GPU if shaky[0].device == "cuda" else UNSTABLE.format(target=shaky[0].target)
+        lines.append(f"- ~ marks speed-ups that decide nothing: {why}")
     return [*lines, ""] if lines else []
 
 
@@ -464,6 +465,10 @@ def _is_shaky(row: Row) -> bool:
 UNSTABLE = (
     "the machine was busy, so the interval is wide or the reference ran at another speed than in its own row; "
     "time again on a quiet machine: `dvc repro --force --single-item benchmark@{target}`, then `dvc repro`"
+)
+UNSTABLE_ON_GPU = (
+    "small batches of the reference wait for Python, whose speed differs from process to process; "
+    'compare rows by p50, as "Which one to ship" does'
 )
 
 

@@ -185,11 +185,16 @@ def test_on_a_gpu_a_batch_is_judged_by_what_the_reference_did_there_or_at_a_larg
             timing |= {"p50_low_ms": 1.9, "p50_high_ms": 2.1}
         write_json(tmp_path / "validate" / f"{name}.json", {**CHECKED, "device": "cuda"})
         write_json(tmp_path / "benchmark" / f"{name}.json", {**TIMED, "towers": {"vision": towers, "text": {}}})
-    row = read_rows(["torch-fp32", "ort-cuda-fp16"], tmp_path / "validate", tmp_path / "benchmark")[1]
+    rows = read_rows(["torch-fp32", "ort-cuda-fp16"], tmp_path / "validate", tmp_path / "benchmark")
+    row = rows[1]
     for batch, spread in (("1", 2.0), ("8", 1.25), ("256", 1.01)):
         timing = row.timing("vision", batch)
         assert (timing["speedup_low"], timing["speedup_high"]) == pytest.approx((1.4 / spread, 1.6 * spread))
         assert (timing["p50_low_ms"], timing["p50_high_ms"]) == pytest.approx((1.9 / 1.01, 2.1 * 1.01))
+    marked = next(line for line in markdown("title", rows, {}).splitlines() if line.startswith("- ~"))
+    assert "wait for Python" in marked
+    assert "by p50" in marked
+    assert "busy" not in marked
 
 
 FLOW = {
