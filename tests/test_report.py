@@ -190,7 +190,7 @@ def test_on_a_gpu_a_batch_is_judged_by_what_the_reference_did_there_or_at_a_larg
     for batch, spread in (("1", 2.0), ("8", 1.25), ("256", 1.01)):
         timing = row.timing("vision", batch)
         assert (timing["speedup_low"], timing["speedup_high"]) == pytest.approx((1.4 / spread, 1.6 * spread))
-        assert (timing["p50_low_ms"], timing["p50_high_ms"]) == pytest.approx((1.9 / 1.01, 2.1 * 1.01))
+        assert (timing["p50_low_ms"], timing["p50_high_ms"]) == pytest.approx((1.9 / 1.03, 2.1 * 1.03), rel=1e-3)
     marked = next(line for line in markdown("title", rows, {}).splitlines() if line.startswith("- ~"))
     assert "wait for Python" in marked
     assert "by p50" in marked
