@@ -7,26 +7,27 @@ rather than for the GPU: eager PyTorch, TorchScript, and the unfused graph, whos
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median, quantiles
 
 from clip_deploy.core.artifact import write_text
+from clip_deploy.gate import git
 from clip_deploy.report import REFERENCE, number, table
 
 WAITING = {REFERENCE, "torch-fp16", "torch-bf16", "torchscript-fp16", "onnx-fp32"}
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m benchmarks.between_runs REVISION FOLDER      (FOLDER holds a folder for each model)")
     revision, folder = sys.argv[1], Path(sys.argv[2])
     body, everything = [], []
     for page in sorted(folder.glob("*/report.html")):
-        known = subprocess.run(["git", "show", f"{revision}:{page}"], capture_output=True, text=True, check=False)
-        before = p50s(known.stdout) if known.returncode == 0 else {}
-        now = p50s(page.read_text())
+        former = git("show", f"{revision}:./{page.as_posix()}")
+        before, now = p50s(former) if former else {}, p50s(page.read_text())
         found = {key: max(now[key] / before[key], before[key] / now[key]) for key in now.keys() & before.keys()}
-        if not found or before == now:  # another model, or the same run
+        if len(found) < 2 or before == now:  # another model, or the same run
             continue
         furthest = max(found, key=lambda key: found[key])
         body.append([page.parent.name, *cells(list(found.values())), " ".join(furthest)])

@@ -63,7 +63,7 @@ def in_folder(folder: Path) -> Reports:
 
 def at_revision(revision: str, folder: Path) -> Reports:
     """The reports as a git commit holds them; DeployError where git knows no such revision."""
-    known = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    known = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if known is None:
         raise DeployError(
             f"git knows no revision {revision!r} here: give one, as HEAD~1, main or v1.0 (in a shallow clone, fetch it "
@@ -71,7 +71,7 @@ def at_revision(revision: str, folder: Path) -> Reports:
         )
 
     def read(name: str) -> Any:
-        text = _git("show", f"{known.strip()}:./{(folder / name).as_posix()}")
+        text = git("show", f"{known.strip()}:./{(folder / name).as_posix()}")
         try:
             return None if text is None else json.loads(text)
         except ValueError as error:
@@ -80,7 +80,7 @@ def at_revision(revision: str, folder: Path) -> Reports:
     return read
 
 
-def _git(*words: str) -> str | None:
+def git(*words: str) -> str | None:
     """What git prints; None where it fails."""
     done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else None

@@ -352,7 +352,7 @@ def markdown(
     return "\n".join(lines).rstrip() + "\n"
 
 
-HOW = """
+HOW = f"""
 ## How it was measured
 
 - Every row is held against `torch-fp32`, the untouched checkpoint, on the same inputs. Two processes took turns on the
@@ -364,7 +364,8 @@ HOW = """
   On a CPU compare rows by speed-up: latencies of rows that were timed minutes apart carry the machine's drift as well.
   On a GPU compare them by p50, as "Which one to ship" does: there a small batch of the reference waits for Python, and
   its row widens intervals of speed-ups by what it came out at that batch size or a larger one. For the advice, rows
-  within 6 % of each other are not told apart there: as much p50 differed between runs on an H200.
+  within {100 * (BETWEEN_RUNS - 1):.0f} % of each other are not told apart there: as much p50
+  differed between runs on an H200.
 - p90 and p99 (and the p95 of `recommend`) are stated only where at least 5 calls lie beyond them; images/s and texts/s
   are means over all calls. Texts are timed at the model's whole context.
 - Both processes keep freed memory (glibc's malloc thresholds are fixed), as a server with a caching allocator does.

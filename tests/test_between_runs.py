@@ -45,3 +45,9 @@ def test_a_revision_that_git_does_not_know_is_named(git, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["between_runs", "nowhere", "reports"])
     with pytest.raises(SystemExit, match="nowhere holds no other run of a model in reports"):
         between_runs.main()
+
+
+def test_what_is_missing_on_the_command_line_is_said(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["between_runs", "HEAD"])
+    with pytest.raises(SystemExit, match="REVISION FOLDER"):
+        between_runs.main()
