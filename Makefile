@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro gate test reliability check format bench-pipeline bench-int8 bench-embed bench-peers reproducible \
+.PHONY: help repro gate test reliability kinds check format bench-pipeline bench-int8 bench-embed bench-peers reproducible \
   triton-env lock clean
 
 help: ## show this list
@@ -71,6 +71,9 @@ COUNTS := build/faults.json build/hostile.json build/gate.json build/verify.json
 .PHONY: $(COUNTS)
 $(COUNTS): build/%.json:
 	python -m pytest tests/test_$*.py --reliability $@
+
+kinds: $(VENV)/ready ## show what comes of each kind of wrong model; writes reports/kinds.md
+	python -m pytest --kinds reports/kinds.md
 
 check: $(VENV)/ready ## lint, format and types
 	ruff check .

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, Phase, settings
+from kinds import Kinds
 from reliability import Outcomes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,9 +28,11 @@ if not shutil.which("nvidia-smi"):
 
 MANY = 8  # times as many inputs in `make reliability` as in `make test`
 REPORT = "--reliability"
+KINDS = "--kinds"
 
 
 def pytest_addoption(parser):
+    parser.addoption(KINDS, type=Path, metavar="FILE", help="run the tests that show a kind, and write their table")
     parser.addoption(REPORT, type=Path, metavar="FILE", help="run all faults, many more inputs, and write counts")
 
 
@@ -44,6 +47,8 @@ def pytest_collection_modifyitems(config, items):
         return 0 if item.path == first else 2 if "built" in item.fixturenames else 1
 
     items.sort(key=lambda item: ("slow" not in item.keywords, turn(item)))
+    if config.getoption(KINDS):
+        items[:] = [item for item in items if "kinds" in item.fixturenames]
     if not config.getoption(REPORT):
         for item in items:
             if "reliability" in item.keywords:
@@ -61,6 +66,15 @@ def outcomes(pytestconfig):
     found = Outcomes()
     yield found
     if path := pytestconfig.getoption(REPORT):
+        found.write(path)
+
+
+@pytest.fixture(scope="session")
+def kinds(pytestconfig):
+    """Where a test notes what comes of a kind of input; `make kinds` writes the table."""
+    found = Kinds()
+    yield found
+    if path := pytestconfig.getoption(KINDS):
         found.write(path)
 
 
