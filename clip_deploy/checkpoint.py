@@ -1,7 +1,8 @@
 """Checkpoints: fetch one, refuse what cannot be deployed, load it. The one module that decides what a checkpoint is."""
 
-import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,26 @@ from safetensors import SafetensorError, safe_open
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, ModelConfig, Precision, TorchConfig
 from clip_deploy.core.environment import fingerprint
-from clip_deploy.core.errors import CheckpointError
+from clip_deploy.core.errors import CheckpointError, one_line
+from clip_deploy.layout import (
+    INDEX,
+    OTHERS,
+    PICKLES,
+    SETTINGS,
+    WEIGHTS,
+    model_files,
+    other_weights,
+    own_code,
+    read_object,
+    refuse_other_layouts,
+    weight_names,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-# Configuration, tokenizer and weights; never pickles, never code.
-PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
 EXAMPLE_TEXTS = ["a photo of a cat", "two dogs that run along the beach in the evening light", "red"]
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOWERS = ("vision", "text")
 
 
 def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Target:
@@ -26,17 +38,29 @@ def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Targ
 
     Raises CheckpointError where there is none, its weights are pickled or truncated, or it is no dual encoder.
     """
-    if model.repo_id:
-        _copy(_download(model.repo_id, str(model.revision)), output)
-    elif model.architecture:
+    source = output
+    if model.architecture:
         _initialise(model, output)
     else:
-        _copy(_local_folder(model), output)
-    verify(output)
-    weights = sorted(path.name for path in output.glob("*.safetensors"))
+        source = _download(model.repo_id, str(model.revision)) if model.repo_id else _local_folder(model)
+        with called(source, model):
+            _copy(source, output)
+    with called(output, model):
+        verify(output)
+        described = describe(output)
     origin = {"repo_id": model.repo_id, "revision": model.revision, "sha256": fingerprint(output)}
-    description = {**describe(output), "trained": model.trained, "checkpoint": origin}
-    return Target("eager", "fp32", ["config.json", *weights], description, device=device.value)
+    description = {**described, "trained": model.trained, "checkpoint": origin, "left_out": other_weights(source)}
+    return Target("eager", "fp32", ["config.json", *weight_names(output)], description, device=device.value)
+
+
+@contextmanager
+def called(folder: Path, model: ModelConfig) -> Iterator[None]:
+    """Let messages name the checkpoint as its user does, and not the folder that it is read in."""
+    try:
+        yield
+    except CheckpointError as error:
+        name = f"{model.repo_id} at {model.revision}" if model.repo_id else str(model.path)
+        raise CheckpointError(str(error).replace(str(folder), name)) from error
 
 
 def export_torch(checkpoint: Path, settings: TorchConfig, device: Device, output: Path) -> Target:
@@ -45,11 +69,9 @@ def export_torch(checkpoint: Path, settings: TorchConfig, device: Device, output
 
     halves = {Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16}
     source = read_target(checkpoint)
-    for path in checkpoint.glob("*"):
-        if path.name not in source.files and any(path.match(pattern) for pattern in PATTERNS):
-            shutil.copyfile(path, output / path.name)
+    for name in set(model_files(checkpoint)) - set(source.files):
+        shutil.copyfile(checkpoint / name, output / name)
     load_model(checkpoint).to(halves.get(settings.precision, torch.float32)).save_pretrained(output)
-    weights = sorted(path.name for path in output.glob("*.safetensors"))
     note = (
         "torch.compile for each shape, CUDA graphs"
         if settings.compile
@@ -59,7 +81,7 @@ def export_torch(checkpoint: Path, settings: TorchConfig, device: Device, output
         runtime="compiled" if settings.compile else "eager",
         precision=settings.precision.value,
         device=device.value,
-        files=["config.json", *weights],
+        files=["config.json", *weight_names(output)],
         model=source.model,
         build={"note": note},
     )
@@ -68,24 +90,46 @@ def export_torch(checkpoint: Path, settings: TorchConfig, device: Device, output
 def _local_folder(model: ModelConfig) -> Path:
     folder = Path(str(model.path)).expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"model.path is {model.path}: no such folder; give one in Hugging Face layout")
+        what = "a file, and no folder" if folder.is_file() else "no such folder"
+        raise CheckpointError(f"model.path is {model.path}: {what}; give one in Hugging Face layout")
     return folder
 
 
 def _copy(source: Path, output: Path) -> None:
     verify(source)
-    for path in sorted(source.iterdir()):
-        if any(path.match(pattern) for pattern in PATTERNS):
-            shutil.copyfile(path, output / path.name)
+    for name in model_files(source):
+        shutil.copyfile(source / name, output / name)
 
 
 def _download(repo_id: str, revision: str) -> Path:
-    """Fetch a repository through the Hugging Face cache; HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE hold as usual."""
-    from huggingface_hub import snapshot_download
+    """Fetch a repository through the Hugging Face cache; HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE hold as usual.
+
+    Its settings come first: what they show to be no checkpoint is refused before the weights are fetched.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    def snapshot(names: list[str]) -> Path:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
+
+    with _hub_errors(repo_id, revision):
+        folder = snapshot([*SETTINGS, INDEX, *OTHERS])
+        refuse_other_layouts(folder)
+        snapshot([WEIGHTS])
+        snapshot(weight_names(folder))
+        if not set(weight_names(folder)) & set(model_files(folder)):  # or the network was lost since
+            listed = HfApi().list_repo_files(repo_id, revision=revision)
+            raise CheckpointError(_without_weights(f"{repo_id} at {revision}", [Path(name) for name in listed]))
+    return folder
+
+
+@contextmanager
+def _hub_errors(repo_id: str, revision: str) -> Iterator[None]:
+    """Say in one line why the hub gives no files, and the way out."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -93,7 +137,7 @@ def _download(repo_id: str, revision: str) -> Path:
 
     what = f"{repo_id} at {revision}"
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(PATTERNS)))
+        yield
     except GatedRepoError as error:
         raise CheckpointError(f"{repo_id} is gated: accept its terms on its page, then set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
@@ -102,7 +146,7 @@ def _download(repo_id: str, revision: str) -> Path:
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{repo_id} has no revision {revision}: give a commit of the repository") from error
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise CheckpointError(
             f"cannot reach the hub and {what} is not in the local cache: check the network or HF_ENDPOINT, unset "
             "HF_HUB_OFFLINE, or copy the folder here and use `model: local`"
@@ -111,6 +155,18 @@ def _download(repo_id: str, revision: str) -> Path:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the network
         raise CheckpointError(f"downloading {what} failed: {error}; run `dvc repro` again to go on") from error
+
+
+def _without_weights(name: str, files: list[Path]) -> str:
+    """Why a folder or repository that lacks model.safetensors cannot be deployed, and what it has in its place."""
+    if pickled := sorted(file.name for file in files if any(file.match(pattern) for pattern in PICKLES)):
+        return (
+            f"{name} has only pickled weights ({pickled[0]}), which can run code when loaded: where you "
+            "trust it, load it once and `model.save_pretrained(folder)`, or pin a revision with model.safetensors"
+        )
+    other = sorted(file.name for file in files if file.suffix == ".safetensors")
+    also = f"; {', '.join(other[:3])} is none that transformers reads" if other else ""
+    return f"{name} has no weights: a file {WEIGHTS} is needed, or shards with {INDEX}{also}"
 
 
 def _initialise(model: ModelConfig, output: Path) -> None:
@@ -135,25 +191,26 @@ def _initialise(model: ModelConfig, output: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raise CheckpointError where `folder` is not a dual encoder with whole safetensors weights."""
+    """Raise CheckpointError where `folder` is not a dual encoder with whole safetensors weights, and nothing more."""
+    refuse_other_layouts(folder)
     config = read_config(folder)
-    kind = config.get("model_type")
-    if "vision_config" not in config or "text_config" not in config:
+    if not all(_stated(config, tower) for tower in TOWERS):
         raise CheckpointError(
-            f"{folder} holds a {kind!r} model: only dual encoders (CLIP, SigLIP, Chinese-CLIP, ALIGN...) have an image "
-            "tower and a text tower to deploy"
+            f"{folder} holds a {config.get('model_type')!r} model: only dual encoders (CLIP, SigLIP, Chinese-CLIP, "
+            "ALIGN...) have an image tower and a text tower to deploy"
         )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        if pickled:
-            raise CheckpointError(
-                f"{folder} has only pickled weights ({pickled[0]}), which can run code when loaded: where you "
-                "trust it, load it once and `model.save_pretrained(folder)`, or pin a revision with model.safetensors"
-            )
-        raise CheckpointError(f"{folder} has no weights: a file model.safetensors is needed")
-    _verify_depth(folder, config, sum(_tensors(path) for path in weights))
-    _verify_shards(folder, {path.name for path in weights})
+    if quantized := config.get("quantization_config"):
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(
+            f"{folder} holds weights that are quantised already (quantization_config: {kind!s:.40}): give the "
+            "checkpoint that they were made from, against which every form can be held; INT8 is made here"
+        )
+    names = weight_names(folder)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        if len(names) > 1:
+            raise CheckpointError(f"{folder} lacks {missing[0]}, which {INDEX} names: fetch it again")
+        raise CheckpointError(_without_weights(str(folder), [path for path in folder.iterdir() if path.is_file()]))
+    _verify_depth(folder, config, sum(_tensors(folder / name) for name in names if name != INDEX))
     for name in ("preprocessor_config.json", "tokenizer_config.json"):
         if not (folder / name).is_file() and not (folder / "processor_config.json").is_file():
             raise CheckpointError(
@@ -162,17 +219,18 @@ def verify(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands; CheckpointError where there is none."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no config.json: give a folder in Hugging Face layout") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no configuration")
-    return config
+    """config.json as it stands."""
+    return read_object(folder / "config.json")
+
+
+def _stated(config: dict[str, Any], tower: str) -> bool:
+    """Whether config.json has settings of a tower; transformers 4 wrote them under other names too."""
+    return f"{tower}_config" in config or f"{tower}_config_dict" in config
+
+
+def tower_settings(config: dict[str, Any], tower: str) -> dict[str, Any]:
+    """What config.json says of a tower, without transformers' defaults; of two places, the one that it heeds."""
+    return {**(config.get(f"{tower}_config") or {}), **(config.get(f"{tower}_config_dict") or {})}
 
 
 def _tensors(path: Path) -> int:
@@ -186,26 +244,16 @@ def _tensors(path: Path) -> int:
 
 def _verify_depth(folder: Path, config: dict[str, Any], tensors: int) -> None:
     """Raise CheckpointError where a tower has more layers than there are weights: to build them could take for ever."""
-    for tower in ("vision_config", "text_config"):
-        if not isinstance(config[tower], dict):
-            raise CheckpointError(f"{folder}/config.json: {tower} is {config[tower]!r:.60}: it must hold settings")
-        layers = config[tower].get("num_hidden_layers")
+    for place in (f"{tower}_config{suffix}" for tower in TOWERS for suffix in ("", "_dict")):
+        settings = config.get(place) or {}
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{folder}/config.json: {place} is {settings!r:.60}: it must hold settings")
+        layers = settings.get("num_hidden_layers")
         if isinstance(layers, int | float) and layers > tensors:
             raise CheckpointError(
-                f"{folder}/config.json: {tower}.num_hidden_layers is {layers}, and the weights are {tensors} tensors: "
+                f"{folder}/config.json: {place}.num_hidden_layers is {layers}, and the weights are {tensors} tensors: "
                 "these files do not belong together"
             )
-
-
-def _verify_shards(folder: Path, present: set[str]) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            needed = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        except (ValueError, RecursionError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is no index of weights ({error}): fetch it again") from error
-        if missing := sorted(needed - present):
-            raise CheckpointError(f"{folder} lacks {missing[0]}, which {index.name} names: fetch it again")
 
 
 def load_model(folder: Path) -> "PreTrainedModel":
@@ -220,8 +268,6 @@ def load_model(folder: Path) -> "PreTrainedModel":
             f"{folder}: the weight {broken} holds NaN or infinity: its training diverged, or the file is damaged; "
             "take an earlier checkpoint, or fetch it again"
         )
-    if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-        raise CheckpointError(f"{folder} is a {type(model).__name__}: it has no get_image_features/get_text_features")
     return model.eval()
 
 
@@ -240,6 +286,7 @@ def _load(folder: Path, **options: Any) -> tuple["PreTrainedModel", dict[str, An
     try:
         return AutoModel.from_pretrained(
             folder,
+            config=load_config(folder),
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
@@ -247,8 +294,30 @@ def _load(folder: Path, **options: Any) -> tuple["PreTrainedModel", dict[str, An
             output_loading_info=True,
             **options,
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever transformers and torch meet in its files
-        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
+
+
+def load_config(folder: Path) -> "PreTrainedConfig":
+    """The checkpoint's configuration, without what says how to run it and not what it computes.
+
+    A checkpoint may ask for tuples in the place of outputs by name, or for kernels that are not installed here.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers meets in config.json
+        code = ", ".join(own_code(folder))
+        way = f"; {code} names code of its own (auto_map), which is never run here" if code else ""
+        raise CheckpointError(
+            f"{folder}: its config.json is not one that transformers knows: {one_line(error)}{way}"
+        ) from error
+    config.return_dict = True
+    config._attn_implementation = None  # transformers then takes PyTorch's own
+    return config
 
 
 def load_processor(folder: Path) -> "ProcessorMixin":
@@ -265,7 +334,7 @@ def load_processor(folder: Path) -> "ProcessorMixin":
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers and tokenizers meet in its files
-        raise CheckpointError(f"{folder}: its processor cannot be loaded: {first_line(error)}") from error
+        raise CheckpointError(f"{folder}: its processor cannot be loaded: {one_line(error)}") from error
     return processor
 
 
@@ -296,37 +365,27 @@ def describe(folder: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever transformers meets when it uses them
         raise CheckpointError(
-            f"{folder}: its configuration, tokenizer and image processor do not work together: {first_line(error)}"
+            f"{folder}: its configuration, tokenizer and image processor do not work together: {one_line(error)}"
         ) from error
 
 
 def _describe(folder: Path) -> dict[str, Any]:
-    from PIL import Image
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: its config.json is not one that transformers knows: {first_line(error)}"
-        ) from error
+    config = load_config(folder)
+    skeleton = _skeleton(folder, config)
     processor = load_processor(folder)
-    pixels = processor.image_processor(Image.new("RGB", (64, 64)), return_tensors="np")["pixel_values"]
-    if pixels.ndim != 4:
-        raise CheckpointError(
-            f"{folder} takes images of varying resolution (NaFlex): use a fixed-resolution checkpoint"
-        )
     kind = config.model_type
     siglip = kind.startswith("siglip")
-    context = int(min(config.text_config.max_position_embeddings, processor.tokenizer.model_max_length))
+    positions = _positions(skeleton, config.text_config)
+    context = int(min(positions, processor.tokenizer.model_max_length))
     text_inputs = ["input_ids"] if siglip else ["input_ids", "attention_mask"]
     tokens = processor.tokenizer(
         EXAMPLE_TEXTS, padding="max_length" if siglip else "longest", truncation=True, max_length=context
     )
     return {
         "model_type": kind,
-        "image_size": list(pixels.shape[-2:]),
+        "image_size": _image_size(folder, processor.image_processor),
         "context_length": context,
+        "positions": positions,
         # SigLIP was trained on texts padded to the context, without a mask, as transformers' processor gives them.
         "pad_to_context": siglip,
         "text_inputs": text_inputs,
@@ -335,12 +394,48 @@ def _describe(folder: Path) -> dict[str, Any]:
     }
 
 
+def _skeleton(folder: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
+    """The model without weights; CheckpointError where it embeds no images or no texts."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=False)
+    name = type(model).__name__
+    if hasattr(model, "get_video_features"):
+        raise CheckpointError(f"{folder} is a {name}, which embeds videos: only towers for images can be deployed")
+    if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+        raise CheckpointError(f"{folder} is a {name}: it has no get_image_features/get_text_features")
+    return model
+
+
+def _positions(skeleton: "PreTrainedModel", text: Any) -> int:
+    """Tokens that the text tower has positions for. RoBERTa and its like count them from behind the padding's."""
+    known = int(text.max_position_embeddings)
+    tables = [table for name, table in skeleton.named_modules() if name.endswith("position_embeddings")]
+    taken = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return known - max(taken) - 1 if taken else known
+
+
+def _image_size(folder: Path, processor: Any) -> list[int]:
+    """Height and width of what the image processor makes of a square image."""
+    from PIL import Image
+
+    made = processor(Image.new("RGB", (64, 64)), return_tensors="np")
+    shape = list(made["pixel_values"].shape)
+    if "spatial_shapes" in made:
+        raise CheckpointError(
+            f"{folder} takes images of varying resolution (NaFlex): use a fixed-resolution checkpoint"
+        )
+    if len(shape) != 4:
+        raise CheckpointError(
+            f"{folder}: its image processor makes pixel_values of shape {shape}: four axes are needed"
+        )
+    return shape[-2:]
+
+
 def _tower(config: Any) -> dict[str, int]:
-    """Layers, heads and width; 0 where a tower has none (ALIGN's EfficientNet)."""
+    """Layers, heads and width; 0 where a tower has none (ALIGN's EfficientNet), or others in each stage (Swin)."""
     names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size"}
-    return {key: int(getattr(config, name, 0) or 0) for key, name in names.items()}
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line; its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    found = {key: getattr(config, name, 0) for key, name in names.items()}
+    return {key: 0 if isinstance(value, list | tuple) else int(value or 0) for key, value in found.items()}

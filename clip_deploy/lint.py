@@ -15,15 +15,19 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
-from clip_deploy.checkpoint import first_line, load_as_is, load_processor, read_config
+from clip_deploy.checkpoint import called, load_as_is, load_processor, read_config, tower_settings
 from clip_deploy.core.config import ModelConfig
-from clip_deploy.core.errors import CheckpointError, ConfigError
+from clip_deploy.core.errors import CheckpointError, ConfigError, one_line
+from clip_deploy.layout import own_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ERROR, WARNING = "error", "warning"
+TOWERS = ("vision", "text")
 CODES = (
+    "own-code",
+    "other-weights",
     "hidden-act",
     "eos-token",
     "eos-missing",
@@ -40,13 +44,15 @@ CODES = (
     "weights-dtype",
     "missing-weights",
     "unused-weights",
+    "alike",
 )
-NEVER_ALLOWED = {"missing-weights"}  # each load would draw other random weights
+NEVER_ALLOWED = {"missing-weights", "alike"}  # each load would draw other random weights; there is no answer to give
 
 LEGACY_EOS = (
     2  # transformers' CLIP then pools at the highest id: https://github.com/huggingface/transformers/pull/24773
 )
-POOLED_AT_EOS = ("clip", "metaclip_2")
+POOLED_AT_EOS = ("clip", "clipseg", "groupvit", "metaclip_2", "aimv2")
+KNOWS_LEGACY = ("clip", "clipseg", "groupvit")
 PAD_TOKENS = {"siglip": ("</s>", "<pad>"), "siglip2": ("<pad>",)}  # read as text; SigLIP 2 of one size is a siglip
 
 # Which activation the weights were trained with: vision and text tower of all that a family has released...
@@ -67,8 +73,9 @@ OF_BOTH_KINDS = ("clip", "metaclip_2")
 SAME_FUNCTION = 1e-3  # the exact GELU and its tanh form differ by 5e-4 at most, QuickGELU by 2e-2
 
 INITIAL_SCALE = float(np.log(1 / 0.07))  # CLIP's temperature before training (arXiv:2103.00020, section 2.3)
-LARGEST_SCALE = {"siglip": 200.0, "siglip2": 200.0}  # exp(logit_scale) of the released ones is 100 to 120
-CLIPPED_SCALE = 100.0  # training clips CLIP's there (same section)
+LARGEST_SCALE = 200.0  # training clips CLIP's at 100 (same section), fine-tuning may not; SigLIP's are 100 to 120
+SIGMOID_LOSS = ("siglip", "siglip2")  # trained with a bias, and from another temperature
+ALIKE = 1e-6  # 1 - cosine: rounding moves it by 1e-7, and other texts in a model with random weights by 1e-3
 TWICE = 1000.0  # beyond it lies what was stored after exp and goes through exp again
 
 BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
@@ -95,7 +102,13 @@ FAMILIES = {
 }
 
 
-INCEPTION = r"laion/clip-vit-l-14-laion2b-s32b-b82k"  # the one CLIP that OpenCLIP trained with SigLIP's mean
+INCEPTION = r"laion/clip-vit-l-14-laion2b-s32b-b82k"  # the one CLIP that OpenCLIP trained with SigLIP's mean...
+INCEPTION_TOWER = {"patch_size": 14, "hidden_size": 1024, "image_size": 224}  # ...and its vision tower
+STRETCHES = ("clipseg",)  # trained on images larger than its positions, which it stretches
+SHORT_TEXTS = ("align", "altclip", "chinese_clip", "vision-text-dual-encoder")  # text towers made for longer ones
+CACHED = re.compile(r"models--([^/]+?)--([^/]+)")  # a repository's folder in the hub's cache
+# Prefixes of all weights' names, and what saves them so.
+WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile", "base_model.model.": "PEFT"}
 
 
 @dataclass(frozen=True)
@@ -135,11 +148,12 @@ def lint(folder: Path, model: ModelConfig, described: dict[str, Any]) -> list[Fi
         accepted = ", ".join(code for code in CODES if code not in NEVER_ALLOWED)
         raise ConfigError(f"model.allow names {', '.join(unknown)}: accepted are {accepted}")
     opened = Opened(folder, model, described)
-    findings = [
-        Finding(**{**asdict(finding), "allowed": finding.severity == ERROR and finding.code in model.allow})
-        for check in CHECKS
-        for finding in check(opened)
-    ]
+    with called(folder, model):
+        findings = [
+            Finding(**{**asdict(finding), "allowed": finding.severity == ERROR and finding.code in model.allow})
+            for check in CHECKS
+            for finding in check(opened)
+        ]
     if wrong := [finding for finding in findings if finding.severity == ERROR and not finding.allowed]:
         raise CheckpointError(_refusal(wrong))
     return findings
@@ -189,11 +203,29 @@ class Opened:
         return family
 
     @property
+    def origins(self) -> str:
+        """Ids of the repositories that it, or what it was fine-tuned from, came from, as far as files say so."""
+        parts = [self.written, *(tower_settings(self.written, tower) for tower in TOWERS)]
+        cached = CACHED.search(str(Path(str(self.settings.path)).expanduser().resolve()))
+        known = [self.settings.repo_id, "/".join(cached.groups()) if cached else None]
+        return " ".join(str(name) for name in (*known, *(part.get("_name_or_path") for part in parts)) if name).lower()
+
+    @property
     def names(self) -> str:
-        """Every name by which the checkpoint, or the one it was fine-tuned from, is known."""
-        parts = [self.written, self.written["text_config"] or {}, self.written["vision_config"] or {}]
-        known = [self.settings.repo_id, self.settings.path, *(part.get("_name_or_path") for part in parts)]
-        return " ".join(str(name) for name in known if name).lower()
+        """The same with the folder's own name, which anyone may have given it."""
+        return f"{self.origins} {self.settings.path or ''}".lower()
+
+    def takes(self, size: list[int]) -> bool:
+        """Whether the vision tower runs on images of height and width `size`."""
+        import torch
+
+        model = self.loaded[0]
+        try:
+            with torch.inference_mode():
+                model.get_image_features(pixel_values=torch.zeros(1, 3, *size, device=model.device))
+        except (ValueError, RuntimeError, IndexError):
+            return False
+        return True
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """What the processor makes of one image, float32 [3, height, width]; CheckpointError where that is none."""
@@ -202,7 +234,7 @@ class Opened:
             with np.errstate(all="ignore"):
                 made = np.asarray(self.processor.image_processor(image, return_tensors="np")["pixel_values"])[0]
         except Exception as error:  # whatever transformers meets in preprocessor_config.json
-            raise CheckpointError(f"{what} makes an error: {first_line(error)}") from error
+            raise CheckpointError(f"{what} makes an error: {one_line(error)}") from error
         if made.ndim != 3 or len(made) != 3 or not made.size:
             raise CheckpointError(
                 f"{what} makes pixel_values of shape {list(made.shape)}: [3, height, width] is needed"
@@ -212,37 +244,71 @@ class Opened:
         return made
 
 
+def code_of_its_own(opened: Opened) -> Iterator[Finding]:
+    """Code beside the weights that would compute something else than transformers' own class."""
+    if files := own_code(opened.folder):
+        found = f"the checkpoint has code of its own (auto_map in {' and '.join(files)})"
+        consequence = (
+            f"It is never run: transformers' own {type(opened.loaded[0]).__name__} answers in its place, with other "
+            "embeddings where that code computes others"
+        )
+        yield Finding("own-code", ERROR, found, "a model of transformers alone", consequence)
+
+
+def left_out(opened: Opened) -> Iterator[Finding]:
+    """A second set of weights in the folder."""
+    if names := opened.described.get("left_out"):
+        found = f"{_some(names)} {'lie' if len(names) > 1 else 'lies'} beside the weights"
+        consequence = "transformers does not read it: it is neither deployed nor counted"
+        yield Finding("other-weights", WARNING, found, "one set of weights", consequence)
+
+
 def activations(opened: Opened) -> Iterator[Finding]:
     """The towers' activation; nothing in the weights tells it, so family, names and what config.json leaves out do."""
-    if not opened.settings.trained:
+    settings = [getattr(opened.config, f"{tower}_config") for tower in TOWERS]
+    used = tuple(str(getattr(one, "hidden_act", None)) for one in settings)
+    overridden = list(_overridden(opened, used))
+    yield from overridden
+    if overridden or not opened.settings.trained:
         return
-    towers = ("vision", "text")
-    expected = _trained_with(opened)
-    if expected is None and opened.kind not in OF_BOTH_KINDS:
-        return
-    used = tuple(str(getattr(opened.config, f"{tower}_config").hidden_act) for tower in towers)
+    expected, is_certain = _trained_with(opened)
     if expected:
-        yield from _other_activation(used, expected)
-    else:
-        omitted = [tower for tower in towers if "hidden_act" not in (opened.written[f"{tower}_config"] or {})]
+        yield from _other_activation(used, expected, is_certain)
+    elif opened.kind in OF_BOTH_KINDS:
+        omitted = [tower for tower in TOWERS if "hidden_act" not in tower_settings(opened.written, tower)]
         yield from _doubtful_activation(used, omitted)
 
 
-def _trained_with(opened: Opened) -> tuple[str, str] | None:
-    """Activations of the vision and the text tower, where they are known."""
+def _overridden(opened: Opened, used: Sequence[str]) -> Iterator[Finding]:
+    """transformers takes the settings in text_config_dict, and its defaults for what these leave out."""
+    for tower, name in zip(TOWERS, used, strict=True):
+        stated = (opened.written.get(f"{tower}_config") or {}).get("hidden_act")
+        if stated is not None and stated != name:
+            found = f"hidden_act is {name}, since {tower}_config_dict overrules {tower}_config, which says {stated}"
+            way = f"one of them: take {tower}_config_dict out of config.json"
+            yield Finding("hidden-act", ERROR, found, way, OTHER_FUNCTION)
+
+
+def _trained_with(opened: Opened) -> tuple[tuple[str, str] | None, bool]:
+    """Activations of the vision and the text tower, where they are known, and whether more than a folder says so."""
     if opened.kind not in OF_BOTH_KINDS:
-        return ACTIVATIONS.get(opened.kind)
-    known = next((name for pattern, name in LINEAGES if re.search(pattern, opened.names)), None)
-    return (known, known) if known else None
+        return ACTIVATIONS.get(opened.kind), True
+    for names in (opened.origins, opened.names):
+        if known := next((name for pattern, name in LINEAGES if re.search(pattern, names)), None):
+            return (known, known), names == opened.origins
+    return None, True
 
 
 OTHER_FUNCTION = "Every layer would compute another function than the weights were trained with"
 
 
-def _other_activation(used: Sequence[str], expected: tuple[str, str]) -> Iterator[Finding]:
+def _other_activation(used: Sequence[str], expected: tuple[str, str], is_certain: bool) -> Iterator[Finding]:
     apart = max(_distance(*pair) for pair in zip(used, expected, strict=True))
     named = expected[0] if len(set(expected)) == 1 else _towers(expected)
-    if apart > SAME_FUNCTION:
+    if apart > SAME_FUNCTION and not is_certain:
+        consequence = f"{OTHER_FUNCTION}, if they are what the folder is called after"
+        yield Finding("hidden-act", WARNING, f"hidden_act is {_towers(used)}", f"{named}, by the folder", consequence)
+    elif apart > SAME_FUNCTION:
         yield Finding("hidden-act", ERROR, f"hidden_act is {_towers(used)}", named, OTHER_FUNCTION)
     elif apart > 1e-6:
         consequence = "It is nearly the same function: embeddings move by less than FP16 moves them"
@@ -287,7 +353,7 @@ def end_of_text(opened: Opened) -> Iterator[Finding]:
         yield Finding(
             "eos-missing", ERROR, "tokenised texts hold no end-of-text token", f"one at their end ({real})", consequence
         )
-    elif opened.kind == "clip" and told == LEGACY_EOS:
+    elif opened.kind in KNOWS_LEGACY and told == LEGACY_EOS:
         yield _legacy(tokenizer, real, highest)
     elif told != real:
         found = f"text_config.eos_token_id is {told}"
@@ -345,38 +411,40 @@ def vocabulary(opened: Opened) -> Iterator[Finding]:
 
 def context(opened: Opened) -> Iterator[Finding]:
     """The tokenizer's length against the model's positions."""
-    positions, length = opened.config.text_config.max_position_embeddings, opened.processor.tokenizer.model_max_length
+    positions, length = opened.described["positions"], opened.processor.tokenizer.model_max_length
+    expected = f"the text tower's {positions} positions"
+    cut = opened.described["context_length"]
     if length > positions:
         found = f"the tokenizer's model_max_length is {length if length < 1e9 else 'not set'}"
-        consequence = f"Texts are cut at {positions} here; a server that asks the tokenizer alone fails on longer ones"
-        yield Finding("context-length", WARNING, found, f"max_position_embeddings, {positions}", consequence)
-    elif length < positions:
-        consequence = f"Texts are cut at {length} tokens, though the model reads {positions}"
+        consequence = f"Texts are cut at {cut} here; a server that asks the tokenizer alone fails on longer ones"
+        yield Finding("context-length", WARNING, found, expected, consequence)
+    elif length < positions and opened.kind not in SHORT_TEXTS:
+        consequence = f"Texts are cut at {cut} tokens, though the model reads {positions}"
         found = f"the tokenizer's model_max_length is {length}"
-        yield Finding("context-length", WARNING, found, f"max_position_embeddings, {positions}", consequence)
+        yield Finding("context-length", WARNING, found, expected, consequence)
 
 
 def scale(opened: Opened) -> Iterator[Finding]:
     """exp(logit_scale), and SigLIP's bias: they make cosines probabilities."""
-    model = opened.loaded[0]
-    if not opened.settings.trained or not hasattr(model, "logit_scale"):
+    model, loading = opened.loaded
+    if not opened.settings.trained or not hasattr(model, "logit_scale") or "logit_scale" in loading["missing_keys"]:
         return
     stored = float(model.logit_scale.detach())
-    factor, most = float(np.exp(np.float64(stored))), LARGEST_SCALE.get(opened.kind, CLIPPED_SCALE)
+    factor = float(np.exp(np.float64(stored)))
     found = f"logit_scale is {stored:.4g}, so cosines are multiplied by {factor:.4g}"
-    expected = f"a factor from 1 to {most:g}"
+    expected = f"a factor from 1 to {LARGEST_SCALE:g}"
     if not np.isfinite(factor) or factor > TWICE:
         consequence = "Probabilities would be 0, 1 or NaN: the factor itself was stored instead of its logarithm"
         yield Finding("logit-scale", ERROR, found, expected, consequence)
-    elif not 1 <= factor <= most * 1.01:  # rounding of stored half precision
+    elif not 1 <= factor <= LARGEST_SCALE:
         consequence = "Ranks are right, probabilities are too sharp or too flat"
         yield Finding("logit-scale", WARNING, found, expected, consequence)
-    elif most == CLIPPED_SCALE and abs(stored - INITIAL_SCALE) < 1e-3:
+    elif opened.kind not in SIGMOID_LOSS and abs(stored - INITIAL_SCALE) < 1e-3:
         consequence = (
             "Ranks are right, probabilities are flat: it was never trained, or left out when weights were saved"
         )
         yield Finding("logit-scale", WARNING, found, "another than before training", consequence)
-    bias = getattr(model, "logit_bias", None)
+    bias = None if "logit_bias" in loading["missing_keys"] else getattr(model, "logit_bias", None)
     if bias is not None and not float(bias.detach()) < 0:
         consequence = "Images and texts that have nothing in common would get probabilities of 0.5 and more"
         yield Finding("logit-bias", WARNING, f"logit_bias is {float(bias.detach()):.4g}", "below 0", consequence)
@@ -384,11 +452,8 @@ def scale(opened: Opened) -> Iterator[Finding]:
 
 def images(opened: Opened) -> Iterator[Finding]:
     """Size, crop, normalisation and filter, as the processor's own pixels show them."""
-    wanted, made = getattr(opened.config.vision_config, "image_size", None), opened.described["image_size"]
-    if hasattr(opened.config.vision_config, "patch_size") and made != [wanted, wanted]:
-        found = f"the processor makes {made[0]} x {made[1]} pixels"
-        consequence = "The vision tower has no positions for them: it fails, or stretches those that it has"
-        yield Finding("image-size", ERROR, found, f"vision_config.image_size, {wanted} x {wanted}", consequence)
+    made = opened.described["image_size"]
+    yield from _sizes(opened, getattr(opened.config.vision_config, "image_size", None), made)
     wide = list(opened.pixels(Image.new("RGB", (96, 64))).shape[-2:])
     if wide != made:
         found = f"an image of 96 x 64 pixels becomes {wide[1]} x {wide[0]}"
@@ -398,17 +463,24 @@ def images(opened: Opened) -> Iterator[Finding]:
         yield from _pictures(opened, opened.family, squared=wide == made)
 
 
+def _sizes(opened: Opened, wanted: Any, made: list[int]) -> Iterator[Finding]:
+    """Whether the vision tower has positions for the images that the processor makes."""
+    fits = made == (list(wanted) if isinstance(wanted, list | tuple) else [wanted, wanted])
+    if fits or not hasattr(opened.config.vision_config, "patch_size") or opened.kind in STRETCHES:
+        return
+    found = f"the processor makes {made[0]} x {made[1]} pixels"
+    expected = f"vision_config.image_size, {wanted}"
+    if opened.takes(made):
+        consequence = "The vision tower takes them, with positions that it was not trained with"
+        yield Finding("image-size", WARNING, found, expected, consequence)
+    else:
+        yield Finding("image-size", ERROR, found, expected, "The vision tower has no positions for them: it fails")
+
+
 def _pictures(opened: Opened, family: Family, squared: bool) -> Iterator[Finding]:
     processor = opened.processor.image_processor
     resizes = bool(getattr(processor, "do_resize", True))
-    black, white = (opened.pixels(Image.new("RGB", (64, 64), shade)).mean((1, 2)) for shade in ("black", "white"))
-    std = 1 / np.maximum(white - black, 1e-9)
-    mean = -black * std
-    if max(np.abs(mean - family.mean).max(), np.abs(std - family.std).max()) > 1e-3:
-        found = f"pixels are normalised by mean {_listed(mean)} and deviation {_listed(std)}"
-        expected = f"{_listed(family.mean)} and {_listed(family.std)}, as {opened.kind} was trained"
-        consequence = "The vision tower sees a range that it was never trained on: embeddings and answers change"
-        yield Finding("normalization", ERROR, found, expected, consequence)
+    yield from _normalization(opened, family)
     crops = bool(getattr(processor, "do_center_crop", False))
     if squared and not _sees_rims(opened):
         found = "of a large image only the middle is seen" + ("" if resizes else " (do_resize is false)")
@@ -423,6 +495,34 @@ def _pictures(opened: Opened, family: Family, squared: bool) -> Iterator[Finding
         names = [Image.Resampling(number).name.lower() for number in (used, *family.filters)]
         consequence = "Embeddings shift a little, most for images much larger than the model's"
         yield Finding("interpolation", WARNING, f"images are resized {names[0]}", " or ".join(names[1:]), consequence)
+
+
+def _normalization(opened: Opened, family: Family) -> Iterator[Finding]:
+    black, white = (_middle(opened.pixels(Image.new("RGB", (64, 64), shade))) for shade in ("black", "white"))
+    std = 1 / np.maximum(white - black, 1e-9)
+    mean = -black * std
+    if max(np.abs(mean - family.mean).max(), np.abs(std - family.std).max()) <= 1e-3:
+        return
+    found = f"pixels are normalised by mean {_listed(mean)} and deviation {_listed(std)}"
+    expected = f"{_listed(family.mean)} and {_listed(family.std)}, as {opened.kind} was trained"
+    if _may_be_inception(opened) and max(np.abs(mean - HALF[0]).max(), np.abs(std - HALF[1]).max()) <= 1e-3:
+        consequence = "Right for what was fine-tuned from laion/CLIP-ViT-L-14-laion2B-s32B-b82K, and for no other CLIP"
+        yield Finding("normalization", WARNING, found, expected, consequence)
+    else:
+        consequence = "The vision tower sees a range that it was never trained on: embeddings and answers change"
+        yield Finding("normalization", ERROR, found, expected, consequence)
+
+
+def _middle(pixels: np.ndarray) -> np.ndarray:
+    """The middle pixel, [3]: what is smaller than the crop has a black rim."""
+    return pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2].astype(np.float64)
+
+
+def _may_be_inception(opened: Opened) -> bool:
+    """Whether a CLIP of unknown origin has the vision tower of the one that was trained with another mean."""
+    vision = opened.config.vision_config
+    alike = all(getattr(vision, key, None) == value for key, value in INCEPTION_TOWER.items())
+    return opened.kind == "clip" and alike and not any(re.search(pattern, opened.origins) for pattern, _ in LINEAGES)
 
 
 def _sees_rims(opened: Opened) -> bool:
@@ -464,10 +564,14 @@ def weights(opened: Opened) -> Iterator[Finding]:
     lacking = sorted(loading["missing_keys"])
     misshapen = sorted(entry[0] for entry in loading["mismatched_keys"])
     unused = sorted(name for name in loading["unexpected_keys"] if not name.endswith("position_ids"))
-    for names, what in ((lacking, "are missing"), (misshapen, "have another shape than config.json says")):
+    if prefix := _prefix(lacking, unused):
+        yield _prefixed(prefix, WRAPPERS.get(prefix, "a wrapper around the model"))
+        return
+    for names, what in ((lacking, "missing"), (misshapen, "of another shape than config.json says")):
         if names:
+            found = f"{_some(names)} {'are' if len(names) > 1 else 'is'} {what}"
             consequence = "They would be random, and others each time"
-            yield Finding("missing-weights", ERROR, f"{_some(names)} {what}", "all of the architecture's", consequence)
+            yield Finding("missing-weights", ERROR, found, "all of the architecture's", consequence)
     if unused:
         inner = [name for name in unused if re.search(r"lora_|adapter|layers?\.\d+\.", name)]
         consequence = "Layers or adapters that were trained would not be run" if inner else "What they hold is left out"
@@ -475,11 +579,52 @@ def weights(opened: Opened) -> Iterator[Finding]:
         yield Finding("unused-weights", ERROR if inner else WARNING, found, "a place for each weight", consequence)
 
 
+def _prefix(lacking: list[str], unused: list[str]) -> str | None:
+    """What stands before the names of weights that would fit without it, "module." say."""
+    wanted = set(lacking)
+    for name in unused:
+        ends = (name.split(".", parts)[-1] for parts in range(1, name.count(".") + 1))
+        if end := next((end for end in ends if end in wanted), None):
+            return name.removesuffix(end)
+    return None
+
+
+def _prefixed(prefix: str, wrapper: str) -> Finding:
+    way = f"{{name.removeprefix({prefix!r}): weight for name, weight in load_file(path).items()}}"
+    consequence = f"None would be found. Strip it with safetensors.torch: save_file({way}, path, {{'format': 'pt'}})"
+    found = f"names of weights begin with {prefix!r}, as {wrapper} saves them"
+    return Finding("missing-weights", ERROR, found, "the architecture's own names", consequence)
+
+
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
+def alike(opened: Opened) -> Iterator[Finding]:
+    """Whether different texts, and different images, get different embeddings, whatever the reason."""
+    import torch
+
+    model, given = opened.loaded[0], opened.described["example_texts"]
+    levels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    pixels = np.stack([opened.pixels(Image.fromarray(image).resize((64, 64))) for image in levels])
+    calls: dict[str, Callable[[], Any]] = {
+        "texts": lambda: model.get_text_features(**{name: torch.tensor(ids) for name, ids in given.items()}),
+        "images": lambda: model.get_image_features(pixel_values=torch.from_numpy(pixels)),
+    }
+    for what, call in calls.items():
+        try:
+            with torch.inference_mode():
+                rows = torch.nn.functional.normalize(call().pooler_output.double(), dim=-1)
+        except (ValueError, RuntimeError, IndexError):
+            continue  # what does not fit is told by the other checks
+        if bool(((rows @ rows.T) > 1 - ALIKE).all()):
+            found = f"three different {what} get one and the same embedding"
+            yield Finding("alike", ERROR, found, "three embeddings", f"Every answer about {what} would be chance")
+
+
 CHECKS: tuple[Callable[[Opened], Iterator[Finding]], ...] = (
+    code_of_its_own,
+    left_out,
     activations,
     end_of_text,
     padding,
@@ -489,4 +634,5 @@ CHECKS: tuple[Callable[[Opened], Iterator[Finding]], ...] = (
     images,
     stored_types,
     weights,
+    alike,
 )

@@ -4,17 +4,23 @@ import shutil
 import subprocess
 import sys
 import threading
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY
+import transformers
+from conftest import SMALL, SMALL_VISION, TINY, small_tokenizer
 from transformers import BertConfig, BertModel
+from transformers.utils import import_utils
 
 from clip_deploy.checkpoint import describe, fetch, load_model, verify
-from clip_deploy.core.artifact import read_target
+from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import ModelConfig
 from clip_deploy.core.environment import fingerprint
-from clip_deploy.core.errors import CheckpointError, ConfigError
+from clip_deploy.core.errors import CheckpointError, ConfigError, one_line
+from clip_deploy.lint import lint
+from clip_deploy.runtimes import open_encoder
 
 
 @pytest.fixture
@@ -69,15 +75,31 @@ def test_truncated_weights_are_refused(folder):
     refuse(folder, "truncated")
 
 
-def test_a_missing_shard_is_refused(folder):
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+@pytest.fixture
+def sharded(folder):
+    """The weights in one shard, with an index that names two."""
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuse(folder, "lacks model-2.safetensors")
+    return folder
 
 
-def test_an_index_that_is_no_json_is_refused(folder):
-    (folder / "model.safetensors.index.json").write_text("[")
-    refuse(folder, "model.safetensors.index.json is no index of weights")
+def test_a_missing_shard_is_refused(sharded):
+    refuse(sharded, "lacks model-2.safetensors, which model.safetensors.index.json names")
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("[", "model.safetensors.index.json is not JSON"),
+        ("[]", "model.safetensors.index.json holds no configuration"),
+        ('{"weight_map": ["a"]}', "model.safetensors.index.json is no index of weights"),
+        ('{"weight_map": {"a": "../secret.safetensors"}}', "names '../secret.safetensors', which is no file beside it"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(sharded, index, said):
+    (sharded / "model.safetensors.index.json").write_text(index)
+    refuse(sharded, said)
 
 
 def test_a_config_with_more_layers_than_there_are_weights_is_refused_before_it_is_built(folder):
@@ -110,6 +132,152 @@ def test_weights_of_another_shape_are_refused(folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="lacks the weight"):
         load_model(folder)
+
+
+# Towers of other kinds, and settings that say how to run a model and not what it computes.
+
+TEXT = {"vocab_size": 600, "max_position_embeddings": 32, "pad_token_id": 586, "eos_token_id": 586, **SMALL}
+ROBERTA = {**TEXT, "model_type": "roberta", "max_position_embeddings": 34, "pad_token_id": 1}
+SWIN = {"model_type": "swin", "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1]}
+
+
+def dual(vision, text):
+    config = transformers.VisionTextDualEncoderConfig(vision_config=vision, text_config=text, projection_dim=24)
+    return transformers.VisionTextDualEncoderModel(config)
+
+
+def saved(folder, model, images=None, length=None):
+    """A checkpoint with CLIP's tokenizer; no `length`: its tokenizer states none."""
+    torch.manual_seed(0)
+    model.save_pretrained(folder)
+    (images or transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})).save_pretrained(folder)
+    tokenizer = small_tokenizer(length or int(1e30))
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def taken(folder):
+    """Fetch a checkpoint; its findings by code, its description, and an open encoder."""
+    target, model = folder.parent / "torch-fp32", ModelConfig(path=str(folder))
+    build(target, lambda output: fetch(model, output), Target("eager", "fp32"))
+    described = read_target(target).model
+    return {finding.code: finding for finding in lint(target, model, described)}, described, open_encoder(target)
+
+
+def test_a_robertas_context_leaves_out_the_padding_and_runs_to_its_end(tmp_path, kinds):
+    vit = {"model_type": "vit", **SMALL_VISION}
+    _, described, encoder = taken(saved(tmp_path / "roberta", dual(vit, ROBERTA)))
+    assert described["context_length"] == 32
+    ids = np.full((1, 32), 7)
+    assert np.isfinite(encoder.encode_texts(ids, np.ones_like(ids))).all()
+    kinds("11: RoBERTa's context", "34 tokens, two too many: an index error", f"{described['context_length']} tokens")
+
+
+def test_altclips_context_is_its_tokenizers(tmp_path, kinds):
+    text = {**ROBERTA, "project_dim": 32, "max_position_embeddings": 514}
+    config = transformers.AltCLIPConfig(text_config=text, vision_config=SMALL_VISION)
+    crop = {"height": 32, "width": 32}
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop)
+    found, described, _ = taken(saved(tmp_path / "altclip", transformers.AltCLIPModel(config), images, 512))
+    assert described["context_length"] == 512
+    assert "context-length" not in found
+    kinds("28: AltCLIP reads 512 of 514 positions", "a `context-length` warning", "no finding")
+
+
+def test_a_swin_with_a_bert_is_taken(tmp_path, kinds):
+    """Its heads are another number in each stage."""
+    vision = {**SWIN, "num_heads": [2, 4], "window_size": 4}
+    _, described, encoder = taken(saved(tmp_path / "swin", dual(vision, {**TEXT, "model_type": "bert"}), length=32))
+    assert described["towers"]["vision"] == {"layers": 2, "heads": 0, "width": 32}
+    assert encoder.encode_images(np.zeros((2, 3, 32, 32), np.float32)).shape == (2, 24)
+    kinds("13: Swin with BERT", "refused: configuration, tokenizer and image processor do not work together", "taken")
+
+
+def test_a_clipseg_sees_images_larger_than_its_positions(tmp_path, kinds):
+    config = transformers.CLIPSegConfig(text_config=TEXT, vision_config=SMALL_VISION)
+    images = transformers.ViTImageProcessorPil(size={"height": 48, "width": 48})
+    found, described, _ = taken(saved(tmp_path / "clipseg", transformers.CLIPSegModel(config), images, 32))
+    assert described["image_size"] == [48, 48]
+    assert "image-size" not in found
+    kinds("28: CLIPSeg's larger images", "refused: image-size", "no finding")
+
+
+def test_a_model_of_videos_is_called_one(tmp_path, kinds):
+    frames = {"num_frames": 4, "mit_hidden_size": 32, "mit_intermediate_size": 64, "mit_num_hidden_layers": 1}
+    config = transformers.XCLIPConfig(text_config=TEXT, vision_config={**SMALL_VISION, **frames})
+    with pytest.raises(CheckpointError, match="is a XCLIPModel, which embeds videos") as refused:
+        taken(saved(tmp_path / "xclip", transformers.XCLIPModel(config), length=32))
+    kinds("28: X-CLIP, a video model", "called NaFlex", refused.value)
+
+
+def test_a_library_that_is_missing_is_named_in_whole_sentences(tmp_path, kinds, monkeypatch):
+    config = transformers.Owlv2Config(text_config=TEXT, vision_config=SMALL_VISION)
+    folder = saved(tmp_path / "owlv2", transformers.Owlv2Model(config), length=32)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Owlv2ImageProcessor"}))
+    monkeypatch.setattr(import_utils, "is_scipy_available", lambda: False)
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "scipy", (lambda: False, import_utils.SCIPY_IMPORT_ERROR))
+    with pytest.raises(CheckpointError, match="requires the scipy library but it was not found") as refused:
+        taken(folder)
+    assert "You can install it with pip: `pip install scipy`" in str(refused.value)
+    kinds("28: OWLv2 without scipy", "the message is cut", refused.value)
+
+
+KERNELS = {
+    "return_dict": {"return_dict": False},
+    "attn_implementation": {"attn_implementation": "flash_attention_2"},
+    "_attn_implementation": {"_attn_implementation": "flash_attention_3"},
+    "output_attentions": {"output_attentions": True},
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_settings_of_how_to_run_a_model_change_nothing(name, folder, checkpoint, kinds):
+    """transformers gives tuples, or asks for a library, where config.json says so."""
+    change_config(folder, **KERNELS[name])
+    _, _, encoder = taken(folder)
+    ids = np.array(read_target(checkpoint).model["example_texts"]["input_ids"])
+    given = ids, np.ones_like(ids)
+    assert np.array_equal(encoder.encode_texts(*given), open_encoder(checkpoint).encode_texts(*given))
+    if name in ("return_dict", "attn_implementation"):
+        number = {"return_dict": "12", "attn_implementation": "20"}[name]
+        before = {
+            "return_dict": "a traceback in prepare",
+            "attn_implementation": "transformers' words on FlashAttention2",
+        }
+        kinds(f"{number}: {name} in config.json", before[name], "taken, the same embeddings")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8"])
+def test_quantised_weights_are_called_so(method, folder, kinds):
+    change_config(folder, quantization_config={"quant_method": method, "load_in_4bit": True})
+    refuse(
+        folder, rf"quantised already \(quantization_config: {method}\): give the checkpoint that they were made from"
+    )
+    if method == "bitsandbytes":
+        kinds("20: quantised weights", "Using `bitsandbytes` 4-bit quantization requires accelerate", "refused by name")
+
+
+def change_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_messages_name_the_users_folder(folder, kinds):
+    """It is copied first, to a folder that is gone when the message is read."""
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError) as refused:
+        taken(folder)
+    assert str(refused.value).startswith(f"{folder}: its processor cannot be loaded: ")
+    assert "partial" not in str(refused.value)
+    kinds("18: whose folder a message names", "artifacts/.torch-fp32.new.partial", "the path that was given")
+
+
+def test_long_messages_of_libraries_end_with_a_sentence():
+    assert one_line(ValueError("One.\n\n  Two.")) == "One. Two."
+    assert one_line(ValueError()) == "ValueError"
+    assert one_line(ValueError("A sentence. " * 60)) == "A sentence. " * 32 + "A sentence"
+    assert one_line(ValueError("a" * 500)) == "a" * 400 + "..."
 
 
 def test_a_model_needs_a_path_or_an_id():
@@ -173,6 +341,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub as a snapshot needs: the list of files at a revision, and the files."""
 
     files = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+    others = ("pytorch_model.bin", "evil.py", "model.fp16.safetensors", "open_clip_model.safetensors", "notes.json")
+    written: ClassVar[dict[str, bytes]] = {}  # besides the files of the built-in checkpoint
+    asked: ClassVar[list[str]] = []
     broken = False
     cut = False  # the connection breaks in the middle of the weights
 
@@ -180,14 +351,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.broken:
             return self.answer(503, b"")
         if self.path.startswith("/api/models/someone/tiny-clip"):
-            siblings = [{"rfilename": name} for name in (*self.files, "pytorch_model.bin", "evil.py")]
+            names = (*self.files, *self.others, *self.written)
+            siblings = [{"rfilename": name} for name in names]
             record = {"id": "someone/tiny-clip", "sha": REVISION, "siblings": siblings, "tags": [], "downloads": 0}
             if "/tree/" in self.path:
-                record = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in self.files]
+                record = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
             return self.answer(200, json.dumps(record).encode(), "application/json")
-        name = self.path.rsplit("/", 1)[-1]
-        if name in self.files:
-            body = (TINY / name).read_bytes()
+        name = self.path.partition(f"/{REVISION}/")[2]
+        if name:
+            self.asked.append(name)
+        if name in self.files or name in self.written:
+            body = self.written[name] if name in self.written else (TINY / name).read_bytes()
             short = body[: len(body) // 2] if self.cut and name == "model.safetensors" else body
             return self.answer(200, short, length=len(body))
         return self.answer(404, b"")
@@ -220,12 +394,53 @@ def test_a_hub_checkpoint_is_downloaded_without_pickles_or_code(tmp_path, hub):
     done, output = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub)
     assert done.returncode == 0, done.stderr
     assert (output / "model.safetensors").read_bytes() == (TINY / "model.safetensors").read_bytes()
-    assert not {"pytorch_model.bin", "evil.py"} & {path.name for path in output.iterdir()}
+    assert sorted(path.name for path in output.iterdir()) == sorted(Hub.files)
+    assert not set(Hub.others) & set(Hub.asked)
     verify(output)
     again = tmp_path / "again"
     again.mkdir()
     offline, _ = fetch_in_a_process(again, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
     assert offline.returncode == 0, offline.stderr
+
+
+def test_a_repository_with_pickles_alone_is_told_so(tmp_path, hub, monkeypatch, kinds):
+    monkeypatch.setattr(Hub, "files", tuple(name for name in Hub.files if name != "model.safetensors"))
+    monkeypatch.setattr(Hub, "others", ("pytorch_model.bin",))
+    done, output = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub)
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith(
+        f"someone/tiny-clip at {REVISION} has only pickled weights (pytorch_model.bin), which can run"
+    )
+    assert not list(output.iterdir())
+    kinds("28: a hub repository with .bin weights alone", "has no weights: a file model.safetensors is needed", said)
+    (tmp_path / "again").mkdir()
+    done, _ = fetch_in_a_process(tmp_path / "again", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    assert "is not in the local cache" in done.stderr  # what else the repository holds, only the hub knows
+
+
+def test_what_a_repositorys_settings_show_is_refused_before_its_weights_are_fetched(tmp_path, hub, monkeypatch, kinds):
+    listed = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
+    inner = {f"0_CLIPModel/{name}": b"{}" for name in Hub.files}
+    monkeypatch.setattr(Hub, "files", ())
+    monkeypatch.setattr(Hub, "written", {"modules.json": json.dumps(listed).encode(), **inner})
+    monkeypatch.setattr(Hub, "asked", [])
+    done, _ = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub)
+    said = done.stderr.strip().splitlines()[-1]
+    assert "is a sentence-transformers folder, whose model lies in 0_CLIPModel/" in said
+    assert set(Hub.asked) == {"modules.json"}
+    kinds("28: sentence-transformers' repository", "downloaded whole, then refused without 0_CLIPModel/", said)
+
+
+def test_the_shards_of_a_repository_are_those_of_its_index(tmp_path, hub, monkeypatch):
+    weights = (TINY / "model.safetensors").read_bytes()
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    written = {"model.safetensors.index.json": json.dumps(index).encode(), "model-00001-of-00001.safetensors": weights}
+    monkeypatch.setattr(Hub, "files", tuple(name for name in Hub.files if name != "model.safetensors"))
+    monkeypatch.setattr(Hub, "written", written)
+    done, output = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub)
+    assert done.returncode == 0, done.stderr
+    assert (output / "model-00001-of-00001.safetensors").read_bytes() == weights
+    assert not (output / "model.safetensors").exists()
 
 
 def test_no_network_is_said_in_one_line(tmp_path):

@@ -10,11 +10,13 @@ import pytest
 from conftest import ROOT, TINY
 from safetensors.numpy import load_file, save_file
 
-from clip_deploy.checkpoint import describe
+from clip_deploy.checkpoint import describe, fetch, verify
 from clip_deploy.core.config import ModelConfig
 from clip_deploy.core.errors import CheckpointError, ConfigError
 from clip_deploy.lint import CODES, NEVER_ALLOWED, lint
 
+TEXT = json.loads((TINY / "config.json").read_text())["text_config"]
+TEXT_DICT = {key: value for key, value in TEXT.items() if key != "hidden_act"}
 SIGLIP_MEAN = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 LAYER = "text_model.encoder.layers.1.mlp.fc1.bias"
 
@@ -88,7 +90,20 @@ def half_halved(weights):
 
 
 NAMED_OPENCLIP = change("config.json", _name_or_path="laion/CLIP-ViT-B-32-laion2B-s34B-b79K")
+CODE = {"AutoModel": "modeling_mean.MeanCLIP"}
 ERRORS = [
+    (change("config.json", auto_map=CODE), "own-code", "transformers' own CLIPModel answers in its place"),
+    (tokens(auto_map={"AutoTokenizer": ["tokens.Mine", None]}), "own-code", "auto_map in tokenizer_config.json"),
+    (
+        both(text(hidden_act="gelu"), change("config.json", text_config_dict=TEXT_DICT)),
+        "hidden-act",
+        "hidden_act is quick_gelu, since text_config_dict overrules text_config, which says gelu",
+    ),
+    (
+        reweigh(lambda w: [w.update({f"module.{name}": w.pop(name)}) for name in list(w)]),
+        "missing-weights",
+        "names of weights begin with 'module.', as DataParallel saves them; expected the architecture's own names.",
+    ),
     (NAMED_OPENCLIP, "hidden-act", "expected gelu. Every layer would compute another function"),
     (
         both(vision(hidden_act="gelu"), change("config.json", _name_or_path="openai/clip-vit-base-patch32")),
@@ -96,6 +111,7 @@ ERRORS = [
         "hidden_act is vision gelu, text quick_gelu; expected quick_gelu",
     ),
     (text(eos_token_id=585), "eos-token", "expected the tokenizer's 586. No text ends with it"),
+    (text(eos_token_id=585), "alike", "three different texts get one and the same embedding"),
     (text(eos_token_id=49407), "eos-token", "all texts would look the same"),
     (without_the_end, "eos-missing", "most often the first, which is the same in all texts"),
     (tokens(padding_side="left"), "padding-side", "padding may be taken for the text's end"),
@@ -119,7 +135,7 @@ ERRORS = [
     (pictures(rescale_factor=0.0078), "normalization", "a range that it was never trained on"),
     (pictures(do_resize=False), "crop", "only the middle is seen (do_resize is false)"),
     (pictures(size={"shortest_edge": 224}), "crop", "of a large image only the middle is seen; expected the image"),
-    (reweigh(lambda w: w.pop(LAYER)), "missing-weights", f"{LAYER} are missing"),
+    (reweigh(lambda w: w.pop(LAYER)), "missing-weights", f"{LAYER} is missing"),
     (reweigh(lambda w: w.update({LAYER: w[LAYER][:5]})), "missing-weights", "another shape than config.json says"),
     (text(num_hidden_layers=1), "unused-weights", "Layers or adapters that were trained would not be run"),
     (
@@ -128,6 +144,7 @@ ERRORS = [
         "Layers or adapters that were trained would not be run",
     ),
 ]
+PATCHES = "vision_model.embeddings.patch_embedding.weight"
 EMBEDDING = "text_model.embeddings.token_embedding.weight"
 WARNINGS = [
     (text(hidden_act=None), "hidden-act", "no hidden_act for text, so transformers takes quick_gelu"),
@@ -172,6 +189,21 @@ def test_what_makes_answers_wrong_is_refused_with_its_consequence(folder, spoil,
         findings(folder)
     assert f"\n  {code} (error): " in str(refused.value)
     assert said in str(refused.value)
+
+
+SHOWN = {  # of the table of kinds: what the finding is about, and what was said of it before
+    "own-code": ("04: code of its own (auto_map)", "ignored without a word: text cosine 0.188"),
+    "alike": ("01: texts that all get one embedding", "allowed by `allow: [eos-token]`, and packaged"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "code"), [(ERRORS[0][0], "own-code"), (text(eos_token_id=585), "alike")])
+def test_kinds_of_wrong_models_are_refused(folder, spoil, code, kinds):
+    spoil(folder)
+    with pytest.raises(CheckpointError) as refused:
+        findings(folder)
+    said = next(line for line in str(refused.value).splitlines() if line.startswith(f"  {code} "))
+    kinds(*SHOWN[code], said)
 
 
 @pytest.mark.parametrize(("spoil", "code", "said"), WARNINGS)
@@ -305,34 +337,138 @@ def test_a_filter_that_is_no_number_of_pillows_is_refused_by_name(folder, value)
 
 
 def test_all_errors_come_at_once_and_each_can_be_allowed_by_name(folder):
-    both(text(eos_token_id=585), pictures(do_normalize=False))(folder)
-    with pytest.raises(CheckpointError, match=r"(?s)eos-token.*normalization.*allow: \[eos-token, normalization\]"):
+    both(tokens(padding_side="left"), pictures(do_normalize=False))(folder)
+    with pytest.raises(CheckpointError, match=r"(?s)normalization.*allow: \[normalization, padding-side\]"):
         findings(folder)
     with pytest.raises(CheckpointError) as refused:
-        findings(folder, allow=["eos-token"])
-    assert "eos-token" not in str(refused.value)
-    allowed = findings(folder, allow=["eos-token", "normalization"])
+        findings(folder, allow=["padding-side"])
+    assert "padding-side" not in str(refused.value)
+    allowed = findings(folder, allow=["padding-side", "normalization"])
     assert [(finding.code, finding.severity, finding.allowed) for finding in allowed] == [
-        ("eos-token", "error", True),
+        ("padding-side", "error", True),
         ("normalization", "error", True),
     ]
 
 
+def test_a_checkpoint_whose_texts_are_all_alike_is_refused_whatever_is_allowed(folder):
+    text(eos_token_id=585)(folder)
+    with pytest.raises(CheckpointError) as refused:
+        findings(folder, allow=["eos-token"])
+    assert "\n  alike (error): three different texts get one and the same embedding" in str(refused.value)
+    assert "allow:" not in str(refused.value)
+
+
+def test_a_checkpoint_whose_images_are_all_alike_is_refused(folder):
+    reweigh(lambda w: w.update({PATCHES: np.zeros_like(w[PATCHES])}))(folder)
+    with pytest.raises(CheckpointError, match="three different images get one and the same embedding"):
+        findings(folder)
+
+
+def test_weights_that_are_missing_are_not_judged_by_what_memory_holds(folder):
+    reweigh(lambda w: w.pop("logit_scale"))(folder)
+    with pytest.raises(CheckpointError) as refused:
+        findings(folder)
+    assert "missing-weights (error): logit_scale is missing" in str(refused.value)
+    assert "logit-scale" not in str(refused.value)
+
+
+def test_a_prefix_of_all_weights_is_to_be_stripped_and_not_allowed(folder, kinds):
+    reweigh(lambda w: [w.update({f"module.{name}": w.pop(name)}) for name in list(w)])(folder)
+    with pytest.raises(CheckpointError) as refused:
+        findings(folder)
+    assert "name.removeprefix('module.')" in str(refused.value)
+    assert "allow:" not in str(refused.value)
+    kinds("17: weights under module.", "advice `allow: [unused-weights]`, refused again", refused.value)
+
+
+def test_a_resize_edge_below_the_crop_is_no_other_normalisation(folder, kinds):
+    pictures(size={"shortest_edge": 32})(folder)
+    found = {finding.code for finding in findings(folder)}
+    assert "normalization" not in found
+    kinds(
+        "14: a resize edge below the crop", "a false `normalization` error", f"findings: {', '.join(found) or 'none'}"
+    )
+
+
+def test_settings_under_their_old_names_alone_are_read(folder, kinds):
+    def rename(folder):
+        config = json.loads((folder / "config.json").read_text())
+        for tower in ("text", "vision"):
+            config[f"{tower}_config_dict"] = config.pop(f"{tower}_config")
+        (folder / "config.json").write_text(json.dumps(config))
+
+    rename(folder)
+    verify(folder)
+    assert findings(folder) == []
+    kinds("15: text_config_dict alone", "refused as no dual encoder", "taken, no finding")
+
+
+ACTIVATION = [
+    ("/root/models--openai--clip-vit-base-patch32/snapshots/0123", "error"),
+    ("/models/openai/clip-vit-base-patch32", "warning"),
+]
+
+
+@pytest.mark.parametrize(("path", "severity"), ACTIVATION)
+def test_the_hubs_cache_tells_an_origin_and_a_folders_name_hints_at_one(folder, path, severity, kinds):
+    both(text(hidden_act="gelu"), vision(hidden_act="gelu"))(folder)
+    settings = ModelConfig(path=path, allow=["hidden-act"])
+    (finding,) = lint(folder, settings, describe(folder))
+    assert (finding.code, finding.severity) == ("hidden-act", severity)
+    assert "quick_gelu" in finding.expected
+    before = {"error": "missed in the hub's cache", "warning": "an error wherever a folder is called so"}[severity]
+    kinds(f"28: another activation, path {path.split('/')[2]}", before, finding)
+
+
+def test_a_fine_tune_of_the_one_clip_with_another_mean_is_a_warning(tmp_path, kinds):
+    """LAION's L/14, whose origin no file tells; another CLIP with that mean stays an error."""
+    shape = {
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_size": 1024,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 16,
+    }
+    target = tmp_path / "torch-fp32"
+    target.mkdir()
+    towers = {"vision_config": {**shape, "hidden_act": "gelu"}, "text_config": {**TEXT, "hidden_act": "gelu"}}
+    settings = ModelConfig(path=str(TINY), architecture={"model_type": "clip", **towers, "projection_dim": 64})
+    described = fetch(settings, target).model
+    pictures(**SIGLIP_MEAN)(target)
+    found = {finding.code: finding for finding in lint(target, settings, described)}
+    assert found["normalization"].severity == "warning"
+    assert "laion/CLIP-ViT-L-14-laion2B-s32B-b82K" in found["normalization"].consequence
+    kinds("28: a fine-tune of LAION's L/14, mean 0.5", "refused: normalization", found["normalization"])
+    change("config.json", _name_or_path="openai/clip-vit-large-patch14")(target)
+    with pytest.raises(CheckpointError, match=r"normalization \(error\)"):
+        lint(target, settings, described)
+
+
+def test_a_fine_tuned_scale_of_104_is_no_finding(folder):
+    scale(np.log(104))(folder)
+    assert findings(folder) == []
+
+
 @pytest.mark.parametrize("code", ["eos", *NEVER_ALLOWED])
 def test_only_what_can_be_meant_so_can_be_allowed(folder, code):
-    with pytest.raises(ConfigError, match=f"model.allow names {code}: accepted are hidden-act, eos-token"):
+    with pytest.raises(
+        ConfigError, match=f"model.allow names {code}: accepted are own-code, other-weights, hidden-act, eos-token"
+    ):
         findings(folder, allow=[code])
 
 
 def test_every_code_has_a_test():
-    tested = {code for _, code, _ in ERRORS + WARNINGS} | {"logit-bias"}  # random SigLIPs have it or not
+    tested = {code for _, code, _ in ERRORS + WARNINGS} | {
+        "logit-bias",
+        "other-weights",
+    }  # random SigLIPs have the first or not
     assert tested == set(CODES)
 
 
 TWICE = """
 import os, runpy, sys
 given = sys.argv[1:]
-for words in ([], ["model.allow=[eos-token,logit-scale]"]):  # in one process: its imports take longest
+for words in ([], ["model.allow=[padding-side,logit-scale]"]):  # in one process: its imports take longest
     sys.argv = ["download", *given, *words]
     try:
         runpy.run_module("stages.download", run_name="__main__", alter_sys=True)
@@ -343,12 +479,15 @@ for words in ([], ["model.allow=[eos-token,logit-scale]"]):  # in one process: i
 
 def test_the_stage_says_all_errors_and_leaves_nothing_behind_and_records_what_was_allowed(tmp_path):
     broken = shutil.copytree(TINY, tmp_path / "broken")
-    both(text(eos_token_id=585), scale(100.0))(broken)
+    both(tokens(padding_side="left"), scale(100.0))(broken)
     command = [sys.executable, "-c", TWICE, f"output={tmp_path}/torch-fp32", f"model.path={broken}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "exit code 1 ['broken']" in done.stdout
-    assert done.stderr.startswith("error: the checkpoint would give wrong answers:\n  eos-token (error): ")
+    assert done.stderr.startswith("error: the checkpoint would give wrong answers:\n  padding-side (error): ")
     assert "\n  logit-scale (error): " in done.stderr
-    assert "eos-token (error, allowed): text_config.eos_token_id is 585" in done.stdout
+    assert "padding-side (error, allowed): the tokenizer pads on the left" in done.stdout
     kept = json.loads((tmp_path / "torch-fp32" / "target.json").read_text())["model"]["findings"]
-    assert [(finding["code"], finding["allowed"]) for finding in kept] == [("eos-token", True), ("logit-scale", True)]
+    assert [(finding["code"], finding["allowed"]) for finding in kept] == [
+        ("padding-side", True),
+        ("logit-scale", True),
+    ]

@@ -19,3 +19,15 @@ class DataError(DeployError):
 
 class UnavailableError(DeployError):
     """This target cannot be built or run here. Its row stays in the table with this reason."""
+
+
+LONGEST = 400  # characters of another library's message in one of ours
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in one line and in whole sentences; its class where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) <= LONGEST:
+        return text
+    end = max(text.rfind(mark, 0, LONGEST) for mark in (". ", "; ", ": "))
+    return text[:end] if end > LONGEST // 4 else f"{text[:LONGEST]}..."

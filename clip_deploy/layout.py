@@ -1,0 +1,188 @@
+"""Which files of a folder are the model, and what a folder is where it is no checkpoint as transformers saves one.
+
+A folder can hold more than a model: an adapter, a head behind it, a second set of weights. Whatever transformers would
+leave out without a word is told here, before anything is loaded.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from clip_deploy.core.errors import CheckpointError
+
+# What transformers reads besides the weights; never pickles, never code.
+SETTINGS = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "bpe.codes",
+    "*.model",
+)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, MODULES, MODALITIES = "adapter_config.json", "modules.json", "sentence_bert_config.json"
+OPEN_CLIP, PIPELINE = "open_clip_config.json", "model_index.json"
+OTHERS = (ADAPTER, MODULES, MODALITIES, OPEN_CLIP, PIPELINE)  # what tells that a folder is another tool's
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+FIRST_MODULES = ("Transformer", "CLIPModel")  # of sentence-transformers: what runs the checkpoint itself
+FEATURES = {"text": "get_text_features", "image": "get_image_features"}
+SHOWN = 5  # names in a message
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of all files that transformers reads in `folder`: settings, tokenizer, processor and weights."""
+    return sorted({*_matching(folder, SETTINGS), *(name for name in weight_names(folder) if (folder / name).is_file())})
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The files of weights, as transformers chooses them: model.safetensors, or else the shards of its index."""
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        return [WEIGHTS]
+    shards = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{folder / INDEX} is no index of weights: fetch it again")
+    if outside := next((name for name in shards.values() if Path(name).name != name), None):
+        raise CheckpointError(f"{folder / INDEX} names {outside!r:.80}, which is no file beside it: fetch it again")
+    return [INDEX, *sorted(set(shards.values()))]
+
+
+def other_weights(folder: Path) -> list[str]:
+    """Files of weights that transformers leaves alone."""
+    return sorted(set(_matching(folder, ("*.safetensors",))) - set(weight_names(folder)))
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    return sorted({path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; CheckpointError where it does not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no configuration")
+    return content
+
+
+def refuse_other_layouts(folder: Path) -> None:
+    """Raise CheckpointError, with the way out, where `folder` is or holds what another tool made."""
+    _refuse_adapter(folder)
+    _refuse_modules(folder, folder / MODULES, "")
+    _refuse_modules(folder, folder.parent / MODULES, folder.name)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} {_seen(folder)}")
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if not (names := _matching(folder, ("adapter_config.json", "adapter_model.*"))):
+        return
+    settings = read_object(folder / ADAPTER) if ADAPTER in names else {}
+    base = settings.get("base_model_name_or_path") or "BASE"
+    beside = (
+        f"beside the base of an adapter, {' and '.join(names)}; the base alone would be deployed. To deploy the base, "
+        "move the adapter's files away; with the adapter"
+        if set(_matching(folder, ("config.json",)))
+        else f"an adapter of {base!r:.80} ({' and '.join(names)}), and no model"
+    )
+    raise CheckpointError(
+        f"{folder} holds {beside}: merge it, `PeftModel.from_pretrained(AutoModel.from_pretrained({base!r:.80}), "
+        "FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)`, and save the processor there too"
+    )
+
+
+def _refuse_modules(folder: Path, path: Path, inner: str) -> None:
+    """Of sentence-transformers: what stands behind the model in modules.json would be left out.
+
+    Args:
+        path: the modules.json, in `folder` or above it.
+        inner: where `folder` lies below that file.
+    """
+    if not path.is_file():
+        return
+    modules = _modules(path)
+    first = modules[0] if modules else {}
+    where = str(first.get("path", "")).strip("/")
+    if inner and where != inner:
+        return
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    behind = [kind for kind in kinds[1:] if kind != "Normalize"]  # cosines are the same with and without
+    if kinds[:1] and kinds[0] not in FIRST_MODULES:
+        behind = kinds
+    if behind:
+        raise CheckpointError(
+            f"{folder} is of a sentence-transformers model with {' and '.join(behind)} ({MODULES}), which would be "
+            "left out, and embeddings would be others: only a CLIP model with at most Normalize behind can be deployed"
+        )
+    if not inner and where and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is a sentence-transformers folder, whose model lies in {where}/: give `model: local` with that "
+            "folder as its path"
+        )
+    _refuse_methods(path.parent / where)
+
+
+def _modules(path: Path) -> list[dict[str, Any]]:
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise CheckpointError(f"{path} lists no modules of sentence-transformers")
+    return modules
+
+
+def _refuse_methods(folder: Path) -> None:
+    """sentence-transformers may take another output of the model than its features."""
+    if not (folder / MODALITIES).is_file():
+        return
+    stated = read_object(folder / MODALITIES).get("modality_config")
+    for modality, settings in (stated if isinstance(stated, dict) else {}).items():
+        method = settings.get("method") if isinstance(settings, dict) else None
+        if modality in FEATURES and method not in (None, FEATURES[modality]):
+            raise CheckpointError(
+                f"{folder / MODALITIES} takes {method} for {modality}s: only {FEATURES[modality]} can be deployed"
+            )
+
+
+def _seen(folder: Path) -> str:
+    """What a folder without config.json is, and the way to one that has it."""
+    if (folder / OPEN_CLIP).is_file():
+        return (
+            f"is an open_clip checkpoint ({OPEN_CLIP}), which this version does not read: give it as transformers "
+            "saves it; LAION's repositories on the hub hold both forms"
+        )
+    if (folder / PIPELINE).is_file():
+        return f"is a diffusers pipeline ({PIPELINE}), and no dual encoder: give a CLIP checkpoint"
+    inside = [path.parent for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/config.json")]
+    if inside:
+        named = ", ".join(str(path.relative_to(folder)) for path in sorted(inside)[:SHOWN])
+        return f"has no config.json, and below it {named} has: give that folder as the path"
+    if pickled := _matching(folder, PICKLES):
+        return (
+            f"has no config.json, and {pickled[0]}: a training checkpoint or state_dict. Load it into its model of "
+            "transformers, then `model.save_pretrained(folder)` and `processor.save_pretrained(folder)`"
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    held = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") or "nothing"
+    return f"has no config.json, and holds {held}: give a folder as transformers' save_pretrained writes it"
+
+
+def own_code(folder: Path) -> list[str]:
+    """The JSON files that name code of the checkpoint's own (auto_map), which is never run here."""
+    names = _matching(folder, tuple(name for name in SETTINGS if name.endswith("config.json")))
+    return [name for name in names if _names_code(read_object(folder / name))]
+
+
+def _names_code(settings: Any) -> bool:
+    """Whether settings, or those of a part of the model in them, hold an auto_map."""
+    if not isinstance(settings, dict):
+        return False
+    return bool(settings.get("auto_map")) or any(_names_code(part) for part in settings.values())
