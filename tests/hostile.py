@@ -47,14 +47,18 @@ def read_checkpoint(folder: Path) -> None:
     build(target, lambda output: checked(ModelConfig(path=str(folder / "checkpoint")), output), Target("eager", "fp32"))
     write_portable(target, portable)
     images, texts = own_embeddings(folder / "checkpoint")
+    assert not one_for_all(images), "all images get one embedding"
+    assert not one_for_all(texts), "all texts get one embedding"
     encoder, model, processor = open_encoder(target), read_target(target).model, checkpoints.load_processor(target)
-    pixels = processor.image_processor([PHOTO], return_tensors="np")["pixel_values"]
+    pixels = processor.image_processor(PHOTOS, return_tensors="np")["pixel_values"]
     tokens = tokenize(processor, model, WORDS)
     assert alike(encoder.encode_images(pixels), images), "another image embedding than transformers'"
     assert alike(encoder.encode_texts(tokens.input_ids, tokens.attention_mask), texts), "another text embedding"
     if (packed := portable / "preprocessor.json").is_file():
-        ours = Preprocessor(**json.loads(packed.read_text()))(PHOTO)
-        assert np.abs(ours - pixels[0]).max() < 1e-4, "the package sees other pixels than transformers"
+        ours = Preprocessor(**json.loads(packed.read_text()))
+        assert max(np.abs(ours(photo) - own).max() for photo, own in zip(PHOTOS, pixels, strict=True)) < 1e-4, (
+            "the package sees other pixels than transformers"
+        )
     if (packed := portable / "tokenizer.json").is_file():
         own = Tokenizer(packed, model["context_length"], model["pad_to_context"], pad_token_of(processor))
         assert np.array_equal(own(WORDS)["input_ids"], tokens.input_ids), "the package reads other tokens"
@@ -68,9 +72,9 @@ def checked(model: ModelConfig, output: Path) -> Target:
 
 
 def own_embeddings(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Of PHOTO and WORDS, by transformers alone."""
+    """Of PHOTOS and WORDS, of unit length, by transformers alone."""
     model, processor = AutoModel.from_pretrained(folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder)
-    given = processor(text=WORDS, images=[PHOTO], padding=True, return_tensors="pt")
+    given = processor(text=WORDS, images=PHOTOS, padding=True, return_tensors="pt")
     with torch.inference_mode():
         found = model.eval()(**given)
     return found.image_embeds.numpy(), found.text_embeds.numpy()
@@ -79,6 +83,11 @@ def own_embeddings(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 def alike(ours: np.ndarray, own: np.ndarray) -> bool:
     """Cosines above 0.9999 in each row; `own` is of unit length."""
     return bool((np.sum(ours * own, 1) > 0.9999 * np.linalg.norm(ours, axis=1)).all())
+
+
+def one_for_all(rows: np.ndarray) -> bool:
+    """Whether embeddings of unit length are all the same, but for rounding."""
+    return bool((rows @ rows.T > 1 - 1e-6).all())
 
 
 def read_graph(folder: Path) -> None:
@@ -110,7 +119,7 @@ def read_picture(folder: Path) -> None:
     assert np.abs(ours(image) - expected).max() < 1e-5, "other pixels than the checkpoint's processor"
 
 
-PHOTO = shapes.render("hostile", 0, 7)[0].resize((120, 90))
+PHOTOS = [shapes.render("hostile", number, kind)[0].resize((120, 90)) for number, kind in enumerate((7, 30))]
 WORDS = ["a photo of a red circle", "Two BLUE squares, caf\u00e9", "x"]
 READERS = {"checkpoint": read_checkpoint, "graph": read_graph, "picture": read_picture}
 

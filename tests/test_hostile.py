@@ -273,6 +273,35 @@ def test_any_json_of_a_checkpoint_is_read_or_refused_in_one_line(name, hostile_c
     try_one()
 
 
+def test_any_files_of_a_checkpoint_are_enough_or_their_lack_is_said(hostile_checkpoint, read, fuzz):
+    """Files left behind, and files of another tool beside the model."""
+    names = sorted(path.name for path in hostile_checkpoint.iterdir())
+
+    @fuzz(8)
+    @given(st.sets(st.sampled_from(names)), st.sets(st.sampled_from(sorted(FOREIGN))))
+    def try_some(left_behind, added):
+        shutil.rmtree(hostile_checkpoint)
+        shutil.copytree(TINY, hostile_checkpoint)
+        for name in left_behind:
+            (hostile_checkpoint / name).unlink()
+        for name in added:
+            (hostile_checkpoint / name).write_text(FOREIGN[name])
+        read("a checkpoint's files, some left behind", "checkpoint", hostile_checkpoint.parent)
+
+    try_some()
+
+
+FOREIGN = {
+    "adapter_config.json": json.dumps({"peft_type": "LORA", "r": 4, "base_model_name_or_path": "someone/clip"}),
+    "modules.json": json.dumps([{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.CLIPModel"}]),
+    "open_clip_config.json": "{}",
+    "open_clip_model.safetensors": "",
+    "special_tokens_map.json": json.dumps({"eos_token": "<|endoftext|>"}),
+    "vocab.json": "{}",
+    "merges.txt": "",
+}
+
+
 def header_of(weights):
     """The JSON header of a safetensors file, and its tensors' bytes."""
     length = int.from_bytes(weights[:8], "little")
