@@ -86,16 +86,17 @@ def _refuse_adapter(folder: Path) -> None:
         return
     settings = read_object(folder / ADAPTER) if ADAPTER in names else {}
     base = settings.get("base_model_name_or_path") or "BASE"
-    beside = (
-        f"beside the base of an adapter, {' and '.join(names)}; the base alone would be deployed. To deploy the base, "
-        "move the adapter's files away; with the adapter"
-        if set(_matching(folder, ("config.json",)))
-        else f"an adapter of {base!r:.80} ({' and '.join(names)}), and no model"
+    files = " and ".join(names)
+    way = (
+        f"merge it, `PeftModel.from_pretrained(AutoModel.from_pretrained({base!r:.80}), FOLDER).merge_and_unload()"
+        ".save_pretrained(NEW_FOLDER)`, and save the processor there too"
     )
-    raise CheckpointError(
-        f"{folder} holds {beside}: merge it, `PeftModel.from_pretrained(AutoModel.from_pretrained({base!r:.80}), "
-        "FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)`, and save the processor there too"
-    )
+    if (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({files}) beside its base, which alone would be deployed: {way}; to deploy the "
+            "base, move the adapter's files away"
+        )
+    raise CheckpointError(f"{folder} holds an adapter of {base!r:.80} ({files}), and no model: {way}")
 
 
 def _refuse_modules(folder: Path, path: Path, inner: str) -> None:

@@ -72,7 +72,9 @@ def refused(folder):
 def test_an_adapter_beside_its_base_is_refused_whatever_is_installed(folder, kinds):
     adapter(folder)
     said = refused(folder)
-    assert "holds beside the base of an adapter, adapter_config.json and adapter_model.safetensors" in said
+    assert (
+        "an adapter (adapter_config.json and adapter_model.safetensors) beside its base, which alone would be" in said
+    )
     assert "from_pretrained('someone/clip'), FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)" in said
     kinds(
         "03: an adapter beside its base", "the base deployed, the adapter ignored: cosine 0.247 image, 0.781 text", said
