@@ -1,5 +1,6 @@
 """Checkpoints: fetch one, refuse what cannot be deployed, load it. The one module that decides what a checkpoint is."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Targ
     if model.architecture:
         _initialise(model, output)
     else:
-        source = _download(model.repo_id, str(model.revision)) if model.repo_id else _local_folder(model)
+        source = _download(model) if model.repo_id else _local_folder(model)
         with called(source, model):
             _copy(source, output)
     with called(output, model):
@@ -101,19 +102,23 @@ def _copy(source: Path, output: Path) -> None:
         shutil.copyfile(source / name, output / name)
 
 
-def _download(repo_id: str, revision: str) -> Path:
+def _download(model: ModelConfig) -> Path:
     """Fetch a repository through the Hugging Face cache; HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE hold as usual.
 
     Its settings come first: what they show to be no checkpoint is refused before the weights are fetched.
     """
     from huggingface_hub import HfApi, snapshot_download
 
+    repo_id, revision = str(model.repo_id), str(model.revision)
+
     def snapshot(names: list[str]) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
 
     with _hub_errors(repo_id, revision):
         folder = snapshot([*SETTINGS, INDEX, *OTHERS])
-        refuse_other_layouts(folder)
+        with called(folder, model):
+            refuse_other_layouts(folder)
+            _verify_processor(folder, read_config(folder))
         snapshot([WEIGHTS])
         snapshot(weight_names(folder))
         if not set(weight_names(folder)) & set(model_files(folder)):  # or the network was lost since
@@ -211,11 +216,51 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder} lacks {missing[0]}, which {INDEX} names: fetch it again")
         raise CheckpointError(_without_weights(str(folder), [path for path in folder.iterdir() if path.is_file()]))
     _verify_depth(folder, config, sum(_tensors(folder / name) for name in names if name != INDEX))
-    for name in ("preprocessor_config.json", "tokenizer_config.json"):
-        if not (folder / name).is_file() and not (folder / "processor_config.json").is_file():
-            raise CheckpointError(
-                f"{folder} has no {name}: save the processor with `processor.save_pretrained(folder)`"
-            )
+    _verify_processor(folder, config)
+
+
+def _verify_processor(folder: Path, config: dict[str, Any]) -> None:
+    """Raise CheckpointError where the image processor's settings or the tokenizer's vocabulary are missing."""
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise CheckpointError(
+            f"{folder} has no preprocessor_config.json: save the processor with `processor.save_pretrained(folder)`"
+        )
+    kind, lacking = _lacking_vocabulary(folder, config)
+    if lacking:
+        unread = lacking == "spiece.model" and (folder / "tokenizer.json").is_file()
+        way = ', or set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json to read tokenizer.json'
+        raise CheckpointError(
+            f"{folder} lacks the vocabulary of its {kind}, without which all texts are read alike: missing is "
+            f"{lacking}; copy it from the model that this one was fine-tuned from, or write it with "
+            f"`tokenizer.save_pretrained(folder)`{way if unread else ''}"
+        )
+
+
+def _lacking_vocabulary(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
+    """The tokenizer's class, as transformers chooses it, and the files that it needs and that are not there."""
+    from transformers import PreTrainedTokenizerBase, TokenizersBackend
+    from transformers.models.auto import tokenization_auto as auto
+
+    stated = stated_settings(folder).get("tokenizer_class") or config.get("tokenizer_class")
+    name = stated if isinstance(stated, str) else str(auto.TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type"))))
+    found = auto.tokenizer_class_from_name(name)
+    known = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
+    kind = found if known else TokenizersBackend  # so does AutoTokenizer
+    roles = kind.vocab_files_names
+    parts = [roles[role] for role in ("vocab_file", "merges_file") if role in roles]
+    missing = [part for part in parts if not (folder / part).is_file()]
+    fast = issubclass(kind, TokenizersBackend)
+    whole = fast and any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    if not roles or whole or (parts and not missing):
+        return kind.__name__, ""
+    instead = ["tokenizer.json"] if fast and len(missing) == len(parts) else []
+    return kind.__name__, " or ".join([*instead, *([" and ".join(missing)] if missing else [])])
+
+
+def stated_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json as it stands; empty where there is none, as transformers takes it."""
+    path = folder / "tokenizer_config.json"
+    return read_object(path) if path.is_file() else {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -330,12 +375,41 @@ def load_processor(folder: Path) -> "ProcessorMixin":
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
         if not hasattr(processor, "tokenizer"):
             raise CheckpointError(f"{folder} has no tokenizer: save it there with `tokenizer.save_pretrained(folder)`")
+        _verify_words(folder, processor.tokenizer)
+        _lower_as_stated(folder, processor.tokenizer)
         _verify_filter(folder, processor.image_processor)
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers and tokenizers meet in its files
         raise CheckpointError(f"{folder}: its processor cannot be loaded: {one_line(error)}") from error
     return processor
+
+
+def _verify_words(folder: Path, tokenizer: Any) -> None:
+    """Raise CheckpointError where there are none: transformers then makes a vocabulary of special tokens, silently."""
+    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()):
+        raise CheckpointError(
+            f"{folder}: the vocabulary of its {type(tokenizer).__name__} is empty, so that all texts are read alike: "
+            "take it from the model that this one was fine-tuned from"
+        )
+
+
+CAPITALS = "A Photo of a RED Circle"
+
+
+def _lower_as_stated(folder: Path, tokenizer: Any) -> None:
+    """Put lower-casing in front where it is stated and not done, as SigLIP 2 was trained with GemmaTokenizer.
+
+    Siglip2Tokenizer does the same: https://github.com/huggingface/transformers/issues/43054
+    """
+    from tokenizers import normalizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or stated_settings(folder).get("do_lower_case") is not True:
+        return
+    if tokenizer(CAPITALS)["input_ids"] != tokenizer(CAPITALS.lower())["input_ids"]:
+        given = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *given])
 
 
 def _verify_filter(folder: Path, processor: Any) -> None:
@@ -376,7 +450,8 @@ def _describe(folder: Path) -> dict[str, Any]:
     kind = config.model_type
     siglip = kind.startswith("siglip")
     positions = _positions(skeleton, config.text_config)
-    context = int(min(positions, processor.tokenizer.model_max_length))
+    lengths = (processor.tokenizer.model_max_length, trained_context(kind, processor.tokenizer))
+    context = int(min(positions, *lengths))
     text_inputs = ["input_ids"] if siglip else ["input_ids", "attention_mask"]
     tokens = processor.tokenizer(
         EXAMPLE_TEXTS, padding="max_length" if siglip else "longest", truncation=True, max_length=context
@@ -432,6 +507,16 @@ def _image_size(folder: Path, processor: Any) -> list[int]:
             f"{folder}: its image processor makes pixel_values of shape {shape}: four axes are needed"
         )
     return shape[-2:]
+
+
+# Tokens: https://github.com/OFA-Sys/Chinese-CLIP/blob/master/cn_clip/clip/utils.py (tokenize)
+TRAINED_CONTEXT = {"chinese_clip": 52}
+
+
+def trained_context(kind: str, tokenizer: Any) -> float:
+    """The longest text in tokens that a family was trained on, where its tokenizer states none; infinity otherwise."""
+    stated = tokenizer.model_max_length < 1e9
+    return math.inf if stated else TRAINED_CONTEXT.get(kind, math.inf)
 
 
 def _tower(config: Any) -> dict[str, int]:

@@ -15,7 +15,16 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
-from clip_deploy.checkpoint import called, load_as_is, load_processor, read_config, tower_settings
+from clip_deploy.checkpoint import (
+    CAPITALS,
+    EXAMPLE_TEXTS,
+    called,
+    load_as_is,
+    load_processor,
+    read_config,
+    stated_settings,
+    tower_settings,
+)
 from clip_deploy.core.config import ModelConfig
 from clip_deploy.core.errors import CheckpointError, ConfigError, one_line
 from clip_deploy.layout import own_code
@@ -34,6 +43,11 @@ CODES = (
     "pad-token",
     "padding-side",
     "vocabulary",
+    "vocabulary-size",
+    "unknown-words",
+    "bos-missing",
+    "lower-case",
+    "tokenizer-setting",
     "context-length",
     "logit-scale",
     "logit-bias",
@@ -182,6 +196,13 @@ class Opened:
     @cached_property
     def processor(self) -> Any:
         return load_processor(self.folder)
+
+    @cached_property
+    def own_tokenizer(self) -> Any:
+        """The tokenizer as transformers alone has it."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
 
     @cached_property
     def loaded(self) -> tuple["PreTrainedModel", dict[str, Any]]:
@@ -407,6 +428,103 @@ def vocabulary(opened: Opened) -> Iterator[Finding]:
         consequence = "A text with such a token reads beyond the embedding table: it fails, or gives noise"
         found = f"the tokenizer's ids go up to {highest}"
         yield Finding("vocabulary", ERROR, found, f"less than vocab_size, {size}", consequence)
+    tokens = len(opened.processor.tokenizer)
+    if opened.settings.trained and tokens < FILLED * size and size - tokens >= ROUNDING:
+        consequence = "It is not the tokenizer of this model: its ids stand for other words than in training"
+        found = f"the tokenizer has {tokens} tokens"
+        yield Finding("vocabulary-size", ERROR, found, f"nearly vocab_size, {size}", consequence)
+
+
+# A tokenizer fills its embedding table, but for rounding up to a multiple of 64 or 128 and for a few reserved ids.
+# Another family's (21,128 to 30,522 tokens for 49,408; 256,000 for 901,629) fills less than three quarters of it.
+FILLED, ROUNDING = 0.75, 128
+
+SENTENCES = (  # one after another says the same; a vocabulary of one language knows one of them
+    *EXAMPLE_TEXTS,
+    "一张红色圆形的照片",
+    "赤い円の写真",
+    "빨간 원의 사진",
+    "фотография красного круга",
+    "صورة لدائرة حمراء",
+)
+
+
+def words(opened: Opened) -> Iterator[Finding]:
+    """Whether the tokenizer knows the words of texts."""
+    tokenizer = opened.processor.tokenizer
+    shares = [_unknown(tokenizer, text) for text in SENTENCES]
+    if min(shares) > 0.5:
+        found = f"of the tokens of {len(SENTENCES)} texts in six languages more than half are {tokenizer.unk_token!r}"
+        consequence = "Words that are unknown are all read alike"
+        yield Finding("unknown-words", ERROR, found, "a vocabulary that knows one of them", consequence)
+    elif max(english := shares[: len(EXAMPLE_TEXTS)]) > 0.5:
+        found = f"of the tokens of an English text {max(english):.0%} are {tokenizer.unk_token!r}"
+        consequence = "Words that are unknown are all read alike: give classes and templates in the model's language"
+        yield Finding("unknown-words", WARNING, found, "a vocabulary that knows them", consequence)
+
+
+def _unknown(tokenizer: Any, text: str) -> float:
+    """The share of unknown tokens; those around the text aside, for CLIP's unknown token is its end of text."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids.count(tokenizer.unk_token_id) / len(ids) if ids else 1.0
+
+
+def clip_texts(opened: Opened) -> Iterator[Finding]:
+    """What CLIP's own tokenizer does to every text: lower-case it, and begin it with <|startoftext|>."""
+    if opened.kind != "clip":
+        return
+    tokenizer = opened.processor.tokenizer
+    first = tokenizer(EXAMPLE_TEXTS[0])["input_ids"][0]
+    if first not in tokenizer.all_special_ids or first == tokenizer.eos_token_id:
+        consequence = "All words stand at other positions than in training: embeddings and answers change"
+        found = f"texts begin with {tokenizer.convert_ids_to_tokens(first)!r}"
+        yield Finding("bos-missing", ERROR, found, "'<|startoftext|>', as every CLIP was trained", consequence)
+    if tokenizer(CAPITALS)["input_ids"] != tokenizer(CAPITALS.lower())["input_ids"]:
+        consequence = "Capitals get tokens that CLIP's training never held: texts with them get other embeddings"
+        expected = "the same, as every CLIP was trained (`do_lower_case: true` in tokenizer_config.json does it)"
+        yield Finding("lower-case", ERROR, f"{CAPITALS!r} and its lower case get other tokens", expected, consequence)
+
+
+def _alike(tokenizer: Any, one: str, other: str) -> bool | None:
+    """Whether two texts get the same tokens; None where that shows nothing, for they are unknown ones."""
+    same = tokenizer(one)["input_ids"] == tokenizer(other)["input_ids"]
+    return None if same and _unknown(tokenizer, one) else same
+
+
+def _lower_cases(tokenizer: Any) -> bool | None:
+    return _alike(tokenizer, CAPITALS, CAPITALS.lower())
+
+
+def _begins(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id in tokenizer("red")["input_ids"][:1]
+
+
+def _ends(tokenizer: Any) -> bool:
+    return tokenizer.eos_token_id in tokenizer("red")["input_ids"][-1:]
+
+
+# Settings of tokenizer_config.json that change tokens, each with a look whether they do.
+EFFECTS: dict[str, Callable[[Any], bool | None]] = {
+    "do_lower_case": _lower_cases,
+    "strip_accents": lambda tokenizer: _alike(tokenizer, "caf\u00e9", "cafe"),
+    "tokenize_chinese_chars": lambda tokenizer: _alike(tokenizer, "\u7ea2\u8272", "\u7ea2 \u8272"),
+    "add_bos_token": _begins,
+    "add_eos_token": _ends,
+}
+
+
+def stated(opened: Opened) -> Iterator[Finding]:
+    """Settings that the tokenizer states, and that transformers' own does not follow."""
+    name, settings = type(opened.processor.tokenizer).__name__, stated_settings(opened.folder)
+    for setting, effect in EFFECTS.items():
+        said = settings.get(setting)
+        if said is None or effect(opened.own_tokenizer) in (None, bool(said)):
+            continue
+        consequence = "It is not applied here either: where the model was trained so, texts are read in another way"
+        if effect(opened.processor.tokenizer) == said:
+            consequence = "It is applied here, also in the package; whoever asks transformers alone gets other tokens"
+        found = f"tokenizer_config.json states {setting}: {str(said).lower()}, which transformers' {name} ignores"
+        yield Finding("tokenizer-setting", WARNING, found, "it to be followed", consequence)
 
 
 def context(opened: Opened) -> Iterator[Finding]:
@@ -618,7 +736,9 @@ def alike(opened: Opened) -> Iterator[Finding]:
         except (ValueError, RuntimeError, IndexError):
             continue  # what does not fit is told by the other checks
         if bool(((rows @ rows.T) > 1 - ALIKE).all()):
-            found = f"three different {what} get one and the same embedding"
+            same_ids = what == "texts" and len({tuple(ids) for ids in given["input_ids"]}) == 1
+            why = ", for the tokenizer gives them the same ids" if same_ids else ""
+            found = f"three different {what} get one and the same embedding{why}"
             yield Finding("alike", ERROR, found, "three embeddings", f"Every answer about {what} would be chance")
 
 
@@ -629,6 +749,9 @@ CHECKS: tuple[Callable[[Opened], Iterator[Finding]], ...] = (
     end_of_text,
     padding,
     vocabulary,
+    words,
+    clip_texts,
+    stated,
     context,
     scale,
     images,

@@ -5,6 +5,8 @@ probabilities: each held to the checkpoint's own answer before it is kept.
 """
 
 import json
+import random
+import string
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,19 +23,39 @@ from clip_deploy.heads import logit_bias, logit_scale
 from clip_deploy.images import Preprocessor
 from clip_deploy.prepared import PREPROCESSOR, SCORES, TOKENIZER, pad_token_of, tokenize
 from clip_deploy.preprocessing import PROBES, Preprocessing, read_preprocessing
-from clip_deploy.tokens import Tokenizer
+from clip_deploy.tokens import Tokenizer, shown
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
     from transformers.image_processing_utils import BaseImageProcessor
 
 CLOSE = 1e-4  # largest difference of pixel_values: float32's rounding gives 1e-6, a grey level 1e-2
-PROBE_TEXTS = (
+ODD_TEXTS = (
+    "a photo of a red circle",
     "A Photo of two CATS, isn't it?",
     "caf\u00e9 \u2014 \u6771\u4eac \U0001f408",
     "  one   two\nthree ",
     "red " * 300,
+    "",
+    " ",
+    "! ?",
 )
+WORDS = """
+a photo of two red circles that run along the beach at night small GREEN Square Cats isn't I'm we'll 2024 3.14 1,000
+100% #1 naïve café résumé e\u0301 n\u0303 Straße GRÖSSE Москва ΔΡΟΜΟΣ İstanbul \u0131\u015f\u0131k 東京の夜景 红色 빨간
+صورة תמונה लाल ภาพสีแดง \ufb01ne
+\uff11\uff12\uff13 \uff21\uff42\uff43 ½ ™ \u2167 \ufdfa 🐈 \u2764\ufe0f \U0001f468\u200d\U0001f469\u200d\U0001f467
+"""
+BETWEEN = [*" " * 10, *"\n\t\x1c\x85\xa0\xad\u200b\u200d\u2581\u3000\ufeff\uff01_-@\u2026"]
+BETWEEN += ["", "  ", "\r\n", ", ", ". ", "!?", " & ", " / ", "'s ", "\u2019s ", " <", "> ", ' "', '" ', "://"]
+
+
+def probe_texts() -> list[str]:
+    """About 1,000 texts, always the same ones: many scripts, capitals, digits, signs, blanks, emoji, long ones."""
+    draw, words = random.Random(0), WORDS.split()
+    lengths = [draw.randrange(1, 30) for _ in range(1000)]
+    drawn = ["".join(draw.choice(words) + draw.choice(BETWEEN) for _ in range(length)) for length in lengths]
+    return [*ODD_TEXTS, *drawn[::2], *(draw.choice(BETWEEN) + text for text in drawn[1::2])]
 
 
 def write_portable(checkpoint: Path, folder: Path) -> None:
@@ -73,19 +95,81 @@ def _scores(checkpoint: Path) -> dict[str, Any]:
 def write_tokenizer(processor: "ProcessorMixin", model: dict[str, Any], path: Path) -> None:
     """Raises UnavailableError where `tokenizers` alone gives other tokens than the checkpoint's own tokenizer."""
     name = type(processor.tokenizer).__name__
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UnavailableError(f"{name} has no fast tokenizer: save the checkpoint with one (tokenizer.json)")
-    write_text(path, backend.to_str())
+    write_text(path, _backend(processor.tokenizer).to_str())
     own = Tokenizer(path, model["context_length"], model["pad_to_context"], pad_token_of(processor))
-    texts = [*PROBE_TEXTS, "a photo of a red circle"]
+    texts = [*probe_texts(), *(f"a cat {token} or two" for token in processor.tokenizer.all_special_tokens)]
     expected = tokenize(processor, model, texts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe is meant to be cut
         actual = own(texts)
     for key in model["text_inputs"]:
-        if not np.array_equal(actual[key], getattr(expected, key)):
-            raise UnavailableError(f"{name} changes texts before its tokenizer.json sees them: it cannot be packaged")
+        rows = zip(texts, actual[key].tolist(), getattr(expected, key).tolist(), strict=True)
+        if other := [text for text, ours, wanted in rows if ours != wanted]:
+            raise UnavailableError(
+                f"{name} changes texts before its tokenizer.json sees them ({len(other)} of {len(texts)} get other "
+                f"tokens, such as {shown(other[0])}): it cannot be packaged"
+            )
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The tokenizer as `tokenizers` has it, made anew where it is SigLIP's, which is SentencePiece behind Python."""
+    name = type(tokenizer).__name__
+    if name == "SiglipTokenizer":
+        return _of_sentencepiece(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnavailableError(f"{name} has no fast tokenizer: save the checkpoint with one (tokenizer.json)")
+    return backend
+
+
+def _of_sentencepiece(tokenizer: Any) -> Any:
+    """SiglipTokenizer's vocabulary and what it does to texts, in its order (its tokenize and canonicalize_text).
+
+    Raises UnavailableError where its model is no Unigram model.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Backend
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
+    if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
+        raise UnavailableError(
+            "SiglipTokenizer's SentencePiece model is no Unigram model: only a tokenizer.json of your own, read with "
+            '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json, can be packaged'
+        )
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    made = Backend(models.Unigram(pieces, tokenizer.unk_token_id, model.trainer_spec.byte_fallback))
+    made.normalizer = normalizers.Sequence(_canonical(tokenizer.do_lower_case, model.normalizer_spec))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    made.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    marks = {"lstrip": True, "rstrip": True, "normalized": False, "special": True}
+    made.add_special_tokens([AddedToken(token, **marks) for token in tokenizer.all_special_tokens])
+    return made
+
+
+# Python lower-cases a sigma by its place in a word, `tokenizers` does not.
+LAST_SIGMA = r"(?<=\p{Cased}|\p{Cased}\p{Case_Ignorable})\u03a3(?!\p{Case_Ignorable}*\p{Cased})"
+BLANK = r"\s\x1c-\x1f"  # what Python's \s is, in `tokenizers`
+
+
+def _canonical(lower: bool, spec: Any) -> list[Any]:
+    from tokenizers import Regex
+    from tokenizers.normalizers import NFKC, Lowercase, Precompiled, Replace, Strip
+
+    signs = "".join(f"\\{sign}" for sign in string.punctuation)
+    # Precompiled looks at a letter and its accents at once, and then misses what SentencePiece finds: compose first.
+    composed = [NFKC()] if "nfkc" in spec.name else []
+    return [
+        Replace("\u2581", " "),
+        Replace(Regex(rf"\A[{BLANK}\p{{Cc}}{signs}]+"), " "),  # not "": Metaspace looks where a text began
+        *([Replace(Regex(LAST_SIGMA), "\u03c2"), Lowercase()] if lower else []),
+        Replace(Regex(f"[{signs}]"), ""),
+        Replace(Regex(f"[{BLANK}]+"), " "),
+        *([*composed, Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []),
+        Replace(Regex(" +"), " "),
+        Strip(left=False, right=True),
+    ]
 
 
 def write_preprocessor(processor: "BaseImageProcessor", image_size: list[int], path: Path) -> None:

@@ -114,13 +114,74 @@ SMALL_VISION = {"image_size": 32, "patch_size": 8, **SMALL}
 
 @pytest.fixture(scope="session")
 def siglip(tmp_path_factory):
-    """A small SigLIP with random weights in Hugging Face layout, as the target torch-fp32."""
-    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipProcessor
+    """A small SigLIP with random weights in Hugging Face layout, its tokenizer a spiece.model, as torch-fp32."""
+    from transformers import SiglipImageProcessorPil, SiglipProcessor, SiglipTokenizer
 
-    text = {"vocab_size": 600, "max_position_embeddings": 16, "bos_token_id": 585, "eos_token_id": 586, **SMALL}
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config=SMALL_VISION))
+    folder = tmp_path_factory.mktemp("siglip")
+    (folder / "spiece.model").write_bytes(sentencepiece_model())
+    settings = {"model_max_length": 16, "model_input_names": ["input_ids"]}
+    tokenizer = SiglipTokenizer(str(folder / "spiece.model"), **settings)
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    return reference(model, SiglipProcessor(images, small_tokenizer(16)), tmp_path_factory.mktemp("siglip"))
+    return reference(small_siglip(len(tokenizer)), SiglipProcessor(images, tokenizer), folder)
+
+
+@pytest.fixture(scope="session")
+def siglip2(tmp_path_factory):
+    """A small SigLIP 2 of one size, with Gemma's kind of tokenizer, which states do_lower_case and does not do it."""
+    from transformers import GemmaTokenizer, SiglipImageProcessorPil, SiglipProcessor
+
+    vocabulary, merges = gemma_vocabulary()
+    settings = {"add_bos_token": False, "add_eos_token": True, "do_lower_case": True, "padding_side": "right"}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, **settings)
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2)
+    processor = SiglipProcessor(images, tokenizer)
+    return reference(small_siglip(len(tokenizer)), processor, tmp_path_factory.mktemp("siglip2"))
+
+
+def small_siglip(words):
+    from transformers import SiglipConfig, SiglipModel
+
+    text = {"vocab_size": words, "max_position_embeddings": 16, "bos_token_id": None, "eos_token_id": 1, **SMALL}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=SMALL_VISION))
+
+
+def sentences():
+    """What the small tokenizers are trained on: English as the tests use it, and a little of other scripts."""
+    from clip_deploy.lint import SENTENCES
+    from clip_deploy.portable import probe_texts
+    from clip_deploy.shapes import CLASSES
+
+    templates = ("a photo of a {}", "A Photo of a RED {}, large or small", "a drawing of two {}s left of a star")
+    return [*(template.format(name) for name in CLASSES for template in templates), *SENTENCES, *probe_texts()[:200]]
+
+
+def sentencepiece_model(kind="unigram"):
+    """The bytes of a spiece.model with SigLIP's special tokens."""
+    import io
+
+    import sentencepiece
+
+    texts = [text.lower() for text in sentences()]  # it was trained on what SiglipTokenizer hands it
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    model = io.BytesIO()
+    settings = {"model_type": kind, "vocab_size": 350, "num_threads": 1, "minloglevel": 2, **ids}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **settings)
+    return model.getvalue()
+
+
+def gemma_vocabulary():
+    """Tokens with their ids, and merges: BPE with bytes to fall back on, as Gemma's."""
+    import json
+
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(sentences(), trainers.BpeTrainer(vocab_size=900, special_tokens=special))
+    model = json.loads(made.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
 @pytest.fixture(scope="session")

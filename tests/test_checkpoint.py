@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL, SMALL_VISION, TINY, small_tokenizer
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, BertTokenizer
 from transformers.utils import import_utils
 
-from clip_deploy.checkpoint import describe, fetch, load_model, verify
+from clip_deploy.checkpoint import describe, fetch, load_model, load_processor, verify
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import ModelConfig
 from clip_deploy.core.environment import fingerprint
@@ -124,6 +124,97 @@ def test_a_folder_without_config_is_refused(folder):
 def test_a_folder_without_its_processor_is_refused(folder):
     (folder / "preprocessor_config.json").unlink()
     refuse(folder, "has no preprocessor_config.json")
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "missing"),
+    [
+        ([], {}, "CLIPTokenizer, .* missing is tokenizer.json or vocab.json and merges.txt; copy it from the model"),
+        (["vocab.json"], {}, "CLIPTokenizer, .* missing is merges.txt;"),
+        ([], {"tokenizer_class": "BertTokenizerFast"}, "BertTokenizer, .* missing is tokenizer.json or vocab.txt;"),
+        ([], {"tokenizer_class": "GemmaTokenizer"}, "GemmaTokenizer, .* missing is tokenizer.json;"),
+        (["tokenizer.json"], {"tokenizer_class": "SiglipTokenizer"}, "SiglipTokenizer, .* missing is spiece.model;"),
+        ([], None, "CLIPTokenizer, .* missing is tokenizer.json or vocab.json and merges.txt;"),
+    ],
+)
+def test_a_folder_without_its_vocabulary_is_refused_by_the_files_that_are_missing(folder, files, settings, missing):
+    words = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").unlink()
+    for name in files:
+        (folder / name).write_text(words)
+    stated = folder / "tokenizer_config.json"
+    if settings is None:  # no file of a tokenizer at all
+        stated.unlink()
+        images = json.loads((folder / "preprocessor_config.json").read_text())
+        (folder / "processor_config.json").write_text(json.dumps({"image_processor": images}))
+        (folder / "preprocessor_config.json").unlink()
+    else:
+        stated.write_text(json.dumps(json.loads(stated.read_text()) | settings))
+    refuse(folder, f"lacks the vocabulary of its {missing}")
+
+
+def test_no_allowance_leads_past_a_missing_vocabulary(folder, tmp_path, kinds):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"].update(eos_token_id=2, bos_token_id=0, pad_token_id=1)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").unlink()
+    output = tmp_path / "output"
+    output.mkdir()
+    with pytest.raises(CheckpointError, match="lacks the vocabulary") as refused:
+        fetch(ModelConfig(path=str(folder), allow=["eos-token"]), output)
+    kinds(
+        "01: a checkpoint without its vocabulary",
+        before="one embedding for all texts, top-1 2.1 % of 48 classes, all rows pass, a package ships",
+        now=str(refused.value).replace(str(folder), "the folder"),
+    )
+
+
+def test_a_vocabulary_without_words_is_refused(chinese_clip, tmp_path):
+    folder = bare_chinese_clip(chinese_clip, tmp_path, "")
+    with pytest.raises(CheckpointError, match="the vocabulary of its BertTokenizer is empty, so that all texts are"):
+        load_processor(folder)
+
+
+def test_a_tokenizer_config_that_is_no_json_is_refused(folder):
+    (folder / "tokenizer_config.json").write_text("[")
+    refuse(folder, "tokenizer_config.json is not JSON")
+
+
+def bare_chinese_clip(chinese_clip, tmp_path, vocabulary):
+    """As the hub has Chinese-CLIP: vocab.txt alone, no tokenizer.json, no tokenizer_config.json; 512 positions."""
+    folder = shutil.copytree(chinese_clip, tmp_path / "chinese-clip")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "vocab.txt").write_text(vocabulary)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 512
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_chinese_clip_as_the_hub_has_it_is_read_at_52_tokens_with_transformers_ids(chinese_clip, tmp_path, kinds):
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    folder = bare_chinese_clip(
+        chinese_clip, tmp_path, "\n".join([*special, *"一张红色圆形的照片", "red", "photo"]) + "\n"
+    )
+    verify(folder)
+    assert describe(folder)["context_length"] == 52
+    texts = ["一张红色的照片", "A RED photo"]
+    ids = load_processor(folder).tokenizer(texts)["input_ids"]
+    assert ids == [[2, 5, 6, 7, 8, 11, 12, 13, 3], [2, 1, 14, 15, 3]]
+    assert ids == BertTokenizer(str(folder / "vocab.txt"))(texts)["input_ids"]
+    kinds(
+        "28: Chinese-CLIP as the hub has it (vocab.txt, no tokenizer_config.json)",
+        before="refused: has no tokenizer_config.json; with one, texts of 512 tokens",
+        now=f"read with transformers' ids, texts of {describe(folder)['context_length']} tokens",
+    )
+
+
+def test_a_length_that_the_tokenizer_states_is_kept(chinese_clip, tmp_path):
+    folder = bare_chinese_clip(chinese_clip, tmp_path, "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n")
+    stated = {"tokenizer_class": "BertTokenizer", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+    assert describe(folder)["context_length"] == 64
 
 
 def test_weights_of_another_shape_are_refused(folder):

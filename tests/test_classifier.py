@@ -39,7 +39,7 @@ def expected_logits(checkpoint, images, texts, **options):
     """What transformers itself makes of images and texts."""
     batch = load_processor(checkpoint)(images=images, text=texts, return_tensors="pt", **options)
     if "max_length" in options:
-        del batch["attention_mask"]  # this tokenizer makes one; SigLIP was trained without
+        batch.pop("attention_mask", None)  # Gemma's tokenizer makes one; SigLIP was trained without
     return load_model(checkpoint)(**batch).logits_per_image.detach()
 
 
@@ -167,19 +167,23 @@ def test_a_graph_that_preprocesses_takes_images_of_any_size(checkpoint, sets, tm
     assert (found * expected).sum(axis=1).min() > 0.999
 
 
-def test_siglip_gives_each_text_a_probability_of_its_own(siglip, tmp_path):
+@pytest.mark.parametrize("name", ["siglip", "siglip2"])
+def test_siglip_gives_each_text_a_probability_of_its_own_and_reads_capitals_as_small_letters(name, tmp_path, request):
+    siglip = request.getfixturevalue(name)
     target, evaluation = tmp_path / "built" / "onnx-fp32", tmp_path / "evaluation"
     build(target, lambda output: export_onnx(siglip, OnnxConfig(), output), Target("ort", "fp32"))
     evaluation.mkdir()
-    (evaluation / "manifest.json").write_text(json.dumps({"classes": [], "templates": [], "pad_token": 586}))
+    pad = {"siglip": 1, "siglip2": 0}[name]  # </s> and <pad>
+    (evaluation / "manifest.json").write_text(json.dumps({"classes": [], "templates": [], "pad_token": pad}))
     nothing = np.empty((0, 32), dtype=np.float32)
     np.savez(evaluation / "reference.npz", images=nothing, captions=nothing, prompts=nothing)
     for name in ("portable", "package"):
         (tmp_path / name).mkdir()
     write_portable(siglip, tmp_path / "portable")
     classifier = ZeroShotClassifier.open(packed(target, tmp_path, tmp_path / "package"))
-    texts = ["a red circle", "a star"]
-    expected = expected_logits(siglip, IMAGES[:1], texts, padding="max_length", max_length=16).sigmoid()[0].numpy()
+    texts = ["A photo of a RED circle", "a star"]
+    lower = [text.lower() for text in texts]
+    expected = expected_logits(siglip, IMAGES[:1], lower, padding="max_length", max_length=16).sigmoid()[0].numpy()
     found = dict(classifier.predict(IMAGES[0], texts))
     assert np.allclose([found[text] for text in texts], expected, atol=1e-5)
     with pytest.raises(DataError, match="no classes of its own: give texts"):

@@ -80,6 +80,42 @@ def without_the_end(folder):
     tokens(tokenizer_class="PreTrainedTokenizerFast")(folder)
 
 
+def tokenizer(edit):
+    """Change tokenizer.json, and have it read as it stands: CLIPTokenizer takes its vocabulary alone from there."""
+
+    def apply(folder):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        edit(content)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        tokens(tokenizer_class="PreTrainedTokenizerFast")(folder)
+
+    return apply
+
+
+def without_the_beginning(content):
+    end, words = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    known = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [586], "tokens": ["<|endoftext|>"]}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [words, end],
+        "pair": [],
+        "special_tokens": known,
+    }
+
+
+def with_capitals(content):
+    content["normalizer"]["normalizers"].pop()
+
+
+def all_alike(content):
+    content["normalizer"]["normalizers"].append({"type": "Replace", "pattern": {"Regex": ".+"}, "content": "a"})
+
+
+def of_few_words(content):
+    content["model"]["merges"] = []
+    content["model"]["vocab"] = {token: id for token, id in content["model"]["vocab"].items() if id < 5 or id > 584}
+
+
 def halved(weights):
     for name in list(weights):
         weights[name] = weights[name].astype(np.float16)
@@ -123,6 +159,19 @@ ERRORS = [
         "vocabulary",
         "reads beyond the embedding table",
     ),
+    (
+        both(
+            text(vocab_size=2000),
+            reweigh(lambda w: w.update({EMBEDDING: np.resize(w[EMBEDDING], (2000, w[EMBEDDING].shape[1]))})),
+        ),
+        "vocabulary-size",
+        "the tokenizer has 587 tokens; expected nearly vocab_size, 2000. It is not the tokenizer of this model",
+    ),
+    (tokenizer(of_few_words), "vocabulary-size", "the tokenizer has 7 tokens; expected nearly vocab_size, 587"),
+    (tokenizer(of_few_words), "unknown-words", "of 8 texts in six languages more than half are '<|endoftext|>'"),
+    (tokenizer(all_alike), "alike", "get one and the same embedding, for the tokenizer gives them the same ids"),
+    (tokenizer(without_the_beginning), "bos-missing", "texts begin with 'a</w>'; expected '<|startoftext|>', as every"),
+    (tokenizer(with_capitals), "lower-case", "'A Photo of a RED Circle' and its lower case get other tokens"),
     (scale(100.0), "logit-scale", "the factor itself was stored instead of its logarithm"),
     (scale(np.nan), "logit-scale", "0, 1 or NaN"),
     (pictures(crop_size={"height": 32, "width": 32}), "image-size", "no positions for them"),
@@ -155,6 +204,23 @@ WARNINGS = [
         "Right here, where that ends every text",
     ),
     (text(pad_token_id=1), "pad-token", "a server that pads by config.json sends other ids"),
+    (
+        tokens(do_lower_case=False),
+        "tokenizer-setting",
+        "states do_lower_case: false, which transformers' CLIPTokenizer ignores; expected it to be followed. It is not",
+    ),
+    (
+        tokens(add_eos_token=False),
+        "tokenizer-setting",
+        "states add_eos_token: false, which transformers' CLIP",
+    ),
+    (
+        tokens(add_bos_token=False),
+        "tokenizer-setting",
+        "states add_bos_token: false, which transformers' CLIP",
+    ),
+    (tokens(strip_accents=True), "tokenizer-setting", "states strip_accents: true, which transformers' CLIPTokenizer"),
+    (tokens(tokenize_chinese_chars=True), "tokenizer-setting", "states tokenize_chinese_chars: true, which"),
     (tokens(model_max_length=16), "context-length", "cut at 16 tokens, though the model reads 32"),
     (tokens(model_max_length=None), "context-length", "a server that asks the tokenizer alone fails on longer ones"),
     (scale(np.log(1 / 0.07)), "logit-scale", "it was never trained"),
@@ -228,11 +294,84 @@ def test_a_token_above_the_end_of_text_makes_the_legacy_id_wrong(folder):
         findings(folder)
 
 
-def test_siglip_has_its_own_pixels_padding_scale_and_bias(siglip):
+def test_siglip_has_its_own_pixels_padding_scale_and_bias(siglip, tmp_path):
     found = {finding.code: finding for finding in findings(siglip)}
-    assert set(found) <= {"pad-token", "logit-scale", "logit-bias"}  # random weights: scale and bias are noise
-    assert "reads padding as text" in found["pad-token"].consequence
-    assert {finding.code for finding in findings(siglip, trained=False)} == {"pad-token"}
+    assert set(found) <= {"logit-scale", "logit-bias"}  # random weights: scale and bias are noise
+    assert findings(siglip, trained=False) == []
+    folder = shutil.copytree(siglip, tmp_path / "broken")
+    tokens(pad_token="<unk>")(folder)
+    (padding,) = findings(folder, trained=False)
+    assert (padding.code, padding.severity) == ("pad-token", "warning")
+    assert "reads padding as text" in padding.consequence
+
+
+def test_a_stated_setting_that_transformers_ignores_is_named_and_whether_it_is_applied(siglip2, kinds):
+    (finding,) = [finding for finding in findings(siglip2, trained=False) if finding.code == "tokenizer-setting"]
+    assert finding.severity == "warning"
+    assert finding.found == (
+        "tokenizer_config.json states do_lower_case: true, which transformers' GemmaTokenizer ignores"
+    )
+    assert finding.consequence.startswith("It is applied here, also in the package")
+    kinds("06: a tokenizer's stated setting that does nothing", before="nothing was said", now=finding)
+
+
+def test_capitals_of_a_clip_that_states_lower_case_are_no_error(folder):
+    both(tokenizer(with_capitals), tokens(do_lower_case=True))(folder)
+    (finding,) = findings(folder)
+    assert finding.code == "tokenizer-setting"
+    assert finding.consequence.startswith("It is applied here")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "before"),
+    [
+        (tokenizer(without_the_beginning), "bos-missing", "not seen"),
+        (tokenizer(with_capitals), "lower-case", "not seen"),
+    ],
+)
+def test_a_clip_tokenizer_that_leaves_out_what_clips_own_does_is_refused(folder, spoil, code, before, kinds):
+    spoil(folder)
+    with pytest.raises(CheckpointError) as refused:
+        findings(folder)
+    assert str(refused.value).count(" (error): ") == 1
+    kinds(f"28: a CLIP tokenizer, {code}", before=before, now=str(refused.value).splitlines()[1])
+    assert [finding.code for finding in findings(folder, allow=[code])] == [code]
+
+
+def test_texts_that_are_read_alike_are_refused_whatever_else_is_allowed(folder, kinds):
+    both(tokenizer(all_alike), text(eos_token_id=2, bos_token_id=0, pad_token_id=1))(folder)
+    with pytest.raises(CheckpointError, match="alike") as refused:
+        findings(folder, allow=["eos-token"])
+    kinds(
+        "01: a tokenizer that gives all texts the same ids",
+        before="not seen: one embedding for all texts, and a package with `allow: [eos-token]`",
+        now=str(refused.value).splitlines()[1],
+    )
+
+
+def test_a_vocabulary_that_is_rounded_up_is_no_finding(folder):
+    rounded = 640  # the next multiple of 128
+    text(vocab_size=rounded)(folder)
+    reweigh(lambda w: w.update({EMBEDDING: np.resize(w[EMBEDDING], (rounded, w[EMBEDDING].shape[1]))}))(folder)
+    assert findings(folder) == []
+
+
+def test_random_weights_may_have_more_places_than_the_tokenizer_has_tokens(folder):
+    text(vocab_size=2000)(folder)
+    reweigh(lambda w: w.update({EMBEDDING: np.resize(w[EMBEDDING], (2000, w[EMBEDDING].shape[1]))}))(folder)
+    assert findings(folder, trained=False) == []
+
+
+def test_a_vocabulary_of_one_language_is_a_warning_where_it_is_not_english(chinese_clip, tmp_path):
+    folder = shutil.copytree(chinese_clip, tmp_path / "chinese")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    signs = [chr(code) for code in range(0x4E00, 0x4E00 + 500)]
+    listed = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"一张红色圆形的照片", *signs]
+    (folder / "vocab.txt").write_text("\n".join(listed) + "\n")
+    (finding,) = [finding for finding in findings(folder, trained=False) if finding.code == "unknown-words"]
+    assert finding.severity == "warning"
+    assert finding.found == "of the tokens of an English text 100% are '[UNK]'"
 
 
 def test_chinese_clip_is_clean_but_for_its_padding(chinese_clip):
@@ -287,8 +426,9 @@ RELEASED = {
     "facebook/metaclip-b32-400m": ("checkpoint", both(LEGACY, pictures(**OPENAI)), {"eos-token"}),
     # its config.json names the towers' kinds and leaves the rest to transformers' defaults
     "google/siglip-base-patch16-224": ("siglip", both(vision(hidden_act=None), text(hidden_act=None),
-                                                      pictures(**GOOGLE)), {"pad-token"}),
-    "google/siglip2-base-patch16-224": ("siglip", pictures(**{**GOOGLE, "resample": 2}), {"pad-token"}),
+                                                      pictures(**GOOGLE)), set()),
+    "google/siglip2-base-patch16-224": ("siglip2", pictures(**{**GOOGLE, "resample": 2}),
+                                        {"tokenizer-setting", "context-length"}),
     "OFA-Sys/chinese-clip-vit-base-patch16": (
         "chinese_clip",
         both(

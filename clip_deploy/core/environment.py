@@ -15,6 +15,7 @@ LIBRARIES = {  # by the name that is imported (pillow aside): the distributions 
     "torchvision": ("torchvision",),
     "transformers": ("transformers",),
     "tokenizers": ("tokenizers",),
+    "sentencepiece": ("sentencepiece",),
     "safetensors": ("safetensors",),
     "onnx": ("onnx",),
     "onnx_ir": ("onnx-ir",),
