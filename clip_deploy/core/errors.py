@@ -1,5 +1,7 @@
 """The errors that a user can meet. Each message says what was given, what is accepted and the way out."""
 
+from collections.abc import Sequence
+
 
 class DeployError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -19,3 +21,9 @@ class DataError(DeployError):
 
 class UnavailableError(DeployError):
     """This target cannot be built or run here. Its row stays in the table with this reason."""
+
+
+def listed(lines: Sequence[str], most: int = 10) -> str:
+    """What several faults have to say, as one line of bounded length."""
+    more = f"; and {len(lines) - most:,} more" if len(lines) > most else ""
+    return "; ".join(lines[:most]) + more
