@@ -67,7 +67,8 @@ def _add_embed(commands: Any) -> None:
         commands,
         "embed",
         _embed,
-        "Write the embeddings of images as Parquet files. The same command goes on after a stop. "
+        "Write the embeddings of images as Parquet files. The same command goes on after a stop, and takes up what "
+        "came, changed or went in a folder since. "
         f"Exit code {UNREADABLE} says that all is done but some images could not be read.",
     )
     command.add_argument("source", help="a folder of images or of Parquet, one Parquet file, or a URI (s3://...)")
@@ -124,10 +125,11 @@ def _embed(given: argparse.Namespace) -> int:
         package = Shipped.read(given.package, given.device, given.threads)
         done = embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))
     code = _named(done.unreadable)
+    gone = f"{done.gone:,} gone, " if done.gone else ""
     speed = f" ({done.embedded_now / done.seconds:,.0f} images/s)" if done.embedded_now else ""
     print(
         f"{shown(given.output)}: {done.images:,} images, {done.embedded_before:,} embedded before, "
-        f"{done.embedded_now:,} now{speed}, {len(done.unreadable):,} unreadable"
+        f"{done.embedded_now:,} now{speed}, {gone}{len(done.unreadable):,} unreadable"
     )
     return code
 

@@ -118,7 +118,7 @@ class ZeroShotClassifier:
         """The probability of each text for one image, the highest first.
 
         Args:
-            image: a file, or a picture of Pillow.
+            image: a file, which is turned upright as EXIF says, or a picture of Pillow, which is taken as it lies.
             texts: as a person would describe the image; None takes the package's classes, in its templates.
 
         CLIP's probabilities are a softmax over the texts and add up to 1; SigLIP's are those of each text by itself.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from tqdm import tqdm
 
 from clip_deploy import shapes
 from clip_deploy.core.config import DataConfig
-from clip_deploy.core.errors import DataError
-from clip_deploy.images import SUFFIXES, read_image, rgb
+from clip_deploy.core.environment import cores
+from clip_deploy.core.errors import DataError, listed
+from clip_deploy.core.files import class_files
+from clip_deploy.images import decode, read_image
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,10 @@ def _split(samples: list[Sample], classes: list[str], data: DataConfig, seed: in
     """Shuffle, drop pictures seen before, and give calibration its share, at most a quarter."""
     order = np.random.default_rng(seed).permutation(len(samples))
     wanted = data.evaluation_samples + data.calibration_samples
-    unique = list(_unique((samples[index] for index in order), wanted))
+    try:
+        unique = list(_unique((samples[index] for index in order), wanted))
+    except DataError as error:
+        raise _unreadable(samples) from error
     aside = min(data.calibration_samples, len(unique) // 4)
     if aside < 1 or len(unique) - aside < 8:
         raise DataError(f"data.source {data.source} yields {len(unique)} different images: at least 11 are needed")
@@ -99,19 +105,46 @@ def _unique(samples: Iterable[Sample], wanted: int) -> Iterator[tuple[Sample, st
                 return
 
 
+def _unreadable(samples: list[Sample]) -> DataError:
+    """Name all images that cannot be read, whether they were drawn or not: a user mends them at once."""
+    with ThreadPoolExecutor(cores()) as pool:
+        faults = list(tqdm(pool.map(_fault, samples), "read all images", len(samples), disable=None))
+    found = [fault for fault in faults if fault]
+    return DataError(f"{len(found):,} of {len(samples):,} images cannot be read: {listed(found)}")
+
+
+def _fault(sample: Sample) -> str | None:
+    try:
+        sample.open()
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def _image_folder(data: DataConfig) -> tuple[list[Sample], list[str]]:
     root = _existing(data, Path.is_dir, "folder")
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    files = _by_class(root)
+    if empty := [str(root / name) for name, names in files.items() if not names]:
+        raise DataError(f"{listed(empty)} holds no images: fill it or remove it")
+    classes = {name: name.replace("_", " ") for name in files}
+    samples = [
+        Sample(partial(read_image, root / name), label=classes[folder]) for folder in files for name in files[folder]
+    ]
+    return samples, list(classes.values())
+
+
+def _by_class(root: Path) -> dict[str, list[str]]:
+    """Paths of images below `root`, by the folder of their class."""
+    found = class_files(root)
+    if found.skipped:
+        raise DataError(f"{root} cannot be read whole: {listed(list(found.skipped.values()))}")
+    folders = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     if not folders:
         raise DataError(f"{root} has no classes: put the images of each class into a sub-folder named as the class")
-    samples, classes = [], []
-    for folder in folders:
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not files:
-            raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}): fill it or remove it")
-        classes.append(folder.name.replace("_", " "))
-        samples += [Sample(partial(read_image, path), label=classes[-1]) for path in files]
-    return samples, classes
+    files: dict[str, list[str]] = {folder: [] for folder in folders}
+    for name in sorted(found.files, key=lambda name: name.split("/")):
+        files[name.split("/")[0]].append(name)
+    return files
 
 
 def _captions(data: DataConfig) -> tuple[list[Sample], list[str]]:
@@ -133,15 +166,15 @@ def _captions(data: DataConfig) -> tuple[list[Sample], list[str]]:
             )
         if data.caption_column:
             captions[path].append(row[data.caption_column])
-    if missing := [path for path in captions if not path.is_file()]:
-        raise DataError(f"{table} names {missing[0]}, which does not exist ({len(missing)} of {len(captions)} missing)")
+    if missing := [str(path) for path in captions if not path.is_file()]:
+        raise DataError(f"{table}: {len(missing):,} of {len(captions):,} images do not exist: {listed(missing)}")
     samples = [Sample(partial(read_image, path), tuple(captions[path]), labels[path]) for path in captions]
     return samples, sorted({label for label in labels.values() if label})
 
 
 def _hub(data: DataConfig) -> tuple[list[Sample], list[str]]:
     """A dataset of the Hugging Face hub, or a local folder in one of its layouts, through `datasets`."""
-    from datasets import ClassLabel, load_dataset
+    from datasets import ClassLabel, Image, load_dataset
 
     what = f"data.dataset_id {data.dataset_id}"
     try:
@@ -152,15 +185,20 @@ def _hub(data: DataConfig) -> tuple[list[Sample], list[str]]:
             f"{what}, split {data.split!r} cannot be loaded: {line}; check the id, split and network"
         ) from error
     _check_columns(what, data, table.column_names)
+    if not isinstance(table.features[data.image_column], Image):
+        raise DataError(f"{what}: column {data.image_column!r} holds no images but {table.features[data.image_column]}")
+    images = table.select_columns(data.image_column).cast_column(data.image_column, Image(decode=False))
+    captions = table[data.caption_column] if data.caption_column else [()] * len(table)
+    labels = table[data.label_column] if data.label_column else [None] * len(table)
     feature = table.features[data.label_column] if data.label_column else None
     named = feature.int2str if isinstance(feature, ClassLabel) else str
     samples = [
         Sample(
-            partial(_hub_image, table, index, data.image_column),
-            tuple(_as_list(table[index][data.caption_column])) if data.caption_column else (),
+            partial(_hub_image, images, index, data.image_column),
+            tuple(_as_list(caption)),
             named(label).replace("_", " ") if data.label_column else None,
         )
-        for index, label in enumerate(table[data.label_column] if data.label_column else [None] * len(table))
+        for index, (caption, label) in enumerate(zip(captions, labels, strict=True))
     ]
     return samples, sorted({sample.label for sample in samples if sample.label})
 
@@ -171,15 +209,18 @@ def _check_columns(what: str, data: DataConfig, present: list[str]) -> None:
             raise DataError(f"{what} has no column {column!r}: it has {', '.join(present) or 'none'}")
 
 
-def _as_list(captions: str | list[str]) -> list[str]:
+def _as_list(captions: str | Iterable[str]) -> Iterable[str]:
     return [captions] if isinstance(captions, str) else captions
 
 
 def _hub_image(table: Any, index: int, column: str) -> Image.Image:
-    try:
-        return rgb(table[index][column])
-    except DataError as error:
-        raise DataError(f"the image in row {index} {error}") from error
+    """Not decoded by `datasets`, whose errors name no row."""
+    image, name = table[index][column], f"the image in row {index}"
+    if image is None:
+        raise DataError(f"{name} is missing: fill it or remove the row")
+    if image["bytes"] is None:
+        return read_image(Path(image["path"]))
+    return decode(image["bytes"], f"{name} ({image['path']})" if image["path"] else name)
 
 
 def _existing(data: DataConfig, test: Callable[[Path], bool], kind: str) -> Path:

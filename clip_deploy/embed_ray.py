@@ -107,7 +107,7 @@ class Worker:
 
     def _make(self, number: int, part: Part) -> Header:
         if has_part(self.job.output, PART.format(number)):  # written by a worker that died before it said so
-            return check_header(self.job, number)
+            return check_header(self.job, number, part)
         attempt, last = self.attempts.begin(number)
         if attempt > TRIES:
             raise DeployError(

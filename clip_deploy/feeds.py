@@ -9,11 +9,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from clip_deploy.core.errors import UnavailableError
 
 if TYPE_CHECKING:
+    import torch
+
     from clip_deploy.preprocessing import Preprocessing
 
 FEEDS = {"pixel_values": ("pil", "torchvision", "nvjpeg"), "images": ("graph",)}  # by what a tower takes
@@ -77,9 +79,28 @@ def crop_start(crop: list[int], height: int, width: int) -> tuple[int, int]:
 
 
 def decode_rgb(jpeg: bytes) -> Image.Image:
+    """Upright, as EXIF says."""
     with Image.open(io.BytesIO(jpeg)) as image:
-        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+FLIPS: dict[int, tuple[int, ...]] = {2: (-1,), 3: (-1, -2), 4: (-2,), 6: (-1,), 7: (-1, -2), 8: (-2,)}
+LYING = (5, 6, 7, 8)
+
+
+def orientation(jpeg: bytes) -> int:
+    """How the picture lies in the file, by EXIF's numbers; 1 is upright."""
+    if b"Exif\0" not in jpeg and b"tiff:Orientation" not in jpeg:  # most have none, and to open one takes its time
+        return 1
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def upright(image: "torch.Tensor", lies: int) -> "torch.Tensor":
+    """A picture [3, height, width] turned as Pillow's exif_transpose does: torchvision does it on the CPU alone."""
+    image = image.transpose(-2, -1) if lies in LYING else image
+    return image.flip(FLIPS[lies]) if lies in FLIPS else image
 
 
 class PilFeed:
@@ -139,7 +160,8 @@ class TorchFeed:
         from torchvision.io import ImageReadMode, decode_jpeg
 
         encoded = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
-        images = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self.device)
+        decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self.device)
+        images = [upright(image, orientation(jpeg)) for image, jpeg in zip(decoded, jpegs, strict=True)]
         self._wait()
         return images
 

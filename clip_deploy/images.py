@@ -1,15 +1,22 @@
 """Image files as a vision tower takes them, with Pillow and numpy alone, as the checkpoint's own processor does it."""
 
 import math
+import struct
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clip_deploy.core.errors import DataError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands: bytes 8 to 12 of a file
+# What Pillow's parser raises where EXIF is damaged.
+BROKEN_EXIF = (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
 MOST_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
 UNBOUNDED = ("I", "F")  # Pillow's modes without a fixed range: black and white are a matter of opinion
 
@@ -60,33 +67,109 @@ def _cropped(levels: np.ndarray, crop: list[int]) -> np.ndarray:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read a picture as RGB, of an animation the first frame.
+    """Read a picture as RGB, of an animation the first frame, turned upright as EXIF says.
 
-    As in the checkpoints' own processors, what is transparent becomes white and EXIF's rotation is not applied: a model
-    sees what its processor would show it. 16 bits of grey become the upper 8.
+    What Pillow opens is read by its content, whatever its name; HEIC by pillow-heif, where that is installed. As in the
+    checkpoints' own processors, what is transparent becomes white. 16 bits of grey become the upper 8.
 
     Raises DataError naming a file that is none, is damaged, thinner than MOST_ASPECT, or has more than Pillow's
     MAX_IMAGE_PIXELS.
     """
+    return _read(path, path, lambda: _fault(path))
+
+
+def decode(content: bytes, name: str, ending: str | None = None) -> Image.Image:
+    """A picture's bytes as RGB, with the messages of read_image.
+
+    Args:
+        name: for the messages.
+        ending: of the file's name; without one, Pillow may guess formats that no content tells for sure, as TGA.
+
+    Raises DataError naming what is none.
+    """
+    return _read(_Named(content, name), name, lambda: None if content else "is empty: replace or remove it", ending)
+
+
+class _Named(BytesIO):
+    """Bytes that Pillow's messages call by a name, and not by an address."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.called = name
+
+    def __repr__(self) -> str:
+        return repr(self.called)
+
+
+def _read(
+    file: Path | BytesIO, name: Path | str, fault: Callable[[], str | None], ending: str | None = None
+) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return rgb(image)
+        with _opened(file, file.suffix if isinstance(file, Path) else ending) as image:
+            return rgb(image, turn=True)
     except DataError as error:
-        raise DataError(f"{path} {error}") from error
+        raise DataError(f"{name} {error}") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers meet
-        raise DataError(f"{path} {_fault(path, error)}") from error
+        said = fault() or f"is no readable image ({error or type(error).__name__}): replace or remove it"
+        raise DataError(f"{name} {said}") from error
 
 
-def _fault(path: Path, error: Exception) -> str:
+def _opened(file: Path | BytesIO, ending: str | None) -> Image.Image:
+    try:
+        image: Image.Image = Image.open(file)
+    except UnidentifiedImageError:
+        if not _is_heic(file):
+            raise
+        image = _heic(file)
+    if ending is not None and _is_guessed(image.format) and _format_of(ending) != image.format:
+        image.close()
+        raise DataError(f"is no readable image (of no known format; {image.format} goes by its ending): replace it")
+    return image
+
+
+def _is_guessed(kind: str | None) -> bool:
+    """Whether no first bytes tell a format, as TGA: Pillow takes much for it."""
+    opener = Image.OPEN.get(kind or "")
+    return opener is not None and opener[1] is None
+
+
+def _format_of(ending: str) -> str | None:
+    return Image.registered_extensions().get(ending.lower())
+
+
+def _is_heic(file: Path | BytesIO) -> bool:
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            start = opened.read(12)
+    else:
+        start = file.getvalue()[:12]
+    return start[4:8] == b"ftyp" and start[8:12] in HEIC
+
+
+def _heic(file: Path | BytesIO) -> Image.Image:
+    if find_spec("pillow_heif") is None:
+        raise DataError("is HEIC, which Pillow opens with pillow-heif: pip install pillow-heif")
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return Image.open(file)
+
+
+def _fault(path: Path) -> str | None:
     if not path.exists():
         return "does not exist: check the path"
-    if path.is_file() and path.stat().st_size == 0:
-        return "is empty: replace or remove it"
-    return f"is no readable image ({error or type(error).__name__}): replace or remove it"
+    return "is empty: replace or remove it" if path.is_file() and path.stat().st_size == 0 else None
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """Any picture of Pillow as RGB. Raises DataError where that has no one meaning, or it is too large or too thin."""
+def rgb(image: Image.Image, turn: bool = False) -> Image.Image:
+    """Any picture of Pillow as RGB.
+
+    Args:
+        turn: whether it is turned as EXIF says. Processors of transformers turn what they open themselves, and take a
+            picture that is given in memory as it is.
+
+    Raises DataError where that has no one meaning, or it is too large or too thin.
+    """
     most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
     if most and pixels > most:  # below twice as many, Pillow only warns
         raise DataError(f"has {pixels:,} pixels, more than {most:,}: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS")
@@ -97,9 +180,18 @@ def rgb(image: Image.Image) -> Image.Image:
         )
     if image.mode in UNBOUNDED:
         raise DataError(f"has pixels of mode {image.mode}, whose range is unknown: save it with 8 bits a channel")
+    if turn:
+        _turn_upright(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Turn and mirror a picture in place as EXIF says; EXIF that cannot be read says nothing."""
+    image.load()
+    with suppress(*BROKEN_EXIF):
+        ImageOps.exif_transpose(image, in_place=True)

@@ -67,7 +67,9 @@ def _parts(classifier: ZeroShotClassifier, source: str, unreadable: list[str]) -
 
 
 def _embed(classifier: ZeroShotClassifier, folder: Path, unreadable: list[str]) -> Embedded:
-    images = list_images(folder)
+    listing = list_images(folder)
+    images = list(listing.files)
+    unreadable += listing.skipped.values()
     found = classifier.embed_each(folder / name for name in images)
     paths: list[str] = []
     embeddings: list[np.ndarray] = []

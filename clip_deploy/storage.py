@@ -3,12 +3,11 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote
@@ -19,11 +18,14 @@ from PIL import Image
 
 from clip_deploy.classifier import Picture
 from clip_deploy.core.artifact import disk_errors
-from clip_deploy.core.errors import DataError, DeployError
-from clip_deploy.images import SUFFIXES, rgb
+from clip_deploy.core.errors import DataError, DeployError, listed
+from clip_deploy.core.files import Listing, Stamp, image_files, may_be_image, walk
+from clip_deploy.images import decode
 
 STORES = ("s3", "gs", "gcs", "abfs", "abfss")  # object stores that pyarrow knows: there, a put is whole or not at all
 TABLE = ".parquet"
+# What makes a folder that holds Parquet too one of images; elsewhere no ending decides.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".heic")
 FOOTERS = 16  # Parquet files whose number of rows is read at a time
 ROWS = 32  # of a table, in memory at a time
 
@@ -38,13 +40,6 @@ class Columns(NamedTuple):
 NAMES = Columns()
 
 
-class Stamp(NamedTuple):
-    """What tells whether a file was replaced: an object store gives no other hash of all its objects."""
-
-    size: int
-    mtime_ns: int | None  # None where the storage keeps none
-
-
 class Rows(NamedTuple):
     path: str  # in its file system
     first: int
@@ -55,57 +50,101 @@ class Part(Protocol):
     """Some of the images, in their order. Can be pickled, and read on another machine."""
 
     def __len__(self) -> int: ...
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it is made of, for its metadata: `files`, and of files in a folder `folder`."""
+
     def pictures(self) -> Iterator[tuple[str, Picture]]:
         """Name and picture. Raises DeployError where storage fails, which is not the picture's fault."""
 
 
 @dataclass
-class Source:
-    """All images to embed; `digest` stands for their names, files, sizes and times of change."""
+class Files:
+    """Image files of a folder, which are read where they were listed or on any machine.
+
+    Attributes:
+        root: the folder, or its URI.
+        shared: whether other machines read the files too.
+        files: in their order.
+        skipped: of the folder, a line for each entry that cannot be looked at.
+    """
+
+    root: str
+    shared: bool
+    files: dict[str, Stamp]
+    part_size: int
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[Part]:
+        return self.divide(self.files)
+
+    @property
+    def images(self) -> int:
+        return len(self.files)
+
+    def divide(self, names: Iterable[str]) -> list[Part]:
+        """Parts of some of the files, in their order."""
+        wanted = set(names)
+        found = [(name, stamp) for name, stamp in self.files.items() if name in wanted]
+        slices = (dict(found[start : start + self.part_size]) for start in range(0, len(found), self.part_size))
+        return [SharedFiles(self.root, some) if self.shared else LocalFiles(self.root, some) for some in slices]
+
+    def is_current(self, name: str, size: int, mtime_ns: int | None) -> bool:
+        """Whether a file is as it was, or lies where nobody can look now."""
+        behind = any(name.startswith(f"{folder}/") for folder in self.skipped)
+        return behind or self.files.get(name) == (size, mtime_ns)
+
+
+@dataclass
+class Tables:
+    """Rows of Parquet files; `digest` stands for their names, sizes, times of change and columns."""
 
     parts: list[Part]
     digest: str
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
         return sum(map(len, self.parts))
 
 
+Source = Files | Tables
+
+
 @dataclass
 class LocalFiles:
     """Files that are read where they were listed: what has vanished since is an unreadable image."""
 
-    folder: Path
-    names: list[str]
+    root: str
+    files: dict[str, Stamp]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.files)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        files = [[name, *stamp] for name, stamp in self.files.items()]
+        return {"folder": folder_id(self.root), "files": files}
 
     def pictures(self) -> Iterator[tuple[str, Picture]]:
-        return ((name, self.folder / name) for name in self.names)
+        return ((name, Path(self.root) / name) for name in self.files)
 
 
-@dataclass
-class SharedFiles:
+class SharedFiles(LocalFiles):
     """Files that any machine may read: what was listed must be there, or nothing is embedded."""
 
-    root: str
-    names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
     def pictures(self) -> Iterator[tuple[str, Picture]]:
-        return ((name, partial(self._read, name)) for name in self.names)
+        return ((name, partial(self._read, name)) for name in self.files)
 
     def _read(self, name: str) -> Image.Image:
         folder, label = local(self.root), f"{shown(self.root)}/{name}"
         with storage_errors(label):
             if folder:  # pyarrow refuses names that are no UTF-8
-                return decode((folder / name).read_bytes(), label)
+                return decode((folder / name).read_bytes(), label, Path(name).suffix)
             files, base = locate(self.root)
             with files.open_input_stream(f"{base}/{name}", compression=None) as stream:
-                return decode(stream.read(), label)
+                return decode(stream.read(), label, Path(name).suffix)
 
 
 @dataclass
@@ -115,9 +154,14 @@ class TableRows:
     where: str
     pieces: list[Rows]
     columns: Columns
+    digest: str
 
     def __len__(self) -> int:
         return sum(piece.last - piece.first for piece in self.pieces)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {"files": self.digest}
 
     def pictures(self) -> Iterator[tuple[str, Picture]]:
         files, _ = locate(self.where)
@@ -143,50 +187,48 @@ def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bo
     """
     load_pyarrow()  # whatever is missing is said before the work
     found = list_files(where)
-    images = {name: stamp for name, stamp in found.items() if not name.endswith(TABLE)}
-    if not found:
-        raise DataError(f"{shown(where)} holds no images ({', '.join(SUFFIXES)}) and no Parquet")
+    tables = {name: stamp for name, stamp in found.files.items() if name.lower().endswith(TABLE)}
+    images = {name: stamp for name, stamp in found.files.items() if may_be_image(name)}
+    if tables and not any(name.lower().endswith(SUFFIXES) for name in images):
+        return _tables(where, tables, part_size, columns)
     if not images:
-        return _tables(where, found, part_size, columns)
-    names, folder = list(images), local(where)
-    slices = [names[start : start + part_size] for start in range(0, len(names), part_size)]
-    if folder and not shared:
-        return Source([LocalFiles(folder, some) for some in slices], _digest(images))
-    root = str(folder.absolute()) if folder else where
-    return Source([SharedFiles(root, some) for some in slices], _digest(images))
-
-
-def list_images(folder: Path) -> list[str]:
-    """Paths of all image files under `folder`, relative to it, in one order on every machine."""
-    names = [name for name in list_files(str(folder)) if not name.endswith(TABLE)]
-    if not names:
-        raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
-    return names
-
-
-def list_files(where: str) -> dict[str, Stamp]:
-    """Stamps of all images and tables in a folder by their paths in it, in the order of the names' bytes.
-
-    Of a single table the path is its name.
-    """
+        raise _nothing(where, found, " and no Parquet")
     folder = local(where)
-    found = _walk(folder) if folder else _list_store(where)
-    known = [(name, stamp) for name, stamp in found if name.lower().endswith((*SUFFIXES, TABLE))]
-    return dict(sorted(known, key=lambda item: os.fsencode(item[0])))
+    root = str(folder.absolute()) if folder else where
+    return Files(root, shared or folder is None, images, part_size, found.skipped)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Stamp]]:
-    if folder.suffix == TABLE and folder.is_file():
-        return iter([(folder.name, _stamp(folder))])
+def folder_id(root: str) -> str:
+    """Tells folders apart, and nobody their paths."""
+    return hashlib.sha256(os.fsencode(shown(root))).hexdigest()
+
+
+def _nothing(where: str, found: Listing, more: str = "") -> DataError:
+    skipped = f"; {listed(list(found.skipped.values()))}" if found.skipped else ""
+    return DataError(f"{shown(where)} holds no images{more}{skipped}")
+
+
+def list_images(folder: Path) -> Listing:
+    """All files under `folder` that may be images, in one order on every machine. Raises DataError where none is."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: give one with images")
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in (*SUFFIXES, TABLE) and path.is_file())
-    return ((path.relative_to(folder).as_posix(), _stamp(path)) for path in found)
+    found = image_files(folder)
+    if not found.files:
+        raise _nothing(str(folder), found)
+    return found
 
 
-def _stamp(path: Path) -> Stamp:
-    status = path.stat()
-    return Stamp(status.st_size, status.st_mtime_ns)
+def list_files(where: str) -> Listing:
+    """What is in a folder, in the order of the names' bytes. Of a single table the path is its name."""
+    folder = local(where)
+    if folder is None:
+        return Listing(dict(sorted(_list_store(where), key=lambda item: os.fsencode(item[0]))))
+    if folder.suffix == TABLE and folder.is_file():
+        status = folder.stat()
+        return Listing({folder.name: Stamp(status.st_size, status.st_mtime_ns)})
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: give one with images")
+    return walk(folder)
 
 
 def _list_store(where: str) -> list[tuple[str, Stamp]]:
@@ -208,7 +250,7 @@ def _list_store(where: str) -> list[tuple[str, Stamp]]:
     ]
 
 
-def _tables(where: str, found: dict[str, Stamp], part_size: int, columns: Columns) -> Source:
+def _tables(where: str, found: dict[str, Stamp], part_size: int, columns: Columns) -> Tables:
     """Rows in the order of the files' names, of each file in its own order."""
     paths = _paths(where, list(found))
     with ThreadPoolExecutor(FOOTERS) as pool:
@@ -216,7 +258,8 @@ def _tables(where: str, found: dict[str, Stamp], part_size: int, columns: Column
     if not sum(counts):
         raise DataError(f"{shown(where)} holds no rows")
     pieces = _divide(list(zip(paths, counts, strict=True)), part_size)
-    return Source([TableRows(where, part, columns) for part in pieces], _digest(found, columns))
+    digest = _digest(found, columns)
+    return Tables([TableRows(where, part, columns, digest) for part in pieces], digest)
 
 
 def _paths(where: str, names: list[str]) -> list[str]:
@@ -230,7 +273,7 @@ def read_tables(where: str) -> Iterator[Any]:
     """Column `embedding` of each Parquet file in a folder, or of one file, as pyarrow's tables."""
     _, parquet = load_pyarrow()
     files, _ = locate(where)
-    for path in _paths(where, [name for name in list_files(where) if name.endswith(TABLE)]):
+    for path in _paths(where, [name for name in list_files(where).files if name.endswith(TABLE)]):
         with storage_errors(path):
             yield parquet.read_table(files.open_input_file(path), columns=["embedding"])
 
@@ -283,34 +326,11 @@ def _read_rows(opened: Any, rows: Rows, columns: Columns) -> Iterator[tuple[Any,
             yield identity, image["bytes"] if isinstance(image, dict) else image
 
 
-def _digest(stamps: dict[str, Stamp], columns: Columns | None = None) -> str:
-    digest = hashlib.sha256(repr(columns).encode() if columns else b"")
+def _digest(stamps: dict[str, Stamp], columns: Columns) -> str:
+    digest = hashlib.sha256(repr(columns).encode())
     for name, (size, mtime_ns) in stamps.items():
         digest.update(os.fsencode(name) + f"\0{size} {mtime_ns}\0".encode())
     return digest.hexdigest()
-
-
-def decode(content: bytes, name: str) -> Image.Image:
-    """A picture's bytes as RGB, with the messages of images.read_image. Raises DataError naming what is none."""
-    try:
-        with Image.open(_Named(content, name)) as image:
-            return rgb(image)
-    except DataError as error:
-        raise DataError(f"{name} {error}") from error
-    except Exception as error:  # Pillow's plugins raise whatever their parsers meet
-        fault = f"is no readable image ({error or type(error).__name__})" if content else "is empty"
-        raise DataError(f"{name} {fault}: replace or remove it") from error
-
-
-class _Named(BytesIO):
-    """Bytes that Pillow's messages call by a name, and not by an address."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.called = name
-
-    def __repr__(self) -> str:
-        return repr(self.called)
 
 
 def list_parts(output: str) -> list[str]:
@@ -318,6 +338,12 @@ def list_parts(output: str) -> list[str]:
     folder = local(output)
     names = (path.name for path in folder.glob("part-*")) if folder else (name for name, _ in _list_store(output))
     return sorted(name for name in names if name.startswith("part-") and name.endswith(TABLE))
+
+
+def remove_part(output: str, name: str) -> None:
+    files, base = locate(output)
+    with storage_errors(f"{shown(output)}/{name}"):
+        files.delete_file(f"{base}/{name}")
 
 
 def has_part(output: str, name: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.config import load_choice, load_params
-from clip_deploy.core.environment import fingerprint, fingerprint_table, hardware, software
+from clip_deploy.core.environment import fingerprint_input, hardware, software
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.results import write_json
 from clip_deploy.serving.server import versions
@@ -42,7 +42,7 @@ def identity(group: str, choice: str) -> str:
         return "not local"
     if not path.exists():
         raise ConfigError(f"{group}.path is {name}: no such file or folder; set it in conf/{group}/{choice}.yaml")
-    return fingerprint_table(path, settings.image_column) if group == "data" and path.is_file() else fingerprint(path)
+    return fingerprint_input(path, settings)
 
 
 if __name__ == "__main__":

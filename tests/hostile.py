@@ -11,11 +11,12 @@ import signal
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModel, AutoProcessor
 from transformers.models.clip import modeling_clip, processing_clip  # noqa: F401 - loaded once, before the forks
 
@@ -24,7 +25,7 @@ from clip_deploy import shapes
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import Gate, GatesConfig, ModelConfig
 from clip_deploy.core.errors import DeployError
-from clip_deploy.images import Preprocessor, read_image
+from clip_deploy.images import BROKEN_EXIF, Preprocessor, read_image
 from clip_deploy.lint import lint
 from clip_deploy.portable import write_portable
 from clip_deploy.prepared import Prepared, Texts, load_prepared, pad_token_of, tokenize
@@ -107,13 +108,19 @@ def few(prepared: Prepared) -> Prepared:
 
 
 def read_picture(folder: Path) -> None:
-    """Read folder/image and hold its pixels against those of the checkpoint's own processor."""
+    """Read folder/image and hold its pixels against those of the checkpoint's own processor, which gets it upright.
+
+    From a path the processor turns a picture itself, but then drops what is transparent where it whitens it in memory.
+    """
     path = folder / "image"
     image = read_image(path)
     ours = Preprocessor(**json.loads((folder / "preprocessor.json").read_text()))
     with Image.open(path) as given:
         if given.mode.startswith("I;16"):
             return  # its processor clips what is above 255; ours keeps the upper 8 bits, as README says
+        given.load()
+        with suppress(*BROKEN_EXIF):
+            ImageOps.exif_transpose(given, in_place=True)
         own = checkpoints.load_processor(folder / "checkpoint").image_processor
         expected = own([given], return_tensors="np")["pixel_values"][0]
     assert np.abs(ours(image) - expected).max() < 1e-5, "other pixels than the checkpoint's processor"

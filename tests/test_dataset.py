@@ -1,5 +1,10 @@
+import io
+
 import numpy as np
 import pytest
+from datasets import Dataset as HubDataset
+from datasets import Features, Value
+from datasets import Image as HubImage
 from PIL import Image
 
 from clip_deploy.core.config import DataConfig
@@ -50,16 +55,124 @@ def test_a_folder_without_classes_is_refused(tmp_path):
         load(DataConfig(source="image-folder", path=str(tmp_path)), 0)
 
 
-def test_an_empty_class_is_refused(folder):
-    (folder / "shoe").mkdir()
-    with pytest.raises(DataError, match="shoe holds no images"):
+def test_empty_classes_are_refused_all_at_once(folder):
+    for name in ("shoe", "hat"):
+        (folder / name).mkdir()
+    (folder / "hat" / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match=r"images/hat; \S*images/shoe holds no images"):
         load(DataConfig(source="image-folder", path=str(folder)), 0)
+
+
+def test_images_count_by_their_content_whatever_their_names(folder, kinds):
+    """Beside them lies what is no image and is not named; what looks like none of both is."""
+    for number, kind in enumerate(("jfif", "jpe", "avif", "jp2", "ppm", "tga")):
+        picture(folder / "shoe" / f"{number}.{kind}", 30 + number)
+    picture(folder / "shoe" / "6.png", 36)
+    (folder / "shoe" / "6.png").rename(folder / "shoe" / "no ending")
+    for name in ("notes.txt", "Thumbs.db", ".DS_Store", "README", "data.json", ".cache/7.png"):
+        (folder / "shoe" / name).parent.mkdir(exist_ok=True)
+        (folder / "shoe" / name).write_bytes(b"no image")
+    data = DataConfig(source="image-folder", path=str(folder), evaluation_samples=100, calibration_samples=4)
+    dataset = load(data, 0)
+    labels = [sample.label for sample in dataset.evaluation + dataset.calibration]
+    found = {name: labels.count(name) for name in sorted(set(labels) | {"shoe"})}
+    assert len(dataset.evaluation) + len(dataset.calibration) == 27
+    kinds(
+        "07: images with other endings, in an image folder",
+        before="a class loses .jfif, .jpe, .avif, .jp2, .ppm, .tga and what has no ending: 6 of 8 dogs, without a word",
+        now=f"{len(labels)} images, none lost",
+    )
+    assert "shoe" in dataset.classes
+    assert found["shoe"] == sum(sample.label == "shoe" for sample in dataset.evaluation + dataset.calibration) > 0
+    (folder / "shoe" / "page").write_text("<html>")
+    with pytest.raises(DataError, match=r"1 of 28 images cannot be read: \S*shoe/page is no readable image"):
+        load(data, 0)
+
+
+def test_linked_classes_and_images_are_read_and_a_loop_ends(folder, tmp_path):
+    subset = tmp_path / "subset"
+    subset.mkdir()
+    (subset / "boot").symlink_to(folder / "ankle_boot")
+    (subset / "shirt").mkdir()
+    (subset / "shirt" / "all").symlink_to("../../images/t-shirt")
+    (subset / "shirt" / "loop").symlink_to(subset)
+    dataset = load(DataConfig(source="image-folder", path=str(subset), **COUNTS), 0)
+    assert dataset.classes == ["boot", "shirt"]
+    assert len(dataset.evaluation) + len(dataset.calibration) == 20
+    (subset / "gone").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"cannot be read whole: \S*subset/gone is a link to \S*gone, which does not"):
+        load(DataConfig(source="image-folder", path=str(subset), **COUNTS), 0)
 
 
 def test_an_empty_image_is_named(folder):
     (folder / "t-shirt" / "empty.png").touch()
     with pytest.raises(DataError, match=r"empty\.png is empty: replace or remove it"):
         load(DataConfig(source="image-folder", path=str(folder)), 0)
+
+
+def test_all_unreadable_images_are_named_at_once_with_their_count(folder, kinds):
+    for number in range(0, 6, 2):
+        broken = folder / "t-shirt" / f"{number}.png"
+        broken.write_bytes(broken.read_bytes()[:200])
+    data = DataConfig(source="image-folder", path=str(folder), evaluation_samples=8, calibration_samples=2)
+    with pytest.raises(DataError) as caught:
+        load(data, 0)
+    said = str(caught.value)
+    assert said.startswith("3 of 20 images cannot be read: ")
+    assert [f"t-shirt/{number}.png is no readable image" in said for number in (0, 2, 4, 6)] == [True] * 3 + [False]
+    assert "\n" not in said
+    for number in range(12):
+        (folder / "t-shirt" / f"page{number:02}.jpg").write_text("<html>")
+    with pytest.raises(DataError, match=r"^15 of 32 images cannot be read: .*; and 5 more$"):
+        load(data, 0)
+    kinds(
+        "19: truncated images in a data set",
+        before="the first that is drawn is named, one a run",
+        now="3 of 20 images cannot be read, all named; of 15 the first 10 and `and 5 more`",
+    )
+
+
+def test_unreadable_images_of_captions_are_named_at_once(folder):
+    names = sorted(str(path.relative_to(folder.parent)) for path in folder.rglob("*.png"))
+    for name in names[:2]:
+        (folder.parent / name).write_bytes((folder.parent / name).read_bytes()[:200])
+    with pytest.raises(DataError, match=r"^2 of 20 images cannot be read: "):
+        load(captions(folder, [f"{name},caption,kind" for name in names]), 0)
+
+
+def test_unreadable_images_of_a_hub_dataset_are_named_by_their_rows(folder):
+    for number in (1, 3):
+        broken = folder / "ankle_boot" / f"{number}.png"
+        broken.write_bytes(broken.read_bytes()[:200])
+    data = DataConfig(source="hub", dataset_id=str(folder), split="train", label_column="label", **COUNTS)
+    with pytest.raises(DataError, match=r"^2 of 20 images cannot be read: .*ankle_boot/1\.png is no readable image"):
+        load(data, 0)
+
+
+def test_a_hub_dataset_of_parquet_is_read_upright_and_its_bad_rows_are_named(tmp_path):
+    """As most of the hub's are: the bytes are in the table."""
+    exif, rows = Image.Exif(), []
+    exif[0x0112] = 6
+    for seed in range(20):
+        content = io.BytesIO()
+        pixels = np.random.default_rng(seed).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(content, "jpeg", exif=exif)
+        rows.append({"bytes": content.getvalue(), "path": None})
+    features = Features({"image": HubImage(), "caption": Value("string")})
+    captions = [f"caption {row}" for row in range(20)]
+
+    def written(name):
+        table = HubDataset.from_dict({"image": rows, "caption": captions}, features=features)
+        (tmp_path / name).mkdir()
+        table.to_parquet(tmp_path / name / "train.parquet")
+        return DataConfig(
+            source="hub", dataset_id=str(tmp_path / name), split="train", caption_column="caption", **COUNTS
+        )
+
+    assert load(written("good"), 0).evaluation[0].open().size == (20, 30)
+    rows[7]["bytes"] = rows[7]["bytes"][:300]
+    with pytest.raises(DataError, match=r"^1 of 20 images cannot be read: the image in row 7 is no readable image"):
+        load(written("bad"), 0)
 
 
 def test_an_unreadable_image_is_named(folder):
@@ -98,8 +211,9 @@ def test_captions_may_be_several_for_an_image_and_have_labels(folder):
 
 
 def test_a_caption_table_with_missing_files_is_refused(folder):
-    with pytest.raises(DataError, match=r"nowhere\.png, which does not exist \(1 of 1 missing\)"):
-        load(captions(folder, ["nowhere.png,a cat,cat"]), 0)
+    lines = [f"nowhere{row:02}.png,a cat,cat" for row in range(12)]
+    with pytest.raises(DataError, match=r"12 of 13 images do not exist: \S*nowhere00\.png; .*09\.png; and 2 more$"):
+        load(captions(folder, [*lines, "images/t-shirt/0.png,a shirt,shirt"]), 0)
 
 
 def test_a_caption_table_without_its_column_is_refused(folder):

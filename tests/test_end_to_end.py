@@ -6,7 +6,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from clip_deploy import end_to_end, feeds, flow
@@ -15,7 +16,7 @@ from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, OnnxConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.end_to_end import make_photos, measure_feeds, reference_embeddings, run_feed
-from clip_deploy.feeds import PilFeed, TorchFeed, check_feed, decode_rgb
+from clip_deploy.feeds import PilFeed, TorchFeed, check_feed, decode_rgb, orientation, upright
 from clip_deploy.flow import Job, bottleneck, judge, measure_feed, prefetched
 from clip_deploy.onnx_export import export_onnx
 from clip_deploy.prepared import load_prepared
@@ -69,6 +70,27 @@ def test_grey_jpegs_are_decoded_as_rgb():
     image = decode_rgb(content.getvalue())
     assert image.mode == "RGB"
     assert image.getpixel((0, 0)) == (77, 77, 77)
+
+
+@pytest.mark.parametrize("lies", range(1, 9))
+def test_photographs_are_turned_upright_by_pillow_and_on_a_gpu(lies):
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x0112] = lies
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(
+        content, "jpeg", exif=exif
+    )
+    with Image.open(content) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))
+        raw = torch.tensor(np.asarray(stored)).permute(2, 0, 1)
+    assert orientation(content.getvalue()) == lies
+    assert np.array_equal(upright(raw, lies).permute(1, 2, 0), expected)
+    assert np.array_equal(decode_rgb(content.getvalue()), expected)
+
+
+def test_a_photograph_that_says_nothing_is_upright():
+    content = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(content, "jpeg")
+    assert orientation(content.getvalue()) == 1
 
 
 PROCESSORS = [

@@ -485,9 +485,9 @@ def saved(image, kind, **options):
     return content.getvalue()
 
 
-def turned():
+def turned(orientation=6):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     return exif
 
 
@@ -506,6 +506,13 @@ PICTURES = {
     "progressive jpeg": saved(SCENE, "jpeg", progressive=True),
     "CMYK jpeg": saved(SCENE.convert("CMYK"), "jpeg"),
     "jpeg turned by EXIF": saved(SCENE.resize((64, 40)), "jpeg", exif=turned()),
+    "jpeg mirrored by EXIF": saved(SCENE.resize((40, 64)), "jpeg", exif=turned(5)),
+    "png turned by EXIF": saved(SCENE.resize((64, 40)), "png", exif=turned(8)),
+    "webp with alpha, turned by EXIF": saved(SCENE.convert("RGBA").resize((64, 40)), "webp", exif=turned(3)),
+    "tiff turned by EXIF": saved(SCENE.resize((64, 40)), "tiff", exif=turned(7)),
+    "avif turned by EXIF": saved(SCENE.resize((64, 40)), "avif", exif=turned(6)),
+    "jpeg 2000": saved(SCENE, "jpeg2000"),
+    "ppm": saved(SCENE, "ppm"),
     "16-bit png": saved(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16), "png"),
     "palette png": saved(SCENE.quantize(16), "png"),
     "palette png with transparency": saved(SCENE.quantize(16), "png", transparency=bytes(range(16))),

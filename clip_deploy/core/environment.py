@@ -1,4 +1,4 @@
-"""What this machine and its libraries are. Nothing here changes between two runs on the same machine."""
+"""What this machine, its libraries and local inputs are. Nothing here changes between two runs on the same machine."""
 
 import csv
 import hashlib
@@ -7,8 +7,16 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_deploy.core.artifact import sha256
+from clip_deploy.core.files import Hash, class_files, remembered, walk
+
+if TYPE_CHECKING:
+    from clip_deploy.core.config import DataConfig, ModelConfig
 
 LIBRARIES = {  # by the name that is imported (pillow aside): the distributions that bring it
     "torch": ("torch",),
@@ -25,6 +33,7 @@ LIBRARIES = {  # by the name that is imported (pillow aside): the distributions 
     "ml_dtypes": ("ml_dtypes",),
     "pandas": ("pandas",),
     "pillow": ("pillow",),
+    "pillow_heif": ("pillow-heif",),
     "datasets": ("datasets",),
     "openvino": ("openvino",),
     "nncf": ("nncf",),
@@ -33,6 +42,7 @@ LIBRARIES = {  # by the name that is imported (pillow aside): the distributions 
     "pynvml": ("nvidia-ml-py",),
     "markdown_it": ("markdown-it-py",),
 }
+MEMORY = ".dvc/tmp/hashes-{}"  # of a local input's files, by its path; git ignores it
 INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 
 
@@ -94,25 +104,47 @@ def gpus() -> list[str]:
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
 
-def fingerprint(path: Path) -> str:
-    """SHA-256 over the names and contents of a file, or of all files of a folder."""
-    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+def fingerprint(path: Path, names: Iterable[str] | None = None, hash_file: Hash = sha256) -> str:
+    """SHA-256 over the names and contents of a file, or of files of a folder: a function of what is read, and no more.
+
+    Args:
+        names: the files that count, by their paths in the folder; None for all that are not hidden, behind links too.
+        hash_file: `files.remembered` leaves out the reading of what did not change.
+    """
+    if not path.is_dir():
+        names = ["."]
+    elif names is None:
+        names = walk(path).files
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(str(file.relative_to(path)).encode() + b"\0")
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+    for name in sorted(names, key=lambda name: name.split("/")):
+        digest.update(os.fsencode(name) + b"\0")
+        try:
+            digest.update(bytes.fromhex(hash_file(path / name)))
+        except OSError:  # what is wrong with it, its reader says
+            digest.update(b"unreadable")
     return digest.hexdigest()
 
 
-def fingerprint_table(path: Path, column: str) -> str:
+def fingerprint_input(path: Path, settings: "ModelConfig | DataConfig") -> str:
+    """SHA-256 over what is read of a local checkpoint or data set. Files that did not change are not read again."""
+    source = getattr(settings, "source", "checkpoint")  # where it is not what its reader takes, that one says so
+    here = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
+    with remembered(Path(MEMORY.format(here))) as hash_file:
+        if source == "captions" and path.is_file():
+            return fingerprint_table(path, settings.image_column, hash_file)  # type: ignore[union-attr]
+        names = class_files(path).files if source == "image-folder" and path.is_dir() else None
+        return fingerprint(path, names, hash_file)
+
+
+def fingerprint_table(path: Path, column: str, hash_file: Hash = sha256) -> str:
     """SHA-256 over a CSV file and the images in one of its columns. What is wrong with it, its reader says."""
-    digest = hashlib.sha256(fingerprint(path).encode())
+    digest = hashlib.sha256(fingerprint(path, hash_file=hash_file).encode())
     try:
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             names = sorted({row.get(column) or "" for row in csv.DictReader(file)})
     except csv.Error:
         names = []
     for image in (path.parent / name for name in names):
-        digest.update(fingerprint(image).encode() if os.path.isfile(image) else b"missing")  # False for any nonsense
+        known = os.path.isfile(image)  # False for any nonsense
+        digest.update(fingerprint(image, hash_file=hash_file).encode() if known else b"missing")
     return digest.hexdigest()

@@ -1,5 +1,7 @@
 """The errors that a user can meet. Each message says what was given, what is accepted and the way out."""
 
+from collections.abc import Sequence
+
 
 class DeployError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -31,3 +33,9 @@ def one_line(error: Exception) -> str:
         return text
     end = max(text.rfind(mark, 0, LONGEST) for mark in (". ", "; ", ": "))
     return text[:end] if end > LONGEST // 4 else f"{text[:LONGEST]}..."
+
+
+def listed(lines: Sequence[str], most: int = 10) -> str:
+    """What several faults have to say, as one line of bounded length."""
+    more = f"; and {len(lines) - most:,} more" if len(lines) > most else ""
+    return "; ".join(lines[:most]) + more

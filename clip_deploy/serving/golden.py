@@ -9,7 +9,7 @@ import onnxruntime
 from PIL import Image
 
 from clip_deploy.core.results import read_json
-from clip_deploy.images import Preprocessor, rgb
+from clip_deploy.images import Preprocessor, decode
 from clip_deploy.parity import normalized
 from clip_deploy.prepared import Prepared, batches
 
@@ -138,7 +138,7 @@ def stored(inputs: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
 def preprocessed(inputs: dict[str, np.ndarray], settings: Preprocessor | None) -> list[np.ndarray]:
     """Each file by itself, as the tower takes it, by what opens packages without a server."""
     files = [row[:length].tobytes() for row, length in zip(inputs["files"], inputs["lengths"], strict=True)]
-    decoded = [rgb(Image.open(io.BytesIO(file))) for file in files]
+    decoded = [decode(file, f"file {row}") for row, file in enumerate(files)]
     return [(np.asarray(image) if settings is None else settings(image))[None] for image in decoded]
 
 

@@ -8,16 +8,27 @@ preprocessor.json; without that file the tower preprocesses itself, and this mod
 
 import io
 import json
+import struct
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+with suppress(ImportError):  # where it is installed, HEIC is read too
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns; MOST_PIXELS refuses
 MOST_BYTES = 20_000_000  # of one file
 MOST_PIXELS = 50_000_000  # of one image: a small file can hold a picture that fills the memory
 MOST_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
+
+
+# What Pillow's parser raises where EXIF is damaged: that says nothing then.
+BROKEN_EXIF = (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
 
 
 class RefusedError(ValueError):
@@ -63,7 +74,7 @@ class TritonPythonModel:
 
 
 def decoded(content):
-    """An RGB image; as by the checkpoint's processor, the orientation that a camera wrote beside it is not applied."""
+    """An RGB image, turned upright by the orientation that a camera wrote into the file."""
     if len(content) > MOST_BYTES:
         raise RefusedError(f"the file has {len(content)} bytes: at most {MOST_BYTES} are accepted")
     try:
@@ -75,11 +86,14 @@ def decoded(content):
                     f"the image has {image.width} x {image.height} pixels: a side may be at most {MOST_ASPECT} times "
                     "the other"
                 )
+            image.load()
+            with suppress(*BROKEN_EXIF):
+                ImageOps.exif_transpose(image, in_place=True)
             return rgb(image)
     except RefusedError:
         raise
     except UnidentifiedImageError as error:
-        raise RefusedError("not an image that can be decoded: of no known format") from error
+        raise RefusedError("not an image that can be decoded: of no known format (HEIC needs pillow-heif)") from error
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
         raise RefusedError(f"not an image that can be decoded: {error}") from error
 
