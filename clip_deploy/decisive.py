@@ -1,19 +1,22 @@
 """What a timing may decide: one rule for the report, the metrics and plots, the advice and the gate.
 
-On a CPU rows are compared by their speed-up over the reference, with which they took turns. Where that is spoiled, the
-machine was busy, and the row's own calls ran on the same busy cores: no number of such a timing decides anything.
+On a CPU rows are compared by their speed-up over the reference, with which they took turns. Where its interval is wide,
+or the reference was far slower than beside another row, the machine was busy, and the row's own calls ran on the same
+busy cores: no number of such a timing decides anything.
 On a GPU rows are compared by p50. The reference's small batches wait for Python there, so a spoiled speed-up says
 nothing of the row's other numbers; its own calls do.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from clip_deploy.core.config import REFERENCE
 
 WIDE = 1.5  # an interval whose ends, or a p90 and a p50, that lie further apart, as a ratio, decide nothing
-DRIFT = 2.0  # frequencies and neighbours move latencies by less
+DRIFT = 2.0  # of the reference between the rows of a run: frequencies and neighbours move latencies by less
 BETWEEN_RUNS = 1.06  # of p50 on a GPU, 95 % within: reports/hardware/nvidia-h200/between_runs.md
 
 Timing = dict[str, Any]  # what timing.summarize says of one tower at one batch size
@@ -29,8 +32,8 @@ class Pace:
     high: float
 
 
-def judged(timings: Timings, reference: Timings, on_gpu: bool) -> Timings:
-    """The timings of a row, beside those of the reference's own, with intervals as wide as they must be and two marks.
+def judged(rows: dict[str, Timings], on_gpu: Container[str]) -> dict[str, Timings]:
+    """The timings of all rows of a run, by target, with intervals as wide as they must be and two marks.
 
     Speed-ups are widened by what the reference differed from itself. On a GPU its small batches wait for Python, whose
     speed in one process is not that in another, and its large ones do not: there, it is what it differed by at that
@@ -40,16 +43,33 @@ def judged(timings: Timings, reference: Timings, on_gpu: bool) -> Timings:
         For each tower and batch size what was measured, and besides `unstable`: the speed-up decides nothing;
         `undecided`: no number of this timing does.
     """
+    own, quickest = rows.get(REFERENCE, {}), _quickest(rows)
     return {
-        tower: {batch: _judged(timing, reference, tower, batch, on_gpu) for batch, timing in sizes.items()}
-        for tower, sizes in timings.items()
+        name: {
+            tower: {
+                batch: _judged(timing, own, quickest[tower, batch], int(batch), name in on_gpu)
+                for batch, timing in sizes.items()
+            }
+            for tower, sizes in timings.items()
+        }
+        for name, timings in rows.items()
     }
 
 
-def _judged(timing: Timing, reference: Timings, tower: str, batch: str, on_gpu: bool) -> Timing:
-    low, high = widened(timing, self_spread(reference, int(batch) if on_gpu else 1))
+def _quickest(rows: dict[str, Timings]) -> dict[tuple[str, str], float]:
+    """By tower and batch size, the reference's p50 in ms beside the row where it was lowest: noise only slows."""
+    found: dict[tuple[str, str], float] = defaultdict(lambda: inf)
+    for timings in rows.values():
+        for tower, sizes in timings.items():
+            for batch, timing in sizes.items():
+                found[tower, batch] = min(found[tower, batch], timing["reference_p50_ms"])
+    return found
+
+
+def _judged(timing: Timing, own: Timings, quickest_ms: float, batch: int, on_gpu: bool) -> Timing:
+    low, high = widened(timing, self_spread(own, batch if on_gpu else 1))
     found = {**timing, "speedup_low": low, "speedup_high": high}
-    found["unstable"] = _is_spoiled(found, reference.get(tower, {}).get(batch, {}))
+    found["unstable"] = not (high <= WIDE * low and timing["reference_p50_ms"] < DRIFT * quickest_ms)  # so is NaN
     if not on_gpu:
         return {**found, "undecided": found["unstable"]}
     aside = BETWEEN_RUNS**0.5  # so that two rows within it overlap
@@ -75,15 +95,6 @@ def self_spread(reference: Timings, least_batch: int = 1) -> float:
 def widened(timing: Timing, spread: float) -> tuple[float, float]:
     """The interval of a speed-up, both ends moved by `self_spread`."""
     return timing["speedup_low"] / spread, timing["speedup_high"] * spread
-
-
-def _is_spoiled(timing: Timing, own: Timing) -> bool:
-    """Whether the interval is too wide, or the reference ran at quite another speed than when its own row was timed.
-
-    NaN, which no comparison finds to be true, is spoiled.
-    """
-    drift = timing["reference_p50_ms"] / own.get("p50_ms", timing["reference_p50_ms"])
-    return not timing["speedup_high"] <= WIDE * timing["speedup_low"] or not 1 / DRIFT < drift < DRIFT
 
 
 def undecided(timings: Timings) -> Iterator[str]:

@@ -196,13 +196,17 @@ def _sha(manifest: dict[str, Any], name: str) -> str | None:
 @readable
 def undecided(names: list[str], reports: Reports) -> dict[str, list[str]]:
     """By target, which of its timings decide nothing, as "vision, batch 8", and so can neither be lost nor kept."""
-    found = {name: list(undecided_of(_judged(read_result(name, reports), reports))) for name in names}
+    timings = _judged(names, reports)
+    found = {name: list(undecided_of(timings[name])) for name in names}
     return {name: where for name, where in found.items() if where}
 
 
-def _judged(result: Result, reports: Reports) -> Timings:
-    reference = read_result(REFERENCE, reports).timed.get("towers", {})
-    return judged(result.timed.get("towers", {}), reference, result.checked.get("device") == "cuda")
+def _judged(names: list[str], reports: Reports) -> dict[str, Timings]:
+    """The timings of these targets and of all others in the report, which says which of them ran on a busy machine."""
+    known = dict.fromkeys([REFERENCE, *(reports("metrics.json") or {}), *names])
+    results = {name: read_result(name, reports) for name in known}
+    on_gpu = {name for name, result in results.items() if result.checked.get("device") == "cuda"}
+    return judged({name: result.timed.get("towers", {}) for name, result in results.items()}, on_gpu)
 
 
 @readable
@@ -329,12 +333,12 @@ def _interval(record: dict[str, float], key: str) -> str:
 def verdicts(names: list[str], reports: Reports) -> str:
     """The required targets that all passed, as a Markdown table."""
     head = ["Target", "Gate", "Lowest cosine", "Top-1 drop, points", "Flips %", "Image speed-up", "Text speed-up"]
-    return "\n".join(table(head, [_verdict(name, reports) for name in names]))
+    timings = _judged(names, reports)
+    return "\n".join(table(head, [_verdict(name, read_result(name, reports), timings[name]) for name in names]))
 
 
-def _verdict(target: str, reports: Reports) -> list[str]:
-    result = read_result(target, reports)
-    checked, timings = result.checked, _judged(result, reports)
+def _verdict(target: str, result: Result, timings: Timings) -> list[str]:
+    checked = result.checked
     lowest = min(parity["cosine_min"] for parity in checked["parity"].values())
     drop = checked.get("zero_shot", {}).get("top1_drop")
     speeds = [next(iter(timings[tower].values())) for tower in TOWERS]

@@ -67,8 +67,9 @@ class Row:
 def read_rows(targets: list[str], validation: Path, benchmark: Path) -> list[Row]:
     """Read the configured targets' results, the reference first; timings carry the marks of decisive.judged."""
     rows = [_read_row(target, validation, benchmark) for target in targets]
-    reference = rows[0].timings
-    return [replace(row, timings=judged(row.timings, reference, row.device == "cuda")) for row in rows]
+    on_gpu = {row.target for row in rows if row.device == "cuda"}
+    timings = judged({row.target: row.timings for row in rows}, on_gpu)
+    return [replace(row, timings=timings[row.target]) for row in rows]
 
 
 def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
@@ -471,7 +472,7 @@ def is_waiting(timing: dict[str, Any]) -> bool:
     return timing["unstable"] and not timing["undecided"]
 
 
-BUSY = "the machine was busy, so an interval is wide or the reference ran at another speed than in its own row"
+BUSY = "the machine was busy, so an interval is wide or the reference ran at another speed than beside other rows"
 UNSTEADY = "their own calls differ, p90 being far above p50"
 WAITING = (
     "small batches of the reference wait for Python, whose speed differs from process to process; "

@@ -184,7 +184,7 @@ def test_speed_ups_of_a_busy_machine_are_marked_and_win_nothing(tmp_path):
     assert "~ 3552.00x" in text
     assert (
         "- ~ marks timings that decide nothing (a, b): the machine was busy, so an interval is wide or the reference "
-        "ran at another speed than in its own row; reports/metrics.json leaves them out. Time them again on a quiet "
+        "ran at another speed than beside other rows; reports/metrics.json leaves them out. Time them again on a quiet "
         "machine: "
         "`dvc repro --force --single-item benchmark@torch-fp32 benchmark@a benchmark@b && dvc repro`"
     ) in text
