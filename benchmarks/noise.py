@@ -19,7 +19,8 @@ from clip_deploy import timing
 from clip_deploy.core.artifact import write_text
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.environment import hardware
-from clip_deploy.report import Row, number, self_spread, table, widened
+from clip_deploy.decisive import self_spread, widened
+from clip_deploy.report import number, table
 
 REFERENCE, REST = "torch-fp32", "ort-fp32"
 PAIRS = {REFERENCE: 4, REST: 8}  # of processes
@@ -36,7 +37,7 @@ def main() -> None:
             with turns_kept() as turns:
                 towers = timing.measure(built / target, built / target, SETTINGS)["towers"]
             if target == REFERENCE:
-                spreads.append(self_spread(Row(target, "pass", timings=towers)))
+                spreads.append(self_spread(towers))
             shown = [(tower, batch) for batch in SETTINGS.batch_sizes for tower in ("vision", "text")]
             for (tower, batch), ratios in zip(shown, turns, strict=True):
                 row = towers[tower][str(batch)] | {"turns": len(ratios), "lasting": correlation(ratios)}

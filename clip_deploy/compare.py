@@ -10,6 +10,7 @@ from typing import Any
 from clip_deploy.core.errors import DeployError
 from clip_deploy.report import MISSING, number, table
 
+WORDS = ("status", "timing")  # in metrics.json, beside the numbers
 GIVE = "give a reports folder, with metrics.json and environment.json as `dvc repro` writes them"
 
 
@@ -52,7 +53,7 @@ def _read(path: Path, accepts: Callable[[Any], bool]) -> Any:
 def _is_metrics(content: Any) -> bool:
     if not isinstance(content, dict) or not all(isinstance(row, dict) for row in content.values()):
         return False
-    values = [value for row in content.values() for key, value in row.items() if key != "status"]
+    values = [value for row in content.values() for key, value in row.items() if key not in WORDS]
     return all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in values)
 
 
@@ -66,7 +67,12 @@ def _is_environment(content: Any) -> bool:
 def comparison(first: Run, second: Run) -> str:
     """Both machines, the versions that differ, and one line for each target of either run, as Markdown."""
     lines = [f"- **{letter}**: {_machine(run)}" for letter, run in (("A", first), ("B", second))]
-    lines += [f"- **Versions that differ, A / B**: {_versions(first.software, second.software)}", ""]
+    lines += [
+        f"- **Same machine**: {_same_machine(first.hardware, second.hardware)}",
+        f"- **Versions that differ, A / B**: {_versions(first.software, second.software)}",
+        f"- **Timings that decide nothing, A / B**: {_undecided(first)} / {_undecided(second)}",
+        "",
+    ]
     head = [
         "Target",
         "Gate, A / B",
@@ -88,6 +94,19 @@ def _machine(run: Run) -> str:
     cores = f", {run.hardware['cores']} cores" if "cores" in run.hardware else ""
     gpus = ", ".join(map(str, run.hardware["gpus"])) or "none"
     return f"{run.folder}: {run.hardware.get('cpu', 'unknown CPU')}{cores}, GPU: {gpus}"
+
+
+def _same_machine(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """By the id of environment.machine, which two machines of one type do not share."""
+    one, other = first.get("machine"), second.get("machine")
+    alike = {**first, "machine": None} == {**second, "machine": None}
+    if one and other:
+        return "yes" if one == other else f"no, another machine{' of the same type' if alike else ''}"
+    return "not known: of one type, and without an id in environment.json" if alike else "no, another machine"
+
+
+def _undecided(run: Run) -> str:
+    return ", ".join(target for target, row in run.metrics.items() if row.get("timing") == "undecided") or "none"
 
 
 def _versions(first: dict[str, str | None], second: dict[str, str | None]) -> str:

@@ -12,9 +12,11 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from clip_deploy.core.config import GateConfig, GatesConfig
+from clip_deploy.core.config import REFERENCE, GateConfig, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.results import read_json
+from clip_deploy.decisive import Timings, again, judged
+from clip_deploy.decisive import undecided as undecided_of
 from clip_deploy.report import number, table
 from clip_deploy.verdict import TOWERS, Miss, held, numbers
 from clip_deploy.verify import verify
@@ -192,6 +194,22 @@ def _sha(manifest: dict[str, Any], name: str) -> str | None:
 
 
 @readable
+def undecided(names: list[str], reports: Reports) -> dict[str, list[str]]:
+    """By target, which of its timings decide nothing, as "vision, batch 8", and so can neither be lost nor kept."""
+    timings = _judged(names, reports)
+    found = {name: list(undecided_of(timings[name])) for name in names}
+    return {name: where for name, where in found.items() if where}
+
+
+def _judged(names: list[str], reports: Reports) -> dict[str, Timings]:
+    """The timings of these targets and of all others in the report, which says which of them ran on a busy machine."""
+    known = dict.fromkeys([REFERENCE, *(reports("metrics.json") or {}), *names])
+    results = {name: read_result(name, reports) for name in known}
+    on_gpu = {name for name, result in results.items() if result.checked.get("device") == "cuda"}
+    return judged({name: result.timed.get("towers", {}) for name, result in results.items()}, on_gpu)
+
+
+@readable
 def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, Found]:
     """What required targets lost since `former`, and what could not be compared.
 
@@ -202,16 +220,32 @@ def compare(names: list[str], reports: Reports, former: Reports, limits: GateCon
     if not known:
         raise DeployError("that revision has no result of any required target: name one in which `dvc repro` was run")
     unlike = list(changed(_hardware(former), _hardware(reports), "reports/environment.json"))
-    uncompared = {"machine": [Miss("timings", f"not compared: {line}", MEANT) for line in unlike]}
+    uncompared = {"machine": [Miss("timings", f"not compared, another machine: {line}", MEANT) for line in unlike]}
+    spoiled, spoiled_before = undecided(known, reports), {} if unlike else undecided(known, former)
     lost: Found = {}
     for name, (now, before) in pairs.items():
         if name not in known:
             uncompared[name] = [Miss("all", "not compared: that revision has no result of it", MEANT)]
             continue
+        left_out = {*spoiled.get(name, []), *spoiled_before.get(name, [])}
         lost[name] = [*_larger(now, before, limits), *_less_alike(now, before, limits)]
-        lost[name] += _less_accurate(now, before, limits) + ([] if unlike else _slower(now, before, limits))
+        lost[name] += _less_accurate(now, before, limits) + ([] if unlike else _slower(now, before, limits, left_out))
         uncompared[name] = [Miss(*said, MEANT) for said in _unlike(now, before, not unlike)]
+        uncompared[name] += _undecided(name, spoiled, spoiled_before)
     return lost, uncompared
+
+
+def _undecided(name: str, spoiled: dict[str, list[str]], before: dict[str, list[str]]) -> Iterator[Miss]:
+    """The timings of a target that decide nothing, now or at the former revision."""
+    if where := spoiled.get(name):
+        yield Miss("timings", f"decide nothing: {'; '.join(where)}", f"{time_again(spoiled)}; {MEANT}")
+    if where := before.get(name):
+        way_out = "later revisions are held against the results that are committed now"
+        yield Miss("timings", f"decided nothing at that revision: {'; '.join(where)}", f"{way_out}; {MEANT}")
+
+
+def time_again(spoiled: dict[str, list[str]]) -> str:
+    return f"time again on a quiet machine: {again(spoiled)}"
 
 
 def _hardware(reports: Reports) -> dict[str, Any]:
@@ -263,7 +297,7 @@ def _less_accurate(now: Result, before: Result, limits: GateConfig) -> list[Miss
     return found
 
 
-def _slower(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+def _slower(now: Result, before: Result, limits: GateConfig, left_out: set[str]) -> list[Miss]:
     """Speed-ups whose interval lies wholly below the former one by more than the limit; on a GPU p50s, and above it."""
     if now.timed.get("threads") != before.timed.get("threads"):
         return []
@@ -271,7 +305,7 @@ def _slower(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
     present, found = dict(_timings(now.timed)), []
     for where, former in _timings(before.timed):
         timing = present.get(where)
-        if timing is None:
+        if timing is None or where in left_out:
             continue
         if on_gpu:
             kept = timing["p50_low_ms"] <= former["p50_high_ms"] * (1 + share)
@@ -299,21 +333,22 @@ def _interval(record: dict[str, float], key: str) -> str:
 def verdicts(names: list[str], reports: Reports) -> str:
     """The required targets that all passed, as a Markdown table."""
     head = ["Target", "Gate", "Lowest cosine", "Top-1 drop, points", "Flips %", "Image speed-up", "Text speed-up"]
-    return "\n".join(table(head, [_verdict(name, read_result(name, reports)) for name in names]))
+    timings = _judged(names, reports)
+    return "\n".join(table(head, [_verdict(name, read_result(name, reports), timings[name]) for name in names]))
 
 
-def _verdict(target: str, result: Result) -> list[str]:
+def _verdict(target: str, result: Result, timings: Timings) -> list[str]:
     checked = result.checked
     lowest = min(parity["cosine_min"] for parity in checked["parity"].values())
     drop = checked.get("zero_shot", {}).get("top1_drop")
-    speeds = [next(iter(result.timed["towers"][tower].values())) for tower in ("vision", "text")]
+    speeds = [next(iter(timings[tower].values())) for tower in TOWERS]
     return [
         f"`{target}`",
         checked["status"],
         f"{lowest:.4f}",
         number(drop),
         number(checked["flips"]),
-        *(_interval(speed, "speedup") for speed in speeds),
+        *("undecided" if speed["unstable"] else _interval(speed, "speedup") for speed in speeds),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from statistics import median
 
-from clip_deploy.report import MISSING, Row, best_throughput, number, table
+from clip_deploy.report import MISSING, Row, number, stated, stated_throughput, table
 
 # Latency in ms and GPU memory in GB at batch 1, as the tutorial that this project grew out of printed them for an RTX
 # 3090; it does not say which tower, which batch of texts or what of the way there and back it timed.
@@ -118,7 +118,8 @@ def _duels(rows: list[Row]) -> list[str]:
 
 
 def _fastest(rows: list[Row], names: tuple[str, ...], tower: str, batch: str) -> Row | None:
-    fit = [row for row in rows if row.target.startswith(names) and row.timing(tower, batch)]
+    named = [row for row in rows if row.target.startswith(names) and row.timing(tower, batch)]
+    fit = [row for row in named if not row.is_undecided(tower, batch)]
     return min(fit, key=lambda row: row.timing(tower, batch)["p50_ms"], default=None)
 
 
@@ -145,9 +146,8 @@ def _tutorial(rows: dict[str, Row]) -> list[str]:
             [
                 form,
                 f"`{target}`" + ("" if row is not None and row.timings else " (not measured here)"),
-                number(row.timing("vision").get("p50_ms") if row else None),
-                number(row.timing("text").get("p50_ms") if row else None),
-                number(best_throughput(row, "vision") if row else None),
+                *(stated(row.timing(tower), "p50_ms") if row else MISSING for tower in ("vision", "text")),
+                stated_throughput(row) if row else MISSING,
                 number(row.gpu_memory_mb / 1000 if row and row.gpu_memory_mb else None),
                 number(row.size_mb if row else None),
                 str(latency),

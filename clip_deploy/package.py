@@ -77,7 +77,7 @@ def _packaged(
     advice: dict[str, Any], wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     if wanted == RECOMMENDED and not advice["package"]:
-        raise UnavailableError(advice["note"])
+        raise UnavailableError(said(advice))
     towers = advice["package"] if wanted == RECOMMENDED else dict.fromkeys(TOWERS, wanted)
     names = list(dict.fromkeys(towers.values()))
     records = {name: check_fit(name, advice, sources, gates) for name in names}
@@ -91,8 +91,26 @@ def _packaged(
         **origin,
         **_fill(folder, towers, sources),
         "metrics": {name: advice["targets"][name]["metrics"] for name in names},
-        "note": advice["note"] if wanted == RECOMMENDED else f"{wanted} was asked for by name",
+        "note": said(advice) if wanted == RECOMMENDED else f"{wanted} was asked for by name",
     }
+
+
+def said(advice: dict[str, Any]) -> str:
+    """The advice's note, behind what speaks against the reference itself."""
+    return "; ".join([*advice["doubts"], advice["note"]])
+
+
+def parts(image_input: str) -> list[str]:
+    """The files of the checkpoint's portable parts that a package needs, by what its image tower takes."""
+    return [SCORES, TOKENIZER, *([PREPROCESSOR] if image_input == "pixel_values" else [])]
+
+
+def unpackable(folder: Path, portable: Path) -> str | None:
+    """Why no package can be made with the target in `folder` and the checkpoint's portable parts, or None."""
+    target, unavailable = read_target(folder), read_json(portable / SCORES)["unavailable"]
+    if target.runtime != RUNTIME:
+        return f"{folder.name} runs with {target.runtime}, and a package with ONNX Runtime alone"
+    return next((unavailable[file] for file in parts(target.image_input) if file in unavailable), None)
 
 
 def check_fit(name: str, advice: dict[str, Any], sources: Sources, gates: GatesConfig) -> dict[str, Any]:
@@ -121,15 +139,14 @@ def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, A
     targets = {tower: read_target(sources.built / name) for tower, name in towers.items()}
     model, evaluation = targets["vision"].model, read_json(sources.evaluation / MANIFEST)
     scores = read_json(sources.portable / SCORES)
+    for name in towers.values():
+        if reason := unpackable(sources.built / name, sources.portable):
+            raise UnavailableError(reason)
     for tower, name in towers.items():
         for file in targets[tower].files:
             if file.startswith(f"{tower}.onnx"):  # the graph, and its weights where they lie beside it
                 shutil.copyfile(sources.built / name / file, folder / file)
-    needed = [SCORES, TOKENIZER] + ([PREPROCESSOR] if targets["vision"].image_input == "pixel_values" else [])
-    unavailable = scores.pop("unavailable")
-    for file in needed:
-        if file in unavailable:
-            raise UnavailableError(unavailable[file])
+    for file in parts(targets["vision"].image_input):
         if file != SCORES:
             shutil.copyfile(sources.portable / file, folder / file)
     labels = {key: evaluation[key] for key in ("classes", "templates")}
@@ -142,7 +159,7 @@ def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, A
         "context_length": model["context_length"],
         "pad_to_context": model["pad_to_context"],
         "pad_token": evaluation["pad_token"],
-        **scores,
+        **{key: value for key, value in scores.items() if key != "unavailable"},
         "normalized": bool(model.get("normalize")),
         "device": targets["vision"].device,
         "files": files,

@@ -3,16 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from math import inf
 from typing import Any
 
 from clip_deploy.core.config import RecommendConfig
-from clip_deploy.report import WIDE, Row, metrics, number
+from clip_deploy.decisive import Pace, again
+from clip_deploy.decisive import pace as pace_of
+from clip_deploy.report import Row, doubts, metrics, number
 
 TOWERS = ("vision", "text")
-BUSY = "the machine was busy (~), time it again"
-PACKAGED = "ort"  # the runtime of what the stage `package` can put into a folder that needs no torch
+UNDECIDED = "its timing decides nothing (~), time it again"
 
 Together = Callable[[Row, Row], Row]  # what pair.judge_pair says of an image tower with another target's text tower
+Unpackable = Callable[[str], str | None]  # why a target cannot be packaged, by package.unpackable
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Recommendation:
         pairs: by its name, each pair that is the fastest tower by tower: which it is, whether it passed its gate and
             keeps the limits together, and why not. Where it failed, `ship` or `package` is the best single target.
         note: what is packaged and, where it is not the winner or nothing, why.
+        doubts: what speaks against the reference itself, and so against all of this.
         alike: for each tower, targets whose speed cannot be told apart from the winner's.
         front: targets than which no other fit one is as fast on images, as accurate and as small.
         packaged: what `targets` says of those in `package`: all that the stage depends on.
@@ -38,6 +42,7 @@ class Recommendation:
     package: dict[str, str] = field(default_factory=dict)
     pairs: dict[str, dict[str, Any]] = field(default_factory=dict)
     note: str = ""
+    doubts: list[str] = field(default_factory=list)
     alike: dict[str, list[str]] = field(default_factory=dict)
     front: list[str] = field(default_factory=list)
     packaged: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -45,25 +50,20 @@ class Recommendation:
     targets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How long a call takes, with its 95 % interval: a share of the reference's time on a CPU, ms on a GPU."""
+def recommend(rows: list[Row], limits: RecommendConfig, together: Together, unpackable: Unpackable) -> Recommendation:
+    """Judge all rows of the report by `limits`.
 
-    middle: float
-    low: float
-    high: float
-
-
-def recommend(rows: list[Row], limits: RecommendConfig, together: Together) -> Recommendation:
-    """Judge all rows of the report by `limits`; `together` is asked where each tower gets a target of its own."""
+    `together` is asked where each tower gets a target of its own, `unpackable` of every target that keeps the limits.
+    """
     refused = {row.target: reason for row in rows if (reason := refusal(row, limits))}
     kept = [row for row in rows if row.target not in refused]
+    barred = {row.target: reason for row in kept if (reason := unpackable(row.target) or _unhashed(row))}
+    packable = [row for row in kept if row.target not in barred]
     fit = steady(kept, limits.batch)
-    packable = steady([row for row in kept if row.runtime == PACKAGED and row.files], limits.batch)
-    refused |= {row.target: f"its timing decides nothing: {BUSY}" for row in kept if row not in fit}
+    refused |= {row.target: UNDECIDED for row in kept if row not in fit}
     by_name = {row.target: row for row in rows}
     pairs: dict[str, dict[str, Any]] = {}
-    ship, package = (_held(choose(some, limits.batch), some, limits, together, pairs) for some in (fit, packable))
+    ship, package = (_held(choose(some, limits.batch), some, limits, together, pairs) for some in (kept, packable))
     alike = {tower: _alike_to(by_name[winner], fit, tower, limits.batch) for tower, winner in ship.items()}
     lost = [row for row in rows if row.target not in ship.values()]
     targets = _targets(rows)
@@ -72,7 +72,8 @@ def recommend(rows: list[Row], limits: RecommendConfig, together: Together) -> R
         ship=ship,
         package=package,
         pairs=pairs,
-        note=_note(ship, package, by_name),
+        note=_note(ship, package, barred),
+        doubts=doubts(rows),
         alike={tower: names for tower, names in alike.items() if names},
         front=[row.target for row in pareto(fit, limits.batch)],
         losers={
@@ -112,6 +113,8 @@ def _too_slow(row: Row, limits: RecommendConfig) -> str | None:
             return f"not timed at batch {limits.batch}"
         if limits.max_p95_ms is None:
             continue
+        if timing["undecided"]:
+            return f"max_p95_ms: {UNDECIDED}"
         if "p95_ms" not in timing:
             return f"max_p95_ms: {timing['calls']:.0f} calls of the {tower} tower support no p95 (100 do)"
         if timing["p95_ms"] > limits.max_p95_ms:
@@ -120,23 +123,19 @@ def _too_slow(row: Row, limits: RecommendConfig) -> str | None:
 
 
 def steady(rows: list[Row], batch: int) -> list[Row]:
-    """Those whose timing is not spoilt by a busy machine; all of them where there is no other."""
-    return [row for row in rows if not is_shaky(row, batch)] or rows
-
-
-def is_shaky(row: Row, batch: int) -> bool:
-    """On a GPU from its own calls: the reference waits for Python there, and the host's noise in it says nothing."""
-    timings = [row.timing(tower, str(batch)) for tower in TOWERS]
-    if row.device == "cuda":
-        return any(timing.get("p90_ms", 0.0) > WIDE * timing["p50_ms"] for timing in timings if timing)
-    return any(timing.get("unstable") for timing in timings)
+    """Those whose timings decide."""
+    return [row for row in rows if not any(row.is_undecided(tower, str(batch)) for tower in TOWERS)]
 
 
 def choose(fit: list[Row], batch: int) -> dict[str, str]:
-    """The fastest for each tower; one for both where the other tower's best cannot be told apart from it."""
-    if not fit:
-        return {}
-    best = {tower: min(fit, key=lambda row: pace(row, tower, batch).middle) for tower in TOWERS}
+    """The fastest for each tower; one for both where the other tower's best cannot be told apart from it.
+
+    Where no timing decides, the one with the smallest files.
+    """
+    timed = steady(fit, batch)
+    if not timed:
+        return dict.fromkeys(TOWERS, min(fit, key=lambda row: row.size_mb or inf).target) if fit else {}
+    best = {tower: min(timed, key=lambda row: pace(row, tower, batch).middle) for tower in TOWERS}
     for tower, other in (TOWERS, TOWERS[::-1]):
         if alike(best[tower], best[other], other, batch):
             return dict.fromkeys(TOWERS, best[tower].target)
@@ -152,7 +151,8 @@ def _held(
     """
     if len(set(towers.values())) < 2:
         return towers
-    by_name, single = {row.target: row for row in fit}, min(fit, key=lambda row: _both(row, limits.batch)).target
+    by_name, timed = {row.target: row for row in fit}, steady(fit, limits.batch)
+    single = min(timed, key=lambda row: _both(row, limits.batch)).target
     name = f"{towers['vision']} with {towers['text']}"
     if name not in pairs:
         pair = together(by_name[towers["vision"]], by_name[towers["text"]])
@@ -164,14 +164,7 @@ def _held(
 
 
 def pace(row: Row, tower: str, batch: int) -> Pace:
-    """On a CPU from the speed-up: latencies of rows timed minutes apart carry the machine's drift.
-
-    On a GPU the reference's calls wait for Python, and their noise is none of the row's.
-    """
-    timing = row.timing(tower, str(batch))
-    if row.device == "cuda":
-        return Pace(timing["p50_ms"], timing["p50_low_ms"], timing["p50_high_ms"])
-    return Pace(1 / timing["speedup"], 1 / timing["speedup_high"], 1 / timing["speedup_low"])
+    return pace_of(row.timing(tower, str(batch)), row.device == "cuda")
 
 
 def alike(row: Row, winner: Row, tower: str, batch: int) -> bool:
@@ -233,19 +226,21 @@ def _slower(row: Row, ship: dict[str, str], by_name: dict[str, Row], batch: int)
     return "; ".join(parts)
 
 
-def _note(ship: dict[str, str], package: dict[str, str], by_name: dict[str, Row]) -> str:
+def _unhashed(row: Row) -> str | None:
+    return None if row.files else f"reports/validate lacks the hashes of {row.target}'s files"
+
+
+def _note(ship: dict[str, str], package: dict[str, str], barred: dict[str, str]) -> str:
     if not ship:
         return (
             "no target passes its gate and keeps the limits of `recommend` in params.yaml; the report names each reason"
         )
     if not package:
-        why = "no target that ONNX Runtime runs is fit, with the hashes of its files in reports/validate"
-        return f"{_named(ship)} is recommended, and {why}: nothing can be packaged"
-    others = {ship[tower]: by_name[ship[tower]].runtime for tower in TOWERS if by_name[ship[tower]].runtime != PACKAGED}
-    if not others:
-        return "the recommended target is packaged"
-    runs = ", ".join(f"{target} runs with {runtime}" for target, runtime in others.items())
-    return f"{runs}, and a package needs ONNX Runtime alone: packaged is the best of its targets, {_named(package)}"
+        why = "; ".join(dict.fromkeys(barred.values()))
+        return f"{_named(ship)} is recommended, and nothing that is fit can be packaged: {why}"
+    if why := "; ".join(dict.fromkeys(barred[name] for name in ship.values() if name in barred)):
+        return f"{why}: packaged is the best that can be, {_named(package)}"
+    return "the recommended target is packaged"
 
 
 def _named(towers: dict[str, str]) -> str:
@@ -284,6 +279,7 @@ def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
     ]
     front = "Pareto front (none other that is fit is as fast on images, as accurate and as small)"
     return [
+        *(f"{doubt}." for doubt in advice.doubts),
         *([f"Ship {_named(advice.ship)}: {_costs(advice, rows)}."] if advice.ship else []),
         *(
             f"{_named(pair['towers'])}, the fastest for each tower, failed together: {'; '.join(pair['reasons'])}."
@@ -300,16 +296,22 @@ def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
 
 def _costs(advice: Recommendation, rows: Sequence[Row]) -> str:
     by_name, batch = {row.target: row for row in rows}, str(advice.limits["batch"])
-    image, text = (by_name[advice.ship[tower]].timing(tower, batch)["p50_ms"] for tower in TOWERS)
+    chosen = {tower: by_name[advice.ship[tower]] for tower in TOWERS}
+    if any(row.is_undecided(tower, batch) for tower, row in chosen.items()):
+        return "no timing decides, so it is the one with the smallest files"
+    image, text = (row.timing(tower, batch)["p50_ms"] for tower, row in chosen.items())
     return f"an image {number(image)} ms, a text {number(text)} ms (p50 of a call, batch {batch})"
 
 
 def _caveats(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
     """What the recommendation could not rest on."""
     passed, said = [row for row in rows if row.status == "pass"], []
-    if shaky := [row.target for row in passed if is_shaky(row, advice.limits["batch"])]:
-        names = ", ".join(shaky)
-        said.append(f"Provisional: {len(shaky)} of {len(passed)} timings decide nothing, since {BUSY} ({names}).")
+    fit = steady(passed, advice.limits["batch"])
+    if shaky := [row.target for row in passed if row not in fit]:
+        said.append(
+            f"Provisional: {len(shaky)} of {len(passed)} timings decide nothing (~: {', '.join(shaky)}). "
+            f"Time them again on a quiet machine: {again(shaky)}."
+        )
     if not all(row.trained for row in rows):
         said.append("The weights are random: max_top1_drop was not applied, accuracy is the lowest cosine.")
     elif any(not row.zero_shot for row in passed):

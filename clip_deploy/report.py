@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,11 @@ from markdown_it import MarkdownIt
 from clip_deploy.core.artifact import write_text
 from clip_deploy.core.config import REFERENCE
 from clip_deploy.core.results import read_json, rounded, write_json
+from clip_deploy.decisive import BETWEEN_RUNS, again, judged, pace, undecided
 
 PAGE = Path(__file__).with_name("report.html")
 MISSING = "-"
-WIDE = 1.5  # an interval whose ends lie further apart, as a ratio, decides nothing
 MOST_SENSITIVE = 5  # nodes named in the report; all are in reports/validate/
-DRIFT = 2.0  # frequencies and neighbours move latencies by less
-BETWEEN_RUNS = 1.06  # of p50 on a GPU, 95 % within: reports/hardware/nvidia-h200/between_runs.md
 
 
 @dataclass
@@ -31,6 +29,7 @@ class Row:
     precision: str = ""
     build: str = ""
     trained: bool = True
+    doubts: list[str] = field(default_factory=list)  # of the reference: chance.doubts
     timings: dict[str, Any] = field(default_factory=dict)  # tower -> batch size -> percentiles, throughput, speed-up
     threads: int | None = None
     memory_mb: float | None = None
@@ -54,57 +53,23 @@ class Row:
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was judged
     diagnosis: dict[str, Any] = field(default_factory=dict)  # diagnosis.diagnose, where it missed its gate
 
-    def timing(self, tower: str, batch: str | None = None) -> dict[str, float]:
+    def timing(self, tower: str, batch: str | None = None) -> dict[str, Any]:
         """One tower's timing at a batch size, the smallest if none is named; empty where it was not timed."""
         sizes = self.timings.get(tower, {})
         return sizes.get(batch or next(iter(sizes), ""), {})
 
+    def is_undecided(self, tower: str, batch: str | None = None) -> bool:
+        """Whether that tower's timing at a batch size decides nothing, or any of its timings if none is named."""
+        sizes = self.timings.get(tower, {})
+        return any(timing["undecided"] for size, timing in sizes.items() if batch in (None, size))
+
 
 def read_rows(targets: list[str], validation: Path, benchmark: Path) -> list[Row]:
-    """Read the configured targets' results, the reference first; speed-ups that decide nothing are marked as unstable.
-
-    Intervals are widened by what the reference differed from itself. On a GPU its small batches wait for Python, whose
-    speed in one process is not that in another, and its large ones do not: there, it is what it differed by at that
-    batch size or a larger one, and p50_low_ms and p50_high_ms are widened by BETWEEN_RUNS.
-    """
+    """Read the configured targets' results, the reference first; timings carry the marks of decisive.judged."""
     rows = [_read_row(target, validation, benchmark) for target in targets]
-    for row in rows:
-        for tower, sizes in row.timings.items():
-            for batch, timing in sizes.items():
-                on_gpu = row.device == "cuda"
-                spread = self_spread(rows[0], int(batch) if on_gpu else 1)
-                timing["speedup_low"], timing["speedup_high"] = widened(timing, spread)
-                timing["unstable"] = _unstable(timing, rows[0].timing(tower, batch))
-                if on_gpu:
-                    timing["p50_low_ms"] /= BETWEEN_RUNS**0.5  # so that two rows within it overlap
-                    timing["p50_high_ms"] *= BETWEEN_RUNS**0.5
-    return rows
-
-
-def self_spread(reference: Row, least_batch: int = 1) -> float:
-    """The furthest from 1 that the reference's speed-up over itself came out from that batch size up, as a factor.
-
-    A timing's own interval holds what varied while two processes ran. What they keep for as long as they live, as where
-    their memory lies, only another pair of processes shows: the reference's row is one (reports/noise.md has many).
-    """
-    found = [
-        timing["speedup"]
-        for sizes in reference.timings.values()
-        for batch, timing in sizes.items()
-        if int(batch) >= least_batch
-    ]
-    return max((max(speedup, 1 / speedup) for speedup in found), default=1.0)
-
-
-def widened(timing: dict[str, float], spread: float) -> tuple[float, float]:
-    """The interval of a speed-up, both ends moved by `self_spread`."""
-    return timing["speedup_low"] / spread, timing["speedup_high"] * spread
-
-
-def _unstable(timing: dict[str, float], reference: dict[str, float]) -> bool:
-    """Whether the interval is too wide, or the reference ran at quite another speed than when its own row was timed."""
-    drift = timing["reference_p50_ms"] / reference.get("p50_ms", timing["reference_p50_ms"])
-    return timing["speedup_high"] > WIDE * timing["speedup_low"] or not 1 / DRIFT < drift < DRIFT
+    on_gpu = {row.target for row in rows if row.device == "cuda"}
+    timings = judged({row.target: row.timings for row in rows}, on_gpu)
+    return [replace(row, timings=timings[row.target]) for row in rows]
 
 
 def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
@@ -121,6 +86,7 @@ def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
         precision=checked["precision"],
         build=_build(checked["build"]),
         trained=checked["trained"],
+        doubts=checked.get("doubts", []),
         timings=timed.get("towers", {}),
         threads=timed.get("threads"),
         memory_mb=timed.get("memory_mb"),
@@ -175,13 +141,16 @@ def read_flows(targets: list[str], folder: Path) -> list[dict[str, Any]]:
 
 
 def metrics(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """The decisive numbers for `dvc metrics diff`, keyed <target>.<quantity>_<unit>."""
-    return {row.target: {key: value for key, value in _metrics(row).items() if value is not None} for row in rows}
+    """The decisive numbers for `dvc metrics diff`, keyed <target>.<quantity>_<unit>.
+
+    What was measured and decides nothing is None; where that is all of a timing, `timing` says "undecided".
+    """
+    return {row.target: {**_measured(row), **_withheld(row)} for row in rows}
 
 
-def _metrics(row: Row) -> dict[str, Any]:
+def _measured(row: Row) -> dict[str, Any]:
     vision, text = row.timing("vision"), row.timing("text")
-    return {
+    found = {
         "status": row.status,
         "vision_p50_ms": vision.get("p50_ms"),
         "text_p50_ms": text.get("p50_ms"),
@@ -199,6 +168,19 @@ def _metrics(row: Row) -> dict[str, Any]:
         "image_to_text_r1_percent": row.retrieval.get("image_to_text_r1"),
         "text_to_image_r1_percent": row.retrieval.get("text_to_image_r1"),
     }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _withheld(row: Row) -> dict[str, Any]:
+    """None for each number of speed that decides nothing; the best of all batch sizes needs every one of them."""
+    keys: list[str] = []
+    for tower in row.timings:
+        timing = row.timing(tower)
+        keys += [f"{tower}_p50_ms"] if timing.get("undecided") else []
+        keys += [f"{tower}_speedup"] if timing.get("unstable") else []
+    if row.is_undecided("vision"):
+        keys += ["images_per_s", *(["j_per_1000_images"] if row.power else [])]
+    return {**dict.fromkeys(keys), **({"timing": "undecided"} if any(undecided(row.timings)) else {})}
 
 
 def best_throughput(row: Row, tower: str) -> float | None:
@@ -207,22 +189,25 @@ def best_throughput(row: Row, tower: str) -> float | None:
 
 
 def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Flat rows for `dvc plots`: latency, throughput over batch sizes, accuracy against latency."""
+    """Flat rows for `dvc plots`: latency, throughput over batch sizes, accuracy against latency.
+
+    A timing that decides nothing is None there, and not drawn.
+    """
     return {
         "latency": [
-            {"target": row.target, "tower": tower, "p50_ms": row.timing(tower)["p50_ms"]}
+            {"target": row.target, "tower": tower, "p50_ms": _decided(row.timing(tower), "p50_ms")}
             for row in rows
             for tower in row.timings
         ],
         "throughput": [
-            {"target": row.target, "batch_size": int(batch), "images_per_s": timing["throughput_per_s"]}
+            {"target": row.target, "batch_size": int(batch), "images_per_s": _decided(timing, "throughput_per_s")}
             for row in rows
             for batch, timing in row.timings.get("vision", {}).items()
         ],
         "accuracy": [
             {
                 "target": row.target,
-                "vision_p50_ms": row.timing("vision")["p50_ms"],
+                "vision_p50_ms": _decided(row.timing("vision"), "p50_ms"),
                 "top1_percent": row.zero_shot["top1"],
             }
             for row in rows
@@ -239,6 +224,10 @@ def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
             for point in row.search.get("curve", [])
         ],
     }
+
+
+def _decided(timing: dict[str, Any], key: str) -> float | None:
+    return None if timing["undecided"] else timing[key]
 
 
 def write_report(
@@ -295,18 +284,22 @@ def describe_run(
     }
 
 
+def doubts(rows: Sequence[Row]) -> list[str]:
+    """Why the reference cannot be the model that was meant, chance.doubts: the same in every row that was checked."""
+    return next((row.doubts for row in rows if row.doubts), [])
+
+
 def fastest(rows: list[Row]) -> str:
-    """Per tower at the smallest batch; on a CPU by speed-up: latencies of rows timed minutes apart carry its drift."""
+    """Per tower at the smallest batch, among the timings that decide."""
     named = []
     for tower in ("vision", "text"):
         fit = [row for row in rows if row.status == "pass" and row.timing(tower)]
-        on_gpu = [row for row in fit if row.device == "cuda"]
-        steady = [row for row in fit if not row.timing(tower)["unstable"]]
-        if on_gpu:
-            best = min(on_gpu, key=lambda row: row.timing(tower)["p50_ms"])
+        steady = [row for row in fit if not row.timing(tower)["undecided"]]
+        if on_gpu := [row for row in steady if row.device == "cuda"]:
+            best = min(on_gpu, key=lambda row: pace(row.timing(tower), True).middle)
             named.append(f"{best.target} ({tower}, {number(best.timing(tower)['p50_ms'])} ms)")
         elif steady:
-            best = max(steady, key=lambda row: row.timing(tower)["speedup"])
+            best = min(steady, key=lambda row: pace(row.timing(tower), False).middle)
             named.append(f"{best.target} ({tower}, {_speedup(best.timing(tower))})")
     return ", ".join(named) or "none"
 
@@ -340,7 +333,8 @@ def markdown(
         "Recall@1 %, image to text / text to image",
         "Attention fused",
     ]
-    lines = [f"# {title}", "", *(f"- **{name}**: {value}" for name, value in facts.items()), ""]
+    lines = [f"# {title}", "", *(f"**{doubt}.**\n" for doubt in doubts(rows))]
+    lines += [*(f"- **{name}**: {value}" for name, value in facts.items()), ""]
     lines += table(head, [_cells(row) for row in rows])
     lines += ["", *_reasons(rows), *_checkpoint_section(findings), *_shipping_section(shipping)]
     lines += ["## Batch sizes", "", *_batch_tables(rows, batches)]
@@ -386,11 +380,11 @@ def _cells(row: Row) -> list[str]:
     return [
         f"`{row.target}`",
         row.status if row.status == "pass" else f"**{row.status}**",
-        number(vision.get("p50_ms")),
+        stated(vision, "p50_ms"),
         _speedup(vision),
-        number(text.get("p50_ms")),
+        stated(text, "p50_ms"),
         _speedup(text),
-        number(best_throughput(row, "vision")),
+        stated_throughput(row),
         number(row.memory_mb),
         number(row.size_mb),
         " / ".join(f"{value:.4f}" for value in row.cosine_min.values()) or MISSING,
@@ -415,10 +409,23 @@ def _reasons(rows: list[Row]) -> list[str]:
             f"- {names}: image latency and speed-up include preprocessing, from uint8 images of {height} x {width} "
             f"pixels; other rows, `{REFERENCE}` among them, start from pixel_values"
         )
-    if shaky := [row for row in rows if _is_shaky(row)]:
-        why = UNSTABLE_ON_GPU if shaky[0].device == "cuda" else UNSTABLE.format(target=shaky[0].target)
-        lines.append(f"- ~ marks speed-ups that decide nothing: {why}")
+    lines += [f"- {note}" for note in timing_notes(rows)]
     return [*lines, ""] if lines else []
+
+
+def timing_notes(rows: list[Row]) -> list[str]:
+    """What ~ marks, why, and one command that times all such rows again."""
+    lines = []
+    if any(is_waiting(timing) for row in rows for sizes in row.timings.values() for timing in sizes.values()):
+        lines.append(f"~ marks speed-ups that decide nothing: {WAITING}")
+    if spoiled := [row for row in rows if any(undecided(row.timings))]:
+        why = UNSTEADY if spoiled[0].device == "cuda" else BUSY
+        names = [row.target for row in spoiled]
+        lines.append(
+            f"~ marks timings that decide nothing ({', '.join(names)}): {why}; reports/metrics.json leaves them out. "
+            f"Time them again on a quiet machine: {again(names)}"
+        )
+    return lines
 
 
 def diagnosis_lines(row: Row) -> list[str]:
@@ -460,15 +467,14 @@ def _shipping_section(shipping: dict[str, Any] | None) -> list[str]:
     return [*lines, *(table(["Target", "Why not"], body) if body else []), ""]
 
 
-def _is_shaky(row: Row) -> bool:
-    return any(timing["unstable"] for sizes in row.timings.values() for timing in sizes.values())
+def is_waiting(timing: dict[str, Any]) -> bool:
+    """Whether a timing's speed-up alone decides nothing, as on a GPU, where the reference waits for Python."""
+    return timing["unstable"] and not timing["undecided"]
 
 
-UNSTABLE = (
-    "the machine was busy, so the interval is wide or the reference ran at another speed than in its own row; "
-    "time again on a quiet machine: `dvc repro --force --single-item benchmark@{target}`, then `dvc repro`"
-)
-UNSTABLE_ON_GPU = (
+BUSY = "the machine was busy, so an interval is wide or the reference ran at another speed than beside other rows"
+UNSTEADY = "their own calls differ, p90 being far above p50"
+WAITING = (
     "small batches of the reference wait for Python, whose speed differs from process to process; "
     'compare rows by p50, as "Which one to ship" does'
 )
@@ -483,7 +489,7 @@ def _batch_tables(rows: list[Row], batches: list[int]) -> list[str]:
             sizes = [row.timing(tower, str(batch)) for batch in batches]
             if any(sizes):
                 body.append([f"`{row.target}`", "p50 / p90 / p99 ms", *(_percentiles(size) for size in sizes)])
-                body.append(["", unit, *(number(size.get("throughput_per_s")) for size in sizes)])
+                body.append(["", unit, *(stated(size, "throughput_per_s") for size in sizes)])
                 body.append(["", "speed-up", *(_speedup(size) for size in sizes)])
         lines += [f"### {tower.capitalize()}", "", *table(head, body), ""]
     return lines
@@ -661,11 +667,25 @@ def _percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1f}"
 
 
-def _speedup(timing: dict[str, float]) -> str:
+def stated(timing: dict[str, Any], key: str) -> str:
+    """A number of a timing, with ~ in front where it decides nothing."""
+    return _mark(timing.get("undecided")) + number(timing.get(key))
+
+
+def stated_throughput(row: Row) -> str:
+    """Images per second at the best batch size, with ~ where one of its timings decides nothing."""
+    return _mark(row.is_undecided("vision")) + number(best_throughput(row, "vision"))
+
+
+def _mark(is_undecided: bool | None) -> str:
+    return "~ " if is_undecided else ""
+
+
+def _speedup(timing: dict[str, Any]) -> str:
     if not timing:
         return MISSING
-    mark = "~ " if timing["unstable"] else ""
-    return f"{mark}{timing['speedup']:.2f}x [{timing['speedup_low']:.2f}, {timing['speedup_high']:.2f}]"
+    mark, interval = _mark(timing["unstable"]), f"[{timing['speedup_low']:.2f}, {timing['speedup_high']:.2f}]"
+    return f"{mark}{timing['speedup']:.2f}x {interval}"
 
 
 def _interval(record: dict[str, float], key: str) -> str:
@@ -674,8 +694,9 @@ def _interval(record: dict[str, float], key: str) -> str:
     return f"{record[key]:.2f} [{record[f'{key}_low']:.2f}, {record[f'{key}_high']:.2f}]"
 
 
-def _percentiles(timing: dict[str, float]) -> str:
-    return " / ".join(number(timing.get(f"p{q}_ms")) for q in (50, 90, 99)) if timing else MISSING
+def _percentiles(timing: dict[str, Any]) -> str:
+    found = " / ".join(number(timing.get(f"p{q}_ms")) for q in (50, 90, 99))
+    return _mark(timing["undecided"]) + found if timing else MISSING
 
 
 def page(
@@ -690,11 +711,13 @@ def page(
     """The report as one self-contained HTML page: no request leaves it; `sections` are lines of Markdown."""
     content = {
         "title": title,
+        "doubts": doubts(rows),
         "facts": facts,
         "rows": [
             rounded({**asdict(row), "images_per_s": best_throughput(row, "vision"), "diagnosis": diagnosis_lines(row)})
             for row in rows
         ],
+        "notes": timing_notes(rows),
         "flows": rounded(flows),
         "flow_facts": "".join(_flow_facts(flows)),
         "shipping": shipping or {"facts": [], "losers": {}, "front": []},

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from clip_deploy import accuracy
+from clip_deploy.chance import doubts
 from clip_deploy.core.artifact import Target, hashes, read_target, sha256, size_bytes
 from clip_deploy.core.child import CrashError, call_in_child
 from clip_deploy.core.config import Gate, GatesConfig
@@ -14,7 +15,7 @@ from clip_deploy.encode import Embeddings, encode_images, encode_set, encode_tex
 from clip_deploy.parity import compare, normalized, row_cosines
 from clip_deploy.prepared import Images, Prepared
 from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
-from clip_deploy.verdict import judge, limits, provenance
+from clip_deploy.verdict import doubted, judge, limits, provenance
 
 FORMAT = 1  # of a target's manifest
 BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
@@ -54,6 +55,7 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
         if any(name.endswith(".onnx") for name in target.files):
             record["graphs"] = graphs(folder, target.build["opset"])
             record |= shell(folder, target, prepared)
+        record["doubts"] = doubts(load_embeddings(reference), prepared) if record["trained"] else []
         record |= measure(encoder, prepared, load_embeddings(reference), target, seed)
         if isinstance(encoder, PlacedEncoder) and target.device == "cuda":
             record["placement"] = encoder.placement()
@@ -64,6 +66,7 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
     reasons = judge(record, gate, target.precision)
     if reasons:
         record["diagnosis"] = diagnosis(folder, encoder, prepared, load_embeddings(reference), gate)
+    reasons = [*map(str, doubted(record, gates)), *reasons]
     return record | {"status": "fail" if reasons else "pass", "reasons": reasons, "limits": limits(record, gate)}
 
 

@@ -10,7 +10,7 @@ from clip_deploy.core.config import Gate, GatesConfig
 
 LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
 TOWERS = ("vision", "text")
-MEASURED = ("shapes", "flips", "trained")  # besides both towers' parity: what no record lacks that passed
+MEASURED = ("shapes", "flips", "trained", "doubts")  # besides both towers' parity: what no record lacks that passed
 PROVENANCE = ("model", "seed", "versions", "checkpoint", "builds", "gates")  # in every manifest
 
 
@@ -29,6 +29,11 @@ class Miss:
 def judge(record: dict[str, Any], gate: Gate, precision: str) -> list[str]:
     """Every way in which the target misses its gate, in words."""
     return [str(miss) for miss in misses(record, gate, precision)]
+
+
+def doubted(record: dict[str, Any], gates: GatesConfig) -> list[Miss]:
+    """What speaks against the reference itself, where gates.above_chance asks for it: no target is better than that."""
+    return [Miss(doubt, "(gates.above_chance)") for doubt in record.get("doubts", []) if gates.above_chance]
 
 
 def misses(record: dict[str, Any], gate: Gate, precision: str) -> list[Miss]:
@@ -73,6 +78,7 @@ def held(record: dict[str, Any], gates: GatesConfig) -> list[Miss]:
     record = numbers(record)
     whole = set(TOWERS) <= set(record.get("parity", {})) and set(MEASURED) <= set(record)
     found = misses(record, getattr(gates, record["precision"]), record["precision"]) if whole else []
+    found += doubted(record, gates)
     if found:
         return found
     status = record.get("status")

@@ -29,6 +29,8 @@ from clip_deploy.gate import (
     judge,
     readable,
     refusals,
+    time_again,
+    undecided,
     verdicts,
 )
 from clip_deploy.verdict import Miss
@@ -67,6 +69,8 @@ def gate(settings: Settings) -> None:
         print(refusals(found))
         raise DeployError(f"not all of the {len(names)} required targets can be defended")
     print(verdicts(names, present))
+    if spoiled := undecided(names, present):
+        print(f"\nnote: timings of {', '.join(spoiled)} decide nothing: {time_again(spoiled)}")
     since = f", and none lost since {settings.against}" if settings.against is not None else ""
     print(f"\n{len(names)} required targets pass{since}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clip_deploy.chance import doubts
 from clip_deploy.checkpoint import load_processor
 from clip_deploy.core.artifact import described_folder, read_target
 from clip_deploy.core.config import DataConfig
@@ -41,6 +42,8 @@ def prepare(settings: Settings) -> None:
             if name == "evaluation":
                 embeddings = encode_set(open_encoder(settings.checkpoint, device=device), load_prepared(folder))
                 save_embeddings(embeddings, folder / "reference.npz")
+                for doubt in doubts(embeddings, load_prepared(folder)) if model.get("trained", True) else []:
+                    print(f"warning: {doubt}")  # the report says it too; here before all is built
     with described_folder(settings.output / "portable") as folder:
         write_portable(settings.checkpoint, folder)
 

@@ -11,6 +11,7 @@ from omegaconf import MISSING
 
 from clip_deploy.core.config import GatesConfig, RecommendConfig
 from clip_deploy.core.results import write_json
+from clip_deploy.package import unpackable
 from clip_deploy.pair import judge_pair
 from clip_deploy.recommend import recommend as advise
 from clip_deploy.report import read_rows
@@ -26,6 +27,7 @@ class Settings:
     benchmark_results: Path = MISSING
     built: Path = MISSING
     evaluation: Path = MISSING
+    portable: Path = MISSING
     output: Path = MISSING
 
 
@@ -33,9 +35,12 @@ class Settings:
 def recommend(settings: Settings) -> None:
     rows = read_rows(settings.targets, settings.validation, settings.benchmark_results)
     together = partial(judge_pair, built=settings.built, evaluation=settings.evaluation, gates=settings.gates)
-    advice = advise(rows, settings.recommend, together)
+    advice = advise(
+        rows, settings.recommend, together, lambda name: unpackable(settings.built / name, settings.portable)
+    )
     write_json(settings.output, asdict(advice))
-    print(f"{settings.output}: {', '.join(dict.fromkeys(advice.ship.values())) or 'nothing'} to ship; {advice.note}")
+    shipped = f"{', '.join(dict.fromkeys(advice.ship.values())) or 'nothing'} to ship"
+    print(f"{settings.output}: {'; '.join([*advice.doubts, shipped, advice.note])}")
 
 
 if __name__ == "__main__":

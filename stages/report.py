@@ -10,7 +10,7 @@ from clip_deploy.core.config import EndToEndConfig
 from clip_deploy.core.results import read_json
 from clip_deploy.gpu_report import gpu_sections
 from clip_deploy.recommend import Recommendation, shown
-from clip_deploy.report import read_flows, read_rows, write_report
+from clip_deploy.report import doubts, read_flows, read_rows, write_report
 from clip_deploy.triton_report import triton_sections
 from stages import stage
 
@@ -40,7 +40,8 @@ def report(settings: Settings) -> None:
     sections = gpu_sections(rows) + triton_sections(read_json(settings.served))
     advice = shown(Recommendation(**read_json(settings.recommendation)), rows)
     write_report(rows, environment, model, evaluation, names, flows, settings.output, sections, advice)
-    print(f"{settings.output / 'report.md'}: {len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass")
+    counts = f"{len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass"
+    print(f"{settings.output / 'report.md'}: {'; '.join([*doubts(rows), counts])}")
 
 
 if __name__ == "__main__":

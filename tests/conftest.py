@@ -293,7 +293,7 @@ def advice(built, **other):
             "files": {name: sha256(folder / name) for name in target.files},
             "metrics": {"vision_p50_ms": 1.0},
         }
-    return {"package": {}, "pairs": {}, "note": "as asked", "targets": targets, **other}
+    return {"package": {}, "pairs": {}, "note": "as asked", "doubts": [], "targets": targets, **other}
 
 
 def records(built, folder, **changes):
@@ -316,6 +316,7 @@ def records(built, folder, **changes):
             "shapes": {"vision, batch 3": 0.9999},
             "zero_shot": {"top1_drop": 0.0},
             "flips": 0.25,
+            "doubts": [],
             **changes,
         }
         write_json(folder / f"{target.name}.json", record | {"limits": limits(record, Gate(min_cosine=0.999))})

@@ -42,12 +42,40 @@ def b(tmp_path):
 
 def test_both_machines_and_the_versions_that_differ_stand_above_the_table(a, b, capsys):
     assert main([a, b]) == 0
-    assert capsys.readouterr().out.splitlines()[:4] == [
+    assert capsys.readouterr().out.splitlines()[:6] == [
         f"- **A**: {a}: Xeon, 2 cores, GPU: none",
         f"- **B**: {b}: EPYC, 16 cores, GPU: NVIDIA H100, 81559 MiB, 570.1",
+        "- **Same machine**: no, another machine",
         "- **Versions that differ, A / B**: torch 2.13.0 / 2.12.0, openvino - / 2026.4",
+        "- **Timings that decide nothing, A / B**: none / none",
         "",
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("4f1b", "4f1b", "yes"),
+        ("4f1b", "90aa", "no, another machine of the same type"),
+        (None, "90aa", "not known: of one type, and without an id in environment.json"),
+        (None, None, "not known: of one type, and without an id in environment.json"),
+    ],
+)
+def test_two_machines_of_one_type_are_told_apart_by_their_ids(tmp_path, capsys, first, second, said):
+    folders = [
+        reports(tmp_path / name, {"torch-fp32": ROW}, {**HARDWARE, "machine": machine})
+        for name, machine in (("a", first), ("b", second))
+    ]
+    assert main(folders) == 0
+    assert f"- **Same machine**: {said}\n" in capsys.readouterr().out
+
+
+def test_a_timing_that_decides_nothing_has_no_ratio(a, tmp_path, capsys):
+    busy = {**ROW, "vision_p50_ms": None, "images_per_s": None, "timing": "undecided"}
+    assert main([a, reports(tmp_path / "busy", {"ort-fp32": busy})]) == 0
+    out = capsys.readouterr().out
+    assert "- **Timings that decide nothing, A / B**: none / ort-fp32\n" in out
+    assert "| `ort-fp32` | pass / pass | 3.00 / - | - | 1.00 / 1.00 | 1.00x | 1,234 / - | " in out
 
 
 def test_every_target_of_either_run_has_a_line(a, b, capsys):

@@ -8,7 +8,7 @@ from conftest import advice, records
 from clip_deploy.core.artifact import read_target, sha256
 from clip_deploy.core.config import Gate, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
-from clip_deploy.package import Sources, write_package
+from clip_deploy.package import Sources, unpackable, write_package
 from clip_deploy.portable import write_portable
 
 FACTS = {"model": "tiny", "seed": 0, "versions": {"onnxruntime": "1"}}
@@ -139,10 +139,25 @@ def test_a_tokenizer_that_needs_transformers_is_no_package_and_no_failure_of_the
     sources, folder = replace(sources, portable=tmp_path / "portable"), tmp_path / "package"
     folder.mkdir()
     known = advice(sources.built, package={"vision": "onnx-fp32", "text": "onnx-fp32"})
-    assert write_package(known, "recommended", sources, GatesConfig(), FACTS, folder)["unavailable"]
+    assert (
+        write_package(known, "recommended", sources, GatesConfig(), FACTS, folder)["unavailable"] == "no fast tokenizer"
+    )
+    assert unpackable(sources.built / "onnx-fp32", sources.portable) == "no fast tokenizer"  # as the advice says before
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
     with pytest.raises(UnavailableError, match="no fast tokenizer"):
         write_package(known, "onnx-fp32", sources, GatesConfig(), FACTS, folder)
+
+
+def test_only_what_onnx_runtime_runs_with_all_portable_parts_can_be_packaged(sources):
+    assert unpackable(sources.built / "onnx-fp32", sources.portable) is None
+    assert unpackable(sources.built / "torch-fp32", sources.portable) == (
+        "torch-fp32 runs with eager, and a package with ONNX Runtime alone"
+    )
+
+
+def test_a_package_carries_what_speaks_against_the_reference(sources, tmp_path):
+    known = advice(sources.built, package=dict.fromkeys(("vision", "text"), "onnx-fp32"), doubts=["at chance"])
+    assert write_package(known, "recommended", sources, GatesConfig(), FACTS, tmp_path)["note"] == "at chance; as asked"
 
 
 def test_two_targets_are_packaged_tower_by_tower_with_what_was_found_of_the_pair(fused, sources, tmp_path):

@@ -16,7 +16,7 @@ EASY = GatesConfig(fp32=Gate(min_cosine=0.999, max_top1_drop=5, max_flips=5))
 
 def timing(speedup):
     speedups = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), speedup)
-    return {"1": {"p50_ms": 1.0, "calls": 9, "throughput_per_s": 1.0, **speedups}}
+    return {"1": {"p50_ms": 1.0, "calls": 9, "throughput_per_s": 1.0, "undecided": False, **speedups}}
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_two_targets_that_agree_pass_together_with_each_towers_own_time_and_size
 
 
 def test_a_pair_is_held_to_the_coarser_gate_and_to_the_limits(rows, judged):
-    advice = recommend(rows, RecommendConfig(max_memory_mb=100), judged)
+    advice = recommend(rows, RecommendConfig(max_memory_mb=100), judged, lambda name: None)
     assert advice.ship == advice.package == {"vision": "onnx-fp32", "text": "onnx-fp32"}
     assert advice.pairs["ort-fp32 with onnx-fp32"]["reasons"] == ["over max_memory_mb: 120 > 100"]
     coarser = replace(rows[1], precision="int8")

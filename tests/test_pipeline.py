@@ -70,6 +70,11 @@ def metrics(project):
     return json.loads((project.path / "reports/metrics.json").read_text())
 
 
+def timed(project, target):
+    """The image tower's timing, which metrics.json may withhold where the tests keep the machine busy."""
+    return json.loads((project.path / f"reports/benchmark/{target}.json").read_text())["towers"]["vision"]["1"]
+
+
 def manifest(project):
     return json.loads((project.path / "artifacts/package/manifest.json").read_text())
 
@@ -100,7 +105,7 @@ def test_every_target_is_built_checked_and_timed(built):
             assert row["status"] == "unavailable"
             continue
         assert row["status"] == "pass", (target, (built.path / "reports/report.md").read_text())
-        assert row["vision_p50_ms"] > 0
+        assert timed(built, target)["p50_ms"] > 0
         assert row["cosine_min"] > 0.9
 
 
@@ -212,7 +217,7 @@ def test_other_gates_judge_again_and_rebuild_nothing(copy):
     assert "package" in ran
     row = metrics(copy)["ort-fp16"]
     assert row["status"] == "fail"
-    assert row["vision_p50_ms"] > 0
+    assert timed(copy, "ort-fp16")["p50_ms"] > 0
     assert re.search(r"`ort-fp16` fail: .*cosine .* < 1\.1", (copy.path / "reports/report.md").read_text())
 
 
@@ -279,6 +284,15 @@ def test_another_cpu_and_gpu_measure_again_and_build_nothing(copy, tmp_path, mon
     assert stale(copy) == MACHINE
     assert hardware(copy)["cpu"] == "Another CPU"
     assert hardware(copy)["gpus"] == ["NVIDIA Another, 1000 MiB, 600.0"]
+
+
+def test_another_machine_of_the_same_type_measures_again_and_builds_nothing(copy, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import clip_deploy.core.environment as environment\nenvironment.machine = lambda: 'another'\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{copy.path}")
+    assert stale(copy) == MACHINE
+    assert hardware(copy)["machine"] == "another"
 
 
 def test_other_instruction_sets_build_int8_again_which_is_rounded_for_them(copy, tmp_path, monkeypatch):

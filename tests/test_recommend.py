@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ def timing(speedup, spread=0.02, **other):
         "speedup_high": speedup * (1 + spread),
         "reference_p50_ms": 10.0,
         "unstable": False,
+        "undecided": False,
         **other,
     }
 
@@ -44,14 +46,21 @@ def drop(points):
     return {"top1": 90 - points, "top1_drop": points, "top1_drop_low": 0.0, "top1_drop_high": 2.0}
 
 
-def recommend(rows, limits, together=None):
-    """Pairs pass their gate together, and cost as much as both targets, unless `together` says what they do."""
+def recommend(rows, limits, together=None, unpackable=None):
+    """Pairs pass their gate together, and cost as much as both targets, unless `together` says what they do.
+
+    What ONNX Runtime runs can be packaged, unless `unpackable` says what cannot.
+    """
+    runtimes = {row.target: row.runtime for row in rows}
+
+    def elsewhere(name):
+        return None if runtimes[name] == "ort" else f"{name} runs with {runtimes[name]}"
 
     def alike(vision, text):
         assert vision is not text
         return replace(vision, target=f"{vision.target} with {text.target}")
 
-    return module.recommend(rows, limits, together or alike)
+    return module.recommend(rows, limits, together or alike, unpackable or elsewhere)
 
 
 REFERENCE = row("torch-fp32", 1.0, 1.0, runtime="eager")
@@ -159,23 +168,81 @@ def test_what_onnx_runtime_does_not_run_is_recommended_and_the_best_that_it_runs
     advice = recommend(rows, RecommendConfig())
     assert advice.ship["vision"] == "openvino-int8"
     assert advice.package == {"vision": "ort-int8", "text": "ort-int8"}
-    assert advice.note.startswith("openvino-int8 runs with openvino")
+    assert advice.note == "openvino-int8 runs with openvino: packaged is the best that can be, ort-int8"
     assert recommend(rows[:2], RecommendConfig()).package == {}
-    assert "nothing can be packaged" in recommend(rows[:2], RecommendConfig()).note
-
-
-def test_a_timing_that_a_busy_machine_spoilt_wins_only_where_there_is_no_other():
-    shaky = row("ort-int8", 9.0, 9.0)
-    shaky.timings["text"]["1"]["unstable"] = True
-    advice = recommend([REFERENCE, shaky, row("ort-fp32", 2.0, 2.0)], RecommendConfig())
-    assert advice.ship["vision"] == "ort-fp32"
-    assert advice.losers["ort-int8"] == "its timing decides nothing: the machine was busy (~), time it again"
-    alone = recommend([REFERENCE, shaky], RecommendConfig())
-    assert (alone.ship["vision"], alone.package["vision"]) == ("torch-fp32", "ort-int8")
-    facts = shown(alone, [REFERENCE, shaky])["facts"]
-    assert (
-        "Provisional: 1 of 2 timings decide nothing, since the machine was busy (~), time it again (ort-int8)." in facts
+    assert recommend(rows[:2], RecommendConfig()).note == (
+        "openvino-int8 is recommended, and nothing that is fit can be packaged: torch-fp32 runs with eager; "
+        "openvino-int8 runs with openvino"
     )
+
+
+def shaky(target, speedup, **other):
+    found = row(target, speedup, speedup, **other)
+    found.timings["text"]["1"] |= {"unstable": True, "undecided": True}
+    return found
+
+
+def test_a_timing_that_a_busy_machine_spoilt_wins_nothing():
+    rows = [REFERENCE, shaky("ort-int8", 3552.0), row("ort-fp32", 2.0, 2.0)]
+    advice = recommend(rows, RecommendConfig())
+    assert advice.ship["vision"] == "ort-fp32"
+    assert advice.front == ["ort-fp32"]
+    assert advice.losers["ort-int8"] == "its timing decides nothing (~), time it again"
+    assert (
+        "Provisional: 1 of 3 timings decide nothing (~: ort-int8). Time them again on a quiet machine: "
+        "`dvc repro --force --single-item benchmark@torch-fp32 benchmark@ort-int8 && dvc repro`."
+    ) in shown(advice, rows)["facts"]
+
+
+def test_where_no_timing_decides_the_smallest_is_named_and_not_the_one_that_seemed_fastest():
+    rows = [shaky("ort-fp32", 775.0, size_mb=300.0), shaky("ort-int8", 2.0, size_mb=80.0)]
+    advice = recommend(rows, RecommendConfig())
+    assert advice.ship == advice.package == {"vision": "ort-int8", "text": "ort-int8"}
+    assert (advice.front, advice.alike) == ([], {})
+    assert advice.losers == {"ort-fp32": "its timing decides nothing (~), time it again"}
+    assert shown(advice, rows)["facts"][0] == (
+        "Ship ort-int8: no timing decides, so it is the one with the smallest files."
+    )
+
+
+def test_a_p95_that_decides_nothing_keeps_no_limit():
+    timings = {tower: {"1": timing(3.0, p95_ms=0.5, undecided=tower == "text")} for tower in TOWERS}
+    advice = recommend([replace(row("ort-int8", 1, 1), timings=timings)], RecommendConfig(max_p95_ms=1.0))
+    assert advice.losers == {"ort-int8": "max_p95_ms: its timing decides nothing (~), time it again"}
+
+
+NO_TOKENIZER = "SiglipTokenizer has no fast tokenizer: save the checkpoint with one (tokenizer.json)"
+
+
+def test_what_cannot_be_packaged_is_said_by_the_advice_and_not_found_out_by_the_package(kinds):
+    rows = [REFERENCE, row("ort-fp32", 2.0, 2.0)]
+    advice = recommend(rows, RecommendConfig(), unpackable=lambda name: NO_TOKENIZER)
+    note = f"ort-fp32 is recommended, and nothing that is fit can be packaged: {NO_TOKENIZER}"
+    assert (advice.ship["vision"], advice.package, advice.note) == ("ort-fp32", {}, note)
+    assert f"Package: {note}." in shown(advice, rows)["facts"]
+    kinds(
+        "28: a checkpoint whose tokenizer cannot be packaged",
+        before='the report said "the recommended target is packaged"; the package\'s manifest said `unavailable`',
+        now=note,
+    )
+
+
+DOUBT = "torch-fp32 itself answers no better than chance: 20 of 960 images right"
+
+
+def test_a_doubt_about_the_reference_comes_before_all_advice():
+    rows = [replace(REFERENCE, doubts=[DOUBT]), replace(row("ort-fp32", 2.0, 2.0), doubts=[DOUBT])]
+    advice = recommend(rows, RecommendConfig())
+    assert advice.doubts == [DOUBT]
+    shipping = shown(advice, rows)
+    assert shipping["facts"][:2] == [
+        f"{DOUBT}.",
+        "Ship ort-fp32: an image 5.00 ms, a text 5.00 ms (p50 of a call, batch 1).",
+    ]
+    lines = markdown("title", rows, {"Model": "tiny"}, shipping=shipping).splitlines()
+    assert lines[:4] == ["# title", "", f"**{DOUBT}.**", ""]
+    assert lines[lines.index("## Which one to ship") + 2] == f"- {DOUBT}."
+    assert json.loads(page("title", rows, {}).split('id="content">')[1].split("</script>")[0])["doubts"] == [DOUBT]
 
 
 def test_random_weights_are_held_to_no_top1():
@@ -229,7 +296,7 @@ def test_limits_out_of_range_are_refused(settings, said):
 
 def test_on_a_gpu_a_row_is_shaky_by_its_own_calls_and_not_by_the_references():
     noisy = {"device": "cuda", "timings": {name: {"1": timing(9.0, unstable=True, p90_ms=1.2)} for name in TOWERS}}
-    spread = {"device": "cuda", "timings": {name: {"1": timing(9.5, p90_ms=9.0)} for name in TOWERS}}
+    spread = {"device": "cuda", "timings": {name: {"1": timing(9.5, p90_ms=9.0, undecided=True)} for name in TOWERS}}
     reference = replace(REFERENCE, device="cuda")
     rows = [reference, row("torch-fused-fp16", 1, 1, **noisy), row("ort-cuda-fp16", 1, 1, **spread)]
     advice = recommend(rows, RecommendConfig())

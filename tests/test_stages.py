@@ -200,6 +200,7 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
             "benchmark_results=reports/benchmark",
             "built=artifacts",
             "evaluation=artifacts/data/evaluation",
+            "portable=artifacts/data/portable",
             "output=out/r.json",
         ],
         "triton_repository": [

@@ -30,6 +30,7 @@ PASSED = {
     "shapes": {},
     "flips": 0.0,
     "trained": True,
+    "doubts": [],
 }
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.decisive import WIDE
 from clip_deploy.parity import compare
-from clip_deploy.report import WIDE
 from clip_deploy.timing import LEAST_ROUNDS, Worker, calls_per_turn, speedup_interval
 
 WARMUP = 3  # calls before the first turn

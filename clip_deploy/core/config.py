@@ -231,6 +231,7 @@ class GatesConfig:
     fp16: Gate = field(default_factory=Gate)
     bf16: Gate = field(default_factory=Gate)
     int8: Gate = field(default_factory=Gate)
+    above_chance: bool = False  # all fail where the reference itself is in doubt (chance.doubts)
     max_seconds: float = 1800  # a target whose check takes longer hung, and fails
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import hmac
 import os
 import platform
 import re
@@ -45,6 +46,8 @@ LIBRARIES = {  # by the name that is imported (pillow aside): the distributions 
 MEMORY = ".dvc/tmp/hashes-{}"  # of a local input's files, by its path; git ignores it
 INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 
+MACHINE_ID = Path("/etc/machine-id")
+
 
 def software() -> dict[str, str | None]:
     """Versions of Python and of the libraries that decide what is built; None where one is missing."""
@@ -61,7 +64,7 @@ def _installed(*names: str) -> str | None:
 
 
 def hardware() -> dict:
-    """Processor, its instruction sets, memory and GPUs."""
+    """Processor, its instruction sets, memory and GPUs, and which machine of that type it is."""
     cpu, flags = _processor()
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -70,7 +73,25 @@ def hardware() -> dict:
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "gpus": gpus(),
+        "machine": machine(),
     }
+
+
+def machine() -> str | None:
+    """Which of all machines of its type this is, as a hash from which no one reads the id itself; None where unknown.
+
+    machine-id(5): it outlives a restart, each user may read it, and it is to be published only as a keyed hash. A
+    container has its image's, and most images have none (None): two machines that run one image are then told apart
+    no more than without it. What changes at each start, as a boot's id or a container's host name, would have all
+    timings made anew, so nothing of the kind takes its place; nor does a board's serial number, which only root reads.
+    """
+    try:
+        found = MACHINE_ID.read_text().strip()
+    except OSError:
+        return None
+    if not re.fullmatch("[0-9a-f]{32}", found):  # empty or "uninitialized" before the first start
+        return None
+    return hmac.new(bytes.fromhex(found), b"clip-deploy", "sha256").hexdigest()[:12]
 
 
 def cores() -> int:

@@ -1,0 +1,116 @@
+"""What a timing may decide: one rule for the report, the metrics and plots, the advice and the gate.
+
+On a CPU rows are compared by their speed-up over the reference, with which they took turns. Where its interval is wide,
+or the reference was far slower than beside another row, the machine was busy, and the row's own calls ran on the same
+busy cores: no number of such a timing decides anything.
+On a GPU rows are compared by p50. The reference's small batches wait for Python there, so a spoiled speed-up says
+nothing of the row's other numbers; its own calls do.
+"""
+
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from clip_deploy.core.config import REFERENCE
+
+WIDE = 1.5  # an interval whose ends, or a p90 and a p50, that lie further apart, as a ratio, decide nothing
+DRIFT = 2.0  # of the reference between the rows of a run: frequencies and neighbours move latencies by less
+BETWEEN_RUNS = 1.06  # of p50 on a GPU, 95 % within: reports/hardware/nvidia-h200/between_runs.md
+
+Timing = dict[str, Any]  # what timing.summarize says of one tower at one batch size
+Timings = dict[str, dict[str, Timing]]  # by tower and batch size
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a call takes, with its 95 % interval: a share of the reference's time on a CPU, ms on a GPU."""
+
+    middle: float
+    low: float
+    high: float
+
+
+def judged(rows: dict[str, Timings], on_gpu: Container[str]) -> dict[str, Timings]:
+    """The timings of all rows of a run, by target, with intervals as wide as they must be and two marks.
+
+    Speed-ups are widened by what the reference differed from itself. On a GPU its small batches wait for Python, whose
+    speed in one process is not that in another, and its large ones do not: there, it is what it differed by at that
+    batch size or a larger one, and p50_low_ms and p50_high_ms are widened by BETWEEN_RUNS.
+
+    Returns:
+        For each tower and batch size what was measured, and besides `unstable`: the speed-up decides nothing;
+        `undecided`: no number of this timing does.
+    """
+    own, quickest = rows.get(REFERENCE, {}), _quickest(rows)
+    return {
+        name: {
+            tower: {
+                batch: _judged(timing, own, quickest[tower, batch], int(batch), name in on_gpu)
+                for batch, timing in sizes.items()
+            }
+            for tower, sizes in timings.items()
+        }
+        for name, timings in rows.items()
+    }
+
+
+def _quickest(rows: dict[str, Timings]) -> dict[tuple[str, str], float]:
+    """By tower and batch size, the reference's p50 in ms beside the row where it was lowest: noise only slows."""
+    found: dict[tuple[str, str], float] = defaultdict(lambda: inf)
+    for timings in rows.values():
+        for tower, sizes in timings.items():
+            for batch, timing in sizes.items():
+                found[tower, batch] = min(found[tower, batch], timing["reference_p50_ms"])
+    return found
+
+
+def _judged(timing: Timing, own: Timings, quickest_ms: float, batch: int, on_gpu: bool) -> Timing:
+    low, high = widened(timing, self_spread(own, batch if on_gpu else 1))
+    found = {**timing, "speedup_low": low, "speedup_high": high}
+    found["unstable"] = not (high <= WIDE * low and timing["reference_p50_ms"] < DRIFT * quickest_ms)  # so is NaN
+    if not on_gpu:
+        return {**found, "undecided": found["unstable"]}
+    aside = BETWEEN_RUNS**0.5  # so that two rows within it overlap
+    found |= {"p50_low_ms": timing["p50_low_ms"] / aside, "p50_high_ms": timing["p50_high_ms"] * aside}
+    return {**found, "undecided": not timing.get("p90_ms", 0.0) <= WIDE * timing["p50_ms"]}
+
+
+def self_spread(reference: Timings, least_batch: int = 1) -> float:
+    """The furthest from 1 that the reference's speed-up over itself came out from that batch size up, as a factor.
+
+    A timing's own interval holds what varied while two processes ran. What they keep for as long as they live, as where
+    their memory lies, only another pair of processes shows: the reference's row is one (reports/noise.md has many).
+    """
+    found = [
+        timing["speedup"]
+        for sizes in reference.values()
+        for batch, timing in sizes.items()
+        if int(batch) >= least_batch
+    ]
+    return max((max(speedup, 1 / speedup) for speedup in found), default=1.0)
+
+
+def widened(timing: Timing, spread: float) -> tuple[float, float]:
+    """The interval of a speed-up, both ends moved by `self_spread`."""
+    return timing["speedup_low"] / spread, timing["speedup_high"] * spread
+
+
+def undecided(timings: Timings) -> Iterator[str]:
+    """Each tower and batch size of judged timings that decides nothing, as "vision, batch 8"."""
+    for tower, sizes in timings.items():
+        yield from (f"{tower}, batch {batch}" for batch, timing in sizes.items() if timing["undecided"])
+
+
+def pace(timing: Timing, on_gpu: bool) -> Pace:
+    """What rows are compared by. Latencies of rows timed minutes apart on a CPU carry the machine's drift."""
+    if on_gpu:
+        return Pace(timing["p50_ms"], timing["p50_low_ms"], timing["p50_high_ms"])
+    return Pace(1 / timing["speedup"], 1 / timing["speedup_high"], 1 / timing["speedup_low"])
+
+
+def again(targets: Iterable[str]) -> str:
+    """The command that times these targets again, and the reference's own row, which all are held against."""
+    names = dict.fromkeys([REFERENCE, *targets])
+    return f"`dvc repro --force --single-item {' '.join(f'benchmark@{name}' for name in names)} && dvc repro`"
