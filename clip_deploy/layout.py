@@ -29,6 +29,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, MODULES, MODALITIES = "adapter_config.json", "modules.json", "sentence_bert_config.json"
 OPEN_CLIP, PIPELINE = "open_clip_config.json", "model_index.json"
 OTHERS = (ADAPTER, MODULES, MODALITIES, OPEN_CLIP, PIPELINE)  # what tells that a folder is another tool's
+ADAPTERS = (ADAPTER, "adapter_model.*")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 FIRST_MODULES = ("Transformer", "CLIPModel")  # of sentence-transformers: what runs the checkpoint itself
 FEATURES = {"text": "get_text_features", "image": "get_image_features"}
@@ -38,6 +39,11 @@ SHOWN = 5  # names in a message
 def model_files(folder: Path) -> list[str]:
     """Names of all files that transformers reads in `folder`: settings, tokenizer, processor and weights."""
     return sorted({*_matching(folder, SETTINGS), *(name for name in weight_names(folder) if (folder / name).is_file())})
+
+
+def looked_at(folder: Path) -> list[str]:
+    """The same, and what decides whether the folder is taken: all whose change makes another checkpoint of it."""
+    return sorted({*model_files(folder), *_matching(folder, (*OTHERS, *ADAPTERS))})
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -82,7 +88,7 @@ def refuse_other_layouts(folder: Path) -> None:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    if not (names := _matching(folder, ("adapter_config.json", "adapter_model.*"))):
+    if not (names := _matching(folder, ADAPTERS)):
         return
     settings = read_object(folder / ADAPTER) if ADAPTER in names else {}
     base = settings.get("base_model_name_or_path") or "BASE"

@@ -9,6 +9,7 @@ from clip_deploy.core.config import load_choice, load_params
 from clip_deploy.core.environment import fingerprint_input, hardware, software
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.results import write_json
+from clip_deploy.layout import looked_at
 from clip_deploy.serving.server import versions
 from stages import CONF, PARAMS, stage
 
@@ -42,7 +43,8 @@ def identity(group: str, choice: str) -> str:
         return "not local"
     if not path.exists():
         raise ConfigError(f"{group}.path is {name}: no such file or folder; set it in conf/{group}/{choice}.yaml")
-    return fingerprint_input(path, settings)
+    names = looked_at(path) if group == "model" and path.is_dir() else None
+    return fingerprint_input(path, settings, names)
 
 
 if __name__ == "__main__":

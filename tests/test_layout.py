@@ -10,8 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from clip_deploy.checkpoint import fetch
 from clip_deploy.core.config import ModelConfig
+from clip_deploy.core.environment import fingerprint_input
 from clip_deploy.core.errors import CheckpointError
-from clip_deploy.layout import model_files, other_weights
+from clip_deploy.layout import looked_at, model_files, other_weights
 
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
 TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
@@ -205,3 +206,19 @@ def test_of_one_file_and_shards_the_file_is_read_as_transformers_does(folder):
     assert target.files == ["config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors"]
     assert all((output / name).is_file() for name in target.files)
     assert target.model["left_out"] == []
+
+
+def test_a_checkpoint_is_another_where_a_file_changes_that_decides_and_no_other(folder):
+    def seen():
+        return fingerprint_input(folder, ModelConfig(path=str(folder)), looked_at(folder))
+
+    before = seen()
+    put(folder, "trainer_state.json", {})
+    put(folder, "checkpoint-1000/config.json", {})
+    (folder / "optimizer.pt").write_bytes(b"1")
+    assert seen() == before
+    modules(folder, TRANSFORMER)
+    with_modules = seen()
+    assert with_modules != before
+    adapter(folder)
+    assert seen() not in (before, with_modules)

@@ -146,14 +146,18 @@ def fingerprint(path: Path, names: Iterable[str] | None = None, hash_file: Hash 
     return digest.hexdigest()
 
 
-def fingerprint_input(path: Path, settings: "ModelConfig | DataConfig") -> str:
-    """SHA-256 over what is read of a local checkpoint or data set. Files that did not change are not read again."""
+def fingerprint_input(path: Path, settings: "ModelConfig | DataConfig", names: Iterable[str] | None = None) -> str:
+    """SHA-256 over what is read of a local checkpoint or data set. Files that did not change are not read again.
+
+    `names` are those that count of a checkpoint's folder.
+    """
     source = getattr(settings, "source", "checkpoint")  # where it is not what its reader takes, that one says so
     here = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
     with remembered(Path(MEMORY.format(here))) as hash_file:
         if source == "captions" and path.is_file():
             return fingerprint_table(path, settings.image_column, hash_file)  # type: ignore[union-attr]
-        names = class_files(path).files if source == "image-folder" and path.is_dir() else None
+        if source == "image-folder" and path.is_dir():
+            names = class_files(path).files
         return fingerprint(path, names, hash_file)
 
 
