@@ -106,11 +106,16 @@ def parts(image_input: str) -> list[str]:
 
 
 def unpackable(folder: Path, portable: Path) -> str | None:
-    """Why no package can be made with the target in `folder` and the checkpoint's portable parts, or None."""
+    """Why no package can be made with the target in `folder` and the checkpoint's portable parts, or None.
+
+    A part that the checkpoint lacks bars every target, and is named first.
+    """
     target, unavailable = read_target(folder), read_json(portable / SCORES)["unavailable"]
+    if missing := next((file for file in parts(target.image_input) if file in unavailable), None):
+        return unavailable[missing]
     if target.runtime != RUNTIME:
         return f"{folder.name} runs with {target.runtime}, and a package with ONNX Runtime alone"
-    return next((unavailable[file] for file in parts(target.image_input) if file in unavailable), None)
+    return None
 
 
 def check_fit(name: str, advice: dict[str, Any], sources: Sources, gates: GatesConfig) -> dict[str, Any]:
