@@ -17,6 +17,7 @@ EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
 FUSED_ATTENTION = {"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"}
 GELU = {"Gelu", "QuickGelu", "FastGelu", "BiasGelu"}
 SHELL = ("preprocess/", "head/")  # how the names of nodes around a tower begin: shell.py
+CONTRIB_VERSION = 1  # of com.microsoft, and of all other domains that are not ONNX's own
 LABELS = "labels"  # key of the classifier's labels, a JSON list, in the file's metadata_props
 
 
@@ -24,8 +25,10 @@ def save(model: ir.Model, path: Path) -> list[str]:
     """Write `model`, weights beside it where they are too large for one file, and return the names written.
 
     The exporter's notes (stack traces with paths of the building machine) are left out, a classifier's labels are not.
+    Every domain that nodes are of is declared, whoever added them.
     """
     strip_metadata(model)
+    declare_domains(model)
     weights = sum(tensor.const_value.nbytes for tensor in model.graph.initializers.values() if tensor.const_value)
     if weights <= EXTERNAL_BYTES:
         ir.save(model, path)
@@ -44,6 +47,12 @@ def strip_metadata(model: ir.Model) -> None:
             node.doc_string = None
             for value in node.outputs:
                 value.metadata_props.clear()
+
+
+def declare_domains(model: ir.Model) -> None:
+    """State a version of each domain that nodes are of: ONNX Runtime's optimizer does not, and the checker wants it."""
+    for node in model.graph.all_nodes():
+        model.opset_imports.setdefault(node.domain, CONTRIB_VERSION)
 
 
 def files_of(folder: Path) -> list[str]:
