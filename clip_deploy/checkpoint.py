@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, ModelConfig, Precision, TorchConfig
-from clip_deploy.core.environment import fingerprint
+from clip_deploy.core.environment import fingerprint, located
 from clip_deploy.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def export_torch(checkpoint: Path, settings: TorchConfig, device: Device, output
 
 
 def _local_folder(model: ModelConfig) -> Path:
-    folder = Path(str(model.path)).expanduser()
+    folder = located(str(model.path))
     if not folder.is_dir():
         raise CheckpointError(f"model.path is {model.path}: no such folder; give one in Hugging Face layout")
     return folder

@@ -62,6 +62,17 @@ def hardware() -> dict:
     }
 
 
+def located(name: str) -> Path:
+    """A path as a setting gives it, or, where nothing is there, below the repository that owns the experiment.
+
+    DVC runs a queued experiment in a folder of its own, with what git tracks and nothing besides, and names the
+    repository that it belongs to in DVC_ROOT.
+    """
+    here = Path(name).expanduser()
+    there = Path(os.environ.get("DVC_ROOT", ""), here)
+    return there if there.exists() and not here.exists() else here
+
+
 def cores() -> int:
     """Those that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,6 +15,7 @@ import onnx
 
 from clip_deploy.core.artifact import hashes, write_text
 from clip_deploy.core.config import TritonCheckConfig
+from clip_deploy.core.environment import located
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.parity import compare
 from clip_deploy.prepared import Prepared
@@ -46,7 +47,7 @@ def check_served(
         metrics: names that the server exposes; drift: of undisturbed and of darkened images.
     """
     try:
-        environment = find_environment(Path(settings.environment))
+        environment = find_environment(located(settings.environment))
         manifest = read_package(package)
         if manifest["device"] != "cpu":
             raise UnavailableError("the package is for a GPU, and this server computes on CPUs only")
@@ -60,7 +61,7 @@ def check_served(
     return {
         "status": "fail" if reasons else "pass",
         "reasons": reasons,
-        "server": versions(Path(settings.environment)),
+        "server": versions(located(settings.environment)),
         **record,
     }
 
