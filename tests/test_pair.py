@@ -89,6 +89,16 @@ def test_a_pair_whose_process_dies_fails_and_the_stage_goes_on(rows, judged, mon
     assert (both.status, both.reasons) == ("fail", ["the process ended with exit code 9"])
 
 
+def test_whatever_a_library_raises_fails_the_pair_and_the_stage_goes_on(rows, judged, monkeypatch):
+    def wrong(*_, **__):
+        raise KeyError("of a library")
+
+    monkeypatch.setattr("clip_deploy.pair.measure", wrong)
+    both = judged(*rows)
+    assert both.status == "fail"
+    assert both.reasons[0].startswith("KeyError: 'of a library' (its traceback is in the terminal)")
+
+
 def test_targets_that_were_changed_are_not_judged(rows, judged, built):
     path = built / "ort-fp32" / "text.onnx"
     content = path.read_bytes()

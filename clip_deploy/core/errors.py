@@ -17,5 +17,9 @@ class DataError(DeployError):
     """Images or captions are missing, unreadable or too few."""
 
 
+class DiskError(DeployError):
+    """A file cannot be written, or is not what was written: no other stage would fare better."""
+
+
 class UnavailableError(DeployError):
     """This target cannot be built or run here. Its row stays in the table with this reason."""
