@@ -28,7 +28,7 @@ except ModuleNotFoundError as missing:
 from clip_deploy.core.artifact import BESIDE, MANIFEST, check_files, check_prepared
 from clip_deploy.core.child import die_with_dvc
 from clip_deploy.core.config import GROUPS, find_choice, read_yaml, sections, typed
-from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PARAMS = Path("params.yaml")
@@ -71,6 +71,7 @@ def stage(function: Callable[[Any], None]) -> Callable[[], None]:
         except DeployError as error:
             _fail(error)
 
+    @quiet_if_unread()
     return program
 
 
@@ -142,3 +143,4 @@ def _reported(run: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
 def _fail(error: DeployError) -> None:
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(1)
+    @quiet_if_unread()  # Hydra would print a traceback

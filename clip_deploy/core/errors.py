@@ -1,5 +1,13 @@
 """The errors that a user can meet. Each message says what was given, what is accepted and the way out."""
 
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+UNREAD = 141  # what shells report of SIGPIPE
+
 
 class DeployError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -23,3 +31,20 @@ class DiskError(DeployError):
 
 class UnavailableError(DeployError):
     """This target cannot be built or run here. Its row stays in the table with this reason."""
+
+
+@contextmanager
+def quiet_if_unread() -> Iterator[None]:
+    """End without a word where what reads the output has gone (`... | head`), as Unix tools do."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not output.poll(0):  # nothing is wrong with it: it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise SystemExit(UNREAD) from None
