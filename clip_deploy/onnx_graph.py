@@ -1,5 +1,7 @@
 """ONNX files: read, write (external data above 2 GB), check, describe, and count what was fused."""
 
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +21,26 @@ GELU = {"Gelu", "QuickGelu", "FastGelu", "BiasGelu"}
 SHELL = ("preprocess/", "head/")  # how the names of nodes around a tower begin: shell.py
 CONTRIB_VERSION = 1  # of com.microsoft, and of all other domains that are not ONNX's own
 LABELS = "labels"  # key of the classifier's labels, a JSON list, in the file's metadata_props
+
+
+def load(path: Path) -> ir.Model:
+    """A graph of a built target, its weights mapped into memory where they lie beside it.
+
+    DVC may link them into its cache (cache.type hardlink or symlink), and what is linked onnx and onnx_ir refuse to
+    read, as an attack: ONNX Runtime does not. A location outside the folder is left to them to refuse.
+    """
+    model = ir.load(path)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.location == Path(tensor.location).name:
+            value.const_value = _mapped(tensor, path.with_name(tensor.location))
+    return model
+
+
+def _mapped(tensor: ir.ExternalTensor, path: Path) -> ir.Tensor:
+    shape, dtype = tuple(tensor.shape.numpy()), tensor.dtype.numpy()
+    content = np.memmap(path, dtype, "r", tensor.offset or 0, shape) if tensor.size else np.zeros(shape, dtype)
+    return ir.Tensor(np.asarray(content), dtype=tensor.dtype, name=tensor.name)
 
 
 def save(model: ir.Model, path: Path) -> list[str]:
@@ -63,9 +85,19 @@ def files_of(folder: Path) -> list[str]:
 def check(path: Path) -> None:
     """Raise DeployError where onnx.checker refuses the file; operators of ONNX Runtime's own domain are let pass."""
     try:
-        onnx.checker.check_model(str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            onnx.checker.check_model(_unlinked(path, Path(folder)))
     except onnx.checker.ValidationError as error:
         raise DeployError(f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}") from error
+
+
+def _unlinked(path: Path, folder: Path) -> Path:
+    """The graph in `folder`, with files as long as its weights: the checker reads none of them, and wants no links."""
+    for name in files_of(path.parent):
+        if name.startswith(f"{path.name}."):
+            with (folder / name).open("wb") as file:
+                file.truncate((path.parent / name).stat().st_size)  # takes no place on the disk
+    return Path(shutil.copyfile(path, folder / path.name))
 
 
 def opset_of(path: Path) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -118,6 +119,29 @@ def _cached(path: Path) -> list[Path]:
 def size_bytes(folder: Path) -> int:
     """Bytes that the target's files take on disk, external data included."""
     return sum((folder / name).stat().st_size for name in read_target(folder).files)
+
+
+@contextmanager
+def real_graph(path: Path) -> Iterator[Path]:
+    """A graph where ONNX Runtime reads its weights: it refuses symbolic links that lead out of the graph's folder.
+
+    DVC makes such links into its cache with cache.type symlink; hard links of what they lead to stand in for them.
+    Raises DiskError where the cache lies on another disk.
+    """
+    weights = path.with_name(f"{path.name}.data")
+    if not weights.is_symlink():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=path.parent.parent) as folder:
+        try:
+            for link in (path, weights):
+                os.link(link.resolve(), Path(folder, link.name))
+        except OSError as error:
+            raise DiskError(
+                f"{weights} is a link out of its folder, which ONNX Runtime does not follow ({error.strerror}): "
+                f"`dvc unprotect {path.parent}` makes it a file; for all to come, `dvc config cache.type copy`"
+            ) from error
+        yield Path(folder, path.name)
 
 
 def sha256(path: Path) -> str:
