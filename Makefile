@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
-RUN := $(CURDIR)/$(VENV)/bin
-export PATH := $(RUN):$(PATH)
+RUN := $(VENV)/bin
+export PATH := $(CURDIR)/$(RUN):$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 

@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clip_deploy import onnx_graph
 from clip_deploy.core.artifact import read_target, write_text
 from clip_deploy.graph_module import GraphModule, Operators
 from clip_deploy.report import number, table
@@ -108,7 +109,7 @@ def depths(source: Path) -> str:
 
 
 def compare(source: Path, tower: str) -> Iterator[list[str]]:
-    graph = ir.load(source / f"{tower}.onnx")
+    graph = onnx_graph.load(source / f"{tower}.onnx")
     shipped = module(graph, SHIPPED)
     model = read_target(source).model
     batches = [inputs(model, tower, batch) for batch in BATCHES]

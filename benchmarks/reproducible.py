@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline import ROOT, copy_project, environment
-from clip_deploy.core.artifact import BESIDE, sha256, write_text
+from clip_deploy.core.artifact import BESIDE, write_text
+from clip_deploy.core.files import sha256
 from clip_deploy.core.results import read_json, write_json
 
 BUILDS = (

@@ -13,7 +13,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed: pip install numpy pillow tokenizers onnxruntime")
 
-from clip_deploy.core.errors import DeployError
+from clip_deploy.core.errors import DeployError, quiet_if_unread
 
 UNREADABLE = 3  # exit code
 STOPPED = 130  # what shells report of Ctrl-C
@@ -21,6 +21,7 @@ STOPPED = 130  # what shells report of Ctrl-C
 Command = Callable[[argparse.Namespace], int]
 
 
+@quiet_if_unread()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = parser().parse_args(arguments)

@@ -31,7 +31,6 @@ def fuse_attention(model: ir.Model, heads: int, packed: bool = True) -> int:
 
     `packed`: with one product for query, key and value where all three read one input.
     """
-    model.opset_imports.setdefault(RUNTIME, 1)
     fused = 0
     for node in list(model.graph):
         if match := _match(node):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, ModelConfig, Precision, TorchConfig
-from clip_deploy.core.environment import fingerprint
+from clip_deploy.core.environment import fingerprint, located
 from clip_deploy.core.errors import CheckpointError, one_line
 from clip_deploy.layout import (
     INDEX,
@@ -89,7 +89,7 @@ def export_torch(checkpoint: Path, settings: TorchConfig, device: Device, output
 
 
 def _local_folder(model: ModelConfig) -> Path:
-    folder = Path(str(model.path)).expanduser()
+    folder = located(str(model.path))
     if not folder.is_dir():
         what = "a file, and no folder" if folder.is_file() else "no such folder"
         raise CheckpointError(f"model.path is {model.path}: {what}; give one in Hugging Face layout")

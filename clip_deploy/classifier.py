@@ -14,9 +14,10 @@ import onnxruntime
 from PIL import Image
 from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 
-from clip_deploy.core.artifact import sha256
+from clip_deploy.core.artifact import real_graph
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.files import sha256
 from clip_deploy.images import Preprocessor, read_image, rgb
 from clip_deploy.runtimes.ort import CPU, CUDA, load_cuda
 from clip_deploy.sample import Sample
@@ -296,7 +297,10 @@ def _session(path: Path, device: str, threads: int | None) -> onnxruntime.Infere
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=DEVICES[device])
+        with real_graph(path) as graph:
+            session = onnxruntime.InferenceSession(graph, options, providers=DEVICES[device])
+    except DeployError:
+        raise
     except Exception as error:  # a class of its own for each code, in a private module
         raise DeployError(f"{path} does not load on {device}: {str(error).splitlines()[0]}") from error
     if session.get_providers()[0] != DEVICES[device][0]:

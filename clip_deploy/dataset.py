@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from clip_deploy import shapes
 from clip_deploy.core.config import DataConfig
-from clip_deploy.core.environment import cores
+from clip_deploy.core.environment import cores, located
 from clip_deploy.core.errors import DataError, listed
 from clip_deploy.core.files import class_files
 from clip_deploy.images import decode, read_image
@@ -178,7 +178,9 @@ def _hub(data: DataConfig) -> tuple[list[Sample], list[str]]:
 
     what = f"data.dataset_id {data.dataset_id}"
     try:
-        table = load_dataset(data.dataset_id, revision=data.revision, split=data.split)
+        local = located(str(data.dataset_id))
+        name = str(local) if local.is_dir() else data.dataset_id
+        table = load_dataset(name, revision=data.revision, split=data.split)
     except (OSError, ValueError, RuntimeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
@@ -224,7 +226,7 @@ def _hub_image(table: Any, index: int, column: str) -> Image.Image:
 
 
 def _existing(data: DataConfig, test: Callable[[Path], bool], kind: str) -> Path:
-    path = Path(str(data.path)).expanduser()
+    path = located(str(data.path))
     if not test(path):
         raise DataError(f"data.path is {data.path}: no such {kind}")
     return path

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clip_deploy.checkpoint import load_processor
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.artifact import Target, failure, read_target
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.encode import encode_images
@@ -47,8 +47,9 @@ def measure_feeds(
     names = FEEDS[target.image_input]
     try:
         job, photos = _first_job(folder, target, checkpoint, prepared, benchmark, settings, seed)
-    except UnavailableError as error:
-        return {"feeds": {name: {"status": "unavailable", "reason": str(error)} for name in names}}
+    except Exception as error:  # whatever a library raises is this row's result
+        reason = str(error) if isinstance(error, UnavailableError) else failure(error)
+        return {"feeds": {name: {"status": "unavailable", "reason": reason} for name in names}}
     feeds = {}
     for name in tqdm(names, desc="end to end", disable=None):
         job.feed = name

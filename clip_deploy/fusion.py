@@ -124,10 +124,10 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = 
             ("causal mask", partial(_edit, lambda model: replace_masks(model, causal=True))),
             ("padding mask", partial(_edit, lambda model: replace_masks(model, causal=False))),
         ],
-        [("onnxruntime", partial(_rewrite_onnxruntime, shape, False))],
+        [("onnxruntime", partial(_rewrite_onnxruntime, False))],
         [("patches", partial(_edit, multiply_patches))],
         [("early pooling", partial(_edit, pool_early))],
-        [("skip", partial(_rewrite_onnxruntime, shape, True))] if settings.skip_layer_norm else [],
+        [("skip", partial(_rewrite_onnxruntime, True))] if settings.skip_layer_norm else [],
         [("masks", partial(_edit, clamp_masks))] if settings.precision is Precision.fp16 else [],
     ]
 
@@ -190,19 +190,14 @@ def _multiply_plainly(graph: ir.Graph) -> None:
         ir.convenience.replace_nodes_and_values(graph, node, [node], [product], node.outputs, product.outputs)
 
 
-def _rewrite_onnxruntime(shape: dict[str, int], skip_layer_norm: bool, source: Path, output: Path) -> bool:
+def _rewrite_onnxruntime(skip_layer_norm: bool, source: Path, output: Path) -> bool:
     """GELU in its forms, LayerNormalization from its parts, and skip connections with the LayerNormalization behind."""
     options = FusionOptions("clip")
     options.enable_attention = False
     options.enable_bias_gelu = False  # it takes Gelu's tanh approximation (opset 20 and up) for the exact function
     options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = skip_layer_norm
     fused = transformer_optimizer.optimize_model(
-        str(source),
-        model_type="clip",
-        num_heads=shape["heads"],
-        hidden_size=shape["width"],
-        optimization_options=options,
-        opt_level=0,
+        str(source), model_type="clip", optimization_options=options, opt_level=0
     )
     inputs = onnx.load(source, load_external_data=False).graph.input
     del fused.model.graph.input[:]  # it drops one that nothing reads; the encoder's callers still give it

@@ -65,21 +65,32 @@ def in_folder(folder: Path) -> Reports:
 
 def at_revision(revision: str, folder: Path) -> Reports:
     """The reports as a git commit holds them; DeployError where git knows no such revision."""
-    known = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    if known is None:
-        raise DeployError(
-            f"git knows no revision {revision!r} here: give one, as HEAD~1, main or v1.0 (in a shallow clone, fetch it "
-            "first)"
-        )
+    commit = commit_of(revision)
 
     def read(name: str) -> Any:
-        text = git("show", f"{known.strip()}:./{(folder / name).as_posix()}")
+        text = committed(folder / name, commit)
         try:
             return None if text is None else json.loads(text)
         except ValueError as error:
             raise DeployError(f"{folder / name} is no JSON at {revision} ({error}): name another revision") from error
 
     return read
+
+
+def commit_of(revision: str) -> str:
+    """Raises DeployError where git knows no such revision."""
+    known = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if known is None:
+        raise DeployError(
+            f"git knows no revision {revision!r} here: give one, as HEAD~1, main or v1.0 (in a shallow clone, fetch it "
+            "first)"
+        )
+    return known.strip()
+
+
+def committed(path: Path, commit: str) -> str | None:
+    """What a file held then; None where it was not there. The path is from here: git's own begin at its top folder."""
+    return git("show", f"{commit}:./{path.as_posix()}")
 
 
 def git(*words: str) -> str | None:

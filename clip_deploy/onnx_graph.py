@@ -1,5 +1,7 @@
 """ONNX files: read, write (external data above 2 GB), check, describe, and count what was fused."""
 
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,15 +19,38 @@ EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
 FUSED_ATTENTION = {"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"}
 GELU = {"Gelu", "QuickGelu", "FastGelu", "BiasGelu"}
 SHELL = ("preprocess/", "head/")  # how the names of nodes around a tower begin: shell.py
+CONTRIB_VERSION = 1  # of com.microsoft, and of all other domains that are not ONNX's own
 LABELS = "labels"  # key of the classifier's labels, a JSON list, in the file's metadata_props
+
+
+def load(path: Path) -> ir.Model:
+    """A graph of a built target, its weights mapped into memory where they lie beside it.
+
+    DVC may link them into its cache (cache.type hardlink or symlink), and what is linked onnx and onnx_ir refuse to
+    read, as an attack: ONNX Runtime does not. A location outside the folder is left to them to refuse.
+    """
+    model = ir.load(path)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.location == Path(tensor.location).name:
+            value.const_value = _mapped(tensor, path.with_name(tensor.location))
+    return model
+
+
+def _mapped(tensor: ir.ExternalTensor, path: Path) -> ir.Tensor:
+    shape, dtype = tuple(tensor.shape.numpy()), tensor.dtype.numpy()
+    content = np.memmap(path, dtype, "r", tensor.offset or 0, shape) if tensor.size else np.zeros(shape, dtype)
+    return ir.Tensor(np.asarray(content), dtype=tensor.dtype, name=tensor.name)
 
 
 def save(model: ir.Model, path: Path) -> list[str]:
     """Write `model`, weights beside it where they are too large for one file, and return the names written.
 
     The exporter's notes (stack traces with paths of the building machine) are left out, a classifier's labels are not.
+    Every domain that nodes are of is declared, whoever added them.
     """
     strip_metadata(model)
+    declare_domains(model)
     weights = sum(tensor.const_value.nbytes for tensor in model.graph.initializers.values() if tensor.const_value)
     if weights <= EXTERNAL_BYTES:
         ir.save(model, path)
@@ -46,6 +71,12 @@ def strip_metadata(model: ir.Model) -> None:
                 value.metadata_props.clear()
 
 
+def declare_domains(model: ir.Model) -> None:
+    """State a version of each domain that nodes are of: ONNX Runtime's optimizer does not, and the checker wants it."""
+    for node in model.graph.all_nodes():
+        model.opset_imports.setdefault(node.domain, CONTRIB_VERSION)
+
+
 def files_of(folder: Path) -> list[str]:
     """Names of the graphs in `folder` and of their external data."""
     return sorted(path.name for path in folder.iterdir() if ".onnx" in path.suffixes)
@@ -54,9 +85,19 @@ def files_of(folder: Path) -> list[str]:
 def check(path: Path) -> None:
     """Raise DeployError where onnx.checker refuses the file; operators of ONNX Runtime's own domain are let pass."""
     try:
-        onnx.checker.check_model(str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            onnx.checker.check_model(_unlinked(path, Path(folder)))
     except onnx.checker.ValidationError as error:
         raise DeployError(f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}") from error
+
+
+def _unlinked(path: Path, folder: Path) -> Path:
+    """The graph in `folder`, with files as long as its weights: the checker reads none of them, and wants no links."""
+    for name in files_of(path.parent):
+        if name.startswith(f"{path.name}."):
+            with (folder / name).open("wb") as file:
+                file.truncate((path.parent / name).stat().st_size)  # takes no place on the disk
+    return Path(shutil.copyfile(path, folder / path.name))
 
 
 def opset_of(path: Path) -> int:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.core.artifact import Target, read_target, sha256, write_text
+from clip_deploy.core.artifact import Target, read_target, write_text
 from clip_deploy.core.config import GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.files import sha256
 from clip_deploy.core.results import read_json
 from clip_deploy.encode import load_embeddings
 from clip_deploy.prepared import PREPROCESSOR, SCORES, TOKENIZER

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.core.artifact import check_files, read_target
+from clip_deploy.core.artifact import check_files, failure, read_target
 from clip_deploy.core.child import call_in_child
 from clip_deploy.core.config import GatesConfig
 from clip_deploy.core.errors import DeployError
@@ -53,8 +53,9 @@ def judge_pair(vision: Row, text: Row, built: Path, evaluation: Path, gates: Gat
     )
     try:
         record = call_in_child(_measure, folders, evaluation, limit_s=gates.max_seconds)
-    except (DeployError, MemoryError) as error:
-        return replace(row, status="fail", reasons=[str(error) or "memory ran out"])
+    except Exception as error:  # whatever a library raises is this row's result
+        reason = str(error) if isinstance(error, DeployError) else failure(error)
+        return replace(row, status="fail", reasons=[reason])
     reasons = judge(record | {"trained": row.trained}, getattr(gates, precision), precision)
     status = "fail" if reasons else "pass"
     return replace(row, status=status, reasons=reasons, zero_shot=record.get("zero_shot", {}))

@@ -44,7 +44,7 @@ def grey_levels(actual: np.ndarray, expected: np.ndarray, scale: np.ndarray) -> 
 
 def front_of(path: Path) -> tuple[ir.Model, np.ndarray]:
     """The preprocessing of a graph as a model of its own, images -> pixel_values, and its `scale`."""
-    model = ir.load(path)
+    model = onnx_graph.load(path)
     graph = model.graph
     front = [node for node in graph if str(node.name).startswith(FRONT)]
     scale = next(node for node in front if node.outputs[0].name == SCALE).attributes["value"].as_tensor().numpy()

@@ -58,7 +58,7 @@ class Nodes:
 
 def take_off(source: Path, output: Path) -> Shell:
     """Write the tower alone to `output`, and return what stood around it."""
-    model = ir.load(source)
+    model = onnx_graph.load(source)
     shell = Shell(labels=model.metadata_props.pop(onnx_graph.LABELS, None))
     _take_front(model.graph, shell)
     _take_behind(model.graph, shell)

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_deploy import gpu
-from clip_deploy.core.artifact import Target, read_target, size_bytes
+from clip_deploy.core.artifact import Target, failure, read_target, size_bytes
 from clip_deploy.core.child import ending, hung
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
@@ -77,6 +77,8 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> dict[st
             }
     except UnavailableError as error:
         return {"status": "unavailable", "reason": str(error)}
+    except Exception as error:  # the other rows are timed all the same
+        return {"status": "unavailable", "reason": failure(error)}
 
 
 def _worker(folder: Path, settings: BenchmarkConfig) -> "Worker":

@@ -15,8 +15,8 @@ ENSEMBLE = "clip_zero_shot"  # its own queue and batches say nothing: those of i
 
 def triton_sections(record: dict[str, Any]) -> list[str]:
     """Lines of Markdown of what serving.check.check_served found."""
-    if record["status"] == "unavailable":
-        return [TITLE, "", f"`unavailable`: {'; '.join(record['reasons'])}", ""]
+    if "server" not in record:  # it never came so far
+        return [TITLE, "", f"`{record['status']}`: {'; '.join(record['reasons'])}", ""]
     server = ", ".join(f"{name} {version}" for name, version in record["server"].items())
     return [
         TITLE,

@@ -7,10 +7,11 @@ import numpy as np
 
 from clip_deploy import accuracy
 from clip_deploy.chance import doubts
-from clip_deploy.core.artifact import Target, hashes, read_target, sha256, size_bytes
+from clip_deploy.core.artifact import Target, failure, hashes, read_target, size_bytes
 from clip_deploy.core.child import CrashError, call_in_child
 from clip_deploy.core.config import Gate, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.files import sha256
 from clip_deploy.encode import Embeddings, encode_images, encode_set, encode_texts, image_inputs, load_embeddings
 from clip_deploy.parity import compare, normalized, row_cosines
 from clip_deploy.prepared import Images, Prepared
@@ -25,8 +26,8 @@ def validate_apart(folder: Path, prepared: Prepared, reference: Path, gates: Gat
     """As validate, in a process of its own: a runtime that crashes, hangs or eats all memory makes the target fail."""
     try:
         return call_in_child(validate, folder, prepared, reference, gates, seed, limit_s=gates.max_seconds)
-    except (CrashError, MemoryError) as error:
-        target, reason = read_target(folder), str(error) if isinstance(error, CrashError) else "memory ran out"
+    except Exception as error:  # whatever a library raises is this row's result
+        target, reason = read_target(folder), str(error) if isinstance(error, CrashError) else failure(error)
         return {"status": "fail", "reasons": [reason], "precision": target.precision, **_what(target)}
 
 
@@ -46,7 +47,7 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
     try:
         encoder = open_encoder(folder)
     except UnavailableError as error:
-        return record | {"reasons": [str(error)]}
+        return record | {"status": "fail" if target.failed else "unavailable", "reasons": [str(error)]}
     except DeployError as error:
         return record | {"status": "fail", "reasons": [str(error)]}
     gate: Gate = getattr(gates, target.precision)

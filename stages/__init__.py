@@ -2,7 +2,8 @@
 
     python -m stages.benchmark --help
     python -m stages.benchmark source=artifacts/ort-fp32 ... benchmark=quick      # another choice of a group
-    python -m stages.benchmark source=artifacts/ort-fp32 ... -m 'benchmark.batch_sizes=[1],[8]'
+    python -m stages.benchmark source=artifacts/ort-fp32 ... -m 'benchmark.batch_sizes=[1],[8]' \
+      'output=timed-${hydra:job.num}.json'                                    # each job of a sweep has its own output
 
 params.yaml overrides conf/, the command line overrides both.
 """
@@ -17,8 +18,14 @@ from typing import Any, get_type_hints
 
 try:
     import hydra
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 except ModuleNotFoundError as missing:
     sys.exit(
         f"error: {sys.executable} lacks {missing.name}: run `make repro`, which makes .venv with all that is needed, "
@@ -28,7 +35,7 @@ except ModuleNotFoundError as missing:
 from clip_deploy.core.artifact import BESIDE, MANIFEST, check_files, check_prepared
 from clip_deploy.core.child import die_with_dvc
 from clip_deploy.core.config import GROUPS, find_choice, read_yaml, sections, typed
-from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PARAMS = Path("params.yaml")
@@ -41,7 +48,10 @@ QUIET = {
     "output_subdir": None,
     "mode": None,
 }
-HELP = "${hydra.help.header}\n\nSettings (key=value overrides them; -m sweeps over a=1,2):\n\n$CONFIG"
+HELP = (
+    "${hydra.help.header}\n\nSettings (key=value overrides them; -m sweeps over a=1,2, each job with its own output:\n"
+    "output=timed-$\\${hydra:job.num}.json):\n\n$CONFIG"
+)
 
 
 def stage(function: Callable[[Any], None]) -> Callable[[], None]:
@@ -61,12 +71,15 @@ def stage(function: Callable[[Any], None]) -> Callable[[], None]:
         _check_inputs(settings)
         function(settings)
 
+    @quiet_if_unread()
     def program() -> None:
         if "DVC_STAGE" in os.environ:
             die_with_dvc()  # else, where dvc is killed, it would write beside the stage of the next `dvc repro`
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in SWEEP)  # argparse takes no flag in the middle
         try:
             register(function, schema)
+            if set(sys.argv[1:]) & set(SWEEP):
+                _check_sweep(_name(function), [word for word in sys.argv[1:] if "=" in word and word[0] != "-"])
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=_name(function))(_reported(run))()
         except DeployError as error:
             _fail(error)
@@ -97,6 +110,31 @@ def register(function: Callable[[Any], None], schema: type) -> None:
             "hydra": {**QUIET, "help": {"header": inspect.getdoc(sys.modules[function.__module__]), "template": HELP}},
         },
     )
+
+
+def _check_sweep(name: str, words: list[str]) -> None:
+    """Raise ConfigError, before any job runs, where jobs of a sweep share an output: the last would overwrite it."""
+    try:
+        outputs = _outputs(name, words)
+    except (HydraException, OmegaConfBaseException):
+        return  # what is wrong, hydra.main says
+    if len(outputs) > len(set(outputs)):
+        raise ConfigError(
+            f"output is {outputs[-1]} in more than one of the sweep's {len(outputs)} jobs, which would overwrite each "
+            "other's result: let it vary, as 'output=timed-${hydra:job.num}.json' does"
+        )
+
+
+def _outputs(name: str, words: list[str]) -> list[str]:
+    """Of each job of a sweep, in their order."""
+    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
+    found = []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for number, job in enumerate(jobs):
+            content = compose(name, [*job, f"hydra.job.num={number}"], return_hydra_config=True)
+            HydraConfig.instance().set_config(content)  # where ${hydra:...} looks
+            found += [] if OmegaConf.is_missing(content, "output") else [str(content.output)]
+    return found
 
 
 def _check_target(settings: Any) -> None:
@@ -130,6 +168,7 @@ def _reported(run: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
     """Turn an error raised on purpose into one line and exit code 1; any other keeps its traceback."""
 
     @functools.wraps(run)
+    @quiet_if_unread()  # Hydra would print a traceback
     def reported(content: DictConfig) -> None:
         try:
             run(content)

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from clip_deploy.core.artifact import write_text
-from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
 from clip_deploy.core.results import read_json
 from stages import PARAMS
 
@@ -65,6 +65,7 @@ def _with_nodes(text: str, settings: yaml.MappingNode, nodes: list[str]) -> str:
     return f"{text[: first.index]}keep_fp32: {json.dumps(nodes)}{separator}{text[first.index :]}"
 
 
+@quiet_if_unread()
 def main() -> None:
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(__doc__)

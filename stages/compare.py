@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from clip_deploy.compare import comparison, read_run
-from clip_deploy.core.errors import DeployError
+from clip_deploy.core.errors import DeployError, quiet_if_unread
 
 
+@quiet_if_unread()
 def main(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]):
         print(__doc__)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from clip_deploy.core.artifact import write_text
-from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
 from stages import PARAMS
 
 LINE = re.compile(r"^device: *(\w+).*$", re.MULTILINE)
@@ -35,6 +35,7 @@ def choose(device: str, params: Path, conf: Path) -> str:
     return f"{params} is set for {device}; what it held for {line[1]} is in {conf / line[1]}.yaml"
 
 
+@quiet_if_unread()
 def main() -> None:
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(__doc__)

@@ -28,7 +28,7 @@ def download(settings: Settings) -> None:
         target.model["findings"] = [asdict(finding) for finding in findings]
         return target
 
-    build(settings.output, fetch_checked, Target("eager", "fp32", device=settings.device.value))
+    build(settings.output, fetch_checked, None)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.errors import DataError, DeployError, quiet_if_unread
 from clip_deploy.serving.drift import compare
 from clip_deploy.storage import local, read_tables, shown, vectors
 
 DRIFTED = 3
 
 
+@quiet_if_unread()
 def main(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]):
         print(__doc__)

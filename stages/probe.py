@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.config import load_choice, load_params
-from clip_deploy.core.environment import fingerprint_input, hardware, software
+from clip_deploy.core.environment import fingerprint_input, hardware, located, software
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.results import write_json
 from clip_deploy.layout import looked_at
@@ -30,7 +30,9 @@ def probed() -> tuple[dict, dict]:
     """What environment.json and inputs.json would hold now; ConfigError where a setting is refused."""
     params = load_params(PARAMS, CONF)
     inputs = {group: identity(group, getattr(params, group)) for group in ("model", "data")}
-    server = ", ".join(f"{name} {version}" for name, version in versions(Path(params.triton_check.environment)).items())
+    server = ", ".join(
+        f"{name} {version}" for name, version in versions(located(params.triton_check.environment)).items()
+    )
     return {"software": software(), "hardware": hardware()}, inputs | {"triton": server or "no server"}
 
 
@@ -38,7 +40,7 @@ def identity(group: str, choice: str) -> str:
     """What a local checkpoint or data set holds, so that DVC sees it change."""
     settings = load_choice(CONF, group, choice)
     name = settings.path or getattr(settings, "dataset_id", None) or ""  # `datasets` takes a folder in an id's place
-    path = Path(name).expanduser()
+    path = located(name)
     if not settings.path and not (name and path.is_dir()):
         return "not local"
     if not path.exists():

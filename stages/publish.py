@@ -11,12 +11,13 @@ Exit code 0: done; 1: why not, and nothing has changed.
 import sys
 from pathlib import Path
 
-from clip_deploy.core.errors import DeployError
+from clip_deploy.core.errors import DeployError, quiet_if_unread
 from clip_deploy.serving.publish import publish, withdraw
 
 USAGE = "usage: python -m stages.publish [--withdraw VERSION | REPOSITORY] SERVED [URL]"
 
 
+@quiet_if_unread()
 def main(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]):
         print(__doc__)

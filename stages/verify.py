@@ -9,10 +9,11 @@ Exit code 0: every file is there and unchanged, and none was added; 1: each diff
 import sys
 from pathlib import Path
 
-from clip_deploy.core.errors import DeployError
+from clip_deploy.core.errors import DeployError, quiet_if_unread
 from clip_deploy.verify import described, verify
 
 
+@quiet_if_unread()
 def main(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]):
         print(__doc__)

@@ -22,7 +22,8 @@ from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from clip_deploy.core.errors import DeployError
+from clip_deploy.core.errors import DeployError, quiet_if_unread
+from clip_deploy.gate import commit_of, committed, git
 from clip_deploy.why import Stage, explain
 
 LOCK = "dvc.lock"
@@ -30,6 +31,7 @@ PROBED = ("reports/environment.json", "reports/inputs.json")  # those here are t
 COMMAND = "the command in dvc.yaml"
 
 
+@quiet_if_unread()
 def main(arguments: list[str]) -> int:
     layout: Any = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m stages.why", description=__doc__, formatter_class=layout)
@@ -66,7 +68,8 @@ def pending(repo: Repo) -> dict[str, Stage]:
 
 def since(repo: Repo, revision: str) -> dict[str, Stage]:
     """The stages as they were recorded at a git revision and are recorded now."""
-    then, now, stages = entries(committed(LOCK, revision)), entries(here(LOCK)), outlined(repo)
+    commit = commit_of(revision)
+    then, now, stages = entries(committed(Path(LOCK), commit) or ""), entries(here(LOCK)), outlined(repo)
     for name, stage in stages.items():
         old, new = then.get(name), now.get(name)
         stage.has_run, stage.is_new = old != new, old is None
@@ -75,7 +78,7 @@ def since(repo: Repo, revision: str) -> dict[str, Stage]:
             stage.files = differing(old["deps"], new["deps"]) | differing(old["cmd"], new["cmd"])
             if stage.has_run and not stage.files and stage.old == stage.new:
                 stage.files = differing(old["outs"], new["outs"])  # run by force, or alone
-            open_probed(stage, old["deps"], {path: json.loads(here(path) or "{}") for path in PROBED}, revision)
+            open_probed(stage, old["deps"], {path: json.loads(here(path) or "{}") for path in PROBED}, commit)
     return stages
 
 
@@ -121,8 +124,7 @@ def within(files: dict[str, str]) -> dict[str, str]:
 
 @cache
 def uncommitted(folder: str) -> list[str]:
-    command = ["git", "diff", "--name-only", "HEAD", "--", folder]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return (git("diff", "--name-only", "--relative", "HEAD", "--", folder) or "").splitlines()
 
 
 def differing(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
@@ -139,7 +141,7 @@ def values(probed: dict[str, Any] | None, dep: ParamsDependency) -> dict[str, An
 def open_probed(stage: Stage, recorded: dict[str, str], now: dict[str, Any], revision: str) -> None:
     """Compare, for a stage that reads a whole file of the probe, what is in it."""
     for path in set(PROBED) & set(recorded):
-        for text in (here(path), committed(path, revision)):
+        for text in (here(path), committed(Path(path), revision) or ""):
             if hashlib.md5(text.encode()).hexdigest() == recorded[path]:
                 stage.old, stage.new = stage.old | {path: json.loads(text)}, stage.new | {path: now[path]}
                 stage.files.pop(path, None)
@@ -158,14 +160,6 @@ def probed() -> dict[str, Any]:
 
 def here(path: str) -> str:
     return Path(path).read_text() if Path(path).is_file() else ""
-
-
-def committed(path: str, revision: str) -> str:
-    """Raises DeployError where git has no such revision."""
-    done = subprocess.run(["git", "show", f"{revision}:{path}"], capture_output=True, text=True, check=False)
-    if done.returncode and "invalid object name" in done.stderr:
-        raise DeployError(f"revision is {revision!r}: git knows no such commit; give one of `git log --oneline`")
-    return done.stdout
 
 
 if __name__ == "__main__":

@@ -279,7 +279,8 @@ def fused(onnx_target, sets):
 
 def advice(built, **other):
     """reports/recommendation.json as if all targets of a folder had passed, and the first of `other` were chosen."""
-    from clip_deploy.core.artifact import read_target, sha256
+    from clip_deploy.core.artifact import read_target
+    from clip_deploy.core.files import sha256
 
     targets = {}
     for folder in sorted(path.parent for path in built.glob("*/target.json")):
@@ -298,8 +299,9 @@ def advice(built, **other):
 
 def records(built, folder, **changes):
     """reports/validate of a folder's targets, as if all had passed; `changes` to all records."""
-    from clip_deploy.core.artifact import read_target, sha256
+    from clip_deploy.core.artifact import read_target
     from clip_deploy.core.config import Gate
+    from clip_deploy.core.files import sha256
     from clip_deploy.core.results import write_json
     from clip_deploy.verdict import limits
 

@@ -1,11 +1,21 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from clip_deploy.core.artifact import Target, build, check_files, new_folder, read_target, size_bytes, write_text
-from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeployError,
+    DiskError,
+    UnavailableError,
+)
 from clip_deploy.core.results import rounded, write_json
 
 
@@ -156,3 +166,91 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path):
         write_text(tmp_path / "a.md", "new \ud800")
     assert (tmp_path / "a.md").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.md"]
+
+
+def raised(error):
+    def make(folder):
+        (folder / "vision.onnx").write_text("half")
+        raise error
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Gather_3: idx=514 must be\nwithin bounds"), "RuntimeError: Gather_3: idx=514 must be "),
+        (DeployError("text.onnx does not run: bounds"), "text.onnx does not run: bounds "),
+        (KeyError("heads"), "KeyError: 'heads' "),
+        (MemoryError(), "MemoryError: memory ran out "),
+    ],
+)
+def test_an_unexpected_error_fails_its_own_target(tmp_path, monkeypatch, capsys, error, reason):
+    monkeypatch.setenv("DVC_STAGE", "optimize@ort-fp32")
+    build(tmp_path / "target", raised(error), Target("ort", "fp16"))
+    target = read_target(tmp_path / "target")
+    again = "(its traceback is in the terminal); `dvc repro -fs optimize@ort-fp32 && dvc repro` tries it again"
+    assert (target.failed, target.unavailable, target.precision) == (True, reason + again, "fp16")
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["target.json"]
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [ConfigError, CheckpointError, DataError, DiskError])
+def test_what_concerns_every_target_stops_the_run(tmp_path, kind):
+    with pytest.raises(kind, match="wrong"):
+        build(tmp_path / "target", raised(kind("wrong")), Target("ort", "fp32"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_behind_another_error_stops_the_run(tmp_path):
+    """An exporter that takes it for a failure of its own would leave a row `unavailable` on every full disk."""
+
+    def export(folder):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UnavailableError("the exporter failed") from error
+
+    with pytest.raises(DiskError, match="No space left on device; free some space"):
+        build(tmp_path / "target", export, Target("ort", "fp32"))
+
+
+def test_the_reference_has_no_row_that_could_fail(tmp_path):
+    with pytest.raises(RuntimeError, match="wrong"):
+        build(tmp_path / "torch-fp32", raised(RuntimeError("wrong")), None)
+    assert not list(tmp_path.iterdir())
+
+
+STAGE = """
+from pathlib import Path
+from clip_deploy.core.artifact import Target, build
+def make(folder):
+    if Path("broken").exists():
+        raise RuntimeError("of a library")
+    return Target("ort", "fp32")
+build(Path("out"), make, Target("ort", "fp32"))
+"""
+PIPELINE = "stages: {optimize: {foreach: {ort-fp32: {}}, do: {cmd: python stage.py, outs: [out]}}}"
+
+
+def test_dvc_goes_on_behind_a_failed_target_and_the_reasons_command_tries_it_again(tmp_path, kinds):
+    (tmp_path / "stage.py").write_text(STAGE)
+    (tmp_path / "dvc.yaml").write_text(PIPELINE)
+    (tmp_path / "broken").touch()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    def run(command):
+        variables = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("dvc init -q --no-scm && dvc repro")
+    failed = read_target(tmp_path / "out")
+    assert failed.failed
+    assert "didn't change, skipping" in run("dvc repro")
+    (tmp_path / "broken").unlink()
+    assert "dvc repro -fs optimize@ort-fp32 && dvc repro" in failed.unavailable
+    run("dvc repro -fs optimize@ort-fp32 && dvc repro")
+    assert not read_target(tmp_path / "out").failed
+    kinds("11b: a target's unexpected failure", before="a traceback, and the run ends", now=failed.unavailable)

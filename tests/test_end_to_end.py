@@ -208,6 +208,16 @@ def test_a_target_that_could_not_be_built_keeps_its_rows(checkpoint, sets, tmp_p
     assert record == {"feeds": dict.fromkeys(("pil", "torchvision", "nvjpeg"), unavailable)}
 
 
+def test_a_target_that_fails_in_front_of_its_feeds_keeps_its_rows(checkpoint, onnx_target, sets, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("of a library")
+
+    monkeypatch.setattr(end_to_end, "reference_embeddings", wrong)
+    record = measure_feeds(onnx_target, checkpoint, load_prepared(sets / "evaluation"), BENCHMARK, SETTINGS, seed=0)
+    assert {row["status"] for row in record["feeds"].values()} == {"unavailable"}
+    assert record["feeds"]["pil"]["reason"].startswith("RuntimeError: of a library (its traceback is in the terminal)")
+
+
 def test_a_process_that_fails_or_dies_is_reported_with_its_reason(job, monkeypatch, tmp_path):
     row = run_feed(replace(job, folder=tmp_path / "nowhere"))
     assert row["status"] == "unavailable"

@@ -18,8 +18,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from clip_deploy.core.artifact import sha256
 from clip_deploy.core.environment import fingerprint
+from clip_deploy.core.files import sha256
 
 pytestmark = pytest.mark.slow
 

@@ -5,16 +5,23 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import transformers
+from conftest import SMALL, reference, small_tokenizer
 
 from clip_deploy import fusion, onnx_export, onnx_graph
-from clip_deploy.checkpoint import load_model
+from clip_deploy.checkpoint import load_model, load_processor
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import OnnxConfig, OptimizeConfig, Precision
+from clip_deploy.core.config import DataConfig, Gate, GatesConfig, OnnxConfig, OptimizeConfig, Precision, QuantizeConfig
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.dataset import load
+from clip_deploy.encode import encode_set, save_embeddings
 from clip_deploy.fusion import optimize
 from clip_deploy.onnx_export import export_onnx
-from clip_deploy.prepared import load_prepared
+from clip_deploy.prepared import load_prepared, write_prepared
+from clip_deploy.quantization import quantize
+from clip_deploy.runtimes import open_encoder
 from clip_deploy.towers import split
+from clip_deploy.validation import validate
 
 
 def fused(source, folder, calibration=None, **settings):
@@ -159,3 +166,98 @@ def test_what_hangs_on_an_unavailable_target_is_unavailable(onnx_target, tmp_pat
     with pytest.raises(UnavailableError, match="onnx-fp32: the dynamo exporter failed"):
         optimize(tmp_path / "onnx-fp32", OptimizeConfig(), None, tmp_path)
     shutil.rmtree(tmp_path / "onnx-fp32")
+
+
+TEXT = {"vocab_size": 600, "max_position_embeddings": 32, "eos_token_id": 586, **SMALL}
+GROUPS = {"depths": [2, 1, 1], "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 0], "image_size": 32}
+CONVNEXT = {"image_size": 32, "hidden_size": 32, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}
+EFFICIENTNET = {"image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.34, "hidden_dim": 80}
+UNFUSED = {  # the class, its configuration, and how many GELUs its image tower has
+    "groupvit": (
+        transformers.GroupViTModel,
+        lambda: transformers.GroupViTConfig(
+            text_config=TEXT, vision_config={"patch_size": 8, **SMALL, **GROUPS}, projection_dim=24
+        ),
+        11,
+    ),
+    "convnext-bert": (
+        transformers.VisionTextDualEncoderModel,
+        lambda: transformers.VisionTextDualEncoderConfig(
+            text_config={"model_type": "bert", **TEXT},
+            vision_config={"model_type": "convnext", **CONVNEXT},
+            projection_dim=24,
+        ),
+        2,
+    ),
+    "align": (
+        transformers.AlignModel,
+        lambda: transformers.AlignConfig(text_config=TEXT, vision_config=EFFICIENTNET, projection_dim=80),
+        0,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=UNFUSED)
+def unfused(request, tmp_path_factory):
+    """A model whose image tower has no attention that is fused, its evaluation and calibration sets, and its GELUs."""
+    kind, config, gelus = UNFUSED[request.param]
+    torch.manual_seed(0)
+    model, folder = kind(config()).eval(), tmp_path_factory.mktemp(request.param)
+    condition(model)
+    size = {"height": 32, "width": 32}
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+    checkpoint = reference(model, transformers.CLIPProcessor(images, small_tokenizer(32)), folder)
+    processor, described = load_processor(checkpoint), read_target(checkpoint).model
+    dataset = load(DataConfig(evaluation_samples=32, calibration_samples=16), 0)
+    for name in ("evaluation", "calibration"):
+        (folder / name).mkdir()
+        write_prepared(name, dataset, ["a photo of a {}"], processor, described, folder / name)
+    embeddings = encode_set(open_encoder(checkpoint), load_prepared(folder / "evaluation"))
+    save_embeddings(embeddings, folder / "evaluation" / "reference.npz")
+    return checkpoint, gelus
+
+
+def condition(model):
+    """Give batch norms the statistics of what they see: with random ones, values vanish layer by layer."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean of all batches
+        norm.reset_running_stats()
+        norm.train()
+    with torch.no_grad():
+        for _ in range(4 if norms else 0):
+            model.get_image_features(torch.randn(32, 3, 32, 32))
+    model.eval()
+
+
+def test_towers_without_a_fused_attention_keep_the_gate_in_every_precision(unfused, tmp_path, kinds):
+    checkpoint, gelus = unfused
+    sets = checkpoint.parent
+    calibration = load_prepared(sets / "calibration")
+    onnx_fp32, int8 = tmp_path / "onnx-fp32", tmp_path / "ort-int8-dynamic"
+    build(onnx_fp32, lambda folder: export_onnx(checkpoint, OnnxConfig(), folder), Target("ort", "fp32"))
+    for precision in (Precision.fp32, Precision.fp16):
+        assert (
+            "rewrites_undone"
+            not in fused(onnx_fp32, tmp_path / f"ort-{precision.value}", calibration, precision=precision).build
+        )
+    build(
+        int8,
+        lambda folder: quantize(tmp_path / "ort-fp32", QuantizeConfig(), calibration, [], 0, folder),
+        Target("ort", "int8"),
+    )
+    gates = GatesConfig(*(Gate(min_cosine=limit) for limit in (0.9999, 0.999, 0.99, 0.9)))
+    lowest = {}
+    for target in ("onnx-fp32", "ort-fp32", "ort-fp16", "ort-int8-dynamic"):
+        evaluation = sets / "evaluation"
+        record = validate(tmp_path / target, load_prepared(evaluation), evaluation / "reference.npz", gates, 0)
+        assert record["status"] == "pass", (target, record["reasons"])
+        lowest[target] = min(parity["cosine_min"] for parity in record["parity"].values())
+    census = record["graphs"]["vision"]["fusion"]
+    assert (census["attention"], census["gelu"]) == (0, gelus)
+    model = read_target(checkpoint).model["model_type"]
+    kinds(
+        f"10: a tower without a fused attention, {model}",
+        before="fail: No opset import for domain 'com.microsoft'" if gelus else "fail, with random batch norms",
+        now="pass, lowest cosine " + ", ".join(f"{target} {cosine:.5f}" for target, cosine in lowest.items()),
+    )

@@ -12,9 +12,10 @@ import onnx
 import pytest
 from conftest import ROOT
 
-from clip_deploy.core.artifact import hashes, sha256, write_manifest
+from clip_deploy.core.artifact import hashes, write_manifest
 from clip_deploy.core.config import Gate, GateConfig, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.files import sha256
 from clip_deploy.core.results import rounded
 from clip_deploy.gate import at_revision, check_required, compare, judge, refusals, undecided, verdicts
 from clip_deploy.prepared import load_prepared

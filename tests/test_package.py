@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from conftest import advice, records
 
-from clip_deploy.core.artifact import read_target, sha256
+from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import Gate, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.files import sha256
 from clip_deploy.package import Sources, unpackable, write_package
 from clip_deploy.portable import write_portable
 

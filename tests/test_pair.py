@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 
 from clip_deploy import pair
-from clip_deploy.core.artifact import sha256
 from clip_deploy.core.config import Gate, GatesConfig, RecommendConfig
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.files import sha256
 from clip_deploy.pair import judge_pair
 from clip_deploy.recommend import recommend, refusal
 from clip_deploy.report import Row
@@ -87,6 +87,16 @@ def test_a_pair_whose_process_dies_fails_and_the_stage_goes_on(rows, judged, mon
     monkeypatch.setattr("clip_deploy.pair.measure", lambda *_, **__: os._exit(9))
     both = judged(*rows)
     assert (both.status, both.reasons) == ("fail", ["the process ended with exit code 9"])
+
+
+def test_whatever_a_library_raises_fails_the_pair_and_the_stage_goes_on(rows, judged, monkeypatch):
+    def wrong(*_, **__):
+        raise KeyError("of a library")
+
+    monkeypatch.setattr("clip_deploy.pair.measure", wrong)
+    both = judged(*rows)
+    assert both.status == "fail"
+    assert both.reasons[0].startswith("KeyError: 'of a library' (its traceback is in the terminal)")
 
 
 def test_targets_that_were_changed_are_not_judged(rows, judged, built):

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.reproducible import Copy, Hashes, compare, extended, markdown, summary, unexplained
-from clip_deploy.core.artifact import Target, read_target, sha256
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.files import sha256
 
 BUILD = """
 import sys

@@ -1,15 +1,19 @@
 """Each stage as a program of its own: help, overrides, sweeps, errors, and what it imports."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import COMMANDS, ROOT
+import yaml
+from conftest import COMMANDS, ROOT, TINY, Project
 
 from clip_deploy.core.artifact import write_manifest
+from clip_deploy.core.environment import fingerprint
 from clip_deploy.core.errors import DeployError
 from stages import _check_inputs
 from stages.probe import identity
@@ -224,3 +228,167 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
     done = run(f"stages.{name}", *arguments, cwd=project.path, code=IMPORTS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "HEAVY []"
+
+
+JOBS = ("stages.benchmark", "source=nowhere", "reference=nowhere", "-m")
+
+
+@pytest.mark.parametrize(
+    ("words", "output"),
+    [
+        (["output=timed.json", "benchmark=quick,thorough"], "timed.json"),
+        (["output=a.json,b.json", "benchmark=quick,thorough"], "b.json"),
+        (["output=timed-${benchmark.threads}.json", "benchmark.seconds=0.1,0.2"], "timed-2.json"),
+    ],
+)
+def test_a_sweep_whose_jobs_would_overwrite_one_output_is_refused_before_any_runs(words, output, kinds):
+    done = run(*JOBS, *words)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: output is {output} in more than one of the sweep's ")
+    assert "let it vary, as 'output=timed-${hydra:job.num}.json' does" in done.stderr
+    kinds("27: a sweep with one output", before="the last job's result alone, exit 0", now=done.stderr)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["output=timed-${hydra:job.num}.json", "benchmark=quick,thorough"],
+        ["output=timed-${benchmark.seconds}.json", "benchmark.seconds=0.1,0.2"],
+        ["output=a.json,b.json", "benchmark=quick"],
+        ["output=timed.json", "benchmark=quick"],
+    ],
+)
+def test_a_sweep_whose_output_varies_runs(words):
+    """Up to the first job, which finds no target."""
+    done = run(*JOBS, *words)
+    assert (done.returncode, done.stderr.splitlines()[0][:36]) == (1, "error: nowhere is not a built target")
+
+
+def test_the_help_says_how_a_sweeps_outputs_vary():
+    assert "output=timed-${hydra:job.num}.json" in run("stages.benchmark", "--help").stdout
+
+
+PRINTING = [
+    ("stages.why", "--help"),
+    ("stages.verify", "--help"),
+    ("stages.compare", "reports", "reports"),
+    ("stages.benchmark", "--help"),
+    ("clip_deploy", "embed", "--help"),
+]
+
+
+@pytest.mark.parametrize("command", PRINTING, ids=" ".join)
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_command_whose_output_nobody_reads_ends_without_a_word(command, buffered, kinds):
+    """As `python -m stages.why | head -1`: the reader has gone before the command prints."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    variables = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, env=variables, text=True
+    )
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode in (141, 0)  # argparse forgives its own help
+    kinds("26: `... | head`", before="a traceback, BrokenPipeError", now="no word, exit 141 as of SIGPIPE")
+
+
+@pytest.fixture
+def small(project):
+    """A project whose pipeline is the probe alone."""
+    path = project.path / "dvc.yaml"
+    path.write_text(yaml.safe_dump({"stages": {"probe": yaml.safe_load(path.read_text())["stages"]["probe"]}}))
+    return project
+
+
+def commit(project):
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "Change")
+
+
+def inputs_of(project, experiment):
+    """What the probe of an experiment wrote, which DVC keeps under a reference of its own."""
+    references = project.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").stdout.splitlines()
+    (reference,) = [name for name in references if name.endswith(f"/{experiment}")]
+    return json.loads(project.run("git", "show", f"{reference}:reports/inputs.json").stdout)
+
+
+def test_an_experiment_in_a_folder_of_its_own_finds_what_lies_beside_the_repository(small, kinds):
+    """What git does not track is there alone: the model, the data, the Triton server. What it tracks is its own."""
+    tracked = small.path / "assets" / "tiny-shapes" / "training.json"
+    shutil.copytree(TINY, small.path / "build" / "checkpoint")
+    (small.path / "build" / "images" / "dogs").mkdir(parents=True)
+    (small.path / "build" / "images" / "dogs" / "a.png").write_bytes(b"a")
+    (small.path / "build/triton-venv/lib/python3.11/site-packages/numpy-1.26.4.dist-info").mkdir(parents=True)
+    small.edit("params.yaml", "model: tiny-shapes", "model: local")
+    small.edit("params.yaml", "data: shapes", "data: image-folder")
+    for name, path in (("model/local", "build/checkpoint"), ("data/image-folder", "build/images")):
+        file = small.path / "conf" / f"{name}.yaml"
+        file.write_text(re.sub(r"^path:.*$", f"path: {path}", file.read_text(), flags=re.MULTILINE))
+    commit(small)
+    done = small.run("dvc", "exp", "run", "--temp", "-n", "aside", check=False)
+    assert done.returncode == 0, done.stderr
+    inputs = inputs_of(small, "aside")
+    assert inputs == {
+        "data": fingerprint(small.path / "build" / "images"),
+        "model": fingerprint(TINY),
+        "triton": "numpy 1.26.4",
+    }
+    assert not (small.path / "reports" / "inputs.json").exists()
+    small.edit("conf/model/local.yaml", "path: build/checkpoint", "path: assets/tiny-shapes")
+    commit(small)
+    tracked.write_text("{}")  # as the experiment is queued; then it changes here
+    small.run("dvc", "exp", "run", "--queue", "-n", "queued")
+    tracked.write_text("[]")
+    small.run("dvc", "exp", "run", "--run-all")
+    ran = inputs_of(small, "queued")["model"]
+    assert ran != fingerprint(small.path / "assets" / "tiny-shapes")
+    tracked.write_text("{}")
+    assert ran == fingerprint(small.path / "assets" / "tiny-shapes")
+    kinds(
+        "25: a queued experiment, with a relative path",
+        before="error: model.path is build/checkpoint: no such file or folder; triton: no server",
+        now=f"found below the repository that owns the queue; triton: {inputs['triton']}",
+    )
+
+
+def test_a_clone_with_windows_line_ends_in_a_path_with_a_space_has_the_same_bytes_and_runs(small, tmp_path, kinds):
+    commit(small)
+    tracked = small.run("git", "ls-files").stdout.splitlines()
+    clone = Project(tmp_path / "a b" / "c")
+    small.run("git", "clone", "-q", "-c", "core.autocrlf=true", ".", str(clone.path))
+    changed = [name for name in tracked if (clone.path / name).read_bytes() != (small.path / name).read_bytes()]
+    assert (len(tracked) > 200, changed) == (True, [])
+    (clone.path / ".venv").symlink_to(sys.prefix)
+    ready = clone.path / ".venv" / "ready"
+    fresh = ["-o", ".venv/ready"] if ready.exists() else ["-W", "nothing", "-o", ".venv/ready"]
+    done = clone.run("make", *fresh, "repro", check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Running stage 'probe'" in done.stdout
+    targets = re.findall(r"^([a-z][a-z0-9-]*):.*##", (clone.path / "Makefile").read_text(), re.MULTILINE)
+    assert len(targets) == 16
+    said = clone.run("make", "-n", "-B", *targets).stdout
+    assert "a b" not in said  # no command names the folder that it runs in: nothing to split at the space
+    kinds(
+        "26: a path with a space, core.autocrlf=true",
+        before="make: No such file or directory; all 43 stages stale",
+        now=f"make repro runs; {len(changed)} of {len(tracked)} files differ",
+    )
+
+
+def test_in_a_folder_of_a_bigger_git_repository_paths_are_found(small, tmp_path, kinds):
+    whole = Project(tmp_path / "whole")
+    shutil.copytree(small.path, whole.path / "deploy" / "clip", ignore=shutil.ignore_patterns(".git", ".dvc"))
+    inner = Project(whole.path / "deploy" / "clip")
+    whole.run("git", "init", "-q", "-b", "main")
+    inner.run("dvc", "init", "-q", "--subdir")
+    inner.run("dvc", "repro")
+    commit(inner)
+    since = [sys.executable, "-m", "stages.why", "--since", "HEAD"]
+    said = inner.run(*since).stdout
+    assert said == "nothing changed: only probe runs, as it always does\n"
+    with (inner.path / "clip_deploy" / "core" / "results.py").open("a") as file:
+        file.write("# touched\n")
+    names = inner.run(sys.executable, "-c", "from stages.why import uncommitted; print(uncommitted('clip_deploy'))")
+    assert names.stdout == "['clip_deploy/core/results.py']\n"
+    kinds("26: why, in a folder of a bigger git repository", before="not in dvc.lock: never run", now=said)

@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT
 from test_triton_repository import MODEL_NAMES, check
 
-from clip_deploy.core.artifact import Target, build, read_target, sha256
+from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import BuildEngineConfig, Gate, GatesConfig, TritonConfig
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.files import sha256
 from clip_deploy.serving.engines import write_engine_repository
 from clip_deploy.serving.server import find_environment
 from clip_deploy.verdict import PROVENANCE

@@ -72,3 +72,8 @@ def test_without_a_server_the_reason_stands_there():
 def test_what_failed_is_named():
     lines = triton_sections({**RECORD, "status": "fail", "reasons": ["back: 3 requests failed"]})
     assert lines[2].startswith("**fail**: back: 3 requests failed (")
+
+
+def test_a_server_that_ended_at_its_start_has_its_reason():
+    lines = triton_sections({"status": "fail", "reasons": ["Triton ended with code 1: no such backend"]})
+    assert lines == ["## Served by Triton", "", "`fail`: Triton ended with code 1: no such backend", ""]

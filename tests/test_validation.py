@@ -1,17 +1,27 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from conftest import advice, records
+from PIL import Image
 
-from clip_deploy import validation
-from clip_deploy.core.artifact import Target, build
-from clip_deploy.core.config import Gate, GatesConfig, Precision
+from clip_deploy import onnx_graph, validation
+from clip_deploy.classifier import ZeroShotClassifier
+from clip_deploy.core.artifact import Target, build, read_target
+from clip_deploy.core.config import Gate, GatesConfig, OptimizeConfig, Precision, QuantizeConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
+from clip_deploy.fusion import optimize
+from clip_deploy.package import Sources, write_package
 from clip_deploy.prepared import load_prepared
+from clip_deploy.quantization import quantize
 from clip_deploy.torchscript import export_torchscript
 from clip_deploy.validation import validate, validate_apart
 from clip_deploy.verdict import judge
@@ -173,3 +183,93 @@ def test_random_weights_are_held_to_the_cosine_only():
         "top-1 drop 9.00 points > 1.5 (gates.int8.max_top1_drop)",
         "flips 50.00 % > 8 (gates.int8.max_flips)",
     ]
+
+
+def test_a_target_that_failed_to_build_fails_and_names_its_reason(check, tmp_path):
+    def make(folder):
+        raise RuntimeError("Gather_3: out of bounds")
+
+    build(tmp_path / "ort-fp32", make, Target("ort", "fp32"))
+    record = check(tmp_path / "ort-fp32")
+    assert record["status"] == "fail"
+    assert record["reasons"][0].startswith("RuntimeError: Gather_3: out of bounds (its traceback is in the terminal)")
+
+
+def test_whatever_a_check_raises_fails_its_own_row(onnx_target, sets, monkeypatch, capsys):
+    def wrong(*_):
+        raise ZeroDivisionError("of a library")
+
+    monkeypatch.setattr(validation, "judge", wrong)
+    prepared, reference = load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz"
+    record = validate_apart(onnx_target, prepared, reference, GATES, 0)
+    assert record["status"] == "fail"
+    assert record["reasons"][0].startswith("ZeroDivisionError: of a library (its traceback is in the terminal)")
+    assert "in wrong" in capsys.readouterr().err  # where it was raised, in the other process
+
+
+@pytest.mark.parametrize("kind", ["hardlink", "symlink"])
+def test_weights_beside_a_graph_may_be_links_into_dvcs_cache(sets, onnx_target, tmp_path, monkeypatch, kind, kinds):
+    monkeypatch.setattr(onnx_graph, "EXTERNAL_BYTES", 1_000_000)
+    calibration = load_prepared(sets / "calibration")
+    made = {
+        "onnx-fp32": lambda folder: copied(onnx_target, folder),
+        "ort-fp32": lambda folder: optimize(tmp_path / "onnx-fp32", OptimizeConfig(), calibration, folder),
+        "ort-fp16": lambda folder: optimize(
+            tmp_path / "onnx-fp32", OptimizeConfig(precision=Precision.fp16), calibration, folder
+        ),
+        "ort-int8": lambda folder: quantize(tmp_path / "ort-fp32", QuantizeConfig(), calibration, [], 0, folder),
+    }
+    dvc(tmp_path, "init", "-q", "--no-scm")
+    dvc(tmp_path, "config", "cache.type", kind)
+    evaluation = sets / "evaluation"
+    statuses = {}
+    for name, make in made.items():
+        build(tmp_path / name, make, Target("ort", "fp32"))
+        dvc(tmp_path, "add", "-q", name)
+        record = validate(tmp_path / name, load_prepared(evaluation), evaluation / "reference.npz", GATES, 0)
+        assert record["status"] == "pass", (name, record["reasons"])
+        statuses[name] = record["status"]
+    package = tmp_path / "package"
+    package.mkdir()
+    facts = {"model": "tiny", "seed": 0, "versions": {}}
+    known = records(tmp_path, tmp_path / "validate")
+    sources = Sources(tmp_path, known, sets / "portable", evaluation)
+    write_package(advice(tmp_path), "ort-fp32", sources, GatesConfig(), facts, package)
+    dvc(tmp_path, "add", "-q", "package")
+    shown = ZeroShotClassifier.open(package).predict(Image.new("RGB", (48, 48)), ["a red circle", "a blue star"])
+    assert sum(probability for _, probability in shown) == pytest.approx(1, abs=1e-5)
+    data = tmp_path / "ort-fp32" / "vision.onnx.data"
+    assert (data.is_symlink(), data.stat().st_nlink > 1) == {"hardlink": (False, True), "symlink": (True, False)}[kind]
+    kinds(
+        f"24: weights beside the graph, cache.type {kind}",
+        before="optimize: may indicate a hard link attack",
+        now=statuses,
+    )
+
+
+def copied(source, folder):
+    """The target with its weights beside the graphs."""
+    for tower in ("vision", "text"):
+        onnx_graph.save(ir.load(source / f"{tower}.onnx"), folder / f"{tower}.onnx")
+    return replace(read_target(source), files=onnx_graph.files_of(folder))
+
+
+def dvc(folder, *words):
+    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_folder_that_dvc_links_is_handed_out_as_real_files(tmp_path):
+    """As the README says: `dvc unprotect` where it lies, or `cp -rL`."""
+    folder = tmp_path / "triton"
+    (folder / "onnxruntime").mkdir(parents=True)
+    (folder / "onnxruntime" / "model.onnx").write_text("weights")
+    dvc(tmp_path, "init", "-q", "--no-scm")
+    dvc(tmp_path, "config", "cache.type", "symlink")
+    dvc(tmp_path, "add", "-q", "triton")
+    assert (folder / "onnxruntime" / "model.onnx").is_symlink()
+    subprocess.run(["cp", "-rL", "triton", "copy"], cwd=tmp_path, check=True)
+    dvc(tmp_path, "unprotect", "triton")
+    shutil.rmtree(tmp_path / ".dvc" / "cache")
+    for name in ("copy", "triton"):
+        file = tmp_path / name / "onnxruntime" / "model.onnx"
+        assert (file.is_symlink(), file.read_text()) == (False, "weights")

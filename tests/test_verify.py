@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_deploy.core.artifact import read_target, sha256
+from clip_deploy.core.artifact import read_target
+from clip_deploy.core.files import sha256
 from clip_deploy.validation import manifest
 from stages.verify import main
 

@@ -203,4 +203,4 @@ def test_after_a_run_the_two_locks_say_why_it_ran(copy, capsys):
     copy.edit("params.yaml", "max_memory_mb: null", "max_memory_mb: 1000")
     assert copy.repro("--single-item", "recommend") == {"recommend"}
     assert why(capsys, "--since", "HEAD") == "recommend.max_memory_mb: none -> 1000  (params.yaml)\n  recommend"
-    assert why(capsys, "--since", "nowhere").startswith("error: revision is 'nowhere': git knows no such commit")
+    assert why(capsys, "--since", "nowhere").startswith("error: git knows no revision 'nowhere' here")

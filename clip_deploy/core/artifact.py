@@ -2,22 +2,35 @@
 
 import errno
 import filecmp
-import hashlib
 import json
 import os
 import shutil
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.environment import located
+from clip_deploy.core.errors import CheckpointError, ConfigError, DataError, DeployError, DiskError, UnavailableError
+from clip_deploy.core.files import sha256
 
 MANIFEST = "target.json"
 BESIDE = "{}.manifest.json"  # of a folder: what it holds
-CACHE = Path(".dvc/cache/files/md5")
+CACHE = ".dvc/cache/files/md5"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ADVICE = {
+    **dict.fromkeys(FULL, "free some space (`dvc gc -w` drops artifacts that no commit here uses)"),
+    errno.EFBIG: "raise the limit on a file's size (`ulimit -f`), or take another file system",
+    errno.EROFS: "the file system is read-only: mount it writable or clone elsewhere",
+    errno.EACCES: "make the folder writable for this user",
+    errno.EPERM: "make the folder writable for this user",
+    errno.ENOTDIR: "a file stands where a folder is needed: move it away",
+    errno.EEXIST: "a file stands where a folder is needed: move it away",
+}
+EVERY_ROW = (ConfigError, CheckpointError, DataError, DiskError)  # what concerns more than one target
 
 
 @dataclass
@@ -32,6 +45,7 @@ class Target:
             id and revision that they come from, and a SHA-256 over all files of it (environment.fingerprint).
         build: how it was made (opset, fused nodes, quantisation settings...), for the report.
         unavailable: why it could not be built here, or None.
+        failed: whether that is an error that nobody foresaw: its row says `fail`.
         search: which nodes INT8 leaves in float and why (sensitivity.Search), where there was a budget.
         device: where it runs, "cpu" or "cuda".
         image_input: what its image tower takes: "pixel_values", or "images" (uint8 RGB) where it preprocesses itself.
@@ -44,6 +58,7 @@ class Target:
     model: dict[str, Any] = field(default_factory=dict)
     build: dict[str, Any] = field(default_factory=dict)
     unavailable: str | None = None
+    failed: bool = False
     search: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     image_input: str = "pixel_values"
@@ -55,7 +70,7 @@ def read_target(folder: Path) -> Target:
     try:
         return Target(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise DeployError(f"{folder} is not a built target ({error}); run `dvc repro`") from error
+        raise ConfigError(f"{folder} is not a built target ({error}); run `dvc repro`") from error
 
 
 def check_files(folder: Path) -> None:
@@ -84,9 +99,9 @@ def write_manifest(folder: Path) -> None:
     write_text(folder.with_name(BESIDE.format(folder.name)), text + "\n")
 
 
-def _damaged(folder: Path, path: Path, known: str) -> DeployError:
+def _damaged(folder: Path, path: Path, known: str) -> DiskError:
     damaged = " ".join([str(folder), *map(str, _cached(path))])
-    return DeployError(
+    return DiskError(
         f"{path} is not the file that was built (its hash is in {known}): the disk or DVC's cache damaged it; "
         f"`rm -r {damaged}` and `dvc repro` build it anew"
     )
@@ -97,7 +112,7 @@ def _cached(path: Path) -> list[Path]:
     if not path.is_file():
         return []
     size = path.stat().st_size
-    same_size = (item for item in sorted(CACHE.glob("??/*")) if item.stat().st_size == size)
+    same_size = (item for item in sorted(located(CACHE).glob("??/*")) if item.stat().st_size == size)
     return [item for item in same_size if filecmp.cmp(item, path, shallow=False)]
 
 
@@ -106,10 +121,27 @@ def size_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in read_target(folder).files)
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content, as `sha256sum` prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextmanager
+def real_graph(path: Path) -> Iterator[Path]:
+    """A graph where ONNX Runtime reads its weights: it refuses symbolic links that lead out of the graph's folder.
+
+    DVC makes such links into its cache with cache.type symlink; hard links of what they lead to stand in for them.
+    Raises DiskError where the cache lies on another disk.
+    """
+    weights = path.with_name(f"{path.name}.data")
+    if not weights.is_symlink():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=path.parent.parent) as folder:
+        try:
+            for link in (path, weights):
+                os.link(link.resolve(), Path(folder, link.name))
+        except OSError as error:
+            raise DiskError(
+                f"{weights} is a link out of its folder, which ONNX Runtime does not follow ({error.strerror}): "
+                f"`dvc unprotect {path.parent}` makes it a file; for all to come, `dvc config cache.type copy`"
+            ) from error
+        yield Path(folder, path.name)
 
 
 def hashes(folder: Path, known: Mapping[str, str] = {}) -> dict[str, dict[str, Any]]:
@@ -145,19 +177,50 @@ def _is(path: Path, facts: dict[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]
 
 
-def build(output: Path, make: Callable[[Path], Target], fallback: Target) -> None:
+def build(output: Path, make: Callable[[Path], Target], fallback: Target | None) -> None:
     """Let `make` fill a new folder and describe it, then move the folder to `output`.
 
-    Where `make` raises UnavailableError, the folder holds only `fallback` with the reason.
+    Where `make` raises, the folder holds only `fallback` with the reason: unavailable where that is an
+    UnavailableError, else failed. Raised again is what concerns every target (see `failure`), and everything where
+    there is no fallback.
     """
     with new_folder(output) as folder:
         try:
             target = make(folder)
-        except UnavailableError as error:
+        except Exception as error:
+            if fallback is None:
+                raise
             target = fallback
-            target.unavailable = str(error)
+            target.failed = not isinstance(error, UnavailableError) or _code(error) is not None
+            target.unavailable = failure(error) if target.failed else str(error)
+            shutil.rmtree(folder)  # what was written before
+            folder.mkdir()
         target.sha256 = {name: sha256(folder / name) for name in target.files}
         write_text(folder / MANIFEST, json.dumps(asdict(target), indent=2) + "\n")
+
+
+def failure(error: Exception) -> str:
+    """Why one row failed, where nobody foresaw it, and how it is tried again; the traceback goes to standard error.
+
+    Raises `error` again where it is of the settings, the checkpoint, the data or the disk: it concerns every row.
+    """
+    if isinstance(error, EVERY_ROW) or _code(error) is not None:
+        raise error
+    traceback.print_exception(error)
+    line = next(iter(str(error).strip().splitlines()), "") or "memory ran out" * isinstance(error, MemoryError)
+    named = [line] if isinstance(error, DeployError) else [type(error).__name__, *filter(None, [line])]
+    stage = os.environ.get("DVC_STAGE")  # DVC knows no failed row, and would not run the stage again
+    again = f"`dvc repro -fs {stage} && dvc repro` tries it again" if stage else "run the stage again to try it again"
+    return f"{': '.join(named)} (its traceback is in the terminal); {again}"
+
+
+def _code(error: BaseException) -> int | None:
+    """The system's code of a disk that refuses, behind an exception; native libraries only quote the system's words."""
+    own, causes = getattr(error, "errno", None), [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    full = [code for cause in causes for code in FULL if os.strerror(code) in str(cause)]
+    return own if own in ADVICE else next(iter(full), None)
 
 
 @contextmanager
@@ -206,25 +269,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Say in one line that `path` cannot be written, and what to do.
-
-    Native libraries raise errors of their own, which quote the system's words.
-    """
+    """Say in one line that `path` cannot be written, and what to do."""
     try:
         yield
-    except DeployError:
+    except EVERY_ROW:
         raise
     except Exception as error:
-        advice = {
-            **dict.fromkeys(FULL, "free some space (`dvc gc -w` drops artifacts that no commit here uses)"),
-            errno.EFBIG: "raise the limit on a file's size (`ulimit -f`), or take another file system",
-            errno.EROFS: "the file system is read-only: mount it writable or clone elsewhere",
-            errno.EACCES: "make the folder writable for this user",
-            errno.EPERM: "make the folder writable for this user",
-            errno.ENOTDIR: "a file stands where a folder is needed: move it away",
-            errno.EEXIST: "a file stands where a folder is needed: move it away",
-        }
-        code = getattr(error, "errno", None) or next((code for code in FULL if os.strerror(code) in str(error)), None)
-        if code not in advice:
+        code = _code(error)
+        if code is None:
             raise
-        raise DeployError(f"cannot write {path}: {os.strerror(code)}; {advice[code]}") from error
+        raise DiskError(f"cannot write {path}: {os.strerror(code)}; {ADVICE[code]}") from error

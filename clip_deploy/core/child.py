@@ -6,6 +6,7 @@ import select
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,7 @@ def _answer(sender: "Connection", function: Callable[..., Any], arguments: tuple
     try:
         answer = True, function(*arguments)
     except Exception as error:
+        error.add_note(traceback.format_exc())  # which does not pickle by itself
         answer = False, error
     sender.send(answer)
 

@@ -13,8 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_deploy.core.artifact import sha256
-from clip_deploy.core.files import Hash, class_files, remembered, walk
+from clip_deploy.core.files import Hash, class_files, remembered, sha256, walk
 
 if TYPE_CHECKING:
     from clip_deploy.core.config import DataConfig, ModelConfig
@@ -92,6 +91,17 @@ def machine() -> str | None:
     if not re.fullmatch("[0-9a-f]{32}", found):  # empty or "uninitialized" before the first start
         return None
     return hmac.new(bytes.fromhex(found), b"clip-deploy", "sha256").hexdigest()[:12]
+
+
+def located(name: str) -> Path:
+    """A path as a setting gives it, or, where nothing is there, below the repository that owns the experiment.
+
+    DVC runs a queued experiment in a folder of its own, with what git tracks and nothing besides, and names the
+    repository that it belongs to in DVC_ROOT.
+    """
+    here = Path(name).expanduser()
+    there = Path(os.environ.get("DVC_ROOT", ""), here)
+    return there if there.exists() and not here.exists() else here
 
 
 def cores() -> int:

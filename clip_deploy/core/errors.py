@@ -1,6 +1,12 @@
 """The errors that a user can meet. Each message says what was given, what is accepted and the way out."""
 
-from collections.abc import Sequence
+import os
+import select
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+UNREAD = 141  # what shells report of SIGPIPE
 
 
 class DeployError(Exception):
@@ -17,6 +23,10 @@ class CheckpointError(DeployError):
 
 class DataError(DeployError):
     """Images or captions are missing, unreadable or too few."""
+
+
+class DiskError(DeployError):
+    """A file cannot be written, or is not what was written: no other stage would fare better."""
 
 
 class UnavailableError(DeployError):
@@ -39,3 +49,20 @@ def listed(lines: Sequence[str], most: int = 10) -> str:
     """What several faults have to say, as one line of bounded length."""
     more = f"; and {len(lines) - most:,} more" if len(lines) > most else ""
     return "; ".join(lines[:most]) + more
+
+
+@contextmanager
+def quiet_if_unread() -> Iterator[None]:
+    """End without a word where what reads the output has gone (`... | head`), as Unix tools do."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not output.poll(0):  # nothing is wrong with it: it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise SystemExit(UNREAD) from None

@@ -16,7 +16,6 @@ from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple
 from uuid import uuid4
 
-from clip_deploy.core.artifact import sha256
 from clip_deploy.core.errors import DataError
 
 # What lies beside images and is none. Endings under which crawlers keep images are not here: .bin, .php, .tmp.
@@ -53,6 +52,12 @@ class Listing:
 
     files: dict[str, Stamp] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def may_be_image(name: str) -> bool:

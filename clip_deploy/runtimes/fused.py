@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
 
+from clip_deploy import onnx_graph
 from clip_deploy.core.artifact import Target
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.graph_module import GraphModule
@@ -23,7 +23,7 @@ class Encoder(pytorch.Encoder):
             raise UnavailableError(f"{error.name} is not installed: it comes with PyTorch for CUDA") from error
         operators = TunedOperators()
         return {
-            tower: GraphModule(ir.load(folder / f"{tower}.onnx"), FLOATING[target.precision], operators).to(
+            tower: GraphModule(onnx_graph.load(folder / f"{tower}.onnx"), FLOATING[target.precision], operators).to(
                 target.device
             )
             for tower in ("vision", "text")

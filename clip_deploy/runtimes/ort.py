@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
-from clip_deploy.core.artifact import Target
+from clip_deploy.core.artifact import Target, real_graph
 from clip_deploy.core.errors import UnavailableError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -69,7 +69,8 @@ class Encoder:
         return self.sessions[tower].run(None, dict(zip(self.names[tower], arrays, strict=True)))[0]
 
     def open(self, tower: str, provider: Provider, shape: dict[str, int] | None = None) -> InferenceSession:
-        return InferenceSession(self.folder / f"{tower}.onnx", self.options(shape), providers=[provider])
+        with real_graph(self.folder / f"{tower}.onnx") as path:
+            return InferenceSession(path, self.options(shape), providers=[provider])
 
     def open_fixed(self, tower: str, shape: dict[str, int], graph: bool) -> InferenceSession:
         """A session for one shape on a GPU, to be recorded as a CUDA graph or not."""

@@ -12,7 +12,7 @@ from typing import Any
 import onnxruntime
 from onnxruntime import InferenceSession
 
-from clip_deploy.core.artifact import Target
+from clip_deploy.core.artifact import Target, real_graph
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.runtimes import ort
 
@@ -35,7 +35,8 @@ class Encoder(ort.Encoder):
             return self.open(tower, (BUILT_IN, {"trt_fp16_enable": "1", "trt_cuda_graph_enable": switch}), shape)
         options = self.options(shape)
         options.add_provider_for_devices(self.devices, {"enable_cuda_graph": switch})
-        return InferenceSession(self.folder / f"{tower}.onnx", options)
+        with real_graph(self.folder / f"{tower}.onnx") as path:
+            return InferenceSession(path, options)
 
 
 @functools.cache

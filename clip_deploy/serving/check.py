@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from clip_deploy.core.artifact import hashes, write_text
+from clip_deploy.core.artifact import failure, hashes, write_text
 from clip_deploy.core.config import TritonCheckConfig
+from clip_deploy.core.environment import located
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.parity import compare
 from clip_deploy.prepared import Prepared
@@ -46,21 +47,23 @@ def check_served(
         metrics: names that the server exposes; drift: of undisturbed and of darkened images.
     """
     try:
-        environment = find_environment(Path(settings.environment))
+        environment = find_environment(located(settings.environment))
         manifest = read_package(package)
         if manifest["device"] != "cpu":
             raise UnavailableError("the package is for a GPU, and this server computes on CPUs only")
         inputs = golden_inputs(package, manifest, prepared)
         record, answers = _ask(repository / BACKEND, environment, manifest, inputs, settings)
+        offline = encode_offline(package, manifest, inputs, record["threads"])
     except UnavailableError as error:
         return {"status": "unavailable", "reasons": [str(error)]}
-    offline = encode_offline(package, manifest, inputs, record["threads"])
+    except Exception as error:  # whatever the server and its client do is this check's result
+        return {"status": "fail", "reasons": [failure(error)]}
     record |= {"parity": parities(answers, offline), "drift": drifts(answers, seed)}
     reasons = judge(record)
     return {
         "status": "fail" if reasons else "pass",
         "reasons": reasons,
-        "server": versions(Path(settings.environment)),
+        "server": versions(located(settings.environment)),
         **record,
     }
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import Target, hashes, new_folder, read_target, sha256, write_text
+from clip_deploy.core.artifact import Target, hashes, new_folder, read_target, write_text
 from clip_deploy.core.config import BuildEngineConfig, GatesConfig, TritonConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.files import sha256
 from clip_deploy.core.results import read_json
 from clip_deploy.prepared import PREPROCESSOR, SCORES, TOKENIZER
 from clip_deploy.serving.repository import (

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+from clip_deploy.core.artifact import real_graph
 from clip_deploy.core.results import read_json
 from clip_deploy.images import Preprocessor, decode
 from clip_deploy.parity import normalized
@@ -105,10 +106,10 @@ def encode_offline(
     """images, texts and probabilities as the package's own graphs give them in this process."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    sessions = {
-        tower: onnxruntime.InferenceSession(package / facts["file"], options, providers=["CPUExecutionProvider"])
-        for tower, facts in manifest["towers"].items()
-    }
+    sessions = {}
+    for tower, facts in manifest["towers"].items():
+        with real_graph(package / facts["file"]) as path:
+            sessions[tower] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def images(batch: np.ndarray) -> np.ndarray:
         return sessions["vision"].run(["image_embeds"], {manifest["towers"]["vision"]["image_input"]: batch})[0]

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import hashes, new_folder, sha256, write_text
+from clip_deploy.core.artifact import hashes, new_folder, write_text
 from clip_deploy.core.config import TritonConfig
-from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.errors import DeployError, DiskError, UnavailableError
+from clip_deploy.core.files import sha256
 from clip_deploy.core.results import read_json
 from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
 from clip_deploy.verdict import PROVENANCE
@@ -92,7 +93,7 @@ def read_package(package: Path) -> dict[str, Any]:
     for name, facts in manifest["files"].items():
         path = package / name
         if not path.is_file() or sha256(path) != facts["sha256"]:
-            raise DeployError(f"{path} is missing or was changed after it was packaged: run `dvc repro package`")
+            raise DiskError(f"{path} is missing or was changed after it was packaged: run `dvc repro package`")
     return manifest
 
 

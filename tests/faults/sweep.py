@@ -70,7 +70,8 @@ def spread(found: list[Moment]) -> list[Moment]:
 
 def main() -> None:
     sys.path.insert(0, os.getcwd())
-    from clip_deploy.core.artifact import hashes, sha256
+    from clip_deploy.core.artifact import hashes
+    from clip_deploy.core.files import sha256
 
     fault, outputs, module = sys.argv[1], list(map(Path, json.loads(sys.argv[2]))), sys.argv[3]
     program = getattr(importlib.import_module(module), module.split(".")[1])
