@@ -16,7 +16,7 @@ from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, OnnxConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.end_to_end import make_photos, measure_feeds, reference_embeddings, run_feed
-from clip_deploy.feeds import PilFeed, TorchFeed, check_feed, decode_rgb, orientation, upright
+from clip_deploy.feeds import PilFeed, TorchFeed, check_feed, decode_rgb, open_feed, orientation, upright
 from clip_deploy.flow import Job, bottleneck, judge, measure_feed, prefetched
 from clip_deploy.onnx_export import export_onnx
 from clip_deploy.prepared import load_prepared
@@ -85,6 +85,24 @@ def test_photographs_are_turned_upright_by_pillow_and_on_a_gpu(lies):
     assert orientation(content.getvalue()) == lies
     assert np.array_equal(upright(raw, lies).permute(1, 2, 0), expected)
     assert np.array_equal(decode_rgb(content.getvalue()), expected)
+
+
+@pytest.mark.gpu
+def test_nvjpeg_gives_the_pictures_that_pillow_gives_upright(job):
+    """A smooth picture: decoders differ by a few grey levels in their rounding and colour of pixels."""
+    pytest.importorskip("torchvision")
+    rows, columns = np.mgrid[0:40, 0:60]
+    picture = np.stack([rows * 4, columns * 3, rows + columns], axis=-1).astype(np.uint8)
+    photos = []
+    for lies in range(1, 9):
+        exif, content = Image.Exif(), io.BytesIO()
+        exif[0x0112] = lies
+        Image.fromarray(picture).save(content, "jpeg", exif=exif, quality=95)
+        photos.append(content.getvalue())
+    decoded = open_feed("nvjpeg", job.preprocessing, device_tensors=True).decode(photos)
+    for photo, image in zip(photos, decoded, strict=True):
+        expected = np.asarray(decode_rgb(photo)).astype(int)
+        assert np.abs(image.permute(1, 2, 0).cpu().numpy() - expected).mean() < 2
 
 
 def test_a_photograph_that_says_nothing_is_upright():
