@@ -1,7 +1,4 @@
-"""Draw the evaluation and calibration sets, preprocess them, and encode them with the untouched FP32 model.
-
-Beside them, the checkpoint's tokenizer, preprocessing and scale for those who have neither torch nor transformers.
-"""
+"""Draw and preprocess both sets, encode one with the untouched FP32 model, and write what a package needs of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +32,8 @@ def prepare(settings: Settings) -> None:
     dataset, target = load(settings.data, settings.seed), read_target(settings.checkpoint)
     model, device = target.model, target.device if is_available(target.device) else "cpu"
     processor = load_processor(settings.checkpoint)
-    for name in ("calibration", "evaluation"):
+    for name, keep in (("calibration", False), ("evaluation", settings.images)):
         with described_folder(settings.output / name) as folder:
-            keep = settings.images and name == "evaluation"
             write_prepared(name, dataset, settings.data.templates, processor, model, folder, keep)
             if name == "evaluation":
                 embeddings = encode_set(open_encoder(settings.checkpoint, device=device), load_prepared(folder))

@@ -30,23 +30,19 @@ def probed() -> tuple[dict, dict]:
     """What environment.json and inputs.json would hold now; ConfigError where a setting is refused."""
     params = load_params(PARAMS, CONF)
     inputs = {group: identity(group, getattr(params, group)) for group in ("model", "data")}
-    server = ", ".join(
-        f"{name} {version}" for name, version in versions(located(params.triton_check.environment)).items()
-    )
+    server = ", ".join(f"{name} {of}" for name, of in versions(located(params.triton_check.environment)).items())
     return {"software": software(), "hardware": hardware()}, inputs | {"triton": server or "no server"}
 
 
 def identity(group: str, choice: str) -> str:
     """What a local checkpoint or data set holds, so that DVC sees it change."""
     settings = load_choice(CONF, group, choice)
-    name = settings.path or getattr(settings, "dataset_id", None) or ""  # `datasets` takes a folder in an id's place
-    path = located(name)
+    path = located(name := settings.path or getattr(settings, "dataset_id", None) or "")  # which may be a folder too
     if not settings.path and not (name and path.is_dir()):
         return "not local"
     if not path.exists():
         raise ConfigError(f"{group}.path is {name}: no such file or folder; set it in conf/{group}/{choice}.yaml")
-    names = looked_at(path) if group == "model" and path.is_dir() else None
-    return fingerprint_input(path, settings, names)
+    return fingerprint_input(path, settings, looked_at(path) if group == "model" and path.is_dir() else None)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,9 @@ def test_a_package_runs_where_torch_and_transformers_never_were(package, tmp_pat
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no package index: {done.stderr.strip().splitlines()[-1]}")
-    IMAGES[0].save(tmp_path / "scene.png")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    IMAGES[0].save(pictures / "scene.png")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def run(*arguments):
@@ -227,14 +229,14 @@ def test_a_package_runs_where_torch_and_transformers_never_were(package, tmp_pat
     for missing in ("torch", "transformers", "omegaconf", "onnx"):
         assert "ModuleNotFoundError" in run("-c", f"import {missing}").stderr
     predicted = run(
-        "-m", "clip_deploy", "predict", str(tmp_path / "scene.png"), "--package", str(package), "--top", "1"
+        "-m", "clip_deploy", "predict", str(pictures / "scene.png"), "--package", str(package), "--top", "1"
     )
     assert predicted.stdout.endswith(f"  {SCENES[0][1].label}\n"), predicted.stderr
-    embedded = run("-m", "clip_deploy", "embed", str(tmp_path), str(tmp_path / "out"), "--package", str(package))
+    embedded = run("-m", "clip_deploy", "embed", str(pictures), str(tmp_path / "out"), "--package", str(package))
     assert embedded.stderr == "error: Parquet needs pyarrow: pip install pyarrow\n"
-    found = run("-m", "clip_deploy", "search", str(tmp_path), "a red circle", "--package", str(package))
+    found = run("-m", "clip_deploy", "search", str(pictures), "a red circle", "--package", str(package))
     assert found.stdout.endswith("  scene.png\n")
-    with Image.open(tmp_path / "scene.png") as image:
+    with Image.open(pictures / "scene.png") as image:
         assert image.size == (64, 64)
 
 

@@ -18,6 +18,7 @@ from clip_deploy.core.config import (
     Quantization,
     QuantizeConfig,
 )
+from clip_deploy.core.environment import hardware
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.dataset import Dataset, Sample
 from clip_deploy.encode import encode_images, encode_set, save_embeddings
@@ -176,13 +177,13 @@ TARGETS = {
         source, OptimizeConfig(precision=Precision.fp16), load_prepared(sets / "calibration"), output
     ),
     "dynamic": lambda source, sets, output: quantize(
-        source, QuantizeConfig(), load_prepared(sets / "calibration"), ["avx512_vnni"], 0, output
+        source, QuantizeConfig(), load_prepared(sets / "calibration"), hardware()["instruction_sets"], 0, output
     ),
     "static": lambda source, sets, output: quantize(
         source,
         QuantizeConfig(method=Quantization.static, smooth_quant=0.5),
         load_prepared(sets / "calibration"),
-        ["avx512_vnni"],
+        hardware()["instruction_sets"],
         0,
         output,
     ),

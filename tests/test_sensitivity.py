@@ -11,6 +11,7 @@ from clip_deploy import onnx_graph
 from clip_deploy.accuracy import flips
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import AccuracyBudget, OptimizeConfig, Quantization, QuantizeConfig
+from clip_deploy.core.environment import hardware
 from clip_deploy.encode import encode_set
 from clip_deploy.fusion import optimize
 from clip_deploy.parity import row_cosines
@@ -19,7 +20,7 @@ from clip_deploy.quantization import prepare, quantize
 from clip_deploy.runtimes import open_encoder
 from clip_deploy.smoothing import smooth
 
-VNNI = ["avx2", "avx512_vnni"]
+HERE = hardware()["instruction_sets"]  # INT8 made for another CPU saturates on one without VNNI
 OUTLIER = 3000.0
 
 
@@ -67,7 +68,7 @@ def scale(tensor, where, factor):
 
 def quantised(source, calibration, output, **settings):
     chosen = QuantizeConfig(source="ort-fp32", **settings)
-    build(output, lambda folder: quantize(source, chosen, calibration, VNNI, 0, folder), Target("ort", "int8"))
+    build(output, lambda folder: quantize(source, chosen, calibration, HERE, 0, folder), Target("ort", "int8"))
     return read_target(output)
 
 

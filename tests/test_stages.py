@@ -15,6 +15,7 @@ from conftest import COMMANDS, ROOT, TINY, Project
 from clip_deploy.core.artifact import write_manifest
 from clip_deploy.core.environment import fingerprint
 from clip_deploy.core.errors import DeployError
+from clip_deploy.layout import looked_at
 from stages import _check_inputs
 from stages.probe import identity
 
@@ -315,7 +316,7 @@ def inputs_of(project, experiment):
 
 def test_an_experiment_in_a_folder_of_its_own_finds_what_lies_beside_the_repository(small, kinds):
     """What git does not track is there alone: the model, the data, the Triton server. What it tracks is its own."""
-    tracked = small.path / "assets" / "tiny-shapes" / "training.json"
+    tracked = small.path / "assets" / "tiny-shapes" / "tokenizer_config.json"
     shutil.copytree(TINY, small.path / "build" / "checkpoint")
     (small.path / "build" / "images" / "dogs").mkdir(parents=True)
     (small.path / "build" / "images" / "dogs" / "a.png").write_bytes(b"a")
@@ -331,7 +332,7 @@ def test_an_experiment_in_a_folder_of_its_own_finds_what_lies_beside_the_reposit
     inputs = inputs_of(small, "aside")
     assert inputs == {
         "data": fingerprint(small.path / "build" / "images"),
-        "model": fingerprint(TINY),
+        "model": fingerprint(TINY, looked_at(TINY)),
         "triton": "numpy 1.26.4",
     }
     assert not (small.path / "reports" / "inputs.json").exists()
@@ -342,9 +343,10 @@ def test_an_experiment_in_a_folder_of_its_own_finds_what_lies_beside_the_reposit
     tracked.write_text("[]")
     small.run("dvc", "exp", "run", "--run-all")
     ran = inputs_of(small, "queued")["model"]
-    assert ran != fingerprint(small.path / "assets" / "tiny-shapes")
+    own = small.path / "assets" / "tiny-shapes"
+    assert ran != fingerprint(own, looked_at(own))
     tracked.write_text("{}")
-    assert ran == fingerprint(small.path / "assets" / "tiny-shapes")
+    assert ran == fingerprint(own, looked_at(own))
     kinds(
         "25: a queued experiment, with a relative path",
         before="error: model.path is build/checkpoint: no such file or folder; triton: no server",
@@ -367,7 +369,7 @@ def test_a_clone_with_windows_line_ends_in_a_path_with_a_space_has_the_same_byte
     assert "Running stage 'probe'" in done.stdout
     targets = re.findall(r"^([a-z][a-z0-9-]*):.*##", (clone.path / "Makefile").read_text(), re.MULTILINE)
     assert len(targets) == 16
-    said = clone.run("make", "-n", "-B", *targets).stdout
+    said = clone.run("make", "--no-print-directory", "-n", "-B", *targets).stdout
     assert "a b" not in said  # no command names the folder that it runs in: nothing to split at the space
     kinds(
         "26: a path with a space, core.autocrlf=true",

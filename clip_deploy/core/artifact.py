@@ -30,6 +30,7 @@ ADVICE = {
     errno.ENOTDIR: "a file stands where a folder is needed: move it away",
     errno.EEXIST: "a file stands where a folder is needed: move it away",
 }
+NO_TEMPORARY = "No usable temporary directory"  # tempfile's words, also where a library that is imported asks for one
 EVERY_ROW = (ConfigError, CheckpointError, DataError, DiskError)  # what concerns more than one target
 
 
@@ -216,6 +217,8 @@ def failure(error: Exception) -> str:
 
 def _code(error: BaseException) -> int | None:
     """The system's code of a disk that refuses, behind an exception; native libraries only quote the system's words."""
+    if NO_TEMPORARY in str(error):
+        return errno.ENOSPC
     own, causes = getattr(error, "errno", None), [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
