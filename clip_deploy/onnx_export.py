@@ -16,8 +16,8 @@ from torch.export import Dim
 from clip_deploy import onnx_graph
 from clip_deploy.checkpoint import load_model, load_processor
 from clip_deploy.core.artifact import Target, read_target
-from clip_deploy.core.config import OnnxConfig
-from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.config import OPSETS, OnnxConfig
+from clip_deploy.core.errors import DeployError, UnavailableError, one_line
 from clip_deploy.heads import encode_labels, put_behind
 from clip_deploy.pixels import IMAGES, PIXELS
 from clip_deploy.preprocessing import preprocessing_shell
@@ -80,6 +80,17 @@ def _shells(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any]) -> di
     return shells
 
 
+def _failed(writer: str, tower: str, error: Exception) -> str:
+    """Which exporter failed and why, by the error at the root of it, and what the other one writes."""
+    while isinstance(cause := error.__cause__, Exception):
+        error = cause
+    other, (low, high) = next((name, opsets) for name, opsets in OPSETS.items() if name != writer)
+    return (
+        f"the {writer} exporter failed on the {tower} tower: {one_line(error)}; `onnx.exporter: {other}` may write it "
+        f"(opset {low} to {high})"
+    )
+
+
 def _export_towers(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any], output: Path) -> None:
     inputs, axes = example_inputs(model), dynamic_axes(model)
     names = {"vision": ["pixel_values"], "text": model["text_inputs"]}
@@ -91,8 +102,7 @@ def _export_towers(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any]
                 warnings.simplefilter("ignore")  # deprecations and tracer warnings: validate checks other shapes
                 write(tower, inputs[name], path, names[name], EMBEDS[name], axes[name], settings.opset)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UnavailableError(f"the {settings.writer} exporter failed on the {name} tower: {reason}") from error
+            raise UnavailableError(_failed(settings.writer, name, error)) from error
         written = onnx_graph.opset_of(path)
         if written != settings.opset:
             raise DeployError(

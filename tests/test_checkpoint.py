@@ -16,10 +16,12 @@ from transformers.utils import import_utils
 
 from clip_deploy.checkpoint import describe, fetch, load_model, load_processor, verify
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import ModelConfig
+from clip_deploy.core.config import Exporter, ModelConfig, OnnxConfig
 from clip_deploy.core.environment import fingerprint
-from clip_deploy.core.errors import CheckpointError, ConfigError, one_line
+from clip_deploy.core.errors import CheckpointError, ConfigError, UnavailableError, one_line
 from clip_deploy.lint import lint
+from clip_deploy.onnx_export import export_onnx
+from clip_deploy.parity import row_cosines
 from clip_deploy.runtimes import open_encoder
 
 
@@ -282,7 +284,17 @@ def test_a_swin_with_a_bert_is_taken(tmp_path, kinds):
     _, described, encoder = taken(saved(tmp_path / "swin", dual(vision, {**TEXT, "model_type": "bert"}), length=32))
     assert described["towers"]["vision"] == {"layers": 2, "heads": 0, "width": 32}
     assert encoder.encode_images(np.zeros((2, 3, 32, 32), np.float32)).shape == (2, 24)
-    kinds("13: Swin with BERT", "refused: configuration, tokenizer and image processor do not work together", "taken")
+    target, exported = tmp_path / "torch-fp32", tmp_path / "onnx-fp32"
+    exported.mkdir()
+    with pytest.raises(UnavailableError) as failed:  # of PyTorch 2.13
+        export_onnx(target, OnnxConfig(), exported)
+    assert "the dynamo exporter failed on the vision tower: Cannot view a tensor with shape" in str(failed.value)
+    assert str(failed.value).endswith("; `onnx.exporter: torchscript` may write it (opset 14 to 20)")
+    build(exported, lambda out: export_onnx(target, OnnxConfig(exporter=Exporter.torchscript), out), None)
+    images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    assert row_cosines(open_encoder(exported).encode_images(images), encoder.encode_images(images)).min() > 0.9999
+    before = "refused: configuration, tokenizer and image processor do not work together"
+    kinds("13: Swin with BERT", before, "taken; ONNX by `onnx.exporter: torchscript`")
 
 
 def test_a_clipseg_sees_images_larger_than_its_positions(tmp_path, kinds):
@@ -404,7 +416,7 @@ import sys, time
 from pathlib import Path
 time.sleep = lambda seconds: None  # the client tries again after 1, 2, 4... seconds
 from clip_deploy.checkpoint import fetch
-from clip_deploy.core.config import ModelConfig
+from clip_deploy.core.config import Exporter, ModelConfig, OnnxConfig
 from clip_deploy.core.errors import CheckpointError
 try:
     fetch(ModelConfig(repo_id="someone/tiny-clip", revision=sys.argv[1]), Path(sys.argv[2]))
