@@ -544,7 +544,7 @@ def test_settings_under_their_old_names_alone_are_read(folder, kinds):
 
 
 ACTIVATION = [
-    ("/root/models--openai--clip-vit-base-patch32/snapshots/0123", "error"),
+    ("/cache/models--openai--clip-vit-base-patch32/snapshots/0123", "error"),
     ("/models/openai/clip-vit-base-patch32", "warning"),
 ]
 
