@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -44,7 +45,7 @@ def main(count: int) -> None:
     record["same_bytes"] = contents(whole) == contents(killed)
     package = json.loads((ROOT / "artifacts/package/manifest.json").read_text())
     record["target"] = package["towers"]["vision"]["target"]
-    record["machine"] = hardware()
+    record["machine"] = asdict(hardware())
     write_text(OUTPUT, json.dumps(record, indent=2) + "\n")
     print(", ".join(f"{name} {value}" for name, value in record.items() if name != "machine"))
 

@@ -9,6 +9,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from onnxruntime.quantization import quantize_dynamic, quantize_static
 from clip_deploy.builders.quantize import Reader, prepare, quantize
 from clip_deploy.core.artifact import Target, build, read_target, size_bytes
 from clip_deploy.core.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig
+from clip_deploy.core.environment import Environment
+from clip_deploy.core.parsing import read_record
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared, load_prepared
 from clip_deploy.evaluate.accuracy import flips, zero_shot
@@ -50,8 +53,8 @@ HEAD = ("Way", "Left in float", "Top-1 %", "Drop in points, 95 % interval", "Fli
 def main() -> None:
     calibration, evaluation = (load_prepared(ARTIFACTS / "data" / name) for name in ("calibration", "evaluation"))
     reference = load_embeddings(ARTIFACTS / "data" / "evaluation" / "reference.npz")
-    environment = json.loads((REPORTS / "environment.json").read_text())
-    sets = environment["hardware"]["instruction_sets"]
+    environment = read_record(Environment, REPORTS / "environment.json", null_is_nan=False)
+    sets = environment.hardware.instruction_sets
     ways: dict[str, Callable[[Path], Target]] = {
         "ONNX Runtime's defaults, static": partial(by_defaults, "static", calibration),
         "ONNX Runtime's defaults, dynamic": partial(by_defaults, "dynamic", calibration),
@@ -95,8 +98,8 @@ def judged(folder: Path, evaluation: Prepared, reference: Embeddings) -> dict[st
     except Exception as error:  # the runtime's errors share no base class
         return {"unavailable": str(error).splitlines()[0]}
     return {
-        "left_in_float": len(target.search.get("left_in_float", [])),
-        **zero_shot(actual, reference, evaluation, SEED),
+        "left_in_float": len(target.search.left_in_float) if target.search else 0,
+        **asdict(zero_shot(actual, reference, evaluation, SEED)),
         "flips": flips(actual, reference, evaluation),
         "cosine_min": {
             "vision": float(row_cosines(actual.images, reference.images).min()),
@@ -120,12 +123,12 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def page(rows: list[dict[str, Any]], environment: dict[str, Any]) -> str:
-    hardware, software = environment["hardware"], environment["software"]
+def page(rows: list[dict[str, Any]], environment: Environment) -> str:
+    hardware, software = environment.hardware, environment.software
     lines = [
         "# INT8: what each way costs",
         "",
-        f"{hardware['cpu']}; onnxruntime {software['onnxruntime']}. Written by `make bench-int8` from what the last",
+        f"{hardware.cpu}; onnxruntime {software['onnxruntime']}. Written by `make bench-int8` from what the last",
         "`dvc repro` built. Drop and flips are those of the evaluation set against `torch-fp32`; cosine:",
         "vision / text. Our ways start from `ort-fp32`, ONNX Runtime's defaults from `onnx-fp32`. The budget, on the",
         f"calibration set: {BUDGET.max_top1_drop} point and {BUDGET.max_flips} % flips.",

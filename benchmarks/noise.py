@@ -9,15 +9,16 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 import numpy as np
 
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.environment import hardware
 from clip_deploy.core.files import write_text
+from clip_deploy.core.records import Timing
 from clip_deploy.report.decisive import self_spread, widened
 from clip_deploy.report.tables import number, table
 from clip_deploy.timing import latency
@@ -28,25 +29,33 @@ SETTINGS = BenchmarkConfig(batch_sizes=[1, 8, 32], threads=2, iterations=100_000
 HEAD = ["Target", "Tower", "Batch", "Timings", "Turns", "Leave 1 out", "Furthest from 1", "Turn to turn"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Noisy(Timing):
+    """A timing, how many turns it has, and the correlation of neighbouring turns' ratios."""
+
+    turns: int
+    lasting: float
+
+
 def main() -> None:
     built = Path(dict(word.split("=", 1) for word in sys.argv[1:]).get("built", "artifacts"))
     rows, timings, spreads = [], [], []
     for target, pairs in PAIRS.items():
-        found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+        found: dict[tuple[str, int], list[Noisy]] = defaultdict(list)
         for _ in range(pairs):
             with turns_kept() as turns:
-                towers = latency.measure(built / target, built / target, SETTINGS)["towers"]
+                towers = latency.measure(built / target, built / target, SETTINGS).towers
             if target == REFERENCE:
                 spreads.append(self_spread(towers))
             shown = [(tower, batch) for batch in SETTINGS.batch_sizes for tower in ("vision", "text")]
             for (tower, batch), ratios in zip(shown, turns, strict=True):
-                row = towers[tower][str(batch)] | {"turns": len(ratios), "lasting": correlation(ratios)}
+                row = Noisy(**vars(towers[tower][batch]), turns=len(ratios), lasting=correlation(ratios))
                 found[tower, batch].append(row)
                 timings.append(row)
         rows += [[target, tower, str(batch), *cells(some)] for (tower, batch), some in sorted(found.items())]
     machine, rest = hardware(), PAIRS[REST] * 2 * len(SETTINGS.batch_sizes)
     lines = [
-        f"# Targets against themselves on {machine['cpu']}, {machine['cores']} cores",
+        f"# Targets against themselves on {machine.cpu}, {machine.cores} cores",
         "",
         f"`python -m benchmarks.noise`: {SETTINGS.seconds:g} s each side, a pair of processes for each timing. Turn to "
         "turn: the correlation of neighbouring turns' ratios (lag 1, outliers clipped), its mean.",
@@ -54,7 +63,7 @@ def main() -> None:
         *table(HEAD, rows),
         "",
         f"All: {outside(timings)} of {len(timings)} intervals leave 1 out (5 % would be "
-        f"{0.05 * len(timings):.1f}), correlation {mean(row['lasting'] for row in timings):.2f}.",
+        f"{0.05 * len(timings):.1f}), correlation {mean(row.lasting for row in timings):.2f}.",
         "",
         f"The report widens intervals by the furthest from 1 that the reference came out against itself, here "
         f"{', '.join(f'{spread:.3f}' for spread in spreads)}: so widened, {REST} leaves 1 out in "
@@ -70,7 +79,7 @@ def turns_kept() -> Iterator[list[np.ndarray]]:
     """The logarithms of the turns' ratios, of each timing in its order."""
     summarize, kept = latency.summarize, []
 
-    def keeping(turns: list[list[float]], reference: list[list[float]], batch: int) -> dict[str, Any]:
+    def keeping(turns: list[list[float]], reference: list[list[float]], batch: int) -> Timing:
         kept.append(np.log([median(theirs) / median(ours) for ours, theirs in zip(turns, reference, strict=True)]))
         return summarize(turns, reference, batch)
 
@@ -89,17 +98,17 @@ def correlation(ratios: np.ndarray) -> float:
     return float(np.sum(clipped[1:] * clipped[:-1]) / np.sum(clipped**2))
 
 
-def outside(some: list[dict[str, Any]], spread: float = 1.0) -> int:
+def outside(some: list[Noisy], spread: float = 1.0) -> int:
     ends = [widened(row, spread) for row in some]
     return sum(not low <= 1 <= high for low, high in ends)
 
 
-def cells(some: list[dict[str, Any]]) -> list[str]:
-    furthest = max((row["speedup"] for row in some), key=lambda speedup: abs(np.log(speedup)))
-    lasting = f"{mean(row['lasting'] for row in some):.2f}"
+def cells(some: list[Noisy]) -> list[str]:
+    furthest = max((row.speedup for row in some), key=lambda speedup: abs(np.log(speedup)))
+    lasting = f"{mean(row.lasting for row in some):.2f}"
     return [
         str(len(some)),
-        number(median(row["turns"] for row in some)),
+        number(median(row.turns for row in some)),
         str(outside(some)),
         f"{furthest:.3f}",
         lasting,

@@ -63,7 +63,7 @@ def markdown(settings: Settings) -> str:
         "node, added up. Profiling takes time itself, and no two runs took turns: compare shares here, latencies in",
         "[peers.md](peers.md).",
         "",
-        f"- Machine: {machine['cpu']}, {machine['cores']} cores, {', '.join(machine['instruction_sets'])}",
+        f"- Machine: {machine.cpu}, {machine.cores} cores, {', '.join(machine.instruction_sets)}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in software().items() if version)}",
         f"- Command: `python -m benchmarks.profile folders={','.join(path.name for path in folders)} {chosen}`",
     ]

@@ -14,7 +14,8 @@ import yaml
 
 from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
 from clip_deploy.core.files import write_text
-from clip_deploy.core.json_files import read_json
+from clip_deploy.core.parsing import read_record
+from clip_deploy.core.records import Validation
 from stages import PARAMS
 
 SECTIONS = ("optimize", "quantize")  # whose targets have keep_fp32
@@ -25,10 +26,11 @@ def apply(target: str, params: Path, validation: Path) -> str:
 
     Raises ConfigError where the target has no keep_fp32, or no node was named for it.
     """
-    record = read_json(validation / f"{target}.json")
-    nodes = [node for drop in record.get("diagnosis", {}).get("drops", []) for node in drop["nodes"]]
+    record = read_record(Validation, validation / f"{target}.json")
+    found = record.diagnosis
+    nodes = [node for drop in found.drops for node in drop.nodes] if found else []
     if not nodes:
-        notes = "; ".join(record.get("diagnosis", {}).get("notes", [])) or f"its status is {record['status']}"
+        notes = "; ".join(found.notes if found else []) or f"its status is {record.status}"
         raise ConfigError(f"{validation / target}.json names no nodes to keep in FP32: {notes}")
     text = params.read_text(encoding="utf-8")
     settings = _settings(text, target)

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.json_files import write_json
+from clip_deploy.core.parsing import plain
 from clip_deploy.timing.latency import measure
 from stages import stage
 
@@ -22,13 +23,13 @@ class Settings:
 @stage
 def benchmark(settings: Settings) -> None:
     record = measure(settings.source, settings.reference, settings.benchmark)
-    write_json(settings.output, record)
-    if record["status"] == "unavailable":
-        print(f"{settings.source.name}: unavailable: {record['reason']}")
-    for tower, sizes in record.get("towers", {}).items():
-        for batch, row in sizes.items():
-            interval = f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
-            print(f"{settings.source.name} {tower} batch {batch}: p50 {row['p50_ms']:.2f} ms, {interval}")
+    write_json(settings.output, plain(record))
+    if record.status == "unavailable":
+        print(f"{settings.source.name}: unavailable: {record.reason}")
+    for tower, sizes in record.towers.items():
+        for batch, timing in sizes.items():
+            interval = f"{timing.speedup:.2f}x [{timing.speedup_low:.2f}, {timing.speedup_high:.2f}]"
+            print(f"{settings.source.name} {tower} batch {batch}: p50 {timing.p50_ms:.2f} ms, {interval}")
 
 
 if __name__ == "__main__":

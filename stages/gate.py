@@ -18,6 +18,7 @@ from omegaconf import MISSING
 
 from clip_deploy.core.config import GateConfig, GatesConfig
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.parsing import plain
 from clip_deploy.evaluate.gates import Miss
 from clip_deploy.report.ci_gate import (
     AGAIN,
@@ -28,7 +29,6 @@ from clip_deploy.report.ci_gate import (
     compare,
     in_folder,
     judge,
-    readable,
     refusals,
     time_again,
     undecided,
@@ -75,7 +75,6 @@ def gate(settings: Settings) -> None:
     print(f"\n{len(names)} required targets pass{since}")
 
 
-@readable
 def stale(present: Reports) -> Found:
     """What `dvc repro` would do again: results of other settings, code, files, libraries, machine, weights or data.
 
@@ -87,8 +86,8 @@ def stale(present: Reports) -> Found:
     status = json.loads(done.stdout)
     found = {name: [in_words(what) for what in why if what != "always changed"] for name, why in status.items()}
     environment, inputs = probed()
-    read = present("inputs.json") or {}
-    found["probe"] = [*changed(present("environment.json") or {}, environment, "reports/environment.json")]
+    read, known = present.read(dict[str, str], "inputs.json") or {}, present.environment()
+    found["probe"] = [*changed(plain(known) if known else {}, environment, "reports/environment.json")]
     found["probe"] += [
         f"{name}: what lies on this disk is not what was read  (reports/inputs.json)"
         for name, what in inputs.items()

@@ -10,8 +10,10 @@ from omegaconf import MISSING
 
 from clip_deploy.builders.package import Sources, write_package
 from clip_deploy.core.config import GatesConfig
+from clip_deploy.core.environment import Environment
 from clip_deploy.core.files import new_folder
-from clip_deploy.core.json_files import read_json
+from clip_deploy.core.parsing import read_record
+from clip_deploy.core.recommendation import Recommendation
 from stages import stage
 
 
@@ -32,7 +34,8 @@ class Settings:
 
 @stage
 def package(settings: Settings) -> None:
-    advice, software = read_json(settings.recommendation), read_json(settings.environment)["software"]
+    advice = read_record(Recommendation, settings.recommendation, null_is_nan=False)
+    software = read_record(Environment, settings.environment, null_is_nan=False).software
     sources = Sources(settings.built, settings.validation, settings.portable, settings.evaluation)
     facts = {"model": settings.model_name, "seed": settings.seed, "versions": software}
     with new_folder(settings.output) as folder:

@@ -8,7 +8,8 @@ from omegaconf import MISSING
 from clip_deploy.builders.quantize import quantize as quantized
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import QuantizeConfig
-from clip_deploy.core.json_files import read_json
+from clip_deploy.core.environment import Environment
+from clip_deploy.core.parsing import read_record
 from clip_deploy.data.preprocessed import load_prepared
 from stages import stage
 
@@ -27,7 +28,7 @@ class Settings:
 @stage
 def quantize(settings: Settings) -> None:
     calibration = load_prepared(settings.calibration)
-    instruction_sets = read_json(settings.environment)["hardware"]["instruction_sets"]
+    instruction_sets = read_record(Environment, settings.environment, null_is_nan=False).hardware.instruction_sets
     chosen = settings.quantize[settings.target]
     build(
         settings.output,

@@ -3,7 +3,7 @@
 Where each tower gets a target of its own, the two are judged together first.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from clip_deploy.builders.package import unpackable
 from clip_deploy.core.config import GatesConfig, RecommendConfig
 from clip_deploy.core.json_files import write_json
+from clip_deploy.core.parsing import plain
 from clip_deploy.report.recommend import recommend as advise
 from clip_deploy.report.rows import read_rows
 from clip_deploy.report.tower_pair import judge_pair
@@ -38,7 +39,7 @@ def recommend(settings: Settings) -> None:
     advice = advise(
         rows, settings.recommend, together, lambda name: unpackable(settings.built / name, settings.portable)
     )
-    write_json(settings.output, asdict(advice))
+    write_json(settings.output, plain(advice))
     shipped = f"{', '.join(dict.fromkeys(advice.ship.values())) or 'nothing'} to ship"
     print(f"{settings.output}: {'; '.join([*advice.doubts, shipped, advice.note])}")
 

@@ -7,6 +7,8 @@ from omegaconf import MISSING
 
 from clip_deploy.core.config import BuildEngineConfig, GatesConfig, TritonConfig
 from clip_deploy.core.json_files import read_json
+from clip_deploy.core.parsing import read_record
+from clip_deploy.core.records import Validation
 from clip_deploy.serving.tensorrt_repository import write_engine_repository
 from stages import stage
 
@@ -29,7 +31,7 @@ class Settings:
 def triton_engines(settings: Settings) -> None:
     record = write_engine_repository(
         settings.built,
-        read_json(settings.validation),
+        read_record(Validation, settings.validation),
         settings.gates,
         read_json(settings.manifest),
         settings.prepared,

@@ -7,8 +7,10 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.config import GatesConfig
+from clip_deploy.core.environment import Environment
 from clip_deploy.core.files import write_text
-from clip_deploy.core.json_files import read_json, rounded, write_json
+from clip_deploy.core.json_files import write_json
+from clip_deploy.core.parsing import plain, read_record
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import manifest
 from clip_deploy.evaluate.validation import validate_apart as check
@@ -31,12 +33,12 @@ class Settings:
 def validate(settings: Settings) -> None:
     prepared = load_prepared(settings.evaluation)
     found = check(settings.source, prepared, settings.evaluation / "reference.npz", settings.gates, settings.seed)
-    record, software = rounded(found), read_json(settings.environment)["software"]
+    software = read_record(Environment, settings.environment, null_is_nan=False).software
     facts = {"model": settings.model_name, "seed": settings.seed, "versions": software}
-    described = manifest(settings.source, record, facts)
+    described = manifest(settings.source, found, facts)
     write_text(settings.manifest, json.dumps(described, indent=1) + "\n")
-    write_json(settings.output, record)
-    print(f"{settings.source.name}: {record['status']}", *record["reasons"], sep="\n  ")
+    write_json(settings.output, plain(found))
+    print(f"{settings.source.name}: {found.status}", *found.reasons, sep="\n  ")
 
 
 if __name__ == "__main__":

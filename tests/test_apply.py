@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from support.project import ROOT
+from support.records import checked
 
 from clip_deploy.core.config import load_params
 from clip_deploy.core.errors import ConfigError
@@ -22,8 +23,10 @@ def copy(tmp_path):
 
 def put(copy, target, *nodes, **record):
     """Write what validate would of a failed target, and apply it; return the lines of params.yaml that changed."""
-    drops = [{"nodes": list(nodes)}] if nodes else []
-    write_json(copy / "reports" / "validate" / f"{target}.json", {"diagnosis": {"drops": drops, **record}})
+    place = {"tower": "vision", "layer": "encoder", "node": "MatMul_7", "cosine_before": 1.0, "cosine_after": 0.9}
+    drops = [{**place, "nodes": list(nodes)}] if nodes else []
+    found = checked(status="fail", diagnosis={"reference": "onnx-fp32", "drops": drops, "notes": [], **record})
+    write_json(copy / "reports" / "validate" / f"{target}.json", found)
     before = (copy / "params.yaml").read_text().splitlines()
     apply(target, copy / "params.yaml", copy / "reports" / "validate")
     return [line for line in (copy / "params.yaml").read_text().splitlines() if line not in before]

@@ -103,10 +103,10 @@ def _open_in_a_process(folder):
 def test_a_target_on_the_gpu_gives_the_references_embeddings(built, sets):
     evaluation = load_prepared(sets / "evaluation")
     record = validate(built, evaluation, sets / "evaluation" / "reference.npz", GATES, 0)
-    assert record["status"] == "pass", record["reasons"]
-    for tower, placed in record.get("placement", {}).items():
-        assert "CPUExecutionProvider" not in placed["nodes"], tower
-        assert placed["graph"], tower
+    assert record.status == "pass", record.reasons
+    for tower, placed in record.placement.items():
+        assert "CPUExecutionProvider" not in placed.nodes, tower
+        assert placed.graph, tower
 
 
 @pytest.mark.gpu
@@ -134,9 +134,9 @@ def test_memory_and_power_of_the_gpu_are_measured(checkpoint, tmp_path):
     )
     settings = BenchmarkConfig(batch_sizes=[1, 8], seconds=0.1, power_seconds=0.5)
     record = measure(folder, folder, settings)
-    assert record["gpu_memory_mb"] > 100
-    assert record["power"]["mean_w"] > 20
-    assert all(clock > 0 for clock in record["power"]["clock_mhz"])
+    assert record.gpu_memory_mb > 100
+    assert record.power.mean_w > 20
+    assert all(clock > 0 for clock in record.power.clock_mhz)
 
 
 def test_without_a_gpu_every_target_for_one_says_so(checkpoint, onnx_target, monkeypatch):

@@ -16,7 +16,7 @@ Prints the tables that it writes. Every contestant holds the model in memory at 
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def bench(settings: Settings) -> dict[str, Any]:
         "basis": BASIS,
         "truth": REFERENCE,
         "threads": settings.threads,
-        "machine": hardware(),
+        "machine": asdict(hardware()),
         "versions": {"clip-deploy": software(), **{peer: versions(peer) for peer in settings.peer_names}},
         "contestants": [described(one, basis) for one in contestants],
         "rows": [result(case, one, BASIS, REFERENCE) for case in found for one in contestants],

@@ -75,7 +75,7 @@ def _key(peer: str, checkpoint: Path, calibration: Path) -> str:
     scripts = [HERE / f"build_{peer}.py", HERE / "clip_towers.py"]
     weights = [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]
     prints = [fingerprint(path) for path in (requirements(peer), *scripts, *weights, calibration)]
-    return hashlib.sha256("".join([*prints, *hardware()["instruction_sets"]]).encode()).hexdigest()
+    return hashlib.sha256("".join([*prints, *hardware().instruction_sets]).encode()).hexdigest()
 
 
 def _run(command: list, log: Path) -> None:

@@ -155,7 +155,7 @@ def _cosine(case: Case, name: str, truth: str) -> float:
     """The lowest cosine of any row; NaN where `truth` failed."""
     if truth not in case.embeddings:
         return float("nan")
-    return float(compare(case.embeddings[name], case.embeddings[truth])["cosine_min"])
+    return float(compare(case.embeddings[name], case.embeddings[truth]).cosine_min)
 
 
 def lanes(one: Contestant, requests: list[dict]) -> list[Contestant]:

@@ -179,7 +179,7 @@ def _budget_spent(
     def spent(compiled: Any, _: Any) -> tuple[float, None]:
         own = _Towers({tower: compiled}, text_inputs).embeddings(tower, calibration)
         loss = losses(replace(reference, **own), reference, calibration, seed)
-        limits = {"top1_drop": budget.max_top1_drop, "flips": budget.max_flips}
-        return -max(max(loss[name], 0.0) / max(limit, 1e-6) for name, limit in limits.items()), None
+        against = ((loss.top1_drop, budget.max_top1_drop), (loss.flips, budget.max_flips))
+        return -max(max(lost, 0.0) / max(limit, 1e-6) for lost, limit in against), None
 
     return spent

@@ -16,6 +16,9 @@ from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import sha256, write_text
 from clip_deploy.core.json_files import read_json
 from clip_deploy.core.manifest import provenance
+from clip_deploy.core.parsing import plain, read_record
+from clip_deploy.core.recommendation import Recommendation
+from clip_deploy.core.records import Validation
 from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER
 from clip_deploy.evaluate.embeddings import load_embeddings
 from clip_deploy.evaluate.gates import held
@@ -44,7 +47,7 @@ class Sources:
 
 
 def write_package(
-    advice: dict[str, Any], wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
+    advice: Recommendation, wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Fill `folder`, and return its manifest.
 
@@ -75,30 +78,30 @@ def write_package(
 
 
 def _packaged(
-    advice: dict[str, Any], wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
+    advice: Recommendation, wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    if wanted == RECOMMENDED and not advice["package"]:
+    if wanted == RECOMMENDED and not advice.package:
         raise UnavailableError(said(advice))
-    towers = advice["package"] if wanted == RECOMMENDED else dict.fromkeys(TOWERS, wanted)
+    towers = advice.package if wanted == RECOMMENDED else dict.fromkeys(TOWERS, wanted)
     names = list(dict.fromkeys(towers.values()))
     records = {name: check_fit(name, advice, sources, gates) for name in names}
     pair = " with ".join(towers[tower] for tower in TOWERS)
-    if len(names) > 1 and advice["pairs"].get(pair, {}).get("status") != "pass":
+    if len(names) > 1 and not (pair in advice.pairs and advice.pairs[pair].status == "pass"):
         raise DeployError(f"{pair} did not pass together (reports/recommendation.json): run `dvc repro`")
     origin = provenance({name: (read_target(sources.built / name), record) for name, record in records.items()}, facts)
-    origin["gates"] |= advice["pairs"] if wanted == RECOMMENDED else {}
+    origin["gates"] |= plain(advice.pairs) if wanted == RECOMMENDED else {}
     return {
         "format": FORMAT,
         **origin,
         **_fill(folder, towers, sources),
-        "metrics": {name: advice["targets"][name]["metrics"] for name in names},
+        "metrics": {name: advice.targets[name].metrics for name in names},
         "note": said(advice) if wanted == RECOMMENDED else f"{wanted} was asked for by name",
     }
 
 
-def said(advice: dict[str, Any]) -> str:
+def said(advice: Recommendation) -> str:
     """The advice's note, behind what speaks against the reference itself."""
-    return "; ".join([*advice["doubts"], advice["note"]])
+    return "; ".join([*advice.doubts, advice.note])
 
 
 def parts(image_input: str) -> list[str]:
@@ -119,23 +122,23 @@ def unpackable(folder: Path, portable: Path) -> str | None:
     return None
 
 
-def check_fit(name: str, advice: dict[str, Any], sources: Sources, gates: GatesConfig) -> dict[str, Any]:
+def check_fit(name: str, advice: Recommendation, sources: Sources, gates: GatesConfig) -> Validation:
     """What validate said of a target; DeployError where it did not pass, or its files are not those that did."""
-    known = advice["targets"]
+    known = advice.targets
     if name not in known:
         raise DeployError(f"target is {name!r}: the report knows {', '.join(known)}")
-    target, record = known[name], read_json(sources.validation / f"{name}.json")
-    fit = [other for other, row in known.items() if row["status"] == "pass" and row["runtime"] == RUNTIME]
+    target, record = known[name], read_record(Validation, sources.validation / f"{name}.json")
+    fit = [other for other, row in known.items() if row.status == "pass" and row.runtime == RUNTIME]
     others = [other for other in fit if other != name]
     way_out = f"fit are {', '.join(others)}" if others else "no other target is fit"
     missed = "; ".join(map(str, held(record, gates)))
-    if missed or target["status"] != "pass":
-        raise DeployError(f"{name} is not fit to ship: {missed or '; '.join(target['reasons'])}; {way_out}")
-    if target["runtime"] != RUNTIME:
-        raise DeployError(f"{name} runs with {target['runtime']}, and packages with ONNX Runtime alone; {way_out}")
-    for file in dict.fromkeys([*record["files"], *read_target(sources.built / name).files]):
+    if missed or target.status != "pass":
+        raise DeployError(f"{name} is not fit to ship: {missed or '; '.join(target.reasons)}; {way_out}")
+    if target.runtime != RUNTIME:
+        raise DeployError(f"{name} runs with {target.runtime}, and packages with ONNX Runtime alone; {way_out}")
+    for file in dict.fromkeys([*record.files, *read_target(sources.built / name).files]):
         path = sources.built / name / file
-        if not path.is_file() or sha256(path) != record["files"].get(file):
+        if not path.is_file() or sha256(path) != record.files.get(file):
             raise DeployError(f"{path} is not the file that was judged (reports/validate/{name}.json): run `dvc repro`")
     return record
 

@@ -8,7 +8,6 @@ import math
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -29,8 +28,9 @@ from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig, ReduceRange
 from clip_deploy.core.environment import has_vnni
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.records import Facts, Search
 from clip_deploy.data.preprocessed import Prepared, feeds
-from clip_deploy.evaluate.accuracy import losses, within
+from clip_deploy.evaluate.accuracy import Loss, losses, within
 from clip_deploy.evaluate.embeddings import encode_set
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.pre_post import put_on, take_off
@@ -72,14 +72,14 @@ def quantize(
             towers.write([])
         else:
             result.search = _write_within(towers, settings.accuracy_budget, seed)
-            result.build["left_in_float"] = len(result.search["left_in_float"])
+            result.build["left_in_float"] = len(result.search.left_in_float)
         towers.finish(output)
     result.files = onnx_file.files_of(output)
     return result
 
 
-def _described(settings: QuantizeConfig, calibration: Prepared, reduced: bool) -> dict[str, Any]:
-    facts: dict[str, Any] = {"method": settings.method.value, "per_channel": settings.per_channel}
+def _described(settings: QuantizeConfig, calibration: Prepared, reduced: bool) -> Facts:
+    facts: Facts = {"method": settings.method.value, "per_channel": settings.per_channel}
     if settings.keep_fp32:
         facts["keep_fp32"] = settings.keep_fp32
     if settings.method is Quantization.static:
@@ -90,7 +90,7 @@ def _described(settings: QuantizeConfig, calibration: Prepared, reduced: bool) -
     return facts | {"reduce_range": reduced}
 
 
-def _write_within(towers: "_Towers", budget: AccuracyBudget, seed: int) -> dict[str, Any]:
+def _write_within(towers: "_Towers", budget: AccuracyBudget, seed: int) -> Search:
     """Search with rounded operands, then judge the real graphs: where they miss the budget, leave more in float.
 
     From the search's answer upwards in steps of a tenth of the nodes until the budget holds, then back by bisection.
@@ -100,7 +100,7 @@ def _write_within(towers: "_Towers", budget: AccuracyBudget, seed: int) -> dict[
     order = list(found.sensitivity)
     reference = encode_set(towers.encoder(towers.work), towers.calibration)
 
-    def judged(left: int) -> dict[str, float]:
+    def judged(left: int) -> Loss:
         towers.write(order[:left])
         return losses(encode_set(towers.encoder(towers.small), towers.calibration), reference, towers.calibration, seed)
 
@@ -116,7 +116,7 @@ def _write_within(towers: "_Towers", budget: AccuracyBudget, seed: int) -> dict[
         missed, left, loss = (missed, written, trial) if within(trial, budget) else (written, left, loss)
     if written != left:
         towers.write(order[:left])
-    return {**asdict(found), "left_in_float": order[:left], **loss}
+    return replace(found, left_in_float=order[:left], **vars(loss))
 
 
 class _Towers:

@@ -15,14 +15,15 @@ from onnx import TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
 from clip_deploy.core.config import AccuracyBudget
+from clip_deploy.core.records import CurvePoint, Search
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared
-from clip_deploy.evaluate.accuracy import losses, within
+from clip_deploy.evaluate.accuracy import Loss, losses, within
 from clip_deploy.evaluate.embeddings import encode_set
 from clip_deploy.onnx_graph import onnx_file
 
 SCAN_ROWS = 16  # images, and texts, of the scan
-UNTOUCHED = {"top1_drop": 0.0, "flips": 0.0, "cosine": 1.0}
+UNTOUCHED = Loss(top1_drop=0.0, flips=0.0, cosine=1.0)
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the nodes at which the curve is drawn in any case
 
 
@@ -39,28 +40,6 @@ class Rounding:
     bits: int
     per_channel: bool
     ranges: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-
-
-@dataclass
-class Search:
-    """What the search found.
-
-    Attributes:
-        left_in_float: names of nodes, "<tower>: <node>", the most sensitive first.
-        nodes: how many can be quantised.
-        top1_drop, flips: of the calibration set, in percentage points and percent, with these nodes left in float.
-        cosine: mean over the calibration set of the cosine with FP32, both towers alike.
-        sensitivity: 1 - mean cosine of the embeddings where one node alone is quantised, in descending order.
-        curve: share of the nodes quantised (the least sensitive first), top1_drop, flips, cosine.
-    """
-
-    left_in_float: list[str]
-    nodes: int
-    top1_drop: float
-    flips: float
-    cosine: float
-    sensitivity: dict[str, float]
-    curve: list[dict[str, float]]
 
 
 class Switched:
@@ -187,9 +166,9 @@ def search(encoder: Switched, prepared: Prepared, budget: AccuracyBudget, seed: 
     order = list(sensitivity)
     encoder.on = set()
     reference = encode_set(encoder, prepared)
-    known: dict[int, dict[str, float]] = {0: UNTOUCHED}  # by the number of quantised nodes
+    known: dict[int, Loss] = {0: UNTOUCHED}  # by the number of quantised nodes
 
-    def loss(left: int) -> dict[str, float]:
+    def loss(left: int) -> Loss:
         count = len(order) - left
         if count not in known:
             encoder.on = set(order[left:])
@@ -204,5 +183,5 @@ def search(encoder: Switched, prepared: Prepared, budget: AccuracyBudget, seed: 
         low, high = (low, middle) if within(loss(middle), budget) else (middle, high)
     for share in CURVE:
         loss(round((1 - share) * len(order)))
-    curve = [{"share": count / len(order), **point} for count, point in sorted(known.items())]
-    return Search(order[:high], len(order), **loss(high), sensitivity=sensitivity, curve=curve)
+    curve = [CurvePoint(count / len(order), **vars(known[count])) for count in sorted(known)]
+    return Search(order[:high], len(order), **vars(loss(high)), sensitivity=sensitivity, curve=curve)

@@ -8,13 +8,15 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clip_deploy.core.environment import located
 from clip_deploy.core.errors import EVERY_ROW, ConfigError, DeployError, DiskError, UnavailableError
 from clip_deploy.core.files import disk_error_code, new_folder, sha256, write_text
+from clip_deploy.core.parsing import plain, read_record
+from clip_deploy.core.records import Facts, Search
 
 TOWERS = ("vision", "text")  # in this order everywhere
 MANIFEST = "target.json"
@@ -35,7 +37,7 @@ class Target:
         build: how it was made (opset, fused nodes, quantisation settings...), for the report.
         unavailable: why it could not be built here, or None.
         failed: whether that is an error that nobody foresaw: its row says `fail`.
-        search: which nodes INT8 leaves in float and why (sensitivity.Search), where there was a budget.
+        search: which nodes INT8 leaves in float and why (records.Search), where there was a budget.
         device: where it runs, "cpu" or "cuda".
         image_input: what its image tower takes: "pixel_values", or "images" (uint8 RGB) where it preprocesses itself.
         sha256: of each of `files` when it was built.
@@ -45,21 +47,44 @@ class Target:
     precision: str
     files: list[str] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
-    build: dict[str, Any] = field(default_factory=dict)
+    build: Facts = field(default_factory=dict)
     unavailable: str | None = None
     failed: bool = False
-    search: dict[str, Any] = field(default_factory=dict)
+    search: Search | None = None
     device: str = "cpu"
     image_input: str = "pixel_values"
     sha256: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def source(self) -> str | None:
+        """The target beside it that it was built from; None where that was PyTorch's model itself."""
+        source = self.build.get("source")
+        return source if isinstance(source, str) else None
+
+    @property
+    def opset(self) -> int | None:
+        """That its graphs were asked to have."""
+        opset = self.build.get("opset")
+        return opset if isinstance(opset, int) else None
+
+    def said(self, key: str) -> str:
+        """A fact of `build` in words; empty where it has none of that name."""
+        return str(self.build.get(key, ""))
+
+    @property
+    def kept_in_float(self) -> set[str]:
+        """Nodes that are in FP32 by the settings, by the search, or because float16 does not hold their values."""
+        kept, overflowing = (self.build.get(key, []) for key in ("keep_fp32", "left_in_fp32"))
+        names = set(map(str, kept)) if isinstance(kept, list) else set()
+        names |= {str(name).rsplit(" (", 1)[0] for name in overflowing} if isinstance(overflowing, list) else set()
+        return names | set(self.search.left_in_float if self.search else [])
+
 
 def read_target(folder: Path) -> Target:
-    path = folder / MANIFEST
-    try:
-        return Target(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder} is not a built target ({error}); run `dvc repro`") from error
+    """Raises ConfigError where the folder holds no target, or one of another version."""
+    if not (folder / MANIFEST).is_file():
+        raise ConfigError(f"{folder} is not a built target (it has no {MANIFEST}); run `dvc repro`")
+    return read_record(Target, folder / MANIFEST, null_is_nan=False)
 
 
 def check_files(folder: Path) -> None:
@@ -185,7 +210,7 @@ def build(output: Path, make: Callable[[Path], Target], fallback: Target | None)
             shutil.rmtree(folder)  # what was written before
             folder.mkdir()
         target.sha256 = {name: sha256(folder / name) for name in target.files}
-        write_text(folder / MANIFEST, json.dumps(asdict(target), indent=2) + "\n")
+        write_text(folder / MANIFEST, json.dumps(plain(target), indent=2) + "\n")
 
 
 def failure(error: Exception) -> str:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,18 +64,38 @@ def _installed(*names: str) -> str | None:
     return None
 
 
-def hardware() -> dict:
-    """Processor, its instruction sets, memory and GPUs, and which machine of that type it is."""
+@dataclass(frozen=True)
+class Hardware:
+    """Processor, its instruction sets, memory and GPUs, and which machine of that type it is (see machine)."""
+
+    system: str
+    cpu: str
+    cores: int
+    instruction_sets: list[str]
+    memory_gb: int
+    gpus: list[str]
+    machine: str | None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """reports/environment.json: versions of Python and of libraries, None where one is missing, and the machine."""
+
+    software: dict[str, str | None]
+    hardware: Hardware
+
+
+def hardware() -> Hardware:
     cpu, flags = _processor()
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu,
-        "cores": cores(),
-        "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
-        "gpus": gpus(),
-        "machine": machine(),
-    }
+    return Hardware(
+        system=f"{platform.system()} {platform.machine()}",
+        cpu=cpu,
+        cores=cores(),
+        instruction_sets=[name for name in INSTRUCTION_SETS if name in flags],
+        memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        gpus=gpus(),
+        machine=machine(),
+    )
 
 
 def machine() -> str | None:

@@ -6,7 +6,9 @@ from typing import Any
 
 from clip_deploy.core.artifact import BESIDE, Target, differences
 from clip_deploy.core.errors import DeployError
-from clip_deploy.core.json_files import read_json
+from clip_deploy.core.json_files import read_json, rounded
+from clip_deploy.core.parsing import plain
+from clip_deploy.core.records import Validation
 
 INSIDE = "manifest.json"  # of packages and repositories
 
@@ -84,7 +86,7 @@ def described(manifest: dict[str, Any]) -> str:
 PROVENANCE = ("model", "seed", "versions", "checkpoint", "builds", "gates")  # in every manifest
 
 
-def provenance(judged: Mapping[str, tuple[Target, dict[str, Any]]], facts: dict[str, Any]) -> dict[str, Any]:
+def provenance(judged: Mapping[str, tuple[Target, Validation]], facts: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says of its targets: PROVENANCE.
 
     Args:
@@ -100,7 +102,12 @@ def provenance(judged: Mapping[str, tuple[Target, dict[str, Any]]], facts: dict[
             for name, (target, _) in judged.items()
         },
         "gates": {
-            name: {**{key: record[key] for key in ("status", "reasons", "precision")}, **record.get("limits", {})}
+            name: {
+                "status": record.status,
+                "reasons": record.reasons,
+                "precision": record.precision,
+                **rounded(plain(record.limits)),
+            }
             for name, (_, record) in judged.items()
         },
     }

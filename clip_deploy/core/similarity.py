@@ -1,29 +1,27 @@
 """How close a target's embeddings are to the untouched FP32 model's."""
 
-from typing import Any
-
 import numpy as np
 
+from clip_deploy.core.records import Parity
 
-def compare(actual: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+
+def compare(actual: np.ndarray, reference: np.ndarray) -> Parity:
     """Cosine of each row with the reference's row (lowest, 1st percentile, mean) and the largest absolute difference.
 
     Args:
         actual, reference: [rows, dimension], not normalised.
 
-    Returns:
-        cosine_min, cosine_p1, cosine_mean, max_abs_diff, and finite: False where a NaN or an infinity was found (the
-        cosines then count such a row as 0).
+    A row with a NaN or an infinity counts as a cosine of 0.
     """
     finite = bool(np.isfinite(actual).all())
     cosines = row_cosines(np.nan_to_num(actual, nan=0.0, posinf=0.0, neginf=0.0), reference)
-    return {
-        "cosine_min": float(cosines.min()),
-        "cosine_p1": float(np.percentile(cosines, 1)),
-        "cosine_mean": float(cosines.mean()),
-        "max_abs_diff": float(np.abs(actual - reference).max()) if finite else float("nan"),
-        "finite": finite,
-    }
+    return Parity(
+        cosine_min=float(cosines.min()),
+        cosine_p1=float(np.percentile(cosines, 1)),
+        cosine_mean=float(cosines.mean()),
+        max_abs_diff=float(np.abs(actual - reference).max()) if finite else float("nan"),
+        finite=finite,
+    )
 
 
 def row_cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:

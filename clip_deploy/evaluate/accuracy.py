@@ -1,10 +1,12 @@
 """What the embeddings are used for: zero-shot classes and retrieval, and whether a target still answers the same."""
 
+from dataclasses import dataclass
 from math import comb
 
 import numpy as np
 
 from clip_deploy.core.config import AccuracyBudget
+from clip_deploy.core.records import Retrieval, ZeroShot
 from clip_deploy.core.similarity import normalized, row_cosines
 from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.evaluate.embeddings import Embeddings
@@ -12,27 +14,34 @@ from clip_deploy.evaluate.embeddings import Embeddings
 RESAMPLES = 2000  # of the paired bootstrap
 
 
-def zero_shot(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Loss:
+    """What a change costs: drop of top-1 in percentage points (0 without classes), flips in percent, mean cosine."""
+
+    top1_drop: float
+    flips: float
+    cosine: float
+
+
+def zero_shot(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> ZeroShot:
     """Classify each image by the nearest class (mean of its templates' embeddings: CLIP paper, section 3.1.4).
 
-    Returns:
-        top1, top5 and reference_top1 in percent; top1_drop in percentage points (reference minus target) with its 95 %
-        paired bootstrap interval top1_drop_low, top1_drop_high; mcnemar_p.
+    The drop is the reference's top-1 minus the target's, with its 95 % paired bootstrap interval.
     """
     classes = len(prepared.manifest["classes"])
     scores, expected = class_scores(actual, classes), class_scores(reference, classes)
     labels = prepared.labels
     right, reference_right = scores.argmax(axis=1) == labels, expected.argmax(axis=1) == labels
     low, high = bootstrap_drop(reference_right, right, seed)
-    return {
-        "top1": 100 * float(right.mean()),
-        "top5": 100 * float((top(scores, 5) == labels[:, None]).any(axis=1).mean()),
-        "reference_top1": 100 * float(reference_right.mean()),
-        "top1_drop": 100 * float(reference_right.mean() - right.mean()),
-        "top1_drop_low": low,
-        "top1_drop_high": high,
-        "mcnemar_p": mcnemar(reference_right, right),
-    }
+    return ZeroShot(
+        top1=100 * float(right.mean()),
+        top5=100 * float((top(scores, 5) == labels[:, None]).any(axis=1).mean()),
+        reference_top1=100 * float(reference_right.mean()),
+        top1_drop=100 * float(reference_right.mean() - right.mean()),
+        top1_drop_low=low,
+        top1_drop_high=high,
+        mcnemar_p=mcnemar(reference_right, right),
+    )
 
 
 def class_scores(embeddings: Embeddings, classes: int) -> np.ndarray:
@@ -41,19 +50,22 @@ def class_scores(embeddings: Embeddings, classes: int) -> np.ndarray:
     return normalized(embeddings.images) @ normalized(prompts.mean(axis=1)).T
 
 
-def retrieval(embeddings: Embeddings, prepared: Prepared) -> dict[str, float]:
+def retrieval(embeddings: Embeddings, prepared: Prepared) -> Retrieval:
     """Recall at 1 and 5 in percent, image to text and text to image; captions of the same words count as one."""
     scores = caption_scores(embeddings)
     texts = [set(prepared.caption_text[prepared.caption_image == row]) for row in range(len(scores))]
     relevant = np.array([[text in own for text in prepared.caption_text] for own in texts])
-    return {
-        f"{direction}_r{k}": 100 * float(np.take_along_axis(hits, top(side, k), axis=1).any(axis=1).mean())
-        for direction, side, hits in (
-            ("image_to_text", scores, relevant),
-            ("text_to_image", scores.T, relevant.T),
-        )
-        for k in (1, 5)
-    }
+    return Retrieval(
+        image_to_text_r1=recall(scores, relevant, 1),
+        image_to_text_r5=recall(scores, relevant, 5),
+        text_to_image_r1=recall(scores.T, relevant.T, 1),
+        text_to_image_r5=recall(scores.T, relevant.T, 5),
+    )
+
+
+def recall(scores: np.ndarray, relevant: np.ndarray, k: int) -> float:
+    """Percent of the rows with something relevant among the k highest scores."""
+    return 100 * float(np.take_along_axis(relevant, top(scores, k), axis=1).any(axis=1).mean())
 
 
 def caption_scores(embeddings: Embeddings) -> np.ndarray:
@@ -102,15 +114,15 @@ def discordant(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:
     return int((before & ~after).sum()), int((~before & after).sum())
 
 
-def losses(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> dict[str, float]:
-    """Drop of top-1 in percentage points (0 without classes), percent of answers that flipped, and mean cosine."""
-    drop = zero_shot(actual, reference, prepared, seed)["top1_drop"] if prepared.manifest["classes"] else 0.0
+def losses(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> Loss:
+    """What `actual` loses against the reference."""
+    drop = zero_shot(actual, reference, prepared, seed).top1_drop if prepared.manifest["classes"] else 0.0
     cosines = [
         float(row_cosines(ours, theirs).mean())
         for ours, theirs in ((actual.images, reference.images), (actual.texts, reference.texts))
     ]
-    return {"top1_drop": drop, "flips": flips(actual, reference, prepared), "cosine": float(np.mean(cosines))}
+    return Loss(drop, flips(actual, reference, prepared), float(np.mean(cosines)))
 
 
-def within(loss: dict[str, float], budget: AccuracyBudget) -> bool:
-    return loss["top1_drop"] <= budget.max_top1_drop and loss["flips"] <= budget.max_flips
+def within(loss: Loss, budget: AccuracyBudget) -> bool:
+    return loss.top1_drop <= budget.max_top1_drop and loss.flips <= budget.max_flips

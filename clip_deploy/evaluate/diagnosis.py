@@ -9,9 +9,8 @@ The graphs run on the CPU, whatever the target's device.
 import re
 import tempfile
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +19,7 @@ import onnx_ir as ir
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Gate
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.records import Diagnosis, Drop
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared, Texts
 from clip_deploy.evaluate.embeddings import Embeddings
@@ -33,53 +33,31 @@ FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 ROUNDING = 1e-5  # 1 - cosine of two graphs that differ in the order of float32 sums
 
 
-@dataclass
-class Drop:
-    """Where one tower's cosine with its FP32 graph falls.
-
-    Attributes:
-        layer: the part of a layer behind which it has fallen first, as transformers names its weights.
-        node: the node there behind which it has fallen most.
-        cosine_before, cosine_after: lowest of any row, in front of the layer's part and behind it.
-        nodes: to keep in FP32, "<tower>: <node>", of all parts that have to be for the gate; an FP32 target has none.
-    """
-
-    tower: str
-    layer: str
-    node: str
-    cosine_before: float
-    cosine_after: float
-    nodes: list[str]
-
-
-def diagnose(folder: Path, prepared: Prepared, actual: Embeddings, reference: Embeddings, gate: Gate) -> dict[str, Any]:
+def diagnose(folder: Path, prepared: Prepared, actual: Embeddings, reference: Embeddings, gate: Gate) -> Diagnosis:
     """Find, for each tower that missed its cosine (for both where none did), where it is lost.
 
     Args:
         folder: the target's; its source is the folder beside it that target.build names.
         actual, reference: embeddings of the prepared set, the target's and the untouched model's.
-
-    Returns:
-        reference (the source's name or None), drops (as Drop), and notes: why a tower has none.
     """
     target = read_target(folder)
-    found: dict[str, Any] = {"reference": target.build.get("source"), "drops": [], "notes": []}
     if reason := _closed(folder, target):
-        return found | {"notes": [reason]}
+        return Diagnosis(target.source, [], [reason])
+    found: list[Drop | str] = []
     inputs = {"vision": _worst_images(prepared, actual, reference), "text": _worst_texts(prepared, actual, reference)}
     missed = [tower for tower, worst in inputs.items() if not worst.cosine >= gate.min_cosine]
     for tower in missed or inputs:
         allowed = 1 - gate.min_cosine if missed else None
         with tempfile.TemporaryDirectory() as work:
-            pair = Pair(tower, folder.parent / target.build["source"], folder, target, Path(work))
-            drop = pair.drop(inputs[tower], allowed)
-        found["drops" if isinstance(drop, Drop) else "notes"].append(asdict(drop) if isinstance(drop, Drop) else drop)
-    return found
+            pair = Pair(tower, folder.parent / str(target.source), folder, target, Path(work))
+            found.append(pair.drop(inputs[tower], allowed))
+    drops = [drop for drop in found if isinstance(drop, Drop)]
+    return Diagnosis(target.source, drops, [note for note in found if isinstance(note, str)])
 
 
 def _closed(folder: Path, target: Target) -> str | None:
     """Why no two graphs can be compared."""
-    source = target.build.get("source")
+    source = target.source
     if any(not (folder / f"{tower}.onnx").is_file() for tower in EMBEDS):
         return f"no layer is named: a {target.runtime} target gives no outputs but its last"
     if source is None:
@@ -259,8 +237,7 @@ class Pair:
 
     def candidates(self, part: Part) -> list[str]:
         """Nodes of a part that are not in FP32 yet: products and tables for INT8, all that computes in floats else."""
-        kept = {*self.target.build.get("keep_fp32", []), *self.target.search.get("left_in_float", [])}
-        kept |= {name.rsplit(" (", 1)[0] for name in self.target.build.get("left_in_fp32", [])}
+        kept = self.target.kept_in_float
         if self.target.precision == "fp32":
             return []
         if self.target.precision == "int8":

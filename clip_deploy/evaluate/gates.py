@@ -1,14 +1,12 @@
 """Whether what was measured of a target keeps its gate, and what a manifest says of it."""
 
 from dataclasses import asdict, dataclass
-from math import nan
-from typing import Any
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import Gate, GatesConfig
+from clip_deploy.core.records import Limit, Measured, Validation
 
 LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
-MEASURED = ("shapes", "flips", "trained", "doubts")  # besides both towers' parity: what no record lacks that passed
 
 
 @dataclass(frozen=True)
@@ -23,87 +21,85 @@ class Miss:
         return f"{self.quantity} {self.value} {self.limit}".rstrip()
 
 
-def judge(record: dict[str, Any], gate: Gate, precision: str) -> list[str]:
+def gate_of(gates: GatesConfig, precision: str) -> Gate:
+    """The gate of a precision class."""
+    gate: Gate = getattr(gates, precision)
+    return gate
+
+
+def judge(found: Measured, trained: bool, gate: Gate, precision: str) -> list[str]:
     """Every way in which the target misses its gate, in words."""
-    return [str(miss) for miss in misses(record, gate, precision)]
+    return [str(miss) for miss in misses(found, trained, gate, precision)]
 
 
-def doubted(record: dict[str, Any], gates: GatesConfig) -> list[Miss]:
+def doubted(record: Validation, gates: GatesConfig) -> list[Miss]:
     """What speaks against the reference itself, where gates.above_chance asks for it: no target is better than that."""
-    return [Miss(doubt, "(gates.above_chance)") for doubt in record.get("doubts", []) if gates.above_chance]
+    return [Miss(doubt, "(gates.above_chance)") for doubt in record.doubts or [] if gates.above_chance]
 
 
-def misses(record: dict[str, Any], gate: Gate, precision: str) -> list[Miss]:
+def misses(found: Measured, trained: bool, gate: Gate, precision: str) -> list[Miss]:
     """Every way in which the target misses its gate; random weights are held to the cosine only."""
-    found = [Miss(tower, "gives NaN or infinity") for tower, parity in record["parity"].items() if not parity["finite"]]
-    cosines = _cosines(record)
-    if not record.get("length_error", 0.0) <= LENGTH_ERROR:
-        found.append(Miss("onnx.normalize: an embedding's length is off 1 by", f"{record['length_error']:.1e}"))
+    missed = [Miss(tower, "gives NaN or infinity") for tower, parity in found.parity.items() if not parity.finite]
+    cosines = _cosines(found)
+    if found.length_error is not None and not found.length_error <= LENGTH_ERROR:
+        missed.append(Miss("onnx.normalize: an embedding's length is off 1 by", f"{found.length_error:.1e}"))
     low = sorted((name for name in cosines if not cosines[name] >= gate.min_cosine), key=lambda name: cosines[name])
     if low:
         others = f", and {len(low) - 1} more ({', '.join(low[1:])})" if low[1:] else ""
         limit = f"< {gate.min_cosine} (gates.{precision}.min_cosine){others}"
-        found.append(Miss(f"{low[0]}: cosine", f"{cosines[low[0]]:.6f}", limit))
-    if record["trained"]:
-        drop = record.get("zero_shot", {}).get("top1_drop", 0.0)
-        changed = _changed_by_head(record)
-        flips = f"> {gate.max_flips} (gates.{precision}.max_flips)"
-        if not drop <= gate.max_top1_drop:
-            limit = f"> {gate.max_top1_drop} (gates.{precision}.max_top1_drop)"
-            found.append(Miss("top-1 drop", f"{drop:.2f} points", limit))
-        if not changed <= gate.max_flips:
-            found.append(Miss("the zero-shot head changes", f"{changed:.2f} %", flips))
-        if not record["flips"] <= gate.max_flips:
-            found.append(Miss("flips", f"{record['flips']:.2f} %", flips))
-    return found
+        missed.append(Miss(f"{low[0]}: cosine", f"{cosines[low[0]]:.6f}", limit))
+    return missed + (_wrong_answers(found, gate, precision) if trained else [])
 
 
-def _cosines(record: dict[str, Any]) -> dict[str, float]:
-    return {tower: parity["cosine_min"] for tower, parity in record["parity"].items()} | record["shapes"]
+def _wrong_answers(found: Measured, gate: Gate, precision: str) -> list[Miss]:
+    missed = []
+    drop = found.zero_shot.top1_drop if found.zero_shot else 0.0
+    changed = _changed_by_head(found)
+    flips = f"> {gate.max_flips} (gates.{precision}.max_flips)"
+    if not drop <= gate.max_top1_drop:
+        limit = f"> {gate.max_top1_drop} (gates.{precision}.max_top1_drop)"
+        missed.append(Miss("top-1 drop", f"{drop:.2f} points", limit))
+    if not changed <= gate.max_flips:
+        missed.append(Miss("the zero-shot head changes", f"{changed:.2f} %", flips))
+    if not found.flips <= gate.max_flips:
+        missed.append(Miss("flips", f"{found.flips:.2f} %", flips))
+    return missed
 
 
-def _changed_by_head(record: dict[str, Any]) -> float:
-    return 100 - record.get("classifier", {}).get("agreement_percent", 100.0)
+def _cosines(found: Measured) -> dict[str, float]:
+    return {tower: parity.cosine_min for tower, parity in found.parity.items()} | found.shapes
 
 
-def held(record: dict[str, Any], gates: GatesConfig) -> list[Miss]:
+def _changed_by_head(found: Measured) -> float:
+    agreement = found.classifier.agreement_percent if found.classifier else None
+    return 0.0 if agreement is None else 100 - agreement
+
+
+def held(record: Validation, gates: GatesConfig) -> list[Miss]:
     """What keeps a target from passing: its numbers against the gates as they are now, and its own verdict.
 
-    Args:
-        record: what validate said of it. A number that is NaN keeps no limit, and what was not measured passes none.
+    A number that is NaN keeps no limit, and what was not measured passes none.
     """
-    record = numbers(record)
-    whole = set(TOWERS) <= set(record.get("parity", {})) and set(MEASURED) <= set(record)
-    found = misses(record, getattr(gates, record["precision"]), record["precision"]) if whole else []
-    found += doubted(record, gates)
-    if found:
-        return found
-    status = record.get("status")
-    if status != "pass":
-        return [Miss("gate", str(status), "; ".join(record.get("reasons", [])))]
+    found = record.measured
+    whole = found is not None and set(TOWERS) <= set(found.parity) and record.doubts is not None
+    gate = gate_of(gates, record.precision)
+    missed = misses(found, record.trained, gate, record.precision) if found and whole else []
+    missed += doubted(record, gates)
+    if missed:
+        return missed
+    if record.status != "pass":
+        return [Miss("gate", record.status, "; ".join(record.reasons))]
     return [] if whole else [Miss("gate", "pass, and not all was measured", "run `dvc repro`")]
 
 
-def numbers(value: Any) -> Any:
-    """NaN in the place of null, as which results.write_json writes it: it keeps no limit."""
-    if isinstance(value, dict):
-        return {key: numbers(item) for key, item in value.items()}
-    return nan if value is None else value
+def limits(found: Measured, trained: bool, gate: Gate) -> dict[str, Limit]:
+    """Each limit of the gate with the worst value that was held against it, or why none was, in the limit's unit."""
+    values: dict[str, float | str] = {"min_cosine": min(_cosines(found).values())}
+    drop = found.zero_shot.top1_drop if found.zero_shot else "the evaluation set has no classes"
+    answers = {"max_top1_drop": drop, "max_flips": max(found.flips, _changed_by_head(found))}
+    values |= answers if trained else dict.fromkeys(answers, "the weights are random")
+    return {name: _limit(limit, values[name]) for name, limit in asdict(gate).items()}
 
 
-def limits(record: dict[str, Any], gate: Gate) -> dict[str, dict[str, Any]]:
-    """Each limit of the gate with the worst value that was held against it, or why none was.
-
-    Returns:
-        By the limit's name: `limit`, and `value` or `unchecked`, in the limit's unit.
-    """
-    values: dict[str, float | str] = dict.fromkeys(asdict(gate), "not measured")
-    if "parity" in record:
-        values["min_cosine"] = min(_cosines(record).values())
-        drop = record.get("zero_shot", {}).get("top1_drop", "the evaluation set has no classes")
-        answers = {"max_top1_drop": drop, "max_flips": max(record["flips"], _changed_by_head(record))}
-        values |= answers if record["trained"] else dict.fromkeys(answers, "the weights are random")
-    return {
-        name: {"limit": limit, "unchecked" if isinstance(values[name], str) else "value": values[name]}
-        for name, limit in asdict(gate).items()
-    }
+def _limit(limit: float, value: float | str) -> Limit:
+    return Limit(limit, unchecked=value) if isinstance(value, str) else Limit(limit, value)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_deploy.core.artifact import read_target
+from clip_deploy.core.records import Measured
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.embeddings import load_embeddings
 from clip_deploy.evaluate.validation import measure
@@ -19,7 +20,7 @@ class Pair:
         self.text_inputs, self.encode_texts = text.text_inputs, text.encode_texts
 
 
-def measure_pair(folders: dict[str, Path], evaluation: Path) -> dict[str, Any]:
+def measure_pair(folders: dict[str, Path], evaluation: Path) -> Measured:
     """As validation.measure does, on the prepared set in `evaluation`; `folders` has a target for each tower."""
     target = read_target(folders["vision"])
     model = {key: value for key, value in target.model.items() if key != "classifier"}

@@ -1,5 +1,6 @@
 """Check one target against the untouched FP32 model: is the file sound, the embeddings close, the answers the same?"""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from clip_deploy.core.config import Gate, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import sha256
 from clip_deploy.core.manifest import provenance
+from clip_deploy.core.records import Diagnosis, Graph, HeadAgreement, Measured, PixelParity, Validation
 from clip_deploy.core.similarity import compare, normalized, row_cosines
 from clip_deploy.core.subprocesses import CrashError, call_in_child
 from clip_deploy.data.preprocessed import Images, Prepared
@@ -23,23 +25,23 @@ from clip_deploy.evaluate.embeddings import (
     image_inputs,
     load_embeddings,
 )
-from clip_deploy.evaluate.gates import doubted, judge, limits
+from clip_deploy.evaluate.gates import doubted, gate_of, judge, limits
 from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
 
 FORMAT = 1  # of a target's manifest
 BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
 
 
-def validate_apart(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> dict[str, Any]:
+def validate_apart(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> Validation:
     """As validate, in a process of its own: a runtime that crashes, hangs or eats all memory makes the target fail."""
     try:
         return call_in_child(validate, folder, prepared, reference, gates, seed, limit_s=gates.max_seconds)
     except Exception as error:  # whatever a library raises is this row's result
         target, reason = read_target(folder), str(error) if isinstance(error, CrashError) else failure(error)
-        return {"status": "fail", "reasons": [reason], "precision": target.precision, **_what(target)}
+        return _record(target, "fail", reason)
 
 
-def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> dict[str, Any]:
+def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> Validation:
     """Judge the target in `folder`.
 
     Args:
@@ -47,39 +49,65 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
         reference: the .npz of the untouched model's embeddings of that set.
         gates: what each precision class must reach.
 
-    Returns:
-        A record with status "pass", "fail" (and reasons) or "unavailable" (and the reason), and all that was measured.
+    Its status is "pass", "fail" (with reasons) or "unavailable" (with the reason).
     """
     target = read_target(folder)
-    record: dict[str, Any] = {"status": "unavailable", "reasons": [], "precision": target.precision, **_what(target)}
     try:
         encoder = open_encoder(folder)
     except UnavailableError as error:
-        return record | {"status": "fail" if target.failed else "unavailable", "reasons": [str(error)]}
+        return _record(target, "fail" if target.failed else "unavailable", str(error))
     except DeployError as error:
-        return record | {"status": "fail", "reasons": [str(error)]}
-    gate: Gate = getattr(gates, target.precision)
-    record |= {"size_mb": size_bytes(folder) / 1e6, "files": {name: sha256(folder / name) for name in target.files}}
+        return _record(target, "fail", str(error))
+    files = {name: sha256(folder / name) for name in target.files}
+    record = replace(_record(target, "pass"), size_mb=size_bytes(folder) / 1e6, files=files)
+    return _judged(record, folder, encoder, prepared, load_embeddings(reference), gates, seed)
+
+
+def _record(target: Target, status: str, *reasons: str) -> Validation:
+    """What is known of a target before it is opened."""
+    return Validation(
+        status=status,
+        reasons=list(reasons),
+        precision=target.precision,
+        runtime=target.runtime,
+        device=target.device,
+        build=target.build,
+        trained=target.model.get("trained", True),
+        search=target.search,
+    )
+
+
+def _judged(
+    record: Validation,
+    folder: Path,
+    encoder: Encoder,
+    prepared: Prepared,
+    reference: Embeddings,
+    gates: GatesConfig,
+    seed: int,
+) -> Validation:
+    """The record of an opened target, with all that can be measured of it."""
+    target, gate = read_target(folder), gate_of(gates, record.precision)
     try:
         if any(name.endswith(".onnx") for name in target.files):
-            record["graphs"] = graphs(folder, target.build["opset"])
-            record |= shell(folder, target, prepared)
-        record["doubts"] = doubts(load_embeddings(reference), prepared) if record["trained"] else []
-        record |= measure(encoder, prepared, load_embeddings(reference), target, seed)
-        if isinstance(encoder, PlacedEncoder) and target.device == "cuda":
-            record["placement"] = encoder.placement()
+            record = replace(record, graphs=graphs(folder, target.opset))
+            record = replace(record, pixels=pixels(folder, target, prepared))
+        record = replace(record, doubts=doubts(reference, prepared) if record.trained else [])
+        measured = measure(encoder, prepared, reference, target, seed)
     except UnavailableError as error:
-        return record | {"reasons": [str(error)]}
+        return replace(record, status="unavailable", reasons=[str(error)])
     except DeployError as error:
-        return record | {"status": "fail", "reasons": [str(error)]}
-    reasons = judge(record, gate, target.precision)
-    if reasons:
-        record["diagnosis"] = diagnosis(folder, encoder, prepared, load_embeddings(reference), gate)
+        return replace(record, status="fail", reasons=[str(error)])
+    placed = encoder.placement() if isinstance(encoder, PlacedEncoder) and target.device == "cuda" else {}
+    record = replace(record, measured=measured, placement=placed)
+    if reasons := judge(measured, record.trained, gate, target.precision):
+        record = replace(record, diagnosis=diagnosis(folder, encoder, prepared, reference, gate))
     reasons = [*map(str, doubted(record, gates)), *reasons]
-    return record | {"status": "fail" if reasons else "pass", "reasons": reasons, "limits": limits(record, gate)}
+    status = "fail" if reasons else "pass"
+    return replace(record, status=status, reasons=reasons, limits=limits(measured, record.trained, gate))
 
 
-def manifest(folder: Path, record: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def manifest(folder: Path, record: Validation, facts: dict[str, Any]) -> dict[str, Any]:
     """What stands beside a target's folder: what it was made from and how, how it was judged, and all its files.
 
     Args:
@@ -91,21 +119,11 @@ def manifest(folder: Path, record: dict[str, Any], facts: dict[str, Any]) -> dic
         "format": FORMAT,
         "target": folder.name,
         **described,
-        "files": hashes(folder, record.get("files", {})),
+        "files": hashes(folder, record.files),
     }
 
 
-def _what(target: Target) -> dict[str, Any]:
-    known = {
-        "runtime": target.runtime,
-        "device": target.device,
-        "build": target.build,
-        "trained": target.model.get("trained", True),
-    }
-    return known | ({"search": target.search} if target.search else {})
-
-
-def graphs(folder: Path, opset: int) -> dict[str, Any]:
+def graphs(folder: Path, opset: int | None) -> dict[str, Graph]:
     """Checker and graph information of both towers; DeployError where a file does not declare the opset asked for."""
     from clip_deploy.onnx_graph import onnx_file  # the targets of PyTorch need no onnx
 
@@ -114,32 +132,32 @@ def graphs(folder: Path, opset: int) -> dict[str, Any]:
         path = folder / f"{tower}.onnx"
         onnx_file.check(path)
         described[tower] = onnx_file.describe(path)
-        written = described[tower]["opsets"]["ai.onnx"]
+        written = described[tower].opsets["ai.onnx"]
         if written != opset:
             raise DeployError(f"{path.name} declares opset {written}, onnx.opset asked for {opset}")
     return described
 
 
-def diagnosis(folder: Path, encoder: Encoder, prepared: Prepared, reference: Embeddings, gate: Gate) -> dict[str, Any]:
+def diagnosis(folder: Path, encoder: Encoder, prepared: Prepared, reference: Embeddings, gate: Gate) -> Diagnosis:
     """Where the target loses what its gate asks for; a note where its graphs cannot be opened up."""
     from clip_deploy.evaluate.diagnosis import diagnose  # the targets of PyTorch need no onnx
 
     try:
         return diagnose(folder, prepared, encode_set(encoder, prepared), reference, gate)
     except DeployError as error:
-        return {"reference": None, "drops": [], "notes": [f"no layer is named: {error}"]}
+        return Diagnosis(None, [], [f"no layer is named: {error}"])
 
 
-def shell(folder: Path, target: Target, prepared: Prepared) -> dict[str, Any]:
-    """What stands around the image tower, held against the checkpoint's own processor."""
+def pixels(folder: Path, target: Target, prepared: Prepared) -> PixelParity | None:
+    """The preprocessing in front of the image tower, held against the checkpoint's own processor."""
     if target.image_input == "pixel_values" or prepared.images is None:
-        return {}
+        return None
     from clip_deploy.onnx_graph.preprocessing import pixel_parity  # the targets of PyTorch need no onnx
 
-    return {"pixels": pixel_parity(folder / "vision.onnx", prepared)}
+    return pixel_parity(folder / "vision.onnx", prepared)
 
 
-def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target: Target, seed: int) -> dict[str, Any]:
+def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target: Target, seed: int) -> Measured:
     """Parity, batches, sequence lengths, zero-shot, retrieval and flips of an opened target."""
     try:
         actual = encode_set(encoder, prepared)
@@ -149,40 +167,44 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
     except Exception as error:  # whatever the runtime raises is this row's result
         raise DeployError(f"encoding failed: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
     alike = normalized if target.model.get("normalize") else np.asarray  # lengths are compared where they are kept
-    record: dict[str, Any] = {
-        "parity": {
+    clean = Embeddings(*(np.nan_to_num(part) for part in (actual.images, actual.captions, actual.prompts)))
+    settings, classes = target.model.get("classifier"), prepared.manifest["classes"]
+    return Measured(
+        parity={
             "vision": compare(actual.images, alike(reference.images)),
             "text": compare(_texts(actual), alike(_texts(reference))),
         },
-        "shapes": shapes,
-    }
-    if target.model.get("normalize"):
-        lengths = np.linalg.norm(np.concatenate([actual.images, _texts(actual)]), axis=1)
-        record["length_error"] = float(np.abs(lengths - 1).max())
-    if target.model.get("classifier"):
-        record["classifier"] = head(encoder, prepared, reference, target.model["classifier"])
-    clean = Embeddings(*(np.nan_to_num(part) for part in (actual.images, actual.captions, actual.prompts)))
-    if prepared.manifest["classes"]:
-        record["zero_shot"] = accuracy.zero_shot(clean, reference, prepared, seed)
-    if len(prepared.captions):
-        record["retrieval"] = accuracy.retrieval(clean, prepared)
-    return record | {"flips": accuracy.flips(clean, reference, prepared), "evaluation": prepared.identity}
+        shapes=shapes,
+        length_error=_length_error(actual) if target.model.get("normalize") else None,
+        classifier=head(encoder, prepared, reference, settings) if settings else None,
+        zero_shot=accuracy.zero_shot(clean, reference, prepared, seed) if classes else None,
+        retrieval=accuracy.retrieval(clean, prepared) if len(prepared.captions) else None,
+        flips=accuracy.flips(clean, reference, prepared),
+        evaluation=prepared.identity,
+    )
 
 
-def head(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: dict[str, Any]) -> dict[str, Any]:
+def _length_error(embeddings: Embeddings) -> float:
+    lengths = np.linalg.norm(np.concatenate([embeddings.images, _texts(embeddings)]), axis=1)
+    return float(np.abs(lengths - 1).max())
+
+
+def head(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: dict[str, Any]) -> HeadAgreement:
     """Share of images to which a zero-shot head gives the label that the untouched model gives.
 
     The set's prompts hold the labels' embeddings where its classes and templates do; else there is nothing to compare.
     """
     classes, templates = prepared.manifest["classes"], prepared.manifest["templates"]
     if settings["template"] not in templates or not set(settings["labels"]) <= set(classes):
-        return {"unchecked": "the evaluation set lacks a label of onnx.classifier among its classes, or onnx.template"}
+        return HeadAgreement(
+            unchecked="the evaluation set lacks a label of onnx.classifier among its classes, or onnx.template"
+        )
     template = templates.index(settings["template"])
     rows = [classes.index(label) * len(templates) + template for label in settings["labels"]]
     expected = normalized(reference.images) @ normalized(reference.prompts[rows]).T
     actual = encode_images(_Classifier(encoder), image_inputs(encoder, prepared))
     agree = actual.argmax(axis=1) == expected.argmax(axis=1)
-    return {"labels": len(rows), "agreement_percent": 100 * float(agree.mean())}
+    return HeadAgreement(labels=len(rows), agreement_percent=100 * float(agree.mean()))
 
 
 class _Classifier:

@@ -5,7 +5,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +13,7 @@ import onnxruntime
 
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.records import Graph
 
 EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
 FUSED_ATTENTION = {"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"}
@@ -106,19 +106,19 @@ def opset_of(path: Path) -> int:
     return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> Graph:
     """Graph information: IR and opset versions, producer, inputs and outputs with shapes, nodes, the tower's census."""
     model = onnx.load(path, load_external_data=False)
     counts = Counter(node.op_type for node in model.graph.node if not node.name.startswith(SHELL))
-    return {
-        "ir_version": model.ir_version,
-        "producer": f"{model.producer_name} {model.producer_version}".strip(),
-        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
-        "inputs": {value.name: _shape(value) for value in model.graph.input},
-        "outputs": {value.name: _shape(value) for value in model.graph.output},
-        "nodes": len(model.graph.node),
-        "fusion": census(counts),
-    }
+    return Graph(
+        ir_version=model.ir_version,
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        opsets={entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        inputs={value.name: _shape(value) for value in model.graph.input},
+        outputs={value.name: _shape(value) for value in model.graph.output},
+        nodes=len(model.graph.node),
+        fusion=census(counts),
+    )
 
 
 def census(counts: Counter) -> dict[str, int]:

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from clip_deploy.core.errors import DataError, UnavailableError
+from clip_deploy.core.records import PixelParity
 from clip_deploy.data.preprocessed import Prepared, batches
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.pre_post import FRONT, Nodes, Shell
@@ -205,12 +206,10 @@ def _hold_against(processor: "BaseImageProcessor", settings: Preprocessing, imag
                 raise _unavailable(f"{type(processor).__name__} does something else besides")
 
 
-def pixel_parity(path: Path, prepared: Prepared) -> dict[str, float]:
+def pixel_parity(path: Path, prepared: Prepared) -> PixelParity:
     """Hold the preprocessing of the graph in `path` against the prepared pixel_values.
 
-    Returns:
-        max_diff and mean_diff in units of 1/255 before normalisation, and differing_percent: pixels, by channel, that
-        differ by half a unit or more.
+    Pixels, by channel, differ where half a unit of 1/255 or more lies between them.
     """
     if prepared.images is None:
         raise DataError("the prepared set holds no images: run `dvc repro` with onnx.preprocess")
@@ -224,7 +223,7 @@ def pixel_parity(path: Path, prepared: Prepared) -> dict[str, float]:
             difference = np.abs(grey_levels(actual, prepared.pixel_values[rows], scale))
             largest, total = max(largest, float(difference.max())), total + float(difference.sum())
             differing, count = differing + int((difference >= 0.5).sum()), count + difference.size
-    return {"max_diff": largest, "mean_diff": total / count, "differing_percent": 100 * differing / count}
+    return PixelParity(largest, mean_diff=total / count, differing_percent=100 * differing / count)
 
 
 def grey_levels(actual: np.ndarray, expected: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -3,27 +3,29 @@
 A missing, unreadable or contradictory result is a miss: nothing passes because there is nothing to see.
 """
 
-import functools
 import json
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import REFERENCE, GateConfig, GatesConfig
+from clip_deploy.core.environment import Environment
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.json_files import read_json
 from clip_deploy.core.manifest import verify
-from clip_deploy.evaluate.gates import Miss, held, numbers
-from clip_deploy.report.decisive import Timings, again, judged
+from clip_deploy.core.parsing import AGAIN, parse, plain
+from clip_deploy.core.recommendation import Recommendation
+from clip_deploy.core.records import Benchmark, Measured, Metrics, Timing, Validation, ZeroShot
+from clip_deploy.evaluate.gates import Miss, held
+from clip_deploy.report.decisive import JudgedTimings, Timings, again, judged
 from clip_deploy.report.decisive import undecided as undecided_of
 from clip_deploy.report.tables import number, table
 from clip_deploy.report.why import changed
 
-AGAIN = "run `dvc repro`"
 MEANT = "--allow-uncompared lets it pass"
 PACKAGE = "package"
 DATA = (
@@ -31,37 +33,66 @@ DATA = (
     "data/evaluation",
     "data/portable",
 )  # what builds, checks and the package rest on
-Reports = Callable[[str], Any]  # a path below reports/ -> what the JSON file holds, None where there is none
 Found = dict[str, list[Miss]]  # by target
-P = ParamSpec("P")
-R = TypeVar("R")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reports:
+    """The files of reports/, as they are now or as a git commit holds them.
+
+    Attributes:
+        content: from a path below reports/ to what the JSON file holds, None where there is none.
+        named: how a message names a file.
+        way_out: what to do where one is of another version.
+    """
+
+    content: Callable[[str], Any]
+    named: str = "reports/{}"
+    way_out: str = AGAIN
+
+    def read(self, kind: type[T], name: str, null_is_nan: bool = True) -> T | None:
+        """A file as a `kind`, None where there is none; ConfigError where it is of another version."""
+        content = self.content(name)
+        where = self.named.format(name)
+        return None if content is None else parse(kind, content, where, self.way_out, null_is_nan)
+
+    def metrics(self) -> dict[str, Metrics]:
+        return self.read(dict[str, Metrics], "metrics.json", null_is_nan=False) or {}
+
+    def environment(self) -> Environment | None:
+        return self.read(Environment, "environment.json", null_is_nan=False)
+
+    def advice(self) -> Recommendation | None:
+        return self.read(Recommendation, "recommendation.json", null_is_nan=False)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What validate and benchmark left of a target; empty where they left nothing."""
+    """What validate and benchmark left of a target; None where they left nothing."""
 
-    checked: dict[str, Any]
-    timed: dict[str, Any]
+    checked: Validation | None
+    timed: Benchmark | None
 
+    @property
+    def measured(self) -> Measured | None:
+        return self.checked.measured if self.checked else None
 
-def readable(function: Callable[P, R]) -> Callable[P, R]:
-    """Let `function` raise DeployError where a report is JSON of another shape than the pipeline's."""
+    @property
+    def threads(self) -> int | None:
+        return self.timed.threads if self.timed else None
 
-    @functools.wraps(function)
-    def run(*given: P.args, **named: P.kwargs) -> R:
-        try:
-            return function(*given, **named)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DeployError(
-                f"a report is not as this version writes it ({error!r}): run `dvc repro`, or name another revision"
-            ) from error
+    @property
+    def on_gpu(self) -> bool:
+        return self.checked is not None and self.checked.device == "cuda"
 
-    return run
+    @property
+    def timings(self) -> Timings:
+        return self.timed.towers if self.timed else {}
 
 
 def in_folder(folder: Path) -> Reports:
-    return lambda name: read_json(folder / name) if (folder / name).exists() else None
+    return Reports(lambda name: read_json(folder / name) if (folder / name).exists() else None, f"{folder}/{{}}")
 
 
 def at_revision(revision: str, folder: Path) -> Reports:
@@ -75,7 +106,7 @@ def at_revision(revision: str, folder: Path) -> Reports:
         except ValueError as error:
             raise DeployError(f"{folder / name} is no JSON at {revision} ({error}): name another revision") from error
 
-    return read
+    return Reports(read, f"{folder}/{{}} at {revision}", "name another revision")
 
 
 def commit_of(revision: str) -> str:
@@ -101,8 +132,9 @@ def git(*words: str) -> str | None:
 
 
 def read_result(target: str, reports: Reports) -> Result:
-    checked, timed = (numbers(reports(f"{kind}/{target}.json") or {}) for kind in ("validate", "benchmark"))
-    return Result(checked, timed)
+    return Result(
+        reports.read(Validation, f"validate/{target}.json"), reports.read(Benchmark, f"benchmark/{target}.json")
+    )
 
 
 def check_required(names: list[str], targets: list[str]) -> None:
@@ -116,7 +148,6 @@ def check_required(names: list[str], targets: list[str]) -> None:
         )
 
 
-@readable
 def judge(names: list[str], reports: Reports, gates: GatesConfig, built: Path) -> Found:
     """All misses of the required targets, of what was packaged (under "package"), and of what they were judged on."""
     found = {name: judge_target(name, reports, gates, built) for name in names}
@@ -126,30 +157,29 @@ def judge(names: list[str], reports: Reports, gates: GatesConfig, built: Path) -
 
 def judge_target(target: str, reports: Reports, gates: GatesConfig, built: Path) -> list[Miss]:
     result = read_result(target, reports)
-    if not result.checked:
+    if result.checked is None:
         return [Miss("validation", "no result", AGAIN)]
     return [
         *held(result.checked, gates),
         *_timing(result.timed),
-        *_files(result.checked.get("files", {}), built / target),
+        *_files(result.checked.files, built / target),
         *_reported(target, result.checked, reports),
     ]
 
 
-def _timing(timed: dict[str, Any]) -> list[Miss]:
-    if not timed:
+def _timing(timed: Benchmark | None) -> list[Miss]:
+    if timed is None:
         return [Miss("timing", "no result", AGAIN)]
-    if timed.get("status") != "measured":
-        return [Miss("timing", str(timed.get("status")), str(timed.get("reason", "")))]
-    missing = [Miss(f"{tower}: timing", "no result", AGAIN) for tower in TOWERS if not timed["towers"].get(tower)]
-    speeds = {where: timing["speedup"] for where, timing in _timings(timed)}
-    broken = [where for where, speed in speeds.items() if not isfinite(speed)]
+    if timed.status != "measured":
+        return [Miss("timing", timed.status, timed.reason or "")]
+    missing = [Miss(f"{tower}: timing", "no result", AGAIN) for tower in TOWERS if not timed.towers.get(tower)]
+    broken = [where for where, timing in _timings(timed.towers) if not isfinite(timing.speedup)]
     return missing + [Miss(f"{where}: speed-up", "not a number", AGAIN) for where in broken]
 
 
-def _timings(timed: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+def _timings(timings: Timings) -> Iterator[tuple[str, Timing]]:
     """Each tower and batch size, as "vision, batch 8", with its timing."""
-    for tower, sizes in timed.get("towers", {}).items():
+    for tower, sizes in timings.items():
         for batch, timing in sizes.items():
             yield f"{tower}, batch {batch}", timing
 
@@ -165,12 +195,12 @@ def _files(judged: dict[str, str], folder: Path) -> list[Miss]:
     return [Miss("files", difference, AGAIN) for difference in found]
 
 
-def _reported(target: str, checked: dict[str, Any], reports: Reports) -> list[Miss]:
+def _reported(target: str, checked: Validation, reports: Reports) -> list[Miss]:
     """Whether the report and the recommendation are of these results."""
-    status = (reports("metrics.json") or {}).get(target, {}).get("status")
-    advised = (reports("recommendation.json") or {}).get("targets", {}).get(target, {})
-    found = [] if status == checked.get("status") else [Miss("metrics.json", f"says {status}", AGAIN)]
-    same = advised.get("files") == checked.get("files", {})
+    status, advice = reports.metrics().get(target, {}).get("status"), reports.advice()
+    advised = advice.targets.get(target) if advice else None
+    found = [] if status == checked.status else [Miss("metrics.json", f"says {status}", AGAIN)]
+    same = advised is not None and advised.files == checked.files
     return found if same else [*found, Miss("recommendation.json", "is of other files", AGAIN)]
 
 
@@ -192,10 +222,10 @@ def judge_package(reports: Reports, folder: Path) -> list[Miss]:
     towers = manifest.get("towers", {})
     for tower in sorted({name.split(".")[0] for name in manifest.get("files", {}) if ".onnx" in name} | set(towers)):
         target = towers.get(tower, {}).get("target", "no target")
-        checked = reports(f"validate/{target}.json") or {}
+        checked = reports.read(Validation, f"validate/{target}.json")
         graphs = [name for name in manifest.get("files", {}) if name.startswith(f"{tower}.onnx")]
-        same = graphs and all(checked.get("files", {}).get(name) == _sha(manifest, name) for name in graphs)
-        if checked.get("status") != "pass" or not same:
+        same = checked and graphs and all(checked.files.get(name) == _sha(manifest, name) for name in graphs)
+        if checked is None or checked.status != "pass" or not same:
             found = [*found, f"{tower}: {target} did not pass as it is packaged"]
     return [Miss("files", difference, AGAIN) for difference in found]
 
@@ -205,7 +235,6 @@ def _sha(manifest: dict[str, Any], name: str) -> str | None:
     return manifest.get("files", {}).get(name, {}).get("sha256")
 
 
-@readable
 def undecided(names: list[str], reports: Reports) -> dict[str, list[str]]:
     """By target, which of its timings decide nothing, as "vision, batch 8", and so can neither be lost nor kept."""
     timings = _judged(names, reports)
@@ -213,22 +242,21 @@ def undecided(names: list[str], reports: Reports) -> dict[str, list[str]]:
     return {name: where for name, where in found.items() if where}
 
 
-def _judged(names: list[str], reports: Reports) -> dict[str, Timings]:
+def _judged(names: list[str], reports: Reports) -> dict[str, JudgedTimings]:
     """The timings of these targets and of all others in the report, which says which of them ran on a busy machine."""
-    known = dict.fromkeys([REFERENCE, *(reports("metrics.json") or {}), *names])
+    known = dict.fromkeys([REFERENCE, *reports.metrics(), *names])
     results = {name: read_result(name, reports) for name in known}
-    on_gpu = {name for name, result in results.items() if result.checked.get("device") == "cuda"}
-    return judged({name: result.timed.get("towers", {}) for name, result in results.items()}, on_gpu)
+    on_gpu = {name for name, result in results.items() if result.on_gpu}
+    return judged({name: result.timings for name, result in results.items()}, on_gpu)
 
 
-@readable
 def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, Found]:
     """What required targets lost since `former`, and what could not be compared.
 
     Raises DeployError where nothing could be.
     """
     pairs = {name: (read_result(name, reports), read_result(name, former)) for name in names}
-    known = [name for name, (_, before) in pairs.items() if before.checked.get("parity")]
+    known = [name for name, (_, before) in pairs.items() if before.measured]
     if not known:
         raise DeployError("that revision has no result of any required target: name one in which `dvc repro` was run")
     unlike = list(changed(_hardware(former), _hardware(reports), "reports/environment.json"))
@@ -261,32 +289,41 @@ def time_again(spoiled: dict[str, list[str]]) -> str:
 
 
 def _hardware(reports: Reports) -> dict[str, Any]:
-    return {"hardware": (reports("environment.json") or {}).get("hardware")}
+    found = reports.environment()
+    return {"hardware": plain(found.hardware) if found else None}
 
 
 def _unlike(now: Result, before: Result, same_machine: bool) -> Iterator[tuple[str, str]]:
     """Quantities that cannot be compared, and why."""
-    if now.checked.get("evaluation") != before.checked.get("evaluation"):
+    if _evaluation(now) != _evaluation(before):
         yield "top-1", "not compared, its drop is: another evaluation set"
-    threads = [result.timed.get("threads") for result in (before, now)]
-    if same_machine and threads[0] != threads[1]:
-        yield "timings", f"not compared: threads were {threads[0]}, and are {threads[1]}"
-    elif same_machine and (gone := dict(_timings(before.timed)).keys() - dict(_timings(now.timed)).keys()):
+    if same_machine and before.threads != now.threads:
+        yield "timings", f"not compared: threads were {before.threads}, and are {now.threads}"
+    elif same_machine and (gone := dict(_timings(before.timings)).keys() - dict(_timings(now.timings)).keys()):
         yield "timings", f"not compared: not timed any more: {'; '.join(sorted(gone))}"
 
 
+def _evaluation(result: Result) -> str | None:
+    return result.measured.evaluation if result.measured else None
+
+
 def _larger(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
-    size, former = now.checked.get("size_mb", nan), before.checked.get("size_mb", nan)
+    size, former = (nan if (mb := _size_mb(result)) is None else mb for result in (now, before))
     if not isfinite(former) or size <= former * (1 + limits.max_size_growth / 100):
         return []
     limit = f"> {former:.2f} MB by more than {limits.max_size_growth:g} % (gate.max_size_growth)"
     return [Miss("size", f"{size:.2f} MB", limit)]
 
 
+def _size_mb(result: Result) -> float | None:
+    return result.checked.size_mb if result.checked else None
+
+
 def _less_alike(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
     found = []
-    for tower, parity in before.checked["parity"].items():
-        cosine, former = now.checked.get("parity", {}).get(tower, {}).get("cosine_min", nan), parity["cosine_min"]
+    present = now.measured.parity if now.measured else {}
+    for tower, parity in (before.measured.parity if before.measured else {}).items():
+        cosine, former = present[tower].cosine_min if tower in present else nan, parity.cosine_min
         if not cosine >= former - limits.max_cosine_drop:
             limit = f"< {former:.6f} by more than {limits.max_cosine_drop:g} (gate.max_cosine_drop)"
             found.append(Miss(f"{tower}: cosine", f"{cosine:.6f}", limit))
@@ -295,51 +332,51 @@ def _less_alike(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
 
 def _less_accurate(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
     """Top-1 itself on the same evaluation set; and its drop from torch-fp32, by the paired intervals."""
-    former = before.checked.get("zero_shot")
-    if not former or not before.checked.get("trained"):
+    former = before.measured.zero_shot if before.measured else None
+    if former is None or not before.checked or not before.checked.trained:
         return []
-    present = {**dict.fromkeys(former, nan), **now.checked.get("zero_shot", {})}
+    present = now.measured.zero_shot if now.measured else None
+    if present is None:
+        return [Miss("top-1", "not measured", AGAIN)]
     found = []
-    same_set = now.checked.get("evaluation") == before.checked.get("evaluation")
-    if same_set and not present["top1"] >= former["top1"] - limits.max_top1_drop:
-        limit = f"< {former['top1']:.2f} % by more than {limits.max_top1_drop:g} points (gate.max_top1_drop)"
-        found.append(Miss("top-1", f"{present['top1']:.2f} %", limit))
-    if not present["top1_drop_low"] <= former["top1_drop_high"]:
-        found.append(Miss("top-1 drop", _interval(present, "top1_drop"), f"above {_interval(former, 'top1_drop')}"))
+    if _evaluation(now) == _evaluation(before) and not present.top1 >= former.top1 - limits.max_top1_drop:
+        limit = f"< {former.top1:.2f} % by more than {limits.max_top1_drop:g} points (gate.max_top1_drop)"
+        found.append(Miss("top-1", f"{present.top1:.2f} %", limit))
+    if not present.top1_drop_low <= former.top1_drop_high:
+        found.append(Miss("top-1 drop", _drop(present), f"above {_drop(former)}"))
     return found
 
 
 def _slower(now: Result, before: Result, limits: GateConfig, left_out: set[str]) -> list[Miss]:
     """Speed-ups whose interval lies wholly below the former one by more than the limit; on a GPU p50s, and above it."""
-    if now.timed.get("threads") != before.timed.get("threads"):
+    if now.threads != before.threads:
         return []
-    share, on_gpu = limits.max_slow_down / 100, now.checked.get("device") == "cuda"
-    present, found = dict(_timings(now.timed)), []
-    for where, former in _timings(before.timed):
+    share, present, found = limits.max_slow_down / 100, dict(_timings(now.timings)), []
+    for where, former in _timings(before.timings):
         timing = present.get(where)
         if timing is None or where in left_out:
             continue
-        if on_gpu:
-            kept = timing["p50_low_ms"] <= former["p50_high_ms"] * (1 + share)
+        if now.on_gpu:
+            kept = timing.p50_low_ms <= former.p50_high_ms * (1 + share)
         else:
-            kept = timing["speedup_high"] >= former["speedup_low"] * (1 - share)
+            kept = timing.speedup_high >= former.speedup_low * (1 - share)
         if not kept:
-            name, show, side = ("p50 ms", _p50, "above") if on_gpu else ("speed-up", _speedup, "below")
+            name, show, side = ("p50 ms", _p50, "above") if now.on_gpu else ("speed-up", _speedup, "below")
             limit = f"{side} {show(former)} by more than {limits.max_slow_down:g} % (gate.max_slow_down)"
             found.append(Miss(f"{where}: {name}", show(timing), limit))
     return found
 
 
-def _p50(timing: dict[str, float]) -> str:
-    return f"{timing['p50_ms']:.3g} [{timing['p50_low_ms']:.3g}, {timing['p50_high_ms']:.3g}]"
+def _p50(timing: Timing) -> str:
+    return f"{timing.p50_ms:.3g} [{timing.p50_low_ms:.3g}, {timing.p50_high_ms:.3g}]"
 
 
-def _speedup(timing: dict[str, float]) -> str:
-    return _interval(timing, "speedup")
+def _speedup(timing: Timing) -> str:
+    return f"{timing.speedup:.2f} [{timing.speedup_low:.2f}, {timing.speedup_high:.2f}]"
 
 
-def _interval(record: dict[str, float], key: str) -> str:
-    return f"{record[key]:.2f} [{record[f'{key}_low']:.2f}, {record[f'{key}_high']:.2f}]"
+def _drop(found: ZeroShot) -> str:
+    return f"{found.top1_drop:.2f} [{found.top1_drop_low:.2f}, {found.top1_drop_high:.2f}]"
 
 
 def verdicts(names: list[str], reports: Reports) -> str:
@@ -349,18 +386,18 @@ def verdicts(names: list[str], reports: Reports) -> str:
     return "\n".join(table(head, [_verdict(name, read_result(name, reports), timings[name]) for name in names]))
 
 
-def _verdict(target: str, result: Result, timings: Timings) -> list[str]:
-    checked = result.checked
-    lowest = min(parity["cosine_min"] for parity in checked["parity"].values())
-    drop = checked.get("zero_shot", {}).get("top1_drop")
+def _verdict(target: str, result: Result, timings: JudgedTimings) -> list[str]:
+    checked, found = result.checked, result.measured
+    assert checked is not None  # judge has seen to it
+    assert found is not None
     speeds = [next(iter(timings[tower].values())) for tower in TOWERS]
     return [
         f"`{target}`",
-        checked["status"],
-        f"{lowest:.4f}",
-        number(drop),
-        number(checked["flips"]),
-        *("undecided" if speed["unstable"] else _interval(speed, "speedup") for speed in speeds),
+        checked.status,
+        f"{min(parity.cosine_min for parity in found.parity.values()):.4f}",
+        number(found.zero_shot.top1_drop if found.zero_shot else None),
+        number(found.flips),
+        *("undecided" if speed.unstable else _speedup(speed) for speed in speeds),
     ]
 
 

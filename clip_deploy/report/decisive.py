@@ -9,18 +9,33 @@ nothing of the row's other numbers; its own calls do.
 
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
 
 from clip_deploy.core.config import REFERENCE
+from clip_deploy.core.records import Timing
 
 WIDE = 1.5  # an interval whose ends, or a p90 and a p50, that lie further apart, as a ratio, decide nothing
 DRIFT = 2.0  # of the reference between the rows of a run: frequencies and neighbours move latencies by less
 BETWEEN_RUNS = 1.06  # of p50 on a GPU, 95 % within: reports/hardware/nvidia-h200/between_runs.md
 
-Timing = dict[str, Any]  # what timing.summarize says of one tower at one batch size
-Timings = dict[str, dict[str, Timing]]  # by tower and batch size
+Timings = dict[str, dict[int, Timing]]  # by tower and batch size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Timing):
+    """A timing with intervals as wide as they must be.
+
+    Attributes:
+        unstable: the speed-up decides nothing.
+        undecided: no number of it does.
+    """
+
+    unstable: bool
+    undecided: bool
+
+
+JudgedTimings = dict[str, dict[int, Judged]]
 
 
 @dataclass(frozen=True)
@@ -32,22 +47,18 @@ class Pace:
     high: float
 
 
-def judged(rows: dict[str, Timings], on_gpu: Container[str]) -> dict[str, Timings]:
-    """The timings of all rows of a run, by target, with intervals as wide as they must be and two marks.
+def judged(rows: dict[str, Timings], on_gpu: Container[str]) -> dict[str, JudgedTimings]:
+    """The timings of all rows of a run, by target, judged.
 
     Speed-ups are widened by what the reference differed from itself. On a GPU its small batches wait for Python, whose
     speed in one process is not that in another, and its large ones do not: there, it is what it differed by at that
     batch size or a larger one, and p50_low_ms and p50_high_ms are widened by BETWEEN_RUNS.
-
-    Returns:
-        For each tower and batch size what was measured, and besides `unstable`: the speed-up decides nothing;
-        `undecided`: no number of this timing does.
     """
     own, quickest = rows.get(REFERENCE, {}), _quickest(rows)
     return {
         name: {
             tower: {
-                batch: _judged(timing, own, quickest[tower, batch], int(batch), name in on_gpu)
+                batch: _judged(timing, own, quickest[tower, batch], batch, name in on_gpu)
                 for batch, timing in sizes.items()
             }
             for tower, sizes in timings.items()
@@ -56,25 +67,29 @@ def judged(rows: dict[str, Timings], on_gpu: Container[str]) -> dict[str, Timing
     }
 
 
-def _quickest(rows: dict[str, Timings]) -> dict[tuple[str, str], float]:
+def _quickest(rows: dict[str, Timings]) -> dict[tuple[str, int], float]:
     """By tower and batch size, the reference's p50 in ms beside the row where it was lowest: noise only slows."""
-    found: dict[tuple[str, str], float] = defaultdict(lambda: inf)
+    found: dict[tuple[str, int], float] = defaultdict(lambda: inf)
     for timings in rows.values():
         for tower, sizes in timings.items():
             for batch, timing in sizes.items():
-                found[tower, batch] = min(found[tower, batch], timing["reference_p50_ms"])
+                found[tower, batch] = min(found[tower, batch], timing.reference_p50_ms)
     return found
 
 
-def _judged(timing: Timing, own: Timings, quickest_ms: float, batch: int, on_gpu: bool) -> Timing:
+def _judged(timing: Timing, own: Timings, quickest_ms: float, batch: int, on_gpu: bool) -> Judged:
     low, high = widened(timing, self_spread(own, batch if on_gpu else 1))
-    found = {**timing, "speedup_low": low, "speedup_high": high}
-    found["unstable"] = not (high <= WIDE * low and timing["reference_p50_ms"] < DRIFT * quickest_ms)  # so is NaN
-    if not on_gpu:
-        return {**found, "undecided": found["unstable"]}
-    aside = BETWEEN_RUNS**0.5  # so that two rows within it overlap
-    found |= {"p50_low_ms": timing["p50_low_ms"] / aside, "p50_high_ms": timing["p50_high_ms"] * aside}
-    return {**found, "undecided": not timing.get("p90_ms", 0.0) <= WIDE * timing["p50_ms"]}
+    unstable = not (high <= WIDE * low and timing.reference_p50_ms < DRIFT * quickest_ms)  # so is NaN
+    undecided = not (timing.p90_ms or 0.0) <= WIDE * timing.p50_ms if on_gpu else unstable
+    aside = BETWEEN_RUNS**0.5 if on_gpu else 1.0  # so that two rows within it overlap
+    wide = replace(
+        timing,
+        speedup_low=low,
+        speedup_high=high,
+        p50_low_ms=timing.p50_low_ms / aside,
+        p50_high_ms=timing.p50_high_ms * aside,
+    )
+    return Judged(**vars(wide), unstable=unstable, undecided=undecided)
 
 
 def self_spread(reference: Timings, least_batch: int = 1) -> float:
@@ -83,31 +98,26 @@ def self_spread(reference: Timings, least_batch: int = 1) -> float:
     A timing's own interval holds what varied while two processes ran. What they keep for as long as they live, as where
     their memory lies, only another pair of processes shows: the reference's row is one (reports/noise.md has many).
     """
-    found = [
-        timing["speedup"]
-        for sizes in reference.values()
-        for batch, timing in sizes.items()
-        if int(batch) >= least_batch
-    ]
+    found = [timing.speedup for sizes in reference.values() for batch, timing in sizes.items() if batch >= least_batch]
     return max((max(speedup, 1 / speedup) for speedup in found), default=1.0)
 
 
 def widened(timing: Timing, spread: float) -> tuple[float, float]:
     """The interval of a speed-up, both ends moved by `self_spread`."""
-    return timing["speedup_low"] / spread, timing["speedup_high"] * spread
+    return timing.speedup_low / spread, timing.speedup_high * spread
 
 
-def undecided(timings: Timings) -> Iterator[str]:
+def undecided(timings: JudgedTimings) -> Iterator[str]:
     """Each tower and batch size of judged timings that decides nothing, as "vision, batch 8"."""
     for tower, sizes in timings.items():
-        yield from (f"{tower}, batch {batch}" for batch, timing in sizes.items() if timing["undecided"])
+        yield from (f"{tower}, batch {batch}" for batch, timing in sizes.items() if timing.undecided)
 
 
 def pace(timing: Timing, on_gpu: bool) -> Pace:
     """What rows are compared by. Latencies of rows timed minutes apart on a CPU carry the machine's drift."""
     if on_gpu:
-        return Pace(timing["p50_ms"], timing["p50_low_ms"], timing["p50_high_ms"])
-    return Pace(1 / timing["speedup"], 1 / timing["speedup_high"], 1 / timing["speedup_low"])
+        return Pace(timing.p50_ms, timing.p50_low_ms, timing.p50_high_ms)
+    return Pace(1 / timing.speedup, 1 / timing.speedup_high, 1 / timing.speedup_low)
 
 
 def again(targets: Iterable[str]) -> str:

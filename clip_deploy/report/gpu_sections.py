@@ -1,7 +1,9 @@
 """The report's sections on a GPU: memory, power, where each node ran; and the table of the tutorial on CLIP there."""
 
+from itertools import product
 from statistics import median
 
+from clip_deploy.report.decisive import Judged
 from clip_deploy.report.rows import Row
 from clip_deploy.report.tables import MISSING, number, stated, stated_throughput, table
 
@@ -65,15 +67,14 @@ def _usage(rows: list[Row]) -> list[str]:
 
 def _usage_cells(row: Row) -> list[str]:
     power = row.power
-    clocks = " / ".join(number(clock) for clock in power.get("clock_mhz", []))
+    clocks = " / ".join(map(number, power.clock_mhz if power else []))
     return [
         f"`{row.target}`",
-        "; ".join(f"{tower} {_nodes(placed['nodes'])}" for tower, placed in row.placement.items()) or MISSING,
-        ", ".join(f"{tower} {'yes' if placed['graph'] else 'no'}" for tower, placed in row.placement.items())
-        or MISSING,
+        "; ".join(f"{tower} {_nodes(placed.nodes)}" for tower, placed in row.placement.items()) or MISSING,
+        ", ".join(f"{tower} {'yes' if placed.graph else 'no'}" for tower, placed in row.placement.items()) or MISSING,
         number(row.gpu_memory_mb),
-        f"{number(power['mean_w'])} ({power['batch']})" if power else MISSING,
-        number(power.get("j_per_1000_images")),
+        f"{number(power.mean_w)} ({power.batch})" if power else MISSING,
+        number(power.j_per_1000_images if power else None),
         clocks or MISSING,
     ]
 
@@ -98,34 +99,36 @@ def _duels(rows: list[Row]) -> list[str]:
     """Ours against the compilers', for each tower and batch size."""
     head = ["Tower", "Batch", "Ours", "ms", "torch.compile or TensorRT", "ms", "Ratio", "Ours, share of matrix rate"]
     body = []
-    sizes = sorted({int(batch) for row in rows for batch in row.timings["vision"]})
-    for tower, batch in ((tower, str(size)) for tower in ("vision", "text") for size in sizes):
+    sizes = sorted({batch for row in rows for batch in row.timings["vision"]})
+    for tower, batch in product(("vision", "text"), sizes):
         ours, other = (_fastest(rows, names, tower, batch) for names in (OURS, COMPILERS))
-        mine = ours.timing(tower, batch) if ours else {}
-        theirs = other.timing(tower, batch) if other else {}
+        mine = ours.timing(tower, batch) if ours else None
+        theirs = other.timing(tower, batch) if other else None
         body.append(
             [
                 tower,
-                batch,
+                str(batch),
                 f"`{ours.target}`" if ours else MISSING,
-                number(mine.get("p50_ms")),
+                number(mine.p50_ms if mine else None),
                 f"`{other.target}`" if other else MISSING,
-                number(theirs.get("p50_ms")),
-                f"{mine['p50_ms'] / theirs['p50_ms']:.2f}" if mine and theirs else MISSING,
-                _share(mine, ours.matrix_tflops) if ours and ours.matrix_tflops and "gflop" in mine else MISSING,
+                number(theirs.p50_ms if theirs else None),
+                f"{mine.p50_ms / theirs.p50_ms:.2f}" if mine and theirs else MISSING,
+                _share(mine, ours.matrix_tflops) if ours and mine else MISSING,
             ]
         )
     return table(head, body)
 
 
-def _fastest(rows: list[Row], names: tuple[str, ...], tower: str, batch: str) -> Row | None:
-    named = [row for row in rows if row.target.startswith(names) and row.timing(tower, batch)]
-    fit = [row for row in named if not row.is_undecided(tower, batch)]
-    return min(fit, key=lambda row: row.timing(tower, batch)["p50_ms"], default=None)
+def _fastest(rows: list[Row], names: tuple[str, ...], tower: str, batch: int) -> Row | None:
+    named = [row for row in rows if row.target.startswith(names)]
+    timed = [(timing.p50_ms, row) for row in named if (timing := row.timing(tower, batch)) and not timing.undecided]
+    return min(timed, key=lambda each: each[0])[1] if timed else None
 
 
-def _share(timing: dict[str, float], matrix_tflops: float) -> str:
-    return f"{100 * timing['gflop'] / timing['p50_ms'] / matrix_tflops:.0f} %"  # GFLOP a millisecond are TFLOP/s
+def _share(timing: Judged, matrix_tflops: float | None) -> str:
+    if not matrix_tflops or timing.gflop is None:
+        return MISSING
+    return f"{100 * timing.gflop / timing.p50_ms / matrix_tflops:.0f} %"  # GFLOP a millisecond are TFLOP/s
 
 
 def _tutorial(rows: dict[str, Row]) -> list[str]:

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from clip_deploy.core.config import REFERENCE
-from clip_deploy.report.decisive import BETWEEN_RUNS, again, undecided
+from clip_deploy.core.records import Retrieval
+from clip_deploy.report.decisive import BETWEEN_RUNS, Judged, again, undecided
+from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row, doubts
 from clip_deploy.report.tables import (
     MISSING,
-    _interval,
+    _drop,
     _percent,
     _percentiles,
     _speedup,
@@ -27,11 +29,11 @@ def markdown(
     facts: dict[str, str],
     flows: Sequence[dict[str, Any]] = (),
     sections: Sequence[str] = (),
-    shipping: dict[str, Any] | None = None,
+    shipping: Shipping | None = None,
     findings: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The report for a terminal, a pull request or a README."""
-    batches = sorted({int(batch) for row in rows for batch in row.timings.get("vision", {})})
+    batches = sorted({batch for row in rows for batch in row.timings.get("vision", {})})
     first = batches[0] if batches else 1
     head = [
         "Target",
@@ -99,12 +101,16 @@ def _cells(row: Row) -> list[str]:
         number(row.memory_mb),
         number(row.size_mb),
         " / ".join(f"{value:.4f}" for value in row.cosine_min.values()) or MISSING,
-        _percent(zero_shot.get("top1")),
-        _interval(zero_shot, "top1_drop") if row.target != REFERENCE else MISSING,
+        _percent(zero_shot.top1 if zero_shot else None),
+        _drop(zero_shot) if row.target != REFERENCE else MISSING,
         _percent(row.flips),
-        " / ".join(_percent(row.retrieval[key]) for key in row.retrieval if key.endswith("_r1")) or MISSING,
+        _recalls(row.retrieval),
         row.attention or MISSING,
     ]
+
+
+def _recalls(found: Retrieval | None) -> str:
+    return f"{_percent(found.image_to_text_r1)} / {_percent(found.text_to_image_r1)}" if found else MISSING
 
 
 def _reasons(rows: list[Row]) -> list[str]:
@@ -141,15 +147,17 @@ def timing_notes(rows: list[Row]) -> list[str]:
 
 def diagnosis_lines(row: Row) -> list[str]:
     """Where a target that missed its gate leaves its FP32 graph, and the command that keeps those nodes in FP32."""
+    if row.diagnosis is None:
+        return []
     found = row.diagnosis
     lines = [
-        f"{drop['tower']}: against {found['reference']}, cosine falls first in {drop['layer']} "
-        f"({drop['cosine_before']:.6f} to {drop['cosine_after']:.6f}, most behind {drop['node']})"
-        + (f"; to keep in FP32: {', '.join(drop['nodes'])}" if drop["nodes"] else "")
-        for drop in found.get("drops", [])
+        f"{drop.tower}: against {found.reference}, cosine falls first in {drop.layer} "
+        f"({drop.cosine_before:.6f} to {drop.cosine_after:.6f}, most behind {drop.node})"
+        + (f"; to keep in FP32: {', '.join(drop.nodes)}" if drop.nodes else "")
+        for drop in found.drops
     ]
-    lines += found.get("notes", [])
-    if any(drop["nodes"] for drop in found.get("drops", [])):
+    lines += found.notes
+    if any(drop.nodes for drop in found.drops):
         lines.append(f"`python -m stages.apply {row.target}` puts these nodes into params.yaml; then `dvc repro`")
     return lines
 
@@ -169,18 +177,18 @@ def _severity(finding: dict[str, Any]) -> str:
     return "**error**, allowed by `model.allow`" if finding["allowed"] else finding["severity"]
 
 
-def _shipping_section(shipping: dict[str, Any] | None) -> list[str]:
+def _shipping_section(shipping: Shipping | None) -> list[str]:
     """What recommend chose, and why each other target lost."""
     if not shipping:
         return []
-    lines = ["## Which one to ship", "", *(f"- {fact}" for fact in shipping["facts"]), ""]
-    body = [[f"`{target}`", reason] for target, reason in shipping["losers"].items()]
+    lines = ["## Which one to ship", "", *(f"- {fact}" for fact in shipping.facts), ""]
+    body = [[f"`{target}`", reason] for target, reason in shipping.losers.items()]
     return [*lines, *(table(["Target", "Why not"], body) if body else []), ""]
 
 
-def is_waiting(timing: dict[str, Any]) -> bool:
+def is_waiting(timing: Judged) -> bool:
     """Whether a timing's speed-up alone decides nothing, as on a GPU, where the reference waits for Python."""
-    return timing["unstable"] and not timing["undecided"]
+    return timing.unstable and not timing.undecided
 
 
 BUSY = "the machine was busy, so an interval is wide or the reference ran at another speed than beside other rows"
@@ -197,7 +205,7 @@ def _batch_tables(rows: list[Row], batches: list[int]) -> list[str]:
         head = ["Target", "Quantity", *(f"batch {batch}" for batch in batches)]
         body = []
         for row in rows:
-            sizes = [row.timing(tower, str(batch)) for batch in batches]
+            sizes = [row.timing(tower, batch) for batch in batches]
             if any(sizes):
                 body.append([f"`{row.target}`", "p50 / p90 / p99 ms", *(_percentiles(size) for size in sizes)])
                 body.append(["", unit, *(stated(size, "throughput_per_s") for size in sizes)])
@@ -277,18 +285,18 @@ def _graph_table(rows: list[Row]) -> list[str]:
     body = []
     for row in rows:
         for tower, graph in row.graphs.items():
-            fusion = graph["fusion"]
-            shapes = [f"{name} {shape}" for name, shape in {**graph["inputs"], **graph["outputs"]}.items()]
+            fusion = graph.fusion
+            shapes = [f"{name} {shape}" for name, shape in {**graph.inputs, **graph.outputs}.items()]
             body.append(
                 [
                     f"`{row.target}` {tower}",
-                    ", ".join(f"{domain} {version}" for domain, version in graph["opsets"].items()),
-                    str(graph["nodes"]),
+                    ", ".join(f"{domain} {version}" for domain, version in graph.opsets.items()),
+                    str(graph.nodes),
                     f"{fusion['attention']}/{fusion['attention_expected']}",
                     str(fusion["skip_layer_norm"]),
                     str(fusion["gelu"]),
                     ", ".join(shapes).replace("'", ""),
-                    f"{graph['ir_version']}, {graph['producer']}",
+                    f"{graph.ir_version}, {graph.producer}",
                 ]
             )
     return [*table(head, body), ""] if body else ["No ONNX target.", ""]
@@ -300,9 +308,9 @@ def _pixel_section(rows: list[Row]) -> list[str]:
     body = [
         [
             f"`{row.target}`",
-            number(row.pixels["max_diff"]),
-            number(row.pixels["mean_diff"]),
-            f"{row.pixels['differing_percent']:.3f} %",
+            number(row.pixels.max_diff),
+            number(row.pixels.mean_diff),
+            f"{row.pixels.differing_percent:.3f} %",
         ]
         for row in rows
         if row.pixels
@@ -319,8 +327,7 @@ def _head_section(rows: list[Row]) -> list[str]:
     body = [
         [
             f"`{row.target}`",
-            row.classifier.get("unchecked")
-            or f"{row.classifier['agreement_percent']:.2f} % ({row.classifier['labels']} labels)",
+            row.classifier.unchecked or f"{row.classifier.agreement_percent:.2f} % ({row.classifier.labels} labels)",
         ]
         for row in rows
         if row.classifier
@@ -330,7 +337,7 @@ def _head_section(rows: list[Row]) -> list[str]:
 
 def _search_section(rows: list[Row]) -> list[str]:
     """What INT8 costs node by node, and what stays in float for it."""
-    searched = [row for row in rows if row.search]
+    searched = [(row, row.search) for row in rows if row.search]
     if not searched:
         return []
     head = [
@@ -340,16 +347,13 @@ def _search_section(rows: list[Row]) -> list[str]:
         "Most sensitive: 1 - cosine where it alone is INT8",
     ]
     body, curves = [], []
-    for row in searched:
-        found = row.search
-        left = f"{len(found['left_in_float'])} of {found['nodes']}"
-        names = f": {', '.join(found['left_in_float'])}" if found["left_in_float"] else ""
-        worst = [f"{name} {value:.1e}" for name, value in list(found["sensitivity"].items())[:MOST_SENSITIVE]]
-        cost = f"{found['top1_drop']:.2f} points, {found['flips']:.2f} %"
+    for row, found in searched:
+        left = f"{len(found.left_in_float)} of {found.nodes}"
+        names = f": {', '.join(found.left_in_float)}" if found.left_in_float else ""
+        worst = [f"{name} {value:.1e}" for name, value in list(found.sensitivity.items())[:MOST_SENSITIVE]]
+        cost = f"{found.top1_drop:.2f} points, {found.flips:.2f} %"
         body.append([f"`{row.target}`", left + names, cost, ", ".join(worst)])
-        points = [
-            f"{100 * point['share']:.0f} %: {point['flips']:.2f} % ({point['cosine']:.5f})" for point in found["curve"]
-        ]
+        points = [f"{100 * point.share:.0f} %: {point.flips:.2f} % ({point.cosine:.5f})" for point in found.curve]
         curves.append([f"`{row.target}`", ", ".join(points)])
     lines = ["## INT8 within its accuracy budget", "", *table(head, body), ""]
     return [

@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 
 from clip_deploy.core.json_files import rounded
 from clip_deploy.report.markdown import _flow_facts, diagnosis_lines, timing_notes
+from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row, best_throughput, doubts
 
 PAGE = Path(__file__).with_name("report.html")
@@ -20,7 +21,7 @@ def page(
     rows: list[Row],
     facts: dict[str, str],
     flows: Sequence[dict[str, Any]] = (),
-    shipping: dict[str, Any] | None = None,
+    shipping: Shipping | None = None,
     findings: Sequence[dict[str, Any]] = (),
     sections: Sequence[str] = (),
 ) -> str:
@@ -29,18 +30,22 @@ def page(
         "title": title,
         "doubts": doubts(rows),
         "facts": facts,
-        "rows": [
-            rounded({**asdict(row), "images_per_s": best_throughput(row, "vision"), "diagnosis": diagnosis_lines(row)})
-            for row in rows
-        ],
+        "rows": [rounded(_content(row)) for row in rows],
         "notes": timing_notes(rows),
         "flows": rounded(flows),
         "flow_facts": "".join(_flow_facts(flows)),
-        "shipping": shipping or {"facts": [], "losers": {}, "front": []},
+        "shipping": asdict(shipping or Shipping([], {}, [])),
         "findings": list(findings),
     }
     data = json.dumps(content).replace("<", "\\u003c")  # no row may close the script
     return PAGE.read_text(encoding="utf-8").replace("__SECTIONS__", _rendered(sections)).replace("__CONTENT__", data)
+
+
+def _content(row: Row) -> dict[str, Any]:
+    """A row as the page's script reads it: with an empty object for what was not measured."""
+    held = {"zero_shot", "retrieval", "search", "pixels", "classifier", "power"}
+    found = {key: value or ({} if key in held else value) for key, value in asdict(row).items()}
+    return {**found, "images_per_s": best_throughput(row, "vision"), "diagnosis": diagnosis_lines(row)}
 
 
 def _rendered(sections: Sequence[str]) -> str:

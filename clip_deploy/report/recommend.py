@@ -1,13 +1,13 @@
 """Which target to ship: the fastest that passes its gate and keeps the limits, and why each other one lost."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import RecommendConfig
+from clip_deploy.core.parsing import plain
+from clip_deploy.core.recommendation import PairVerdict, Recommendation, TargetVerdict
 from clip_deploy.report.decisive import Pace, again
 from clip_deploy.report.decisive import pace as pace_of
 from clip_deploy.report.rows import Row, doubts, metrics
@@ -17,38 +17,6 @@ UNDECIDED = "its timing decides nothing (~), time it again"
 
 Together = Callable[[Row, Row], Row]  # what pair.judge_pair says of an image tower with another target's text tower
 Unpackable = Callable[[str], str | None]  # why a target cannot be packaged, by package.unpackable
-
-
-@dataclass
-class Recommendation:
-    """reports/recommendation.json.
-
-    Attributes:
-        limits: what was asked for.
-        ship: the winner for each tower; empty where nothing is fit.
-        package: the same among what ONNX Runtime runs, which is what the stage `package` takes.
-        pairs: by its name, each pair that is the fastest tower by tower: which it is, whether it passed its gate and
-            keeps the limits together, and why not. Where it failed, `ship` or `package` is the best single target.
-        note: what is packaged and, where it is not the winner or nothing, why.
-        doubts: what speaks against the reference itself, and so against all of this.
-        alike: for each tower, targets whose speed cannot be told apart from the winner's.
-        front: targets than which no other fit one is as fast on images, as accurate and as small.
-        packaged: what `targets` says of those in `package`: all that the stage depends on.
-        losers: for each other target, why it lost.
-        targets: what the gate said of each, its files' hashes and its metrics.
-    """
-
-    limits: dict[str, Any]
-    ship: dict[str, str] = field(default_factory=dict)
-    package: dict[str, str] = field(default_factory=dict)
-    pairs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    note: str = ""
-    doubts: list[str] = field(default_factory=list)
-    alike: dict[str, list[str]] = field(default_factory=dict)
-    front: list[str] = field(default_factory=list)
-    packaged: dict[str, dict[str, Any]] = field(default_factory=dict)
-    losers: dict[str, str] = field(default_factory=dict)
-    targets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def recommend(rows: list[Row], limits: RecommendConfig, together: Together, unpackable: Unpackable) -> Recommendation:
@@ -63,13 +31,13 @@ def recommend(rows: list[Row], limits: RecommendConfig, together: Together, unpa
     fit = steady(kept, limits.batch)
     refused |= {row.target: UNDECIDED for row in kept if row not in fit}
     by_name = {row.target: row for row in rows}
-    pairs: dict[str, dict[str, Any]] = {}
+    pairs: dict[str, PairVerdict] = {}
     ship, package = (_held(choose(some, limits.batch), some, limits, together, pairs) for some in (kept, packable))
     alike = {tower: _alike_to(by_name[winner], fit, tower, limits.batch) for tower, winner in ship.items()}
     lost = [row for row in rows if row.target not in ship.values()]
     targets = _targets(rows)
     return Recommendation(
-        limits={key: value.value if isinstance(value, Enum) else value for key, value in asdict(limits).items()},
+        limits=limits,
         ship=ship,
         package=package,
         pairs=pairs,
@@ -94,7 +62,7 @@ def refusal(row: Row, limits: RecommendConfig) -> str | None:
         return f"gate failed: {row.reasons[0]}"
     if limits.device is not None and row.device != limits.device.value:
         return f"runs on {row.device}, recommend.device is {limits.device.value}"
-    drop = row.zero_shot.get("top1_drop") if row.trained else None
+    drop = row.zero_shot.top1_drop if row.trained and row.zero_shot else None
     if limits.max_top1_drop is not None and drop is not None and drop > limits.max_top1_drop:
         return f"over max_top1_drop: {drop:.2f} > {limits.max_top1_drop} points"
     memory = row.gpu_memory_mb if row.device == "cuda" else row.memory_mb
@@ -109,23 +77,23 @@ def refusal(row: Row, limits: RecommendConfig) -> str | None:
 
 def _too_slow(row: Row, limits: RecommendConfig) -> str | None:
     for tower in TOWERS:
-        timing = row.timing(tower, str(limits.batch))
+        timing = row.timing(tower, limits.batch)
         if not timing:
             return f"not timed at batch {limits.batch}"
         if limits.max_p95_ms is None:
             continue
-        if timing["undecided"]:
+        if timing.undecided:
             return f"max_p95_ms: {UNDECIDED}"
-        if "p95_ms" not in timing:
-            return f"max_p95_ms: {timing['calls']:.0f} calls of the {tower} tower support no p95 (100 do)"
-        if timing["p95_ms"] > limits.max_p95_ms:
-            return f"over max_p95_ms: {tower} {number(timing['p95_ms'])} > {number(limits.max_p95_ms)}"
+        if timing.p95_ms is None:
+            return f"max_p95_ms: {timing.calls} calls of the {tower} tower support no p95 (100 do)"
+        if timing.p95_ms > limits.max_p95_ms:
+            return f"over max_p95_ms: {tower} {number(timing.p95_ms)} > {number(limits.max_p95_ms)}"
     return None
 
 
 def steady(rows: list[Row], batch: int) -> list[Row]:
     """Those whose timings decide."""
-    return [row for row in rows if not any(row.is_undecided(tower, str(batch)) for tower in TOWERS)]
+    return [row for row in rows if not any(row.is_undecided(tower, batch) for tower in TOWERS)]
 
 
 def choose(fit: list[Row], batch: int) -> dict[str, str]:
@@ -144,7 +112,11 @@ def choose(fit: list[Row], batch: int) -> dict[str, str]:
 
 
 def _held(
-    towers: dict[str, str], fit: list[Row], limits: RecommendConfig, together: Together, pairs: dict[str, Any]
+    towers: dict[str, str],
+    fit: list[Row],
+    limits: RecommendConfig,
+    together: Together,
+    pairs: dict[str, PairVerdict],
 ) -> dict[str, str]:
     """The towers, if a pair among them keeps its gate and the limits together, or else the best single target.
 
@@ -160,12 +132,14 @@ def _held(
         reason = refusal(pair, limits)
         reasons = pair.reasons or ([reason] if reason else [])
         status = "fail" if reason else "pass"
-        pairs[name] = {"towers": towers, "precision": pair.precision, "status": status, "reasons": reasons}
-    return towers if pairs[name]["status"] == "pass" else dict.fromkeys(TOWERS, single)
+        pairs[name] = PairVerdict(towers, pair.precision, status, reasons)
+    return towers if pairs[name].status == "pass" else dict.fromkeys(TOWERS, single)
 
 
 def pace(row: Row, tower: str, batch: int) -> Pace:
-    return pace_of(row.timing(tower, str(batch)), row.device == "cuda")
+    timing = row.timing(tower, batch)
+    assert timing is not None  # refusal refuses rows without it
+    return pace_of(timing, row.device == "cuda")
 
 
 def alike(row: Row, winner: Row, tower: str, batch: int) -> bool:
@@ -197,16 +171,14 @@ def pareto(fit: list[Row], batch: int) -> list[Row]:
 
 def accuracy(row: Row) -> float:
     """Top-1 in percent; the lowest cosine where there are no classes, or the weights are random."""
-    if row.trained and "top1" in row.zero_shot:
-        return row.zero_shot["top1"]
+    if row.trained and row.zero_shot:
+        return row.zero_shot.top1
     return min(row.cosine_min.values(), default=0.0)
 
 
-def _failed(row: Row, pairs: dict[str, Any]) -> str:
+def _failed(row: Row, pairs: dict[str, PairVerdict]) -> str:
     """That a target was the fastest for a tower, and in which pair it failed."""
-    failed = [
-        name for name, pair in pairs.items() if pair["status"] == "fail" and row.target in pair["towers"].values()
-    ]
+    failed = [name for name, pair in pairs.items() if pair.status == "fail" and row.target in pair.towers.values()]
     return "".join(f"{name} failed together; alone " for name in failed[:1])
 
 
@@ -250,30 +222,38 @@ def _named(towers: dict[str, str]) -> str:
     return f"{towers['vision']} for images with {towers['text']} for texts"
 
 
-def _targets(rows: list[Row]) -> dict[str, dict[str, Any]]:
+def _targets(rows: list[Row]) -> dict[str, TargetVerdict]:
     measured = metrics(rows)
     return {
-        row.target: {
-            "status": row.status,
-            "reasons": row.reasons,
-            "runtime": row.runtime,
-            "precision": row.precision,
-            "device": row.device,
-            "files": row.files,
-            "metrics": {key: value for key, value in measured[row.target].items() if key != "status"},
-        }
+        row.target: TargetVerdict(
+            status=row.status,
+            reasons=row.reasons,
+            runtime=row.runtime,
+            precision=row.precision,
+            device=row.device,
+            files=row.files,
+            metrics={key: value for key, value in measured[row.target].items() if key != "status"},
+        )
         for row in rows
     }
 
 
-def shown(advice: Recommendation, rows: Sequence[Row]) -> dict[str, Any]:
-    """What the report and its page show."""
-    return {"facts": facts(advice, rows), "losers": advice.losers, "front": advice.front}
+@dataclass(frozen=True)
+class Shipping:
+    """What the report and its page show of a recommendation: `facts` are sentences, `losers` why each other lost."""
+
+    facts: list[str]
+    losers: dict[str, str]
+    front: list[str]
+
+
+def shown(advice: Recommendation, rows: Sequence[Row]) -> Shipping:
+    return Shipping(facts(advice, rows), advice.losers, advice.front)
 
 
 def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
     """The answer in a few sentences."""
-    asked = [f"{key} {value}" for key, value in advice.limits.items() if key != "batch" and value is not None]
+    asked = [f"{key} {value}" for key, value in plain(advice.limits).items() if key != "batch" and value is not None]
     alike_to = [
         f"On {tower}, {', '.join(names)} cannot be told apart from {advice.ship[tower]}: the intervals overlap."
         for tower, names in advice.alike.items()
@@ -283,9 +263,9 @@ def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
         *(f"{doubt}." for doubt in advice.doubts),
         *([f"Ship {_named(advice.ship)}: {_costs(advice, rows)}."] if advice.ship else []),
         *(
-            f"{_named(pair['towers'])}, the fastest for each tower, failed together: {'; '.join(pair['reasons'])}."
+            f"{_named(pair.towers)}, the fastest for each tower, failed together: {'; '.join(pair.reasons)}."
             for pair in advice.pairs.values()
-            if pair["status"] == "fail"
+            if pair.status == "fail"
         ),
         *_caveats(advice, rows),
         f"Fit is what passes its gate and keeps `recommend` in params.yaml: {', '.join(asked) or 'no limits'}.",
@@ -296,18 +276,18 @@ def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
 
 
 def _costs(advice: Recommendation, rows: Sequence[Row]) -> str:
-    by_name, batch = {row.target: row for row in rows}, str(advice.limits["batch"])
+    by_name, batch = {row.target: row for row in rows}, advice.limits.batch
     chosen = {tower: by_name[advice.ship[tower]] for tower in TOWERS}
     if any(row.is_undecided(tower, batch) for tower, row in chosen.items()):
         return "no timing decides, so it is the one with the smallest files"
-    image, text = (row.timing(tower, batch)["p50_ms"] for tower, row in chosen.items())
+    image, text = (timing.p50_ms if (timing := row.timing(tower, batch)) else None for tower, row in chosen.items())
     return f"an image {number(image)} ms, a text {number(text)} ms (p50 of a call, batch {batch})"
 
 
 def _caveats(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
     """What the recommendation could not rest on."""
     passed, said = [row for row in rows if row.status == "pass"], []
-    fit = steady(passed, advice.limits["batch"])
+    fit = steady(passed, advice.limits.batch)
     if shaky := [row.target for row in passed if row not in fit]:
         said.append(
             f"Provisional: {len(shaky)} of {len(passed)} timings decide nothing (~: {', '.join(shaky)}). "

@@ -1,12 +1,30 @@
 """One row a target, from what validate and benchmark wrote; its metrics and plots."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.json_files import read_json
-from clip_deploy.report.decisive import judged, undecided
+from clip_deploy.core.parsing import read_record
+from clip_deploy.core.records import (
+    Benchmark,
+    Diagnosis,
+    Fact,
+    Facts,
+    Graph,
+    HeadAgreement,
+    Metrics,
+    PixelParity,
+    Placement,
+    Power,
+    Retrieval,
+    Search,
+    Validation,
+    ZeroShot,
+)
+from clip_deploy.report.decisive import Judged, JudgedTimings, Timings, judged, undecided
 
 
 @dataclass
@@ -20,109 +38,110 @@ class Row:
     build: str = ""
     trained: bool = True
     doubts: list[str] = field(default_factory=list)  # of the reference: chance.doubts
-    timings: dict[str, Any] = field(default_factory=dict)  # tower -> batch size -> percentiles, throughput, speed-up
+    timings: JudgedTimings = field(default_factory=dict)
     threads: int | None = None
     memory_mb: float | None = None
     size_mb: float | None = None
     cosine_min: dict[str, float] = field(default_factory=dict)  # tower -> lowest cosine of any row
-    zero_shot: dict[str, float] = field(default_factory=dict)
-    retrieval: dict[str, float] = field(default_factory=dict)
-    flips: float | None = None
+    zero_shot: ZeroShot | None = None
+    retrieval: Retrieval | None = None
+    flips: float | None = None  # percent
     attention: str = ""
-    graphs: dict[str, Any] = field(default_factory=dict)
-    search: dict[str, Any] = field(default_factory=dict)  # sensitivity.Search
-    pixels: dict[str, float] = field(default_factory=dict)  # preprocessing.pixel_parity
-    classifier: dict[str, Any] = field(default_factory=dict)  # validation.head
+    graphs: dict[str, Graph] = field(default_factory=dict)
+    search: Search | None = None
+    pixels: PixelParity | None = None
+    classifier: HeadAgreement | None = None
     device: str = "cpu"
     gpu_memory_mb: float | None = None
-    power: dict[str, Any] = field(default_factory=dict)  # timing.measure's
+    power: Power | None = None
     matrix_tflops: float | None = None
-    placement: dict[str, Any] = field(default_factory=dict)  # tower -> nodes by provider, and whether a CUDA graph
+    placement: dict[str, Placement] = field(default_factory=dict)  # by tower
     preprocessed_size: list[int] = field(default_factory=list)  # of the images that it was timed with: height, width
     runtime: str = ""
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was judged
-    diagnosis: dict[str, Any] = field(default_factory=dict)  # diagnosis.diagnose, where it missed its gate
+    diagnosis: Diagnosis | None = None  # where it missed its gate
 
-    def timing(self, tower: str, batch: str | None = None) -> dict[str, Any]:
-        """One tower's timing at a batch size, the smallest if none is named; empty where it was not timed."""
+    def timing(self, tower: str, batch: int | None = None) -> Judged | None:
+        """One tower's timing at a batch size, the smallest if none is named; None where it was not timed."""
         sizes = self.timings.get(tower, {})
-        return sizes.get(batch or next(iter(sizes), ""), {})
+        return sizes.get(batch or next(iter(sizes), 0))
 
-    def is_undecided(self, tower: str, batch: str | None = None) -> bool:
+    def is_undecided(self, tower: str, batch: int | None = None) -> bool:
         """Whether that tower's timing at a batch size decides nothing, or any of its timings if none is named."""
         sizes = self.timings.get(tower, {})
-        return any(timing["undecided"] for size, timing in sizes.items() if batch in (None, size))
+        return any(timing.undecided for size, timing in sizes.items() if batch in (None, size))
 
 
 def read_rows(targets: list[str], validation: Path, benchmark: Path) -> list[Row]:
-    """Read the configured targets' results, the reference first; timings carry the marks of decisive.judged."""
-    rows = [_read_row(target, validation, benchmark) for target in targets]
-    on_gpu = {row.target for row in rows if row.device == "cuda"}
-    timings = judged({row.target: row.timings for row in rows}, on_gpu)
-    return [replace(row, timings=timings[row.target]) for row in rows]
+    """Read the configured targets' results, the reference first; timings carry the marks of decisive.judged.
+
+    Raises ConfigError where a result is of another version.
+    """
+    checked = {target: read_record(Validation, validation / f"{target}.json") for target in targets}
+    timed = {target: read_record(Benchmark, benchmark / f"{target}.json") for target in targets}
+    timings: dict[str, Timings] = {target: timed[target].towers for target in targets}
+    marked = judged(timings, {target for target in targets if checked[target].device == "cuda"})
+    return [_row(target, checked[target], timed[target], marked[target]) for target in targets]
 
 
-def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
-    checked = read_json(validation / f"{target}.json")
-    timed = read_json(benchmark / f"{target}.json")
-    status, reasons = checked["status"], list(checked["reasons"])
-    if status != "unavailable" and timed["status"] == "unavailable":
-        status, reasons = "fail", [*reasons, f"not timed: {timed['reason']}"]
-    graphs = checked.get("graphs", {})
+def _row(target: str, checked: Validation, timed: Benchmark, timings: JudgedTimings) -> Row:
+    status, reasons, found = checked.status, checked.reasons, checked.measured
+    if status != "unavailable" and timed.status == "unavailable":
+        status, reasons = "fail", [*reasons, f"not timed: {timed.reason}"]
     return Row(
         target=target,
         status=status,
         reasons=reasons,
-        precision=checked["precision"],
-        build=_build(checked["build"]),
-        trained=checked["trained"],
-        doubts=checked.get("doubts", []),
-        timings=timed.get("towers", {}),
-        threads=timed.get("threads"),
-        memory_mb=timed.get("memory_mb"),
-        size_mb=timed.get("size_mb", checked.get("size_mb")),
-        cosine_min={tower: parity["cosine_min"] for tower, parity in checked.get("parity", {}).items()},
-        zero_shot=checked.get("zero_shot", {}),
-        retrieval=checked.get("retrieval", {}),
-        flips=checked.get("flips"),
-        attention=_attention(graphs),
-        graphs=graphs,
-        search=checked.get("search", {}),
-        pixels=checked.get("pixels", {}),
-        classifier=checked.get("classifier", {}),
-        device=checked.get("device", "cpu"),
-        gpu_memory_mb=timed.get("gpu_memory_mb"),
-        power=timed.get("power", {}),
-        matrix_tflops=timed.get("matrix_tflops"),
-        placement=checked.get("placement", {}),
-        preprocessed_size=timed.get("preprocessed_size", []),
-        runtime=checked.get("runtime", ""),
-        files=checked.get("files", {}),
-        diagnosis=checked.get("diagnosis", {}),
+        precision=checked.precision,
+        build=_build(checked.build),
+        trained=checked.trained,
+        doubts=checked.doubts or [],
+        timings=timings,
+        threads=timed.threads,
+        memory_mb=timed.memory_mb,
+        size_mb=checked.size_mb if timed.size_mb is None else timed.size_mb,
+        cosine_min={tower: parity.cosine_min for tower, parity in found.parity.items()} if found else {},
+        zero_shot=found.zero_shot if found else None,
+        retrieval=found.retrieval if found else None,
+        flips=found.flips if found else None,
+        attention=_attention(checked.graphs),
+        graphs=checked.graphs,
+        search=checked.search,
+        pixels=checked.pixels,
+        classifier=found.classifier if found else None,
+        device=checked.device,
+        gpu_memory_mb=timed.gpu_memory_mb,
+        power=timed.power,
+        matrix_tflops=timed.matrix_tflops,
+        placement=checked.placement,
+        preprocessed_size=timed.preprocessed_size,
+        runtime=checked.runtime,
+        files=checked.files,
+        diagnosis=checked.diagnosis,
     )
 
 
-def _build(build: dict[str, Any]) -> str:
+def _build(build: Facts) -> str:
     """How a target was made, in words."""
     if "note" in build:
-        return build["note"]
+        return str(build["note"])
     return ", ".join(f"{key.replace('_', ' ')} {_word(value)}" for key, value in build.items())
 
 
-def _word(value: Any) -> str:
+def _word(value: Fact) -> str:
     if isinstance(value, list):
-        return ", ".join(value) or "nothing"
+        return ", ".join(map(str, value)) or "nothing"
     if isinstance(value, dict):
         return " and ".join(f"{key} {item}" for key, item in value.items())
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def _attention(graphs: dict[str, Any]) -> str:
+def _attention(graphs: dict[str, Graph]) -> str:
     """Fused attentions of both towers out of all, "6/6"."""
     if not graphs:
         return ""
-    fused = sum(graph["fusion"]["attention"] for graph in graphs.values())
-    return f"{fused}/{sum(graph['fusion']['attention_expected'] for graph in graphs.values())}"
+    fused = sum(graph.fusion["attention"] for graph in graphs.values())
+    return f"{fused}/{sum(graph.fusion['attention_expected'] for graph in graphs.values())}"
 
 
 def read_flows(targets: list[str], folder: Path) -> list[dict[str, Any]]:
@@ -130,7 +149,7 @@ def read_flows(targets: list[str], folder: Path) -> list[dict[str, Any]]:
     return [{"target": target, **read_json(folder / f"{target}.json")} for target in targets]
 
 
-def metrics(rows: list[Row]) -> dict[str, dict[str, Any]]:
+def metrics(rows: list[Row]) -> dict[str, Metrics]:
     """The decisive numbers for `dvc metrics diff`, keyed <target>.<quantity>_<unit>.
 
     What was measured and decides nothing is None; where that is all of a timing, `timing` says "undecided".
@@ -138,36 +157,41 @@ def metrics(rows: list[Row]) -> dict[str, dict[str, Any]]:
     return {row.target: {**_measured(row), **_withheld(row)} for row in rows}
 
 
-def _measured(row: Row) -> dict[str, Any]:
-    vision, text = row.timing("vision"), row.timing("text")
-    found = {
+def _measured(row: Row) -> Metrics:
+    found: Metrics = {
         "status": row.status,
-        "vision_p50_ms": vision.get("p50_ms"),
-        "text_p50_ms": text.get("p50_ms"),
-        "vision_speedup": vision.get("speedup"),
-        "text_speedup": text.get("speedup"),
+        **_speeds(row),
         "images_per_s": best_throughput(row, "vision"),
         "memory_mb": row.memory_mb,
         "gpu_memory_mb": row.gpu_memory_mb,
-        "j_per_1000_images": row.power.get("j_per_1000_images"),
+        "j_per_1000_images": row.power.j_per_1000_images if row.power else None,
         "size_mb": row.size_mb,
         "cosine_min": min(row.cosine_min.values(), default=None),
-        "top1_percent": row.zero_shot.get("top1"),
-        "top1_drop_points": row.zero_shot.get("top1_drop"),
+        "top1_percent": row.zero_shot.top1 if row.zero_shot else None,
+        "top1_drop_points": row.zero_shot.top1_drop if row.zero_shot else None,
         "flips_percent": row.flips,
-        "image_to_text_r1_percent": row.retrieval.get("image_to_text_r1"),
-        "text_to_image_r1_percent": row.retrieval.get("text_to_image_r1"),
+        "image_to_text_r1_percent": row.retrieval.image_to_text_r1 if row.retrieval else None,
+        "text_to_image_r1_percent": row.retrieval.text_to_image_r1 if row.retrieval else None,
     }
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _withheld(row: Row) -> dict[str, Any]:
+def _speeds(row: Row) -> dict[str, float]:
+    """Of each tower at the smallest batch."""
+    timed = [(tower, timing) for tower in TOWERS if (timing := row.timing(tower))]
+    return {
+        **{f"{tower}_p50_ms": timing.p50_ms for tower, timing in timed},
+        **{f"{tower}_speedup": timing.speedup for tower, timing in timed},
+    }
+
+
+def _withheld(row: Row) -> Metrics:
     """None for each number of speed that decides nothing; the best of all batch sizes needs every one of them."""
     keys: list[str] = []
     for tower in row.timings:
         timing = row.timing(tower)
-        keys += [f"{tower}_p50_ms"] if timing.get("undecided") else []
-        keys += [f"{tower}_speedup"] if timing.get("unstable") else []
+        keys += [f"{tower}_p50_ms"] if timing and timing.undecided else []
+        keys += [f"{tower}_speedup"] if timing and timing.unstable else []
     if row.is_undecided("vision"):
         keys += ["images_per_s", *(["j_per_1000_images"] if row.power else [])]
     return {**dict.fromkeys(keys), **({"timing": "undecided"} if any(undecided(row.timings)) else {})}
@@ -175,7 +199,7 @@ def _withheld(row: Row) -> dict[str, Any]:
 
 def best_throughput(row: Row, tower: str) -> float | None:
     """Images or texts per second at the best batch size."""
-    return max((timing["throughput_per_s"] for timing in row.timings.get(tower, {}).values()), default=None)
+    return max((timing.throughput_per_s for timing in row.timings.get(tower, {}).values()), default=None)
 
 
 def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
@@ -190,7 +214,7 @@ def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
             for tower in row.timings
         ],
         "throughput": [
-            {"target": row.target, "batch_size": int(batch), "images_per_s": _decided(timing, "throughput_per_s")}
+            {"target": row.target, "batch_size": batch, "images_per_s": _decided(timing, "throughput_per_s")}
             for row in rows
             for batch, timing in row.timings.get("vision", {}).items()
         ],
@@ -198,7 +222,7 @@ def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
             {
                 "target": row.target,
                 "vision_p50_ms": _decided(row.timing("vision"), "p50_ms"),
-                "top1_percent": row.zero_shot["top1"],
+                "top1_percent": row.zero_shot.top1,
             }
             for row in rows
             if row.zero_shot and row.timings
@@ -206,18 +230,18 @@ def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
         "sensitivity": [
             {
                 "target": row.target,
-                "share_percent": 100 * point["share"],
-                "flips_percent": point["flips"],
-                "cosine": point["cosine"],
+                "share_percent": 100 * point.share,
+                "flips_percent": point.flips,
+                "cosine": point.cosine,
             }
             for row in rows
-            for point in row.search.get("curve", [])
+            for point in (row.search.curve if row.search else [])
         ],
     }
 
 
-def _decided(timing: dict[str, Any], key: str) -> float | None:
-    return None if timing["undecided"] else timing[key]
+def _decided(timing: Judged | None, key: str) -> float | None:
+    return None if timing is None or timing.undecided else getattr(timing, key)
 
 
 def doubts(rows: Sequence[Row]) -> list[str]:

@@ -1,8 +1,9 @@
 """Tables in Markdown, and numbers as the report states them."""
 
 import math
-from typing import Any
 
+from clip_deploy.core.records import ZeroShot
+from clip_deploy.report.decisive import Judged
 from clip_deploy.report.rows import Row, best_throughput
 
 MISSING = "-"
@@ -26,9 +27,9 @@ def _percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1f}"
 
 
-def stated(timing: dict[str, Any], key: str) -> str:
+def stated(timing: Judged | None, key: str) -> str:
     """A number of a timing, with ~ in front where it decides nothing."""
-    return _mark(timing.get("undecided")) + number(timing.get(key))
+    return _mark(timing.undecided) + number(getattr(timing, key)) if timing else MISSING
 
 
 def stated_throughput(row: Row) -> str:
@@ -36,23 +37,23 @@ def stated_throughput(row: Row) -> str:
     return _mark(row.is_undecided("vision")) + number(best_throughput(row, "vision"))
 
 
-def _mark(is_undecided: bool | None) -> str:
+def _mark(is_undecided: bool) -> str:
     return "~ " if is_undecided else ""
 
 
-def _speedup(timing: dict[str, Any]) -> str:
-    if not timing:
+def _speedup(timing: Judged | None) -> str:
+    if timing is None:
         return MISSING
-    mark, interval = _mark(timing["unstable"]), f"[{timing['speedup_low']:.2f}, {timing['speedup_high']:.2f}]"
-    return f"{mark}{timing['speedup']:.2f}x {interval}"
+    return f"{_mark(timing.unstable)}{timing.speedup:.2f}x [{timing.speedup_low:.2f}, {timing.speedup_high:.2f}]"
 
 
-def _interval(record: dict[str, float], key: str) -> str:
-    if key not in record:
+def _drop(found: ZeroShot | None) -> str:
+    if found is None:
         return MISSING
-    return f"{record[key]:.2f} [{record[f'{key}_low']:.2f}, {record[f'{key}_high']:.2f}]"
+    return f"{found.top1_drop:.2f} [{found.top1_drop_low:.2f}, {found.top1_drop_high:.2f}]"
 
 
-def _percentiles(timing: dict[str, Any]) -> str:
-    found = " / ".join(number(timing.get(f"p{q}_ms")) for q in (50, 90, 99))
-    return _mark(timing["undecided"]) + found if timing else MISSING
+def _percentiles(timing: Judged | None) -> str:
+    if timing is None:
+        return MISSING
+    return _mark(timing.undecided) + " / ".join(map(number, (timing.p50_ms, timing.p90_ms, timing.p99_ms)))

@@ -7,7 +7,7 @@ from clip_deploy.core.artifact import check_files, failure, read_target
 from clip_deploy.core.config import GatesConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.subprocesses import call_in_child
-from clip_deploy.evaluate.gates import judge
+from clip_deploy.evaluate.gates import gate_of, judge
 from clip_deploy.evaluate.tower_pair import measure_pair
 from clip_deploy.report.rows import Row
 
@@ -40,13 +40,12 @@ def judge_pair(vision: Row, text: Row, built: Path, evaluation: Path, gates: Gat
         size_mb=(tower_bytes(folders["vision"], "vision") + tower_bytes(folders["text"], "text")) / 1e6,
     )
     try:
-        record = call_in_child(measure_pair, folders, evaluation, limit_s=gates.max_seconds)
+        found = call_in_child(measure_pair, folders, evaluation, limit_s=gates.max_seconds)
     except Exception as error:  # whatever a library raises is this row's result
         reason = str(error) if isinstance(error, DeployError) else failure(error)
         return replace(row, status="fail", reasons=[reason])
-    reasons = judge(record | {"trained": row.trained}, getattr(gates, precision), precision)
-    status = "fail" if reasons else "pass"
-    return replace(row, status=status, reasons=reasons, zero_shot=record.get("zero_shot", {}))
+    reasons = judge(found, row.trained, gate_of(gates, precision), precision)
+    return replace(row, status="fail" if reasons else "pass", reasons=reasons, zero_shot=found.zero_shot)
 
 
 def _sum(first: float | None, second: float | None) -> float | None:

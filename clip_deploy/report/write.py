@@ -4,33 +4,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_deploy.core.environment import Environment
 from clip_deploy.core.files import write_text
 from clip_deploy.core.json_files import write_json
 from clip_deploy.report.decisive import pace
 from clip_deploy.report.markdown import markdown
 from clip_deploy.report.page import page
+from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row, metrics, plots
 from clip_deploy.report.tables import _speedup, number
 
 
 def write_report(
     rows: list[Row],
-    environment: dict[str, Any],
+    environment: Environment,
     checkpoint: dict[str, Any],
     evaluation: dict[str, Any],
     settings: dict[str, str],
     flows: list[dict[str, Any]],
     output: Path,
     sections: Sequence[str] = (),
-    shipping: dict[str, Any] | None = None,
+    shipping: Shipping | None = None,
 ) -> None:
     """Write report.md (with the lines of `sections`), report.html, metrics.json and plots/*.json into `output`.
 
     `shipping` is what recommend.shown says.
     """
-    hardware = environment["hardware"]
-    on = ", ".join(hardware["gpus"]) if any(row.device == "cuda" for row in rows) else ""
-    title = f"{settings['model']} on {on or hardware['cpu']}"
+    hardware = environment.hardware
+    on = ", ".join(hardware.gpus) if any(row.device == "cuda" for row in rows) else ""
+    title = f"{settings['model']} on {on or hardware.cpu}"
     write_json(output / "metrics.json", metrics(rows))
     for name, content in plots(rows).items():
         write_json(output / "plots" / f"{name}.json", content)
@@ -42,13 +44,13 @@ def write_report(
 
 def describe_run(
     rows: list[Row],
-    environment: dict[str, Any],
+    environment: Environment,
     checkpoint: dict[str, Any],
     evaluation: dict[str, Any],
     settings: dict[str, str],
 ) -> dict[str, str]:
     """The lines above the table: model, data, machine, versions."""
-    hardware, software = environment["hardware"], environment["software"]
+    hardware = environment.hardware
     towers = ", ".join(
         f"{name} {shape['layers']} layers of width {shape['width']}" for name, shape in checkpoint["towers"].items()
     )
@@ -59,10 +61,10 @@ def describe_run(
     return {
         "Model": f"{settings['model']} ({checkpoint['model_type']}; {towers}){weights}",
         "Data": f"{settings['data']}: {images} images, {captions} captions, {classes} classes{prompts}",
-        "Machine": f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gb']} GB, {hardware['system']}, "
-        f"GPU: {', '.join(hardware['gpus']) or 'none'}{threads}",
-        "Instruction sets": f"{', '.join(hardware['instruction_sets']) or 'unknown'} (INT8 accuracy holds for these)",
-        "Versions": ", ".join(f"{name} {number}" for name, number in software.items() if number),
+        "Machine": f"{hardware.cpu}, {hardware.cores} cores, {hardware.memory_gb} GB, {hardware.system}, "
+        f"GPU: {', '.join(hardware.gpus) or 'none'}{threads}",
+        "Instruction sets": f"{', '.join(hardware.instruction_sets) or 'unknown'} (INT8 accuracy holds for these)",
+        "Versions": ", ".join(f"{name} {number}" for name, number in environment.software.items() if number),
         "Fastest row that passes its gate": fastest(rows),
     }
 
@@ -71,12 +73,12 @@ def fastest(rows: list[Row]) -> str:
     """Per tower at the smallest batch, among the timings that decide."""
     named = []
     for tower in ("vision", "text"):
-        fit = [row for row in rows if row.status == "pass" and row.timing(tower)]
-        steady = [row for row in fit if not row.timing(tower)["undecided"]]
-        if on_gpu := [row for row in steady if row.device == "cuda"]:
-            best = min(on_gpu, key=lambda row: pace(row.timing(tower), True).middle)
-            named.append(f"{best.target} ({tower}, {number(best.timing(tower)['p50_ms'])} ms)")
+        fit = [(row, timing) for row in rows if row.status == "pass" and (timing := row.timing(tower))]
+        steady = [(row, timing) for row, timing in fit if not timing.undecided]
+        if on_gpu := [(row, timing) for row, timing in steady if row.device == "cuda"]:
+            row, timing = min(on_gpu, key=lambda each: pace(each[1], True).middle)
+            named.append(f"{row.target} ({tower}, {number(timing.p50_ms)} ms)")
         elif steady:
-            best = min(steady, key=lambda row: pace(row.timing(tower), False).middle)
-            named.append(f"{best.target} ({tower}, {_speedup(best.timing(tower))})")
+            row, timing = min(steady, key=lambda each: pace(each[1], False).middle)
+            named.append(f"{row.target} ({tower}, {_speedup(timing)})")
     return ", ".join(named) or "none"

@@ -4,12 +4,13 @@ import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.records import Placement
 
 RUNTIMES = ("eager", "compiled", "torchscript", "aoti", "fused", "ort", "ort_tensorrt", "openvino", "tensorrt")
 
@@ -52,7 +53,7 @@ class DeviceEncoder(Encoder, Protocol):
 class PlacedEncoder(Protocol):
     """One whose library places each node by itself."""
 
-    def placement(self) -> dict[str, dict[str, Any]]:
+    def placement(self) -> dict[str, Placement]:
         """Of each tower that was called on a GPU: how many nodes each provider runs, and whether as a CUDA graph."""
         ...
 

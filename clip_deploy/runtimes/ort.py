@@ -7,7 +7,6 @@ loading, nothing is left for the CPU, and the call can be recorded as a CUDA gra
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
@@ -15,6 +14,7 @@ from onnxruntime import InferenceSession, OrtValue, SessionOptions
 from clip_deploy.core.artifact import Target, real_graph
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
+from clip_deploy.core.records import Placement
 
 MOST_SESSIONS = 16  # shapes kept on a GPU, each with its own copy of the weights
 
@@ -54,9 +54,9 @@ class Encoder:
         """A call on inputs that are on the GPU already; ONNX Runtime waits for the result itself."""
         return self._fixed(tower, arrays)
 
-    def placement(self) -> dict[str, dict[str, Any]]:
+    def placement(self) -> dict[str, Placement]:
         """Of each tower that was called on a GPU: how many nodes each provider runs, and whether as a CUDA graph."""
-        return {key[0]: {"nodes": call.nodes, "graph": call.graph} for key, call in self.fixed.items()}
+        return {key[0]: Placement(call.nodes, call.graph) for key, call in self.fixed.items()}
 
     def wait(self) -> None:
         """Nothing is left to wait for."""

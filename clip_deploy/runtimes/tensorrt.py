@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clip_deploy.core.artifact import Target
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.records import Facts
 from clip_deploy.runtimes import pytorch
 from clip_deploy.runtimes.tensorrt_library import is_rtx, load_tensorrt, log_of, validity
 
@@ -24,7 +25,7 @@ class Encoder(pytorch.Encoder):
         return {tower: Engine(library, folder, tower, inputs[tower]) for tower in OUTPUTS}
 
 
-def refuse_elsewhere(name: str, built: dict[str, str], here: dict[str, str]) -> None:
+def refuse_elsewhere(name: str, built: Facts, here: dict[str, str]) -> None:
     """Raise DeployError where an engine was built for another GPU, driver or version of TensorRT than are here."""
     if any(built[key] != value for key, value in here.items()):
         raise DeployError(

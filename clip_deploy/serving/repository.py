@@ -26,6 +26,8 @@ from clip_deploy.core.errors import DeployError, DiskError, UnavailableError
 from clip_deploy.core.files import new_folder, sha256, write_text
 from clip_deploy.core.json_files import read_json
 from clip_deploy.core.manifest import PROVENANCE
+from clip_deploy.core.parsing import read_record
+from clip_deploy.core.records import Benchmark
 from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
 
 BACKENDS = ("onnxruntime", "python")  # a repository for each
@@ -104,11 +106,11 @@ def described(tower: dict[str, Any], preferred: list[int]) -> dict[str, Any]:
 def preferred_sizes(manifest: dict[str, Any], tower: str, benchmark: Path, most: int) -> list[int]:
     """The measured batch sizes above 1 and up to `most` that give more per second than every smaller one."""
     path = benchmark / f"{manifest['towers'][tower]['target']}.json"
-    sizes = read_json(path).get("towers", {}).get(tower, {}) if path.exists() else {}
+    sizes = read_record(Benchmark, path).towers.get(tower, {}) if path.exists() else {}
     best, kept = 0.0, []
-    for batch in sorted(map(int, sizes)):
-        if sizes[str(batch)]["throughput_per_s"] > best:
-            best = sizes[str(batch)]["throughput_per_s"]
+    for batch, timing in sorted(sizes.items()):
+        if timing.throughput_per_s > best:
+            best = timing.throughput_per_s
             kept.append(batch)
     return [batch for batch in kept if 1 < batch <= most]
 

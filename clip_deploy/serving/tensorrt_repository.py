@@ -17,6 +17,7 @@ from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import new_folder, sha256, write_text
 from clip_deploy.core.json_files import read_json
 from clip_deploy.core.manifest import PROVENANCE
+from clip_deploy.core.records import Validation
 from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER
 from clip_deploy.evaluate.gates import held
 from clip_deploy.serving.repository import (
@@ -34,7 +35,7 @@ LOADED = "TensorRT "  # what the backend's library calls itself; it loads no eng
 
 def write_engine_repository(
     built: Path,
-    record: dict[str, Any],
+    record: Validation,
     gates: GatesConfig,
     origin: dict[str, Any],
     prepared: Path,
@@ -70,7 +71,7 @@ def write_engine_repository(
 
 
 def _manifest(
-    built: Path, record: dict[str, Any], gates: GatesConfig, prepared: Path, engine: BuildEngineConfig
+    built: Path, record: Validation, gates: GatesConfig, prepared: Path, engine: BuildEngineConfig
 ) -> dict[str, Any]:
     """What repository.py reads of a package's manifest."""
     target = read_target(built)
@@ -79,7 +80,7 @@ def _manifest(
     for name in (SCORES, TOKENIZER, PREPROCESSOR):
         if name in scores["unavailable"]:
             raise UnavailableError(scores["unavailable"][name])
-    judged = {tower: record["files"][f"{tower}.engine"] for tower in EMBEDS}
+    judged = {tower: record.files[f"{tower}.engine"] for tower in EMBEDS}
     with np.load(prepared / "evaluation" / "reference.npz") as reference:
         dimension = int(reference["images"].shape[1])
     return {
@@ -92,23 +93,23 @@ def _manifest(
         "dimension": dimension,
         "pad_token": read_json(prepared / "evaluation" / "manifest.json")["pad_token"],
         "device": "cuda",
-        "valid_for": {name: target.build[name] for name in ("library", "built_for")},
+        "valid_for": {name: target.said(name) for name in ("library", "built_for")},
     }
 
 
-def _check(target: Target, built: Path, record: dict[str, Any], gates: GatesConfig, engine: BuildEngineConfig) -> None:
+def _check(target: Target, built: Path, record: Validation, gates: GatesConfig, engine: BuildEngineConfig) -> None:
     if target.unavailable:
         raise UnavailableError(f"{built.name}: {target.unavailable}")
     if missed := held(record, gates):
         raise UnavailableError(f"{built.name} is not fit to ship: {'; '.join(map(str, missed))}")
-    if not target.build["library"].startswith(LOADED):
+    if not target.said("library").startswith(LOADED):
         raise UnavailableError(
             f"{built.name} was built by {target.build['library']}, and Triton's tensorrt backend loads engines of "
             "TensorRT only: install NVIDIA's `tensorrt`, then `dvc repro`"
         )
     if engine.min_batch > 1:
         raise UnavailableError(f"{built.name} takes no single row: set build_engine.{built.name}.min_batch to 1")
-    for name, judged in record["files"].items():
+    for name, judged in record.files.items():
         if not (built / name).is_file() or sha256(built / name) != judged:
             raise DeployError(f"{built / name} is not the file that was judged: run `dvc repro`")
 

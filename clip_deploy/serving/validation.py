@@ -169,13 +169,13 @@ def parities(answers: dict[str, np.ndarray], offline: dict[str, np.ndarray]) -> 
     found = {}
     for protocol in ("http", "grpc"):
         for name in ("images", "texts"):
-            found[f"{name}, {protocol}"] = compare(answers[f"{protocol}_{name}"], offline[name])
+            found[f"{name}, {protocol}"] = asdict(compare(answers[f"{protocol}_{name}"], offline[name]))
         if "probabilities" in offline:
             found[f"probabilities, {protocol}"] = agreement(
                 answers[f"{protocol}_probabilities"], offline["probabilities"]
             )
     together = answers["together"]
-    found["images, one by one from several clients"] = compare(together, offline["images"][: len(together)])
+    found["images, one by one from several clients"] = asdict(compare(together, offline["images"][: len(together)]))
     return found
 
 

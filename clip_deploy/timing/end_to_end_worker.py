@@ -79,7 +79,7 @@ def measure_feed(job: Job) -> dict[str, Any]:
     """
     encoder = open_encoder(job.folder, job.benchmark.threads)
     feed = open_feed(job.feed, job.preprocessing, getattr(encoder, "takes_device_tensors", False))
-    cosine = compare(_embeddings(feed, encoder, job.jpegs), job.reference)["cosine_min"]
+    cosine = compare(_embeddings(feed, encoder, job.jpegs), job.reference).cosine_min
     workers = 1 if feed.whole_batches else job.settings.workers or job.benchmark.threads
     found = {batch: measure_batch(feed, encoder, job, batch, workers) for batch in job.benchmark.batch_sizes}
     return {

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from threading import Timer
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from clip_deploy.core.artifact import Target, failure, read_target, size_bytes
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.records import Benchmark, Power, Timing
 from clip_deploy.core.subprocesses import ending, hung
 from clip_deploy.timing import nvml
 
@@ -39,46 +41,41 @@ PROGRAM = (sys.executable, "-m", "clip_deploy.timing.latency_worker")
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
 
-def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> dict[str, Any]:
+def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> Benchmark:
     """Time both towers of `folder` at every batch size, interleaved with `reference`.
 
-    Returns:
-        For each tower and batch size: p50_ms with its 95 % interval p50_low_ms, p50_high_ms, p90_ms, p95_ms, p99_ms
-        (where the number of calls supports them), calls, throughput_per_s (images or texts), speedup over the reference
-        with its 95 % interval speedup_low, speedup_high, the reference's reference_p50_ms beside it; and memory_mb
-        (peak resident memory above the empty interpreter at the smallest batch) and size_mb. On a GPU also
-        gpu_memory_mb (of the process, at the smallest batch), power (see _power), matrix_tflops (what FP16 products
-        reach there) and with each timing gflop, the reference's work. Where the target preprocesses its images,
-        preprocessed_size says how large they were, [height, width]; the reference gets pixel_values in any case.
-        `{"status": "unavailable", "reason": ...}` where the target cannot run here.
+    The reference gets pixel_values in any case. Power, matrix rate and the reference's work are measured on a GPU only.
     """
     described = read_target(folder)
     if described.unavailable:
-        return {"status": "unavailable", "reason": described.unavailable}
+        return Benchmark(status="unavailable", reason=described.unavailable)
     try:
         with _worker(folder, settings) as target, _worker(reference, settings) as other:
             target.wait()
             other.wait()
-            clock = nvml.clock_mhz()
-            towers, memory = _measure_towers(target, other, described, settings)
-            on_gpu = {}
-            if described.device == "cuda":
-                on_gpu = _power(target, described, towers["vision"], settings, clock)
-                on_gpu["matrix_tflops"] = other.ask({"matrix_rate": True})["tflops"]
-            whole = {"preprocessed_size": settings.image_size} if described.image_input == "images" else {}
-            return {
-                "status": "measured",
-                "threads": settings.threads,
-                **whole,
-                "towers": towers,
-                **memory,
-                **on_gpu,
-                "size_mb": size_bytes(folder) / 1e6,
-            }
+            return _measured(folder, target, other, described, settings)
     except UnavailableError as error:
-        return {"status": "unavailable", "reason": str(error)}
+        return Benchmark(status="unavailable", reason=str(error))
     except Exception as error:  # the other rows are timed all the same
-        return {"status": "unavailable", "reason": failure(error)}
+        return Benchmark(status="unavailable", reason=failure(error))
+
+
+def _measured(
+    folder: Path, target: "Worker", other: "Worker", described: Target, settings: BenchmarkConfig
+) -> Benchmark:
+    clock, on_gpu = nvml.clock_mhz(), described.device == "cuda"
+    towers, memory_bytes, gpu_bytes = _measure_towers(target, other, described, settings)
+    return Benchmark(
+        status="measured",
+        threads=settings.threads,
+        preprocessed_size=settings.image_size if described.image_input == "images" else [],
+        towers=towers,
+        memory_mb=None if memory_bytes is None else memory_bytes / 1e6,
+        gpu_memory_mb=None if gpu_bytes is None else gpu_bytes / 1e6,
+        power=_power(target, described, towers["vision"], settings, clock) if on_gpu else None,
+        matrix_tflops=other.ask({"matrix_rate": True})["tflops"] if on_gpu else None,
+        size_mb=size_bytes(folder) / 1e6,
+    )
 
 
 def _worker(folder: Path, settings: BenchmarkConfig) -> "Worker":
@@ -87,17 +84,18 @@ def _worker(folder: Path, settings: BenchmarkConfig) -> "Worker":
 
 def _measure_towers(
     target: "Worker", other: "Worker", described: Target, settings: BenchmarkConfig
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> tuple[dict[str, dict[int, Timing]], int | None, int | None]:
+    """The timings by tower and batch size, and bytes of memory and of the GPU's at the smallest batch."""
     requests = [
         _request(tower, batch, described, settings) for batch in settings.batch_sizes for tower in ("vision", "text")
     ]
-    towers: dict[str, Any] = {"vision": {}, "text": {}}
-    memory: dict[str, float] = {}
+    towers: dict[str, dict[int, Timing]] = {"vision": {}, "text": {}}
+    memory: dict[str, int | None] = {}
     for request in tqdm(requests, desc="benchmark", disable=None):
-        towers[request["tower"]][str(request["batch"])] = _measure_one(target, other, request, settings)
+        towers[request["tower"]][request["batch"]] = _measure_one(target, other, request, settings)
         if request["batch"] == settings.batch_sizes[0]:
-            memory = _megabytes(target.ask({"memory": True}))
-    return towers, memory
+            memory = target.ask({"memory": True})
+    return towers, memory.get("bytes"), memory.get("gpu_bytes")
 
 
 def _request(tower: str, batch: int, described: Target, settings: BenchmarkConfig) -> dict[str, Any]:
@@ -112,41 +110,33 @@ def _request(tower: str, batch: int, described: Target, settings: BenchmarkConfi
     }
 
 
-def _megabytes(answer: dict[str, int | None]) -> dict[str, float]:
-    named = {"memory_mb": answer["bytes"], "gpu_memory_mb": answer.get("gpu_bytes")}
-    return {name: value / 1e6 for name, value in named.items() if value is not None}
-
-
 def _power(
-    target: "Worker", described: Target, sizes: dict[str, Any], settings: BenchmarkConfig, clock: int | None
-) -> dict[str, Any]:
+    target: "Worker", described: Target, sizes: dict[int, Timing], settings: BenchmarkConfig, clock: int | None
+) -> Power | None:
     """Images encoded without a pause at the best batch size: what the whole GPU takes, by NVML's counter of energy.
 
-    Returns:
-        power: batch, mean_w, j_per_1000_images, and clock_mhz before the benchmark and after it; empty without NVML.
+    None without NVML. `clock` is that before the benchmark, in MHz.
     """
-    batch = max(sizes, key=lambda size: sizes[size]["throughput_per_s"])
-    target.ask(_request("vision", int(batch), described, settings))
+    batch = max(sizes, key=lambda size: sizes[size].throughput_per_s)
+    target.ask(_request("vision", batch, described, settings))
     target.ask({"calls": max(1, settings.warmup)})
     started, before = monotonic(), nvml.energy_j()
     calls = target.ask({"seconds": settings.power_seconds})["calls"]
     seconds, after = monotonic() - started, nvml.energy_j()
     if before is None or after is None:
-        return {}
-    return {
-        "power": {
-            "batch": int(batch),
-            "mean_w": (after - before) / seconds,
-            "j_per_1000_images": 1000 * (after - before) / (calls * int(batch)),
-            "clock_mhz": [clock, nvml.clock_mhz()],
-        }
-    }
+        return None
+    return Power(
+        batch=batch,
+        mean_w=(after - before) / seconds,
+        j_per_1000_images=1000 * (after - before) / (calls * batch),
+        clock_mhz=[clock, nvml.clock_mhz()],
+    )
 
 
-def _measure_one(target: "Worker", other: "Worker", request: dict, settings: BenchmarkConfig) -> dict[str, Any]:
+def _measure_one(target: "Worker", other: "Worker", request: dict[str, Any], settings: BenchmarkConfig) -> Timing:
     for worker in (target, other):
         worker.ask(request)
-    work = {"gflop": other.ask({"flop": True})["flop"] / 1e9} if request["device"] == "cuda" else {}
+    gflop = other.ask({"flop": True})["flop"] / 1e9 if request["device"] == "cuda" else None
     calls = {worker: calls_per_turn(worker, settings.warmup) for worker in (target, other)}
     turns: dict[Worker, list[list[float]]] = {target: [], other: []}
     started = monotonic()
@@ -158,7 +148,7 @@ def _measure_one(target: "Worker", other: "Worker", request: dict, settings: Ben
         count = sum(map(len, turns[target]))
         over = monotonic() - started > 2 * settings.seconds or count >= settings.iterations
         if over and len(turns[target]) >= LEAST_ROUNDS:
-            return {**summarize(turns[target], turns[other], request["batch"]), **work}
+            return replace(summarize(turns[target], turns[other], request["batch"]), gflop=gflop)
 
 
 def calls_per_turn(worker: "Worker", warmup: int) -> int:
@@ -167,22 +157,22 @@ def calls_per_turn(worker: "Worker", warmup: int) -> int:
     return 1 if typical > LONG_MS else 1 + math.ceil(ROUND_MS / typical)
 
 
-def summarize(turns: list[list[float]], reference: list[list[float]], batch: int) -> dict[str, Any]:
+def summarize(turns: list[list[float]], reference: list[list[float]], batch: int) -> Timing:
     """Percentiles, throughput and speed-up of one tower at one batch size, from the ms of each turn's calls."""
     times = np.concatenate(turns)
     speedup, low, high = speedup_interval(turns, reference)
     _, p50_low, p50_high = median_interval(np.array([median(turn) for turn in turns]))
-    return {
+    return Timing(
         **percentiles(times),
-        "p50_low_ms": p50_low,
-        "p50_high_ms": p50_high,
-        "calls": len(times),
-        "throughput_per_s": 1000 * batch * len(times) / float(times.sum()),
-        "speedup": speedup,
-        "speedup_low": low,
-        "speedup_high": high,
-        "reference_p50_ms": float(np.median(np.concatenate(reference))),
-    }
+        p50_low_ms=p50_low,
+        p50_high_ms=p50_high,
+        calls=len(times),
+        throughput_per_s=1000 * batch * len(times) / float(times.sum()),
+        speedup=speedup,
+        speedup_low=low,
+        speedup_high=high,
+        reference_p50_ms=float(np.median(np.concatenate(reference))),
+    )
 
 
 def percentiles(times: np.ndarray) -> dict[str, float]:
@@ -270,7 +260,7 @@ class Worker:
         self._read()
         self._signal("SIGSTOP")
 
-    def ask(self, request: dict) -> dict:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request and wait for its answer, while every other worker is stopped."""
         self._signal("SIGCONT")
         try:
@@ -281,7 +271,7 @@ class Worker:
         finally:
             self._signal("SIGSTOP")
 
-    def _read(self) -> dict:
+    def _read(self) -> dict[str, Any]:
         line = self._line()
         if not line.endswith("\n"):  # the process died before or within its answer
             raise self._died()

@@ -29,7 +29,7 @@ compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler o
 @compiler
 def test_a_package_runs_at_every_shape_and_gives_the_references_embeddings(package, sets):
     record = validate(package, load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz", GATES, 0)
-    assert record["status"] == "pass", record["reasons"]
+    assert record.status == "pass", record.reasons
     assert sorted(path.name for path in package.iterdir()) == ["target.json", "text.pt2", "vision.pt2"]
 
 

@@ -32,10 +32,10 @@ def test_the_file_declares_the_opset_asked_for_and_takes_every_batch(checkpoint,
 
 def test_inputs_and_outputs_have_the_documented_names_and_axes(onnx_target):
     vision, text = (onnx_file.describe(onnx_target / f"{tower}.onnx") for tower in ("vision", "text"))
-    assert vision["inputs"] == {"pixel_values": ["batch", 3, 48, 48]}
-    assert vision["outputs"] == {"image_embeds": ["batch", 64]}
-    assert text["inputs"] == {"input_ids": ["batch", "sequence"], "attention_mask": ["batch", "sequence"]}
-    assert text["outputs"] == {"text_embeds": ["batch", 64]}
+    assert vision.inputs == {"pixel_values": ["batch", 3, 48, 48]}
+    assert vision.outputs == {"image_embeds": ["batch", 64]}
+    assert text.inputs == {"input_ids": ["batch", "sequence"], "attention_mask": ["batch", "sequence"]}
+    assert text.outputs == {"text_embeds": ["batch", 64]}
 
 
 def test_a_file_holds_one_tower_and_no_path_of_this_machine(checkpoint, onnx_target):
@@ -69,7 +69,7 @@ def test_siglip_takes_no_mask_and_whole_contexts(siglip, tmp_path):
     encoder, reference = open_encoder(output), open_encoder(siglip)
     difference = encoder.encode_texts(ids, np.ones_like(ids)) - reference.encode_texts(ids, np.ones_like(ids))
     assert np.abs(difference).max() < 1e-4
-    assert onnx_file.describe(output / "text.onnx")["inputs"] == {"input_ids": ["batch", 16]}
+    assert onnx_file.describe(output / "text.onnx").inputs == {"input_ids": ["batch", 16]}
 
 
 def test_weights_above_the_limit_go_to_a_file_of_their_own(onnx_target, tmp_path, monkeypatch):

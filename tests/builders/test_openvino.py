@@ -41,7 +41,7 @@ def test_a_missing_library_makes_an_unavailable_row_that_says_how_to_install_it(
     folder = convert()
     reason = "openvino is not installed: pip install '.[openvino]'"
     assert read_target(folder).unavailable == reason
-    assert check(folder, sets)["reasons"] == [reason]
+    assert check(folder, sets).reasons == [reason]
 
 
 def test_openvino_alone_is_not_enough_for_int8(convert, monkeypatch):
@@ -64,8 +64,8 @@ def test_a_cpu_without_bfloat16_is_named(convert, monkeypatch):
 def test_fp32_runs_at_every_shape_and_gives_the_references_embeddings(convert, sets):
     pytest.importorskip("openvino")
     record = check(convert(), sets)
-    assert record["status"] == "pass", record["reasons"]
-    assert record["parity"]["vision"]["cosine_min"] > 0.99999
+    assert record.status == "pass", record.reasons
+    assert record.measured.parity["vision"].cosine_min > 0.99999
 
 
 def test_bf16_files_are_half_as_large(convert, sets):
@@ -73,9 +73,9 @@ def test_bf16_files_are_half_as_large(convert, sets):
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
     record = check(convert(precision=Precision.bf16), sets)
-    assert record["status"] == "pass", record["reasons"]
-    assert record["size_mb"] < 2.5
-    assert record["parity"]["vision"]["cosine_min"] < 0.999999
+    assert record.status == "pass", record.reasons
+    assert record.size_mb < 2.5
+    assert record.measured.parity["vision"].cosine_min < 0.999999
 
 
 @pytest.mark.parametrize("budget", [None, AccuracyBudget(max_top1_drop=2, max_flips=5)])
@@ -84,8 +84,8 @@ def test_int8_is_calibrated_by_nncf_within_the_budget(convert, sets, budget):
     pytest.importorskip("nncf")
     folder = convert(precision=Precision.int8, accuracy_budget=budget)
     record = check(folder, sets)
-    assert record["status"] == "pass", record["reasons"]
-    assert record["size_mb"] < 2
+    assert record.status == "pass", record.reasons
+    assert record.size_mb < 2
     facts = read_target(folder).build
     assert ("budget_spent_by_vision" in facts) == (budget is not None)
 
@@ -112,7 +112,7 @@ def test_what_stands_around_the_towers_is_left_out(convert, checkpoint, sets, tm
     settings = OnnxConfig(preprocess=True, normalize=True, classifier=["a red circle", "a blue square"])
     build(source, lambda folder: export_onnx(checkpoint, settings, folder), Target("ort", "fp32"))
     record = check(convert(source=source), sets)
-    assert record["status"] == "pass", record["reasons"]
+    assert record.status == "pass", record.reasons
 
 
 def test_a_source_that_could_not_be_built_is_named(convert, monkeypatch, tmp_path):
@@ -131,4 +131,4 @@ def test_accuracy_control_takes_over_where_the_fastest_arrangement_breaks_the_bu
     folder = convert(precision=Precision.int8, accuracy_budget=AccuracyBudget(max_top1_drop=0, max_flips=0))
     facts = read_target(folder).build
     assert facts["vision_arrangement"] == "SmoothQuant and accuracy control"
-    assert check(folder, sets)["status"] == "pass"
+    assert check(folder, sets).status == "pass"

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.records import parity, zero_shot
 from support.targets import advice, records
 
 from clip_deploy.builders.package import Sources, unpackable, write_package
@@ -11,6 +12,7 @@ from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import Gate, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import sha256
+from clip_deploy.core.parsing import plain
 
 FACTS = {"model": "tiny", "seed": 0, "versions": {"onnxruntime": "1"}}
 
@@ -72,13 +74,13 @@ def test_classes_and_templates_are_those_of_the_evaluation_set(package):
 )
 def test_what_the_report_finds_not_fit_is_refused(sources, tmp_path, change, said):
     known = advice(sources.built)
-    known["targets"]["onnx-fp32"] |= change
+    known.targets["onnx-fp32"] = replace(known.targets["onnx-fp32"], **change)
     with pytest.raises(DeployError, match=said):
         write_package(known, "onnx-fp32", sources, GatesConfig(), FACTS, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-LOW = {"vision": {"cosine_min": 0.5, "finite": True}, "text": {"cosine_min": None, "finite": True}}
+LOW = plain({"vision": parity(0.5), "text": {**plain(parity()), "cosine_min": None}})
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ LOW = {"vision": {"cosine_min": 0.5, "finite": True}, "text": {"cosine_min": Non
         ({"status": "fail", "reasons": ["crashed"]}, "onnx-fp32 is not fit to ship: gate fail crashed; "),
         ({"status": "unavailable", "reasons": ["no GPU"]}, "onnx-fp32 is not fit to ship: gate unavailable no GPU; "),
         ({"parity": LOW}, r"not fit to ship: vision: cosine 0.5\d* < 0.99 \(gates.fp32.min_cosine\), and 1 more"),
-        ({"zero_shot": {"top1_drop": 3.0}}, r"top-1 drop 3.00 points > 1.0 \(gates.fp32.max_top1_drop\)"),
+        ({"zero_shot": plain(zero_shot(top1_drop=3.0))}, r"top-1 drop 3.00 points > 1.0 \(gates.fp32.max_top1_drop\)"),
         ({"flips": None}, r"flips nan % > 1.0 \(gates.fp32.max_flips\)"),
         ({"shapes": {}, "parity": {}}, "gate pass, and not all was measured"),
         ({"files": {"vision.onnx": "0"}}, r"vision.onnx is not the file that was judged .*: run `dvc repro`"),
@@ -168,15 +170,16 @@ def test_two_targets_are_packaged_tower_by_tower_with_what_was_found_of_the_pair
     gates = GatesConfig(fp32=Gate(min_cosine=0.999, max_top1_drop=5, max_flips=5))
     manifest = write_package(known, "recommended", sources, gates, FACTS, tmp_path)
     assert {tower: chosen["target"] for tower, chosen in manifest["towers"].items()} == towers
-    assert sha256(tmp_path / "vision.onnx") == known["targets"]["ort-fp32"]["files"]["vision.onnx"]
-    assert sha256(tmp_path / "text.onnx") == known["targets"]["onnx-fp32"]["files"]["text.onnx"]
+    assert sha256(tmp_path / "vision.onnx") == known.targets["ort-fp32"].files["vision.onnx"]
+    assert sha256(tmp_path / "text.onnx") == known.targets["onnx-fp32"].files["text.onnx"]
     assert manifest["gates"]["ort-fp32 with onnx-fp32"] == found
     assert list(manifest["builds"]) == ["ort-fp32", "onnx-fp32"]
 
 
 def test_a_pair_that_did_not_pass_together_is_refused(fused, sources, tmp_path):
     towers = {"vision": "ort-fp32", "text": "onnx-fp32"}
-    for pairs in ({}, {"ort-fp32 with onnx-fp32": {"status": "fail"}}):
+    failed = {"towers": towers, "precision": "fp32", "status": "fail", "reasons": ["flips"]}
+    for pairs in ({}, {"ort-fp32 with onnx-fp32": failed}):
         known = advice(sources.built, package=towers, pairs=pairs)
         with pytest.raises(DeployError, match="ort-fp32 with onnx-fp32 did not pass together"):
             write_package(known, "recommended", sources, GatesConfig(), FACTS, tmp_path)

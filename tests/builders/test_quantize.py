@@ -35,7 +35,7 @@ def test_quantised_graphs_are_small_and_close(onnx_target, sets, tmp_path, setti
     pixels = np.array(evaluation.pixel_values[:32])
     small, full = (open_encoder(folder).encode_images(pixels) for folder in (output, onnx_target))
     assert row_cosines(small, full).min() > 0.8
-    fusion = onnx_file.describe(output / "vision.onnx")["fusion"]
+    fusion = onnx_file.describe(output / "vision.onnx").fusion
     assert fusion["quantize_linear"] > 0
     assert (fusion["quantized_matmul"] > 0) == (settings.method is Quantization.dynamic)
 

@@ -20,7 +20,7 @@ from clip_deploy.evaluate.embeddings import encode_set
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.runtimes import open_encoder
 
-HERE = hardware()["instruction_sets"]  # INT8 made for another CPU saturates on one without VNNI
+HERE = hardware().instruction_sets  # INT8 made for another CPU saturates on one without VNNI
 OUTLIER = 3000.0
 
 
@@ -84,12 +84,12 @@ def test_the_node_that_int8_ruins_is_found_and_left_in_float(planted, fused, cal
     source, name = planted
     target = quantised(source, calibration, tmp_path / "within", method=method, accuracy_budget=BUDGET)
     found = target.search
-    assert next(iter(found["sensitivity"])) == name
-    assert name in found["left_in_float"]
-    assert len(found["left_in_float"]) < found["nodes"] / 2
-    assert target.build["left_in_float"] == len(found["left_in_float"])
+    assert next(iter(found.sensitivity)) == name
+    assert name in found.left_in_float
+    assert len(found.left_in_float) < found.nodes / 2
+    assert target.build["left_in_float"] == len(found.left_in_float)
     reference = embeddings(fused, calibration)
-    assert found["flips"] == flips(embeddings(tmp_path / "within", calibration), reference, calibration) == 0
+    assert found.flips == flips(embeddings(tmp_path / "within", calibration), reference, calibration) == 0
     quantised(source, calibration, tmp_path / "all", method=method)
     assert flips(embeddings(tmp_path / "all", calibration), reference, calibration) > 0
 
@@ -97,24 +97,24 @@ def test_the_node_that_int8_ruins_is_found_and_left_in_float(planted, fused, cal
 def test_the_curve_goes_from_all_in_float_to_all_in_int8(planted, calibration, tmp_path):
     source, _ = planted
     target = quantised(source, calibration, tmp_path / "int8", accuracy_budget=BUDGET)
-    curve = target.search["curve"]
-    shares = [point["share"] for point in curve]
+    curve = target.search.curve
+    shares = [point.share for point in curve]
     assert (shares[0], shares[-1]) == (0, 1)
     assert shares == sorted(shares)
-    assert (curve[0]["flips"], curve[0]["top1_drop"], curve[0]["cosine"]) == (0, 0, 1)
-    assert curve[-1]["cosine"] < min(point["cosine"] for point in curve[:-1])
-    assert curve[-1]["flips"] > 0
+    assert (curve[0].flips, curve[0].top1_drop, curve[0].cosine) == (0, 0, 1)
+    assert curve[-1].cosine < min(point.cosine for point in curve[:-1])
+    assert curve[-1].flips > 0
 
 
 def test_a_budget_that_all_nodes_meet_leaves_none_in_float(fused, calibration, tmp_path):
     generous = AccuracyBudget()
     target = quantised(fused, calibration, tmp_path / "int8", accuracy_budget=generous)
-    assert target.search["left_in_float"] == []
-    assert target.search["nodes"] == sum(
+    assert target.search.left_in_float == []
+    assert target.search.nodes == sum(
         len(onnx_file.quantisable(onnx.load(fused / f"{tower}.onnx").graph)) for tower in ("vision", "text")
     )
     plain = quantised(fused, calibration, tmp_path / "plain")
-    assert plain.search == {}
+    assert plain.search is None
     for tower in ("vision", "text"):
         assert (tmp_path / f"int8/{tower}.onnx").read_bytes() == (tmp_path / f"plain/{tower}.onnx").read_bytes()
 

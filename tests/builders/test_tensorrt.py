@@ -187,7 +187,7 @@ def test_a_machine_without_a_gpu_cannot_run_an_engine(engine, fake, see, sets, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     evaluation = sets / "evaluation"
     record = validate(engine(), load_prepared(evaluation), evaluation / "reference.npz", GATES, seed=0)
-    assert (record["status"], record["reasons"]) == ("unavailable", ["no CUDA device that PyTorch can use"])
+    assert (record.status, record.reasons) == ("unavailable", ["no CUDA device that PyTorch can use"])
 
 
 def test_an_engine_of_another_gpu_is_refused(engine, fake, see, monkeypatch):
@@ -238,8 +238,8 @@ def test_embeddings_are_those_of_the_reference(engine, library, sets, precision)
     record = validate(
         engine(precision=precision), load_prepared(evaluation), evaluation / "reference.npz", GATES, seed=0
     )
-    assert record["status"] == "pass", record["reasons"]
-    assert min(record["parity"][tower]["cosine_min"] for tower in ("vision", "text")) > 0.999
+    assert record.status == "pass", record.reasons
+    assert min(record.measured.parity[tower].cosine_min for tower in ("vision", "text")) > 0.999
 
 
 @pytest.mark.gpu

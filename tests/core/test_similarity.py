@@ -7,8 +7,8 @@ from clip_deploy.core.similarity import compare, normalized
 def test_equal_embeddings_have_cosine_one_whatever_their_length():
     rows = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
     result = compare(rows * 3, rows)
-    assert result["cosine_min"] == pytest.approx(1)
-    assert result["finite"]
+    assert result.cosine_min == pytest.approx(1)
+    assert result.finite
 
 
 def test_one_bad_row_shows():
@@ -17,8 +17,8 @@ def test_one_bad_row_shows():
     turned = rows.copy()
     turned[17] = -turned[17]
     result = compare(turned, rows)
-    assert result["cosine_min"] == pytest.approx(-1)
-    assert result["cosine_mean"] == pytest.approx(1 - 2 / 200)
+    assert result.cosine_min == pytest.approx(-1)
+    assert result.cosine_mean == pytest.approx(1 - 2 / 200)
 
 
 def test_nan_and_infinity_are_found():
@@ -27,8 +27,8 @@ def test_nan_and_infinity_are_found():
     broken[1, 0] = np.nan
     broken[2] = np.inf
     result = compare(broken, rows)
-    assert not result["finite"]
-    assert result["cosine_min"] == pytest.approx(0)
+    assert not result.finite
+    assert result.cosine_min == pytest.approx(0)
 
 
 def test_a_row_of_zeros_stays_zero():

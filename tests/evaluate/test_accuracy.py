@@ -33,20 +33,20 @@ def test_zero_shot_counts_right_answers_and_the_drop():
     reference = embeddings(AXES)
     worse = embeddings([AXES[0], AXES[1], AXES[2], AXES[0] * 2 + AXES[3]])
     result = zero_shot(worse, reference, prepared([0, 1, 2, 3], [0, 1, 2, 3]), 0)
-    assert result["top1"] == 75
-    assert result["reference_top1"] == 100
-    assert result["top1_drop"] == 25
-    assert result["top5"] == 100
-    assert result["mcnemar_p"] == 1  # one loss and no gain prove nothing
+    assert result.top1 == 75
+    assert result.reference_top1 == 100
+    assert result.top1_drop == 25
+    assert result.top5 == 100
+    assert result.mcnemar_p == 1  # one loss and no gain prove nothing
     assert flips(worse, reference, prepared([0, 1, 2, 3], [0, 1, 2, 3])) == 25
 
 
 def test_retrieval_takes_captions_of_the_same_words_as_one():
     result = retrieval(embeddings(AXES, AXES[[1, 0, 2, 3]]), prepared([0, 1, 2, 3], [7, 7, 8, 9]))
-    assert result["image_to_text_r1"] == 100
+    assert result.image_to_text_r1 == 100
     result = retrieval(embeddings(AXES, AXES[[1, 0, 2, 3]]), prepared([0, 1, 2, 3], [6, 7, 8, 9]))
-    assert result["image_to_text_r1"] == 50
-    assert result["text_to_image_r5"] == 100
+    assert result.image_to_text_r1 == 50
+    assert result.text_to_image_r5 == 100
 
 
 def test_without_classes_a_flip_is_another_caption():

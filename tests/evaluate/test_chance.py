@@ -88,20 +88,20 @@ def check(folder, gates, trained=True):
 
 def test_a_reference_at_chance_is_said_and_fails_every_target_where_the_gates_ask_for_more(blind, kinds):
     record = check(blind, GatesConfig())
-    assert record["status"] == "pass"  # against itself it is as good as ever
-    at_chance, one_embedding = record["doubts"]
+    assert record.status == "pass"  # against itself it is as good as ever
+    at_chance, one_embedding = record.doubts
     assert at_chance.startswith(
         "torch-fp32 itself answers no better than chance: 2 of 96 images right (2.1 %, 48 classes), where chance "
         "gives 2.1 %, and up to 5 images in 97.5 % of cases. Look at its tokenizer"
     )
     assert one_embedding.startswith("torch-fp32 gives all texts nearly one embedding: their median cosine")
     refused = check(blind, GatesConfig(above_chance=True))
-    assert (refused["status"], refused["reasons"]) == (
+    assert (refused.status, refused.reasons) == (
         "fail",
         [f"{at_chance} (gates.above_chance)", f"{one_embedding} (gates.above_chance)"],
     )
-    assert "diagnosis" not in refused  # no layer is to blame
-    assert [miss.quantity for miss in held(json.loads(json.dumps(record)), GatesConfig(above_chance=True))] == [
+    assert refused.diagnosis is None  # no layer is to blame
+    assert [miss.quantity for miss in held(record, GatesConfig(above_chance=True))] == [
         at_chance,
         one_embedding,
     ]
@@ -114,4 +114,4 @@ def test_a_reference_at_chance_is_said_and_fails_every_target_where_the_gates_as
 
 def test_random_weights_are_in_no_doubt_as_nothing_is_asked_of_them(blind):
     record = check(blind, GatesConfig(above_chance=True), trained=False)
-    assert (record["status"], record["doubts"]) == ("pass", [])
+    assert (record.status, record.doubts) == ("pass", [])

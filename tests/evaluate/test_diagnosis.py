@@ -16,6 +16,8 @@ from clip_deploy.core.config import OptimizeConfig, Precision, Quantization, Qua
 from clip_deploy.core.environment import hardware
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.json_files import write_json
+from clip_deploy.core.parsing import plain
+from clip_deploy.core.records import Diagnosis
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.diagnosis import diagnose
 from clip_deploy.evaluate.embeddings import load_embeddings
@@ -24,7 +26,7 @@ from stages.apply import apply
 
 GATES = load_choice(ROOT / "conf", "gates", "standard")
 ATTENTION = "model.vision_model.encoder.layers.2.self_attn"
-HERE = hardware()["instruction_sets"]  # INT8 made for another CPU saturates on one without VNNI
+HERE = hardware().instruction_sets  # INT8 made for another CPU saturates on one without VNNI
 
 
 @pytest.fixture
@@ -106,33 +108,33 @@ def fused(folder, sets):
 def applied(record, target, tmp_path):
     """The target's settings in params.yaml behind `stages.apply`."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    write_json(tmp_path / "validate" / f"{target}.json", record)
+    write_json(tmp_path / "validate" / f"{target}.json", plain(record))
     apply(target, tmp_path / "params.yaml", tmp_path / "validate")
     return load_params(tmp_path / "params.yaml", ROOT / "conf")
 
 
 def test_half_precision_that_loses_a_layers_values_is_found_and_mended(planted, check, sets, tmp_path):
     folder = planted("faded", fade)
-    assert check(folder / "onnx-fp32")["status"] == "pass"
+    assert check(folder / "onnx-fp32").status == "pass"
     record = check(halved(folder, sets))
-    assert record["status"] == "fail"
-    (drop,) = record["diagnosis"]["drops"]
-    assert (record["diagnosis"]["reference"], drop["tower"]) == ("onnx-fp32", "vision")
-    assert drop["layer"] == "vision_model.encoder.layers.2.self_attn"
-    assert drop["cosine_before"] > 0.9999 > 0.99 > drop["cosine_after"]
+    assert record.status == "fail"
+    (drop,) = record.diagnosis.drops
+    assert (record.diagnosis.reference, drop.tower) == ("onnx-fp32", "vision")
+    assert drop.layer == "vision_model.encoder.layers.2.self_attn"
+    assert drop.cosine_before > 0.9999 > 0.99 > drop.cosine_after
     kept = applied(record, "ort-fp16", tmp_path).optimize["ort-fp16"].keep_fp32
-    assert kept == drop["nodes"]
+    assert kept == drop.nodes
     assert "vision: MatMul_39" in kept  # the products of queries, keys and values, in one
     mended = check(halved(folder, sets, kept))
-    assert (mended["status"], mended["reasons"]) == ("pass", [])
-    assert "diagnosis" not in mended
-    assert mended["build"]["keep_fp32"] == kept
+    assert (mended.status, mended.reasons) == ("pass", [])
+    assert mended.diagnosis is None
+    assert mended.build["keep_fp32"] == kept
 
 
 def test_int8_that_a_large_channel_spoils_is_found_and_mended(planted, check, sets, tmp_path):
     folder = planted("stretched", stretch)
     source, calibration = fused(folder, sets), load_prepared(sets / "calibration")
-    assert check(source)["status"] == "pass"
+    assert check(source).status == "pass"
 
     def quantised(method, keep_fp32=()):
         settings = QuantizeConfig(source="ort-fp32", method=method, keep_fp32=list(keep_fp32))
@@ -142,13 +144,13 @@ def test_int8_that_a_large_channel_spoils_is_found_and_mended(planted, check, se
 
     for target, method in (("ort-int8-dynamic", Quantization.dynamic), ("ort-int8-static", Quantization.static)):
         record = quantised(method)
-        assert record["status"] == "fail"
-        (drop,) = record["diagnosis"]["drops"]
-        assert (record["diagnosis"]["reference"], drop["layer"]) == ("ort-fp32", "vision_model.encoder.layers.1.mlp")
+        assert record.status == "fail"
+        (drop,) = record.diagnosis.drops
+        assert (record.diagnosis.reference, drop.layer) == ("ort-fp32", "vision_model.encoder.layers.1.mlp")
         kept = applied(record, target, tmp_path).quantize[target].keep_fp32
         products = [node for node in onnx.load(source / "vision.onnx").graph.node if node.op_type == "MatMul"]
         assert len(kept) == 2 < len(products) / 5
-        assert quantised(method, kept)["status"] == "pass"
+        assert quantised(method, kept).status == "pass"
 
 
 def spoil(folder, tower, bias, value):
@@ -164,33 +166,30 @@ def test_a_layer_that_gives_nan_is_named(onnx_target, check, sets, tmp_path):
     shutil.copytree(onnx_target, tmp_path / "onnx-fp32")
     folder = halved(tmp_path, sets)
     spoil(folder, "vision", "model.vision_model.encoder.layers.1.mlp.fc1.bias", np.nan)
-    (drop,) = check(folder)["diagnosis"]["drops"]
-    assert drop["layer"] == "vision_model.encoder.layers.1.mlp"
-    assert drop["node"].startswith("Add_")
-    assert drop["cosine_after"] == 0
+    (drop,) = check(folder).diagnosis.drops
+    assert drop.layer == "vision_model.encoder.layers.1.mlp"
+    assert drop.node.startswith("Add_")
+    assert drop.cosine_after == 0
 
 
 def test_a_wrong_fusion_is_named_without_nodes_to_keep(onnx_target, check, sets, tmp_path):
     shutil.copytree(onnx_target, tmp_path / "onnx-fp32")
     folder = fused(tmp_path, sets)
     spoil(folder, "text", "model.text_model.encoder.layers.0.mlp.fc2.bias", 1.0)
-    (drop,) = check(folder)["diagnosis"]["drops"]
-    assert (drop["tower"], drop["layer"]) == ("text", "text_model.encoder.layers.0.mlp")
-    assert drop["nodes"] == []
+    (drop,) = check(folder).diagnosis.drops
+    assert (drop.tower, drop.layer) == ("text", "text_model.encoder.layers.0.mlp")
+    assert drop.nodes == []
 
 
 def test_what_has_no_second_graph_says_so(onnx_target, check, sets, tmp_path):
     folder = shutil.copytree(onnx_target, tmp_path / "onnx-fp32")
     spoil(folder, "vision", "model.vision_model.encoder.layers.1.mlp.fc1.bias", 1.0)
-    assert check(folder)["diagnosis"] == {
-        "reference": None,
-        "drops": [],
-        "notes": ["no layer is named: it was exported from PyTorch itself, whose inner outputs have other names"],
-    }
+    named = "no layer is named: it was exported from PyTorch itself, whose inner outputs have other names"
+    assert check(folder).diagnosis == Diagnosis(reference=None, drops=[], notes=[named])
     build(tmp_path / "t", lambda output: Target("torchscript", "int8"), Target("torchscript", "int8"))
     embeddings = load_embeddings(sets / "evaluation" / "reference.npz")
     found = diagnose(tmp_path / "t", load_prepared(sets / "evaluation"), embeddings, embeddings, GATES.int8)
-    assert found["notes"] == ["no layer is named: a torchscript target gives no outputs but its last"]
+    assert found.notes == ["no layer is named: a torchscript target gives no outputs but its last"]
 
 
 def test_a_node_that_the_graph_has_not_is_refused(onnx_target, sets, tmp_path):

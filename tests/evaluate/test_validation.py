@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from PIL import Image
+from support.records import measured, zero_shot
 from support.targets import advice, records
 
 from clip_deploy.builders.fused import optimize
@@ -40,21 +41,21 @@ def check(sets):
 
 def test_the_reference_passes_against_itself(check, checkpoint):
     record = check(checkpoint)
-    assert record["status"] == "pass"
-    assert record["parity"]["vision"]["cosine_min"] == pytest.approx(1, abs=1e-6)
-    assert record["flips"] == 0
-    assert record["zero_shot"]["top1"] == record["zero_shot"]["reference_top1"]
+    assert record.status == "pass"
+    assert record.measured.parity["vision"].cosine_min == pytest.approx(1, abs=1e-6)
+    assert record.measured.flips == 0
+    assert record.measured.zero_shot.top1 == record.measured.zero_shot.reference_top1
 
 
 def test_an_exported_target_passes_at_every_shape(check, onnx_target):
     record = check(onnx_target)
-    assert record["status"] == "pass", record["reasons"]
-    assert set(record["shapes"]) == {
+    assert record.status == "pass", record.reasons
+    assert set(record.measured.shapes) == {
         *(f"{tower}, batch {batch}" for tower in ("vision", "text") for batch in (1, 3, 8)),
         "text, 32 tokens",
     }
-    assert record["graphs"]["vision"]["opsets"] == {"ai.onnx": 18}
-    assert record["graphs"]["vision"]["fusion"]["attention_expected"] == 4
+    assert record.graphs["vision"].opsets == {"ai.onnx": 18}
+    assert record.graphs["vision"].fusion["attention_expected"] == 4
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16, Precision.int8])
@@ -62,9 +63,9 @@ def test_torchscript_runs_at_every_shape(check, checkpoint, tmp_path, precision)
     output = tmp_path / "torchscript"
     build(output, lambda folder: export_torchscript(checkpoint, precision, folder), Target("torchscript", "fp32"))
     record = check(output)
-    assert record["status"] == "pass", record["reasons"]
-    assert record["precision"] == precision.value
-    assert record["size_mb"] < {Precision.fp32: 5, Precision.bf16: 2.6, Precision.int8: 2}[precision]
+    assert record.status == "pass", record.reasons
+    assert record.precision == precision.value
+    assert record.size_mb < {Precision.fp32: 5, Precision.bf16: 2.6, Precision.int8: 2}[precision]
 
 
 def test_a_set_is_another_one_by_what_top1_is_counted_on(sets):
@@ -94,22 +95,22 @@ def test_a_target_that_drifted_fails_with_the_reason(check, onnx_target, tmp_pat
     record = check(
         spoiled(onnx_target, tmp_path / "t", lambda array: array + noise.normal(0, 0.3, array.shape).astype("f"))
     )
-    assert record["status"] == "fail"
-    assert any(": cosine " in reason and "gates.fp32.min_cosine" in reason for reason in record["reasons"])
+    assert record.status == "fail"
+    assert any(": cosine " in reason and "gates.fp32.min_cosine" in reason for reason in record.reasons)
 
 
 def test_a_file_that_the_runtime_refuses_fails_with_the_reason(check, onnx_target, tmp_path):
     shutil.copytree(onnx_target, tmp_path / "t")
     (tmp_path / "t" / "vision.onnx").write_bytes(b"no graph")
     record = check(tmp_path / "t")
-    assert record["status"] == "fail"
-    assert record["reasons"][0].startswith("t does not load: ")
+    assert record.status == "fail"
+    assert record.reasons[0].startswith("t does not load: ")
 
 
 def test_nan_fails(check, onnx_target, tmp_path):
     record = check(spoiled(onnx_target, tmp_path / "t", lambda array: array * np.float32("nan")))
-    assert record["status"] == "fail"
-    assert "vision gives NaN or infinity" in record["reasons"]
+    assert record.status == "fail"
+    assert "vision gives NaN or infinity" in record.reasons
 
 
 def test_a_batch_size_baked_in_fails_with_what_the_runtime_said(check, onnx_target, tmp_path):
@@ -120,15 +121,15 @@ def test_a_batch_size_baked_in_fails_with_what_the_runtime_said(check, onnx_targ
     dimension.dim_value = 1
     onnx.save(model, folder / "vision.onnx")
     record = check(folder)
-    assert record["status"] == "fail"
-    assert record["reasons"][0].startswith("encoding failed: ")
+    assert record.status == "fail"
+    assert record.reasons[0].startswith("encoding failed: ")
 
 
 def test_an_opset_other_than_asked_for_fails(check, onnx_target, tmp_path):
     folder = shutil.copytree(onnx_target, tmp_path / "t")
     manifest = folder / "target.json"
     manifest.write_text(manifest.read_text().replace('"opset": 18', '"opset": 20'))
-    assert check(folder)["reasons"] == ["vision.onnx declares opset 18, onnx.opset asked for 20"]
+    assert check(folder).reasons == ["vision.onnx declares opset 18, onnx.opset asked for 20"]
 
 
 def test_an_unavailable_target_keeps_its_row(check, tmp_path):
@@ -137,7 +138,7 @@ def test_an_unavailable_target_keeps_its_row(check, tmp_path):
 
     build(tmp_path / "t", refuse, Target("torchscript", "int8"))
     record = check(tmp_path / "t")
-    assert (record["status"], record["reasons"], record["precision"]) == (
+    assert (record.status, record.reasons, record.precision) == (
         "unavailable",
         ["no INT8 kernels here"],
         "int8",
@@ -161,10 +162,10 @@ def test_a_runtime_that_crashes_or_hangs_fails_and_leaves_the_pipeline_alone(sai
     monkeypatch.setattr(validation, "open_encoder", FAULTS[said])
     prepared, gates = load_prepared(sets / "evaluation"), GatesConfig(max_seconds=2)
     record = validate_apart(onnx_target, prepared, sets / "evaluation" / "reference.npz", gates, 0)
-    assert record["status"] == "fail"
-    (reason,) = record["reasons"]
+    assert record.status == "fail"
+    (reason,) = record.reasons
     assert reason.partition(" (its traceback")[0] == said
-    assert record["build"]["opset"] == 18
+    assert record.build["opset"] == 18
 
 
 def test_a_time_limit_must_be_above_zero():
@@ -173,15 +174,10 @@ def test_a_time_limit_must_be_above_zero():
 
 
 def test_random_weights_are_held_to_the_cosine_only():
-    record = {
-        "parity": {"vision": {"finite": True, "cosine_min": 0.99}},
-        "shapes": {"vision, batch 3": 0.99},
-        "zero_shot": {"top1_drop": 9.0},
-        "flips": 50.0,
-    }
+    found = measured(zero_shot=zero_shot(top1_drop=9.0), flips=50.0)
     gate = Gate(min_cosine=0.9, max_top1_drop=1.5, max_flips=8)
-    assert judge({**record, "trained": False}, gate, "int8") == []
-    assert judge({**record, "trained": True}, gate, "int8") == [
+    assert judge(found, False, gate, "int8") == []
+    assert judge(found, True, gate, "int8") == [
         "top-1 drop 9.00 points > 1.5 (gates.int8.max_top1_drop)",
         "flips 50.00 % > 8 (gates.int8.max_flips)",
     ]
@@ -193,8 +189,8 @@ def test_a_target_that_failed_to_build_fails_and_names_its_reason(check, tmp_pat
 
     build(tmp_path / "ort-fp32", make, Target("ort", "fp32"))
     record = check(tmp_path / "ort-fp32")
-    assert record["status"] == "fail"
-    assert record["reasons"][0].startswith("RuntimeError: Gather_3: out of bounds (its traceback is in the terminal)")
+    assert record.status == "fail"
+    assert record.reasons[0].startswith("RuntimeError: Gather_3: out of bounds (its traceback is in the terminal)")
 
 
 def test_whatever_a_check_raises_fails_its_own_row(onnx_target, sets, monkeypatch, capsys):
@@ -204,8 +200,8 @@ def test_whatever_a_check_raises_fails_its_own_row(onnx_target, sets, monkeypatc
     monkeypatch.setattr(validation, "judge", wrong)
     prepared, reference = load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz"
     record = validate_apart(onnx_target, prepared, reference, GATES, 0)
-    assert record["status"] == "fail"
-    assert record["reasons"][0].startswith("ZeroDivisionError: of a library (its traceback is in the terminal)")
+    assert record.status == "fail"
+    assert record.reasons[0].startswith("ZeroDivisionError: of a library (its traceback is in the terminal)")
     assert "in wrong" in capsys.readouterr().err  # where it was raised, in the other process
 
 
@@ -229,8 +225,8 @@ def test_weights_beside_a_graph_may_be_links_into_dvcs_cache(sets, onnx_target, 
         build(tmp_path / name, make, Target("ort", "fp32"))
         dvc(tmp_path, "add", "-q", name)
         record = validate(tmp_path / name, load_prepared(evaluation), evaluation / "reference.npz", GATES, 0)
-        assert record["status"] == "pass", (name, record["reasons"])
-        statuses[name] = record["status"]
+        assert record.status == "pass", (name, record.reasons)
+        statuses[name] = record.status
     package = tmp_path / "package"
     package.mkdir()
     facts = {"model": "tiny", "seed": 0, "versions": {}}

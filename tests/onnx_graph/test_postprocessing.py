@@ -31,6 +31,7 @@ from clip_deploy.core.config import (
     QuantizeConfig,
 )
 from clip_deploy.core.environment import hardware
+from clip_deploy.core.records import HeadAgreement
 from clip_deploy.data.dataset import load
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
 from clip_deploy.evaluate.validation import validate
@@ -38,7 +39,7 @@ from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.torch_module import GraphModule
 from clip_deploy.runtimes import open_encoder
 
-HERE = hardware()["instruction_sets"]  # INT8 made for another CPU saturates on one without VNNI
+HERE = hardware().instruction_sets  # INT8 made for another CPU saturates on one without VNNI
 GATES = GatesConfig(
     fp32=Gate(min_cosine=0.9999, max_flips=0.2),
     fp16=Gate(min_cosine=0.999, max_flips=2),
@@ -82,28 +83,28 @@ def fused(exported, sets):
 
 def check(folder, images):
     record = validate(folder, load_prepared(images), images / "reference.npz", GATES, 0)
-    assert record["status"] == "pass", record["reasons"]
+    assert record.status == "pass", record.reasons
     return record
 
 
 def test_the_exported_graph_takes_images_and_gives_unit_embeddings_and_probabilities(exported, images, labels):
     record = check(exported, images)
-    graph = record["graphs"]["vision"]
-    assert graph["inputs"] == {"images": ["batch", "height", "width", 3]}
-    assert list(graph["outputs"]) == ["image_embeds", "probabilities"]
-    assert graph["outputs"]["probabilities"] == ["batch", len(labels)]
-    assert record["classifier"] == {"labels": len(labels), "agreement_percent": 100.0}
-    assert record["pixels"]["max_diff"] <= 1.01
-    assert record["parity"]["vision"]["max_abs_diff"] < 1e-2
+    graph = record.graphs["vision"]
+    assert graph.inputs == {"images": ["batch", "height", "width", 3]}
+    assert list(graph.outputs) == ["image_embeds", "probabilities"]
+    assert graph.outputs["probabilities"] == ["batch", len(labels)]
+    assert record.measured.classifier == HeadAgreement(labels=len(labels), agreement_percent=100.0)
+    assert record.pixels.max_diff <= 1.01
+    assert record.measured.parity["vision"].max_abs_diff < 1e-2
     known = {item.key: item.value for item in onnx.load(exported / "vision.onnx").metadata_props}
     assert json.loads(known["labels"]) == labels
 
 
 def test_fusion_sees_the_encoder_through_what_is_around_it(fused, images):
     record = check(fused, images)
-    assert record["graphs"]["vision"]["fusion"]["attention"] == 4
-    assert record["graphs"]["vision"]["fusion"]["attention_expected"] == 4
-    assert record["classifier"]["agreement_percent"] == 100
+    assert record.graphs["vision"].fusion["attention"] == 4
+    assert record.graphs["vision"].fusion["attention_expected"] == 4
+    assert record.measured.classifier.agreement_percent == 100
 
 
 def test_fp16_keeps_what_is_around_the_encoder_in_fp32(exported, images, sets, tmp_path):
@@ -111,8 +112,8 @@ def test_fp16_keeps_what_is_around_the_encoder_in_fp32(exported, images, sets, t
     folder = tmp_path / "ort-fp16"
     build(folder, lambda output: optimize(exported, settings, calibration, output), Target("ort", "fp16"))
     record = check(folder, images)
-    assert record["pixels"]["max_diff"] <= 1.01
-    assert record["classifier"]["agreement_percent"] > 98
+    assert record.pixels.max_diff <= 1.01
+    assert record.measured.classifier.agreement_percent > 98
 
 
 def test_what_pytorch_runs_with_our_kernels_is_the_encoder_alone(exported, sets, tmp_path):
@@ -135,7 +136,7 @@ def test_int8_quantises_the_encoder_alone(fused, images, sets, tmp_path, method)
     calibration, folder = load_prepared(sets / "calibration"), tmp_path / "int8"
     build(folder, lambda output: quantize(fused, settings, calibration, HERE, 0, output), Target("ort", "int8"))
     record = check(folder, images)
-    assert record["pixels"]["max_diff"] <= 1.01
+    assert record.pixels.max_diff <= 1.01
     head = [node.op_type for node in onnx.load(folder / "vision.onnx").graph.node if node.name.startswith("head/")]
     assert "MatMul" in head
     assert not any("Quant" in kind or "NBits" in kind for kind in head)
@@ -158,8 +159,8 @@ def test_embeddings_that_are_not_of_unit_length_fail(exported, images, tmp_path)
     model.graph.node.append(onnx.helper.make_node("Add", [last.output[0]] * 2, ["twice"]))
     onnx.save(model, folder / "text.onnx")
     record = validate(folder, load_prepared(images), images / "reference.npz", GATES, 0)
-    assert record["status"] == "fail"
-    assert "an embedding's length is off 1 by 1.0e+00" in " ".join(record["reasons"])
+    assert record.status == "fail"
+    assert "an embedding's length is off 1 by 1.0e+00" in " ".join(record.reasons)
 
 
 def test_siglip_scores_labels_with_its_bias_and_a_sigmoid(siglip, tmp_path):
@@ -186,8 +187,8 @@ def test_labels_of_another_set_cannot_be_checked_and_the_record_says_so(checkpoi
     settings = OnnxConfig(classifier=["cat", "dog"])
     build(folder, lambda output: export_onnx(checkpoint, settings, output), Target("ort", "fp32"))
     record = validate(folder, load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz", GATES, 0)
-    assert record["status"] == "pass"
-    assert "lacks a label" in record["classifier"]["unchecked"]
+    assert record.status == "pass"
+    assert "lacks a label" in record.measured.classifier.unchecked
 
 
 def test_a_head_that_answers_otherwise_fails(exported, images, tmp_path):
@@ -206,8 +207,8 @@ def test_a_head_that_answers_otherwise_fails(exported, images, tmp_path):
     weights.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array[:, ::-1])))
     onnx.save(model, folder / "vision.onnx")
     record = validate(folder, load_prepared(images), images / "reference.npz", GATES, 0)
-    assert record["status"] == "fail"
-    assert "the zero-shot head changes" in " ".join(record["reasons"])
+    assert record.status == "fail"
+    assert "the zero-shot head changes" in " ".join(record.reasons)
 
 
 def test_a_deployment_needs_neither_torch_nor_transformers(exported, tmp_path):
@@ -229,5 +230,5 @@ print(labels[probabilities[0].argmax()], sorted({{"torch", "transformers", "clip
 
 
 def test_graphs_without_anything_around_them_stay_as_they_were(onnx_target):
-    assert list(onnx_file.describe(onnx_target / "vision.onnx")["inputs"]) == ["pixel_values"]
+    assert list(onnx_file.describe(onnx_target / "vision.onnx").inputs) == ["pixel_values"]
     assert read_target(onnx_target).image_input == "pixel_values"

@@ -153,7 +153,7 @@ def test_any_exporter_and_opset_from_18_on_will_do(siglip, tmp_path, settings):
     exporter = Exporter(settings.get("exporter", "auto"))
     folder = exported(siglip, tmp_path / "onnx", opset=settings["opset"], exporter=exporter)
     onnx_file.check(folder / "vision.onnx")
-    assert onnx_file.describe(folder / "vision.onnx")["inputs"] == {"images": ["batch", "height", "width", 3]}
+    assert onnx_file.describe(folder / "vision.onnx").inputs == {"images": ["batch", "height", "width", 3]}
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 70, 3), dtype=np.uint8)
     pixels = load_processor(siglip).image_processor(list(images), return_tensors="np")["pixel_values"]
     expected = open_encoder(siglip).encode_images(pixels)
@@ -177,13 +177,13 @@ TARGETS = {
         source, OptimizeConfig(precision=Precision.fp16), load_prepared(sets / "calibration"), output
     ),
     "dynamic": lambda source, sets, output: quantize(
-        source, QuantizeConfig(), load_prepared(sets / "calibration"), hardware()["instruction_sets"], 0, output
+        source, QuantizeConfig(), load_prepared(sets / "calibration"), hardware().instruction_sets, 0, output
     ),
     "static": lambda source, sets, output: quantize(
         source,
         QuantizeConfig(method=Quantization.static, smooth_quant=0.5),
         load_prepared(sets / "calibration"),
-        hardware()["instruction_sets"],
+        hardware().instruction_sets,
         0,
         output,
     ),
@@ -198,11 +198,11 @@ def test_every_target_takes_images_and_passes_its_gate(whole, mixed, tmp_path, k
     record = validate(
         folder if kind else whole, load_prepared(mixed / "evaluation"), mixed / "evaluation" / "reference.npz", GATES, 0
     )
-    assert record["status"] == "pass", record["reasons"]
-    assert record["pixels"]["max_diff"] < 1.01
-    assert record["pixels"]["mean_diff"] < 1e-3
+    assert record.status == "pass", record.reasons
+    assert record.pixels.max_diff < 1.01
+    assert record.pixels.mean_diff < 1e-3
     if kind in ("fused", "half"):
-        assert record["graphs"]["vision"]["fusion"]["attention"] == 4
+        assert record.graphs["vision"].fusion["attention"] == 4
 
 
 @pytest.mark.gpu
@@ -211,9 +211,9 @@ def test_on_a_gpu_the_preprocessing_runs_there_too(whole, mixed, tmp_path):
     folder = tmp_path / "ort-cuda-fp16"
     build(folder, lambda output: optimize(whole, settings, calibration, output, Device.cuda), Target("ort", "fp16"))
     record = validate(folder, load_prepared(mixed / "evaluation"), mixed / "evaluation" / "reference.npz", GATES, 0)
-    assert record["status"] == "pass", record["reasons"]
-    assert set(record["placement"]["vision"]["nodes"]) == {"CUDAExecutionProvider"}
-    assert record["placement"]["vision"]["graph"]
+    assert record.status == "pass", record.reasons
+    assert set(record.placement["vision"].nodes) == {"CUDAExecutionProvider"}
+    assert record.placement["vision"].graph
 
 
 def test_half_precision_leaves_the_preprocessing_in_float32(whole, mixed, tmp_path):
@@ -242,8 +242,8 @@ def test_images_are_kept_without_loss_only_where_asked_for(mixed):
 
 def test_a_set_without_images_says_what_to_do(whole, sets):
     record = validate(whole, load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz", GATES, 0)
-    assert record["status"] == "fail"
-    assert "run `dvc repro` with onnx.preprocess" in record["reasons"][0]
+    assert record.status == "fail"
+    assert "run `dvc repro` with onnx.preprocess" in record.reasons[0]
 
 
 def test_the_worker_times_images_of_the_size_asked_for():

@@ -11,20 +11,32 @@ import numpy as np
 import onnx
 import pytest
 from support.project import ROOT
+from support.records import HARDWARE, advised, parity, timing
 
 from clip_deploy.core.artifact import hashes, write_manifest
 from clip_deploy.core.config import Gate, GateConfig, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.files import sha256
 from clip_deploy.core.json_files import rounded
+from clip_deploy.core.parsing import parse, plain
+from clip_deploy.core.records import Validation
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import manifest, validate
-from clip_deploy.report.ci_gate import at_revision, check_required, compare, judge, refusals, undecided, verdicts
+from clip_deploy.report.ci_gate import (
+    Reports,
+    at_revision,
+    check_required,
+    compare,
+    judge,
+    refusals,
+    undecided,
+    verdicts,
+)
 from stages.gate import for_hydra, in_words
 
 TARGET = "onnx-fp32"
 GATES = GatesConfig(fp32=Gate(min_cosine=0.9999, max_top1_drop=0.1, max_flips=0.5))
-TIMING = {"speedup": 3.0, "speedup_low": 2.9, "speedup_high": 3.1, "reference_p50_ms": 1.48}
+TIMING = plain(timing(reference_p50_ms=1.48))
 TIMED = {"status": "measured", "threads": 2, "towers": {"vision": {"1": TIMING}, "text": {"1": TIMING}}}
 NOTHING_PACKAGED = {"unavailable": "nothing is fit"}
 
@@ -36,7 +48,7 @@ def check(sets):
     def run(folder):
         reference = sets / "evaluation" / "reference.npz"
         return json.loads(
-            json.dumps(rounded(validate(folder, load_prepared(sets / "evaluation"), reference, GATES, 0)))
+            json.dumps(rounded(plain(validate(folder, load_prepared(sets / "evaluation"), reference, GATES, 0))))
         )
 
     return run
@@ -54,8 +66,8 @@ def reports_of(checked):
             f"validate/{TARGET}.json": checked,
             f"benchmark/{TARGET}.json": TIMED,
             "metrics.json": {TARGET: {"status": checked["status"]}},
-            "recommendation.json": {"targets": {TARGET: {"files": checked["files"]}}},
-            "environment.json": {"hardware": {"cpu": "EPYC"}},
+            "recommendation.json": advised({TARGET: {"files": checked["files"]}}),
+            "environment.json": {"software": {}, "hardware": HARDWARE},
         }
     )
 
@@ -74,13 +86,13 @@ def artifacts(tmp_path, onnx_target, sound, sets):
 def deliver(artifacts, folder, checked):
     if folder != artifacts / TARGET:
         shutil.copytree(folder, artifacts / TARGET)
-    text = json.dumps(manifest(artifacts / TARGET, checked, {}))
+    text = json.dumps(manifest(artifacts / TARGET, parse(Validation, checked, "it"), {}))
     (artifacts / f"{TARGET}.manifest.json").write_text(text)
 
 
 def missed(reports, artifacts):
     """What shuts the gate, as "target: quantity value limit"."""
-    found = judge([TARGET], reports.get, GATES, artifacts)
+    found = judge([TARGET], Reports(reports.get), GATES, artifacts)
     return [f"{name}: {miss}" for name, misses in found.items() for miss in misses]
 
 
@@ -88,7 +100,7 @@ def test_a_sound_target_passes(sound, artifacts):
     reports = reports_of(sound)
     assert missed(reports, artifacts) == []
     assert f"| `{TARGET}` | pass | 1.0000 | 0.00 | 0.00 | 3.00 [2.90, 3.10] | 3.00 [2.90, 3.10] |" in verdicts(
-        [TARGET], reports.get
+        [TARGET], Reports(reports.get)
     )
 
 
@@ -106,7 +118,7 @@ def test_a_sound_target_passes(sound, artifacts):
         ("validate", ["zero_shot", "top1_drop"], None, "top-1 drop nan points > 0.1"),
         ("validate", ["flips"], None, "flips nan % > 0.5 (gates.fp32.max_flips)"),
         ("validate", ["parity"], {}, "gate pass, and not all was measured"),
-        ("validate", ["parity"], {"text": {"cosine_min": 1.0, "finite": True}}, "gate pass, and not all was measured"),
+        ("validate", ["parity"], {"text": plain(parity())}, "gate pass, and not all was measured"),
         ("validate", ["files"], {}, "files not those that were judged"),
         ("validate", ["files", "vision.onnx"], "0" * 64, "files not those that were judged"),
         ("benchmark", [], None, "timing no result"),
@@ -130,7 +142,7 @@ def test_no_result_passes_that_is_missing_broken_or_below_a_limit(sound, artifac
     [
         ("metrics.json", {TARGET: {"status": "fail"}}, "metrics.json says fail"),
         ("metrics.json", None, "metrics.json says None"),
-        ("recommendation.json", {"targets": {TARGET: {"files": {}}}}, "recommendation.json is of other files"),
+        ("recommendation.json", advised({TARGET: {}}), "recommendation.json is of other files"),
     ],
 )
 def test_a_report_of_other_results_is_stale(sound, artifacts, file, content, said):
@@ -221,7 +233,7 @@ def test_a_seeded_regression_is_caught_by_the_real_validation(sound, check, arti
     deliver(artifacts, artifacts / TARGET, checked)
     reports = reports_of(checked)
     assert [line for line in missed(reports, artifacts) if ": cosine" in line and "(gates.fp32.min_cosine)" in line]
-    lost, uncompared = compare([TARGET], reports.get, reports_of(sound).get, GateConfig())
+    lost, uncompared = compare([TARGET], Reports(reports.get), Reports(reports_of(sound).get), GateConfig())
     assert {miss.quantity for miss in lost[TARGET]} >= {"vision: cosine", "top-1"}
     assert not any(uncompared.values())
     assert f"| `{TARGET}` | vision: cosine | " in refusals([lost])
@@ -245,7 +257,7 @@ def lost_since(sound, change, former=None, slow_down=10):
     change(now)
     if former:
         former(before)
-    lost, uncompared = compare([TARGET], now.get, before.get, GateConfig(max_slow_down=slow_down))
+    lost, uncompared = compare([TARGET], Reports(now.get), Reports(before.get), GateConfig(max_slow_down=slow_down))
     return [str(miss) for miss in lost[TARGET]], [str(miss) for missed in uncompared.values() for miss in missed]
 
 
@@ -278,7 +290,7 @@ TOP1 = answered(top1=92.0, top1_drop=0.1, top1_drop_low=-0.2, top1_drop_high=0.4
     [
         (checked(size_mb=4.3), checked(size_mb=4.0), "size 4.30 MB > 4.00 MB by more than 5 % (gate.max_size_growth)"),
         (
-            checked(parity={"vision": {"cosine_min": 0.99}}),
+            checked(parity={"vision": plain(parity(0.99))}),
             None,
             "vision: cosine 0.990000 < 1.000000 by more",
         ),
@@ -338,11 +350,38 @@ def test_a_report_of_another_shape_never_passes_and_gives_no_traceback(sound, ar
     try:
         assert missed(reports_of(sound) | {name: content}, artifacts)
     except DeployError as error:
-        assert "a report is not as this version writes it" in str(error)  # noqa: PT017
+        assert f"reports/{name} is of another version of clip-deploy (" in str(error)  # noqa: PT017
     with contextlib.suppress(DeployError):
-        compare([TARGET], (reports_of(sound) | {name: content}).get, reports_of(sound).get, GateConfig())
+        compare(
+            [TARGET], Reports((reports_of(sound) | {name: content}).get), Reports(reports_of(sound).get), GateConfig()
+        )
     with contextlib.suppress(DeployError):
-        compare([TARGET], reports_of(sound).get, (reports_of(sound) | {name: content}).get, GateConfig())
+        compare(
+            [TARGET], Reports(reports_of(sound).get), Reports((reports_of(sound) | {name: content}).get), GateConfig()
+        )
+
+
+def test_a_mistake_of_our_own_keeps_its_traceback_and_is_not_blamed_on_a_report(sound, artifacts, monkeypatch):
+    def wrong(*_):
+        raise KeyError("of our own")
+
+    monkeypatch.setattr("clip_deploy.report.ci_gate._timing", wrong)
+    with pytest.raises(KeyError, match="of our own"):
+        missed(reports_of(sound), artifacts)
+
+
+def test_a_former_report_of_another_version_is_named_with_the_revision(repository):
+    (repository / "environment.json").write_text('{"hardware": {}}')
+    subprocess.run(["git", "add", "-A"], check=True)
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
+    subprocess.run(["git", *who, "commit", "-q", "-m", "Another version"], check=True)
+    former = at_revision("HEAD", repository.relative_to(repository.parent))
+    with pytest.raises(ConfigError) as error:
+        former.environment()
+    assert str(error.value) == (
+        "reports/environment.json at HEAD is of another version of clip-deploy (it lacks software): "
+        "name another revision"
+    )
 
 
 MEANT = "--allow-uncompared lets it pass"
@@ -350,7 +389,7 @@ MEANT = "--allow-uncompared lets it pass"
 
 def test_another_machine_is_a_miss_of_its_own_as_its_timings_cannot_be_compared(sound):
     slow = timed(speedup=1.0, speedup_low=0.9, speedup_high=1.1)
-    xeon = {"environment.json": {"hardware": {"cpu": "Xeon"}}}
+    xeon = {"environment.json": {"software": {}, "hardware": {**HARDWARE, "cpu": "Xeon"}}}
     line = "hardware.cpu: Xeon -> EPYC  (reports/environment.json)"
     assert lost_since(sound, slow, lambda reports: reports.update(xeon)) == (
         [],
@@ -360,7 +399,7 @@ def test_another_machine_is_a_miss_of_its_own_as_its_timings_cannot_be_compared(
 
 def test_another_machine_of_the_same_type_is_told_apart_by_its_id(sound, kinds):
     def on(machine):
-        hardware = {"hardware": {"cpu": "EPYC", "machine": machine}}
+        hardware = {"software": {}, "hardware": {**HARDWARE, "machine": machine}}
         return lambda reports: reports.update({"environment.json": hardware})
 
     assert lost_since(sound, on("4f1b"), on("4f1b")) == ([], [])
@@ -441,7 +480,7 @@ def test_all_targets_that_were_spoiled_are_timed_again_by_one_command(sound):
             reports[f"benchmark/{name}.json"] = copy.deepcopy(TIMED)
     for name in ("a", "b"):
         now[f"benchmark/{name}.json"]["towers"]["text"]["1"] |= {"speedup_high": 9.0}
-    _, uncompared = compare([TARGET, "a", "b"], now.get, before.get, GateConfig())
+    _, uncompared = compare([TARGET, "a", "b"], Reports(now.get), Reports(before.get), GateConfig())
     command = "`dvc repro --force --single-item benchmark@torch-fp32 benchmark@a benchmark@b && dvc repro`"
     assert {name: len(misses) for name, misses in uncompared.items()} == {"machine": 0, TARGET: 0, "a": 1, "b": 1}
     assert all(command in uncompared[name][0].limit for name in ("a", "b"))
@@ -451,8 +490,8 @@ def test_without_a_revision_a_spoiled_timing_is_no_miss_and_no_number_either(sou
     reports = reports_of(sound)
     beside_the_reference(timed(**BUSY))(reports)
     assert missed(reports, artifacts) == []
-    assert verdicts([TARGET], reports.get).endswith("| 3.00 [2.90, 3.10] | undecided |")
-    assert undecided([TARGET], reports.get) == {TARGET: ["text, batch 1"]}
+    assert verdicts([TARGET], Reports(reports.get)).endswith("| 3.00 [2.90, 3.10] | undecided |")
+    assert undecided([TARGET], Reports(reports.get)) == {TARGET: ["text, batch 1"]}
 
 
 def test_on_a_gpu_a_row_whose_own_calls_differ_is_the_one_that_decides_nothing(sound):
@@ -479,7 +518,7 @@ def test_another_number_of_threads_is_a_miss_of_its_own(sound):
 def test_a_target_that_the_revision_has_not_is_a_miss_of_its_own(sound):
     now, before = reports_of(sound), reports_of(sound)
     now["validate/new.json"], now["benchmark/new.json"] = now[f"validate/{TARGET}.json"], TIMED
-    lost, uncompared = compare([TARGET, "new"], now.get, before.get, GateConfig())
+    lost, uncompared = compare([TARGET, "new"], Reports(now.get), Reports(before.get), GateConfig())
     assert list(lost) == [TARGET]
     assert [str(miss) for miss in uncompared["new"]] == [f"all not compared: that revision has no result of it {MEANT}"]
 
@@ -500,7 +539,7 @@ def test_a_batch_size_that_is_not_timed_any_more_is_a_miss_of_its_own(sound):
 
 def test_a_revision_without_results_is_refused(sound):
     with pytest.raises(DeployError, match="has no result of any required target"):
-        compare([TARGET], reports_of(sound).get, {}.get, GateConfig())
+        compare([TARGET], Reports(reports_of(sound).get), Reports({}.get), GateConfig())
 
 
 @pytest.fixture
@@ -517,8 +556,8 @@ def repository(tmp_path, monkeypatch):
 
 def test_former_reports_are_read_from_git(repository):
     former = at_revision("HEAD", repository.relative_to(repository.parent))
-    assert former("metrics.json") == {"first": 1}
-    assert former("validate/ort-fp32.json") is None
+    assert former.content("metrics.json") == {"first": 1}
+    assert former.content("validate/ort-fp32.json") is None
 
 
 @pytest.mark.parametrize("revision", ["HEAD~1", "no-such-branch", "--all", ""])
@@ -586,8 +625,8 @@ def steady(project):
     """Every timing as on a machine that did nothing else, committed: the tests keep theirs busy."""
     for path in (project.path / "reports/benchmark").glob("*.json"):
         record = json.loads(path.read_text())
-        for timing in (timing for sizes in record.get("towers", {}).values() for timing in sizes.values()):
-            timing |= {
+        for each in (each for sizes in record.get("towers", {}).values() for each in sizes.values()):
+            each |= {
                 "p50_ms": 1.0,
                 "speedup": 1.0,
                 "speedup_low": 0.99,

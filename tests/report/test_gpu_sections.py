@@ -1,31 +1,34 @@
+from dataclasses import replace
+
+from support.records import judged
+
+from clip_deploy.core.records import Placement, Power
 from clip_deploy.report.gpu_sections import gpu_sections
 from clip_deploy.report.rows import Row
 from clip_deploy.report.write import fastest
 
-TIMING = {
-    "p50_ms": 0.5,
-    "p50_low_ms": 0.49,
-    "p50_high_ms": 0.51,
-    "throughput_per_s": 2000.0,
-    "speedup": 2.0,
-    "speedup_low": 1.9,
-    "speedup_high": 2.1,
-    "unstable": False,
-    "undecided": False,
-}
+TIMING = judged(
+    p50_ms=0.5,
+    p50_low_ms=0.49,
+    p50_high_ms=0.51,
+    throughput_per_s=2000.0,
+    speedup=2.0,
+    speedup_low=1.9,
+    speedup_high=2.1,
+)
 
 
 def row(target, **facts):
-    timings = {tower: {"1": TIMING} for tower in ("vision", "text")}
+    timings = {tower: {1: TIMING} for tower in ("vision", "text")}
     return Row(target=target, status="pass", device="cuda", timings=timings, size_mb=300.0, **facts)
 
 
 def test_nodes_on_the_cpu_are_marked_and_power_is_stated():
     placed = {
-        "vision": {"nodes": {"CUDAExecutionProvider": 131}, "graph": True},
-        "text": {"nodes": {"CUDAExecutionProvider": 543, "CPUExecutionProvider": 1}, "graph": False},
+        "vision": Placement({"CUDAExecutionProvider": 131}, graph=True),
+        "text": Placement({"CUDAExecutionProvider": 543, "CPUExecutionProvider": 1}, graph=False),
     }
-    power = {"batch": 256, "mean_w": 512.25, "j_per_1000_images": 14.0, "clock_mhz": [345, 1980]}
+    power = Power(batch=256, mean_w=512.25, j_per_1000_images=14.0, clock_mhz=[345, 1980])
     lines = gpu_sections([row("ort-cuda-fp16", placement=placed, power=power, gpu_memory_mb=812.0)])
     assert (
         "| `ort-cuda-fp16` | vision 131 CUDA; text 543 CUDA, **1 CPU** | vision yes, text no | 812 | 512 (256) | 14.0 "
@@ -40,7 +43,7 @@ def test_the_tutorials_table_says_what_was_not_measured():
 
 
 def timed(target, latency, status="pass", **facts):
-    timings = {tower: {"256": {**TIMING, "p50_ms": latency, "gflop": 2250.0}} for tower in ("vision", "text")}
+    timings = {tower: {256: replace(TIMING, p50_ms=latency, gflop=2250.0)} for tower in ("vision", "text")}
     return Row(target=target, status=status, device="cuda", timings=timings, **facts)
 
 
@@ -65,8 +68,8 @@ def test_one_side_alone_has_no_ratio():
 
 def test_on_a_gpu_the_fastest_row_has_the_lowest_latency():
     slow, fast = timed("torch-fp32", 8.0), timed("aoti-fp16", 6.0)
-    for timing in slow.timings.values():
-        timing["256"]["speedup"] = 9.0
+    for sizes in slow.timings.values():
+        sizes[256] = replace(sizes[256], speedup=9.0)
     assert fastest([slow, fast]) == "aoti-fp16 (vision, 6.00 ms), aoti-fp16 (text, 6.00 ms)"
 
 

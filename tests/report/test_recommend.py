@@ -2,10 +2,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from support.records import judged, zero_shot
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import Device, RecommendConfig
 from clip_deploy.core.errors import ConfigError
+from clip_deploy.core.recommendation import PairVerdict
 from clip_deploy.report import recommend as module
 from clip_deploy.report.markdown import markdown
 from clip_deploy.report.page import page
@@ -14,7 +16,7 @@ from clip_deploy.report.rows import Row
 
 
 def timing(speedup, spread=0.02, **other):
-    return {
+    sound = {
         "p50_ms": 10 / speedup,
         "p50_low_ms": 9.9 / speedup,
         "p50_high_ms": 10.1 / speedup,
@@ -24,14 +26,12 @@ def timing(speedup, spread=0.02, **other):
         "speedup_low": speedup * (1 - spread),
         "speedup_high": speedup * (1 + spread),
         "reference_p50_ms": 10.0,
-        "unstable": False,
-        "undecided": False,
-        **other,
     }
+    return judged(**{**sound, **other})
 
 
 def row(target, vision, text, **other):
-    towers = {"vision": {"1": timing(vision)}, "text": {"1": timing(text)}}
+    towers = {"vision": {1: timing(vision)}, "text": {1: timing(text)}}
     common = {
         "runtime": "ort",
         "files": {"vision.onnx": "0"},
@@ -39,14 +39,14 @@ def row(target, vision, text, **other):
         "timings": towers,
         "memory_mb": 50.0,
         "size_mb": 300.0,
-        "zero_shot": {"top1": 90.0, "top1_drop": 0.0, "top1_drop_low": 0.0, "top1_drop_high": 0.0},
+        "zero_shot": zero_shot(),
         "cosine_min": {"vision": 0.999, "text": 0.998},
     }
     return Row(target, "pass", **{**common, **other})
 
 
 def drop(points):
-    return {"top1": 90 - points, "top1_drop": points, "top1_drop_low": 0.0, "top1_drop_high": 2.0}
+    return zero_shot(top1=90 - points, top1_drop=points, top1_drop_high=2.0)
 
 
 def recommend(rows, limits, together=None, unpackable=None):
@@ -86,7 +86,7 @@ def test_the_fastest_that_passes_its_gate_wins_and_every_other_gets_its_reason()
         "ort-fp16": "gate failed: top-1 drop 7.00 points",
     }
     assert advice.note == "the recommended target is packaged"
-    assert advice.targets["ort-int8"]["files"] == {"vision.onnx": "0"}
+    assert advice.targets["ort-int8"].files == {"vision.onnx": "0"}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_limit_that_is_broken_is_the_reason(limits, change, reason):
 
 
 def test_a_p95_is_held_against_its_limit_for_each_tower():
-    timings = {"vision": {"1": timing(3.0, p95_ms=0.9)}, "text": {"1": timing(4.0, p95_ms=1.25)}}
+    timings = {"vision": {1: timing(3.0, p95_ms=0.9)}, "text": {1: timing(4.0, p95_ms=1.25)}}
     advice = recommend([replace(row("ort-int8", 1, 1), timings=timings)], RecommendConfig(max_p95_ms=1.0))
     assert advice.losers == {"ort-int8": "over max_p95_ms: text 1.25 > 1.00"}
     assert advice.ship == {}
@@ -120,7 +120,7 @@ def test_each_tower_gets_its_own_where_that_is_better():
     advice = recommend([REFERENCE, row("a", 3.0, 1.5), row("b", 2.0, 4.0)], RecommendConfig())
     assert advice.ship == {"vision": "a", "text": "b"}
     assert advice.pairs == {
-        "a with b": {"towers": advice.ship, "precision": "fp32", "status": "pass", "reasons": []}  # judged once
+        "a with b": PairVerdict(advice.ship, precision="fp32", status="pass", reasons=[])  # judged once
     }
     assert set(advice.packaged) == {"a", "b"}
     assert advice.losers["torch-fp32"] == "slower than a by 3.00x on vision; slower than b by 4.00x on text"
@@ -142,8 +142,8 @@ def test_a_pair_that_fails_together_gives_way_to_the_best_single_target_and_the_
     rows = [REFERENCE, row("a", 3.0, 1.5), row("b", 2.0, 4.0)]
     advice = recommend(rows, RecommendConfig(**limits), lambda vision, text: replace(vision, target="pair", **change))
     assert advice.ship == advice.package == {"vision": "b", "text": "b"}
-    assert advice.pairs["a with b"]["status"] == "fail"
-    assert reason in advice.pairs["a with b"]["reasons"][0]
+    assert advice.pairs["a with b"].status == "fail"
+    assert reason in advice.pairs["a with b"].reasons[0]
     assert advice.losers["a"] == "a with b failed together; alone takes, of b's time, 0.67x on vision, 2.67x on text"
     assert advice.alike == {}
     report = markdown("title", rows, {}, shipping=shown(advice, rows))
@@ -181,7 +181,7 @@ def test_what_onnx_runtime_does_not_run_is_recommended_and_the_best_that_it_runs
 
 def shaky(target, speedup, **other):
     found = row(target, speedup, speedup, **other)
-    found.timings["text"]["1"] |= {"unstable": True, "undecided": True}
+    found.timings["text"][1] = replace(found.timings["text"][1], unstable=True, undecided=True)
     return found
 
 
@@ -194,7 +194,7 @@ def test_a_timing_that_a_busy_machine_spoilt_wins_nothing():
     assert (
         "Provisional: 1 of 3 timings decide nothing (~: ort-int8). Time them again on a quiet machine: "
         "`dvc repro --force --single-item benchmark@torch-fp32 benchmark@ort-int8 && dvc repro`."
-    ) in shown(advice, rows)["facts"]
+    ) in shown(advice, rows).facts
 
 
 def test_where_no_timing_decides_the_smallest_is_named_and_not_the_one_that_seemed_fastest():
@@ -203,13 +203,13 @@ def test_where_no_timing_decides_the_smallest_is_named_and_not_the_one_that_seem
     assert advice.ship == advice.package == {"vision": "ort-int8", "text": "ort-int8"}
     assert (advice.front, advice.alike) == ([], {})
     assert advice.losers == {"ort-fp32": "its timing decides nothing (~), time it again"}
-    assert shown(advice, rows)["facts"][0] == (
+    assert shown(advice, rows).facts[0] == (
         "Ship ort-int8: no timing decides, so it is the one with the smallest files."
     )
 
 
 def test_a_p95_that_decides_nothing_keeps_no_limit():
-    timings = {tower: {"1": timing(3.0, p95_ms=0.5, undecided=tower == "text")} for tower in TOWERS}
+    timings = {tower: {1: timing(3.0, p95_ms=0.5, undecided=tower == "text")} for tower in TOWERS}
     advice = recommend([replace(row("ort-int8", 1, 1), timings=timings)], RecommendConfig(max_p95_ms=1.0))
     assert advice.losers == {"ort-int8": "max_p95_ms: its timing decides nothing (~), time it again"}
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_packaged_is_said_by_the_advice_and_not_found_out_by_the_
     advice = recommend(rows, RecommendConfig(), unpackable=lambda name: NO_TOKENIZER)
     note = f"ort-fp32 is recommended, and nothing that is fit can be packaged: {NO_TOKENIZER}"
     assert (advice.ship["vision"], advice.package, advice.note) == ("ort-fp32", {}, note)
-    assert f"Package: {note}." in shown(advice, rows)["facts"]
+    assert f"Package: {note}." in shown(advice, rows).facts
     kinds(
         "28: a checkpoint whose tokenizer cannot be packaged",
         before='the report said "the recommended target is packaged"; the package\'s manifest said `unavailable`',
@@ -238,7 +238,7 @@ def test_a_doubt_about_the_reference_comes_before_all_advice():
     advice = recommend(rows, RecommendConfig())
     assert advice.doubts == [DOUBT]
     shipping = shown(advice, rows)
-    assert shipping["facts"][:2] == [
+    assert shipping.facts[:2] == [
         f"{DOUBT}.",
         "Ship ort-fp32: an image 5.00 ms, a text 5.00 ms (p50 of a call, batch 1).",
     ]
@@ -252,7 +252,7 @@ def test_random_weights_are_held_to_no_top1():
     wild = replace(row("ort-int8", 3.0, 3.0), zero_shot=drop(40.0), trained=False)
     advice = recommend([wild], RecommendConfig())
     assert advice.ship["vision"] == "ort-int8"
-    assert any("weights are random" in fact for fact in shown(advice, [wild])["facts"])
+    assert any("weights are random" in fact for fact in shown(advice, [wild]).facts)
 
 
 def test_the_front_holds_what_no_other_beats_in_time_accuracy_and_size():
@@ -267,11 +267,11 @@ def test_the_front_holds_what_no_other_beats_in_time_accuracy_and_size():
 
 def test_on_a_gpu_latency_decides_and_not_the_speedup_over_a_reference_that_was_slow_then():
     a, b = (replace(row(name, 2.0, 2.0), device="cuda") for name in "ab")
-    a.timings["vision"]["1"] = timing(4.0, p50_ms=2.0, p50_low_ms=1.95, p50_high_ms=2.05)
-    b.timings["vision"]["1"] = timing(3.0, 0.9, p50_ms=1.0, p50_low_ms=0.95, p50_high_ms=1.05)
+    a.timings["vision"][1] = timing(4.0, p50_ms=2.0, p50_low_ms=1.95, p50_high_ms=2.05)
+    b.timings["vision"][1] = timing(3.0, 0.9, p50_ms=1.0, p50_low_ms=0.95, p50_high_ms=1.05)
     assert recommend([a, b], RecommendConfig()).ship["vision"] == "b"
     assert list(recommend([a, b], RecommendConfig()).alike) == ["text"]
-    near = replace(b, target="near", timings={**b.timings, "vision": {"1": timing(3.0, p50_ms=1.06, p50_low_ms=1.04)}})
+    near = replace(b, target="near", timings={**b.timings, "vision": {1: timing(3.0, p50_ms=1.06, p50_low_ms=1.04)}})
     assert recommend([b, near], RecommendConfig()).alike["vision"] == ["near"]
 
 
@@ -298,8 +298,8 @@ def test_limits_out_of_range_are_refused(settings, said):
 
 
 def test_on_a_gpu_a_row_is_shaky_by_its_own_calls_and_not_by_the_references():
-    noisy = {"device": "cuda", "timings": {name: {"1": timing(9.0, unstable=True, p90_ms=1.2)} for name in TOWERS}}
-    spread = {"device": "cuda", "timings": {name: {"1": timing(9.5, p90_ms=9.0, undecided=True)} for name in TOWERS}}
+    noisy = {"device": "cuda", "timings": {name: {1: timing(9.0, unstable=True, p90_ms=1.2)} for name in TOWERS}}
+    spread = {"device": "cuda", "timings": {name: {1: timing(9.5, p90_ms=9.0, undecided=True)} for name in TOWERS}}
     reference = replace(REFERENCE, device="cuda")
     rows = [reference, row("torch-fused-fp16", 1, 1, **noisy), row("ort-cuda-fp16", 1, 1, **spread)]
     advice = recommend(rows, RecommendConfig())

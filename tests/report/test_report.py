@@ -4,8 +4,11 @@ import shutil
 import subprocess
 
 import pytest
+from support.records import checked, parity, retrieval, timing, zero_shot
 
 from clip_deploy.core.json_files import write_json
+from clip_deploy.core.parsing import plain
+from clip_deploy.core.records import CurvePoint, Diagnosis, Drop, Search
 from clip_deploy.report.markdown import markdown
 from clip_deploy.report.page import page
 from clip_deploy.report.rows import metrics, plots, read_rows
@@ -13,26 +16,15 @@ from clip_deploy.report.tables import number
 from clip_deploy.report.write import fastest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-TIMING = {
-    "p50_ms": 2.0,
-    "calls": 20,
-    "throughput_per_s": 500.0,
-    "speedup": 1.5,
-    "speedup_low": 1.4,
-    "speedup_high": 1.6,
-    "reference_p50_ms": 3.0,
-}
-CHECKED = {
-    "status": "pass",
-    "reasons": [],
-    "precision": "fp32",
-    "build": {"opset": 18},
-    "trained": True,
-    "parity": {"vision": {"cosine_min": 0.9999}, "text": {"cosine_min": 0.9998}},
-    "zero_shot": {"top1": 90.0, "top1_drop": 0.5, "top1_drop_low": -0.1, "top1_drop_high": 1.1},
-    "retrieval": {"image_to_text_r1": 40.0, "text_to_image_r1": 41.0},
-    "flips": 1.0,
-}
+TIMING = plain(timing(speedup=1.5, speedup_low=1.4, speedup_high=1.6, reference_p50_ms=3.0))
+CHECKED = checked(
+    build={"opset": 18},
+    parity=plain({"vision": parity(0.9999), "text": parity(0.9998)}),
+    zero_shot=plain(zero_shot(top1_drop=0.5, top1_drop_low=-0.1, top1_drop_high=1.1)),
+    retrieval=plain(retrieval(image_to_text_r1=40.0, text_to_image_r1=41.0)),
+    flips=1.0,
+)
+UNAVAILABLE = {"status": "unavailable", "reasons": ["no GPU"], "precision": "fp16", "runtime": "ort", "device": "cpu"}
 TIMED = {
     "status": "measured",
     "threads": 2,
@@ -55,30 +47,30 @@ def rows(tmp_path):
         "torch-fp32": (CHECKED, REFERENCE),
         "ort-int8": ({**CHECKED, "status": "fail", "reasons": ["2.0 % flipped > 1"]}, TIMED),
         "trt-fp16": (
-            {"status": "unavailable", "reasons": ["no GPU"], "precision": "fp16", "build": {}, "trained": True},
+            {**UNAVAILABLE, "build": {}, "trained": True},
             {"status": "unavailable", "reason": "no GPU"},
         ),
         "removed": (CHECKED, TIMED),
     }
-    for name, (checked, timed) in results.items():
-        write_json(tmp_path / "validate" / f"{name}.json", checked)
+    for name, (validated, timed) in results.items():
+        write_json(tmp_path / "validate" / f"{name}.json", validated)
         write_json(tmp_path / "benchmark" / f"{name}.json", timed)
     return read_rows(["torch-fp32", "ort-int8", "trt-fp16"], tmp_path / "validate", tmp_path / "benchmark")
 
 
 def test_what_int8_leaves_in_float_and_its_curve_are_in_the_report(rows):
-    rows[1].search = {
-        "left_in_float": ["vision: MatMul_7"],
-        "nodes": 20,
-        "top1_drop": 0.5,
-        "flips": 1.0,
-        "cosine": 0.9999,
-        "sensitivity": {"vision: MatMul_7": 0.25, "text: Gather_0": 0.001},
-        "curve": [
-            {"share": 0.0, "top1_drop": 0, "flips": 0, "cosine": 1.0},
-            {"share": 1.0, "top1_drop": 9, "flips": 12.5, "cosine": 0.75},
+    rows[1].search = Search(
+        left_in_float=["vision: MatMul_7"],
+        nodes=20,
+        top1_drop=0.5,
+        flips=1.0,
+        cosine=0.9999,
+        sensitivity={"vision: MatMul_7": 0.25, "text: Gather_0": 0.001},
+        curve=[
+            CurvePoint(share=0.0, top1_drop=0, flips=0, cosine=1.0),
+            CurvePoint(share=1.0, top1_drop=9, flips=12.5, cosine=0.75),
         ],
-    }
+    )
     text = markdown("tiny on a CPU", rows, {"Model": "tiny"})
     assert "| `ort-int8` | 1 of 20: vision: MatMul_7 | 0.50 points, 1.00 % | vision: MatMul_7 2.5e-01" in text
     assert "0 %: 0.00 % (1.00000), 100 %: 12.50 % (0.75000)" in text
@@ -158,8 +150,8 @@ def labels(page, name, folder):
     ],
 )
 def test_no_two_labels_of_an_axis_are_the_same(rows, tmp_path, cosines, expected):
-    curve = [{"share": share, "flips": 0, "cosine": cosine} for share, cosine in zip((0.0, 1.0), cosines, strict=True)]
-    rows[1].search = {"left_in_float": [], "nodes": 20, "curve": curve, "sensitivity": {}}
+    curve = [CurvePoint(share, 0.0, 0.0, cosine) for share, cosine in zip((0.0, 1.0), cosines, strict=True)]
+    rows[1].search = Search([], nodes=20, top1_drop=0.0, flips=0.0, cosine=1.0, sensitivity={}, curve=curve)
     assert labels(page("title", rows, {}), "sensitivity", tmp_path) == expected
 
 
@@ -246,9 +238,9 @@ def test_intervals_hold_what_the_reference_differed_from_itself(itself, tmp_path
         write_json(tmp_path / "validate" / f"{name}.json", CHECKED)
         write_json(tmp_path / "benchmark" / f"{name}.json", timed)
     row = read_rows(["torch-fp32", "ort-fp32"], tmp_path / "validate", tmp_path / "benchmark")[1]
-    timing = row.timing("text", "1")
-    assert (timing["speedup_low"], timing["speedup_high"]) == pytest.approx((1.4 / 1.25, 1.6 * 1.25))
-    assert timing["speedup"] == 1.5
+    timing = row.timing("text", 1)
+    assert (timing.speedup_low, timing.speedup_high) == pytest.approx((1.4 / 1.25, 1.6 * 1.25))
+    assert timing.speedup == 1.5
 
 
 def test_on_a_gpu_a_batch_is_judged_by_what_the_reference_did_there_or_at_a_larger_one(tmp_path):
@@ -256,16 +248,16 @@ def test_on_a_gpu_a_batch_is_judged_by_what_the_reference_did_there_or_at_a_larg
     alone = {batch: {**ALONE, "speedup": speedup} for batch, speedup in itself.items()}
     timed = {batch: {**TIMING, "p50_low_ms": 1.9, "p50_high_ms": 2.1} for batch in itself}
     for name, towers in {"torch-fp32": alone, "ort-cuda-fp16": timed}.items():
-        for timing in towers.values():
-            timing |= {"p50_low_ms": 1.9, "p50_high_ms": 2.1}
+        for each in towers.values():
+            each |= {"p50_low_ms": 1.9, "p50_high_ms": 2.1}
         write_json(tmp_path / "validate" / f"{name}.json", {**CHECKED, "device": "cuda"})
         write_json(tmp_path / "benchmark" / f"{name}.json", {**TIMED, "towers": {"vision": towers, "text": {}}})
     rows = read_rows(["torch-fp32", "ort-cuda-fp16"], tmp_path / "validate", tmp_path / "benchmark")
     row = rows[1]
     for batch, spread in (("1", 2.0), ("8", 1.25), ("256", 1.01)):
-        timing = row.timing("vision", batch)
-        assert (timing["speedup_low"], timing["speedup_high"]) == pytest.approx((1.4 / spread, 1.6 * spread))
-        assert (timing["p50_low_ms"], timing["p50_high_ms"]) == pytest.approx((1.9 / 1.03, 2.1 * 1.03), rel=1e-3)
+        timing = row.timing("vision", int(batch))
+        assert (timing.speedup_low, timing.speedup_high) == pytest.approx((1.4 / spread, 1.6 * spread))
+        assert (timing.p50_low_ms, timing.p50_high_ms) == pytest.approx((1.9 / 1.03, 2.1 * 1.03), rel=1e-3)
     (marked,) = [line for line in markdown("title", rows, {}).splitlines() if line.startswith("- ~")]
     assert "wait for Python" in marked
     assert "by p50" in marked
@@ -278,8 +270,8 @@ def test_on_a_gpu_a_row_whose_own_calls_differ_is_undecided_whatever_its_speed_u
     steady = {**TIMING, "p50_low_ms": 1.9, "p50_high_ms": 2.1, "p90_ms": 2.9}
     waiting = {**steady, "p90_ms": 3.1}
     alone = {**ALONE, "p50_low_ms": 2.9, "p50_high_ms": 3.1}
-    for name, timing in {"torch-fp32": alone, "torch-fp16": waiting, "ort-cuda-fp16": steady}.items():
-        towers = {"vision": {"1": timing}, "text": {"1": timing}}
+    for name, each in {"torch-fp32": alone, "torch-fp16": waiting, "ort-cuda-fp16": steady}.items():
+        towers = {"vision": {"1": each}, "text": {"1": each}}
         write_json(tmp_path / "validate" / f"{name}.json", {**CHECKED, "device": "cuda"})
         write_json(tmp_path / "benchmark" / f"{name}.json", {**TIMED, "towers": towers})
     rows = read_rows(["torch-fp32", "torch-fp16", "ort-cuda-fp16"], tmp_path / "validate", tmp_path / "benchmark")
@@ -371,15 +363,15 @@ def test_without_findings_the_report_has_no_such_section(rows):
 
 
 def test_a_failed_target_has_its_layer_and_the_command_that_mends_it_below(rows):
-    drop = {
-        "tower": "vision",
-        "layer": "encoder.layers.2.self_attn",
-        "node": "MatMul_42",
-        "cosine_before": 0.9999998,
-        "cosine_after": 0.9677,
-        "nodes": ["vision: MatMul_39", "vision: MatMul_42"],
-    }
-    rows[1].diagnosis = {"reference": "onnx-fp32", "drops": [drop], "notes": []}
+    drop = Drop(
+        tower="vision",
+        layer="encoder.layers.2.self_attn",
+        node="MatMul_42",
+        cosine_before=0.9999998,
+        cosine_after=0.9677,
+        nodes=["vision: MatMul_39", "vision: MatMul_42"],
+    )
+    rows[1].diagnosis = Diagnosis("onnx-fp32", [drop], [])
     lines = markdown("title", rows, {}).splitlines()
     place = lines.index("- `ort-int8` fail: 2.0 % flipped > 1")
     assert lines[place + 1 : place + 3] == [

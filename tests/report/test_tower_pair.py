@@ -2,6 +2,8 @@ import os
 from dataclasses import replace
 
 import pytest
+from support.records import judged as judged_timing
+from support.records import zero_shot
 
 from clip_deploy.core.config import Gate, GatesConfig, RecommendConfig
 from clip_deploy.core.errors import DeployError
@@ -15,8 +17,7 @@ EASY = GatesConfig(fp32=Gate(min_cosine=0.999, max_top1_drop=5, max_flips=5))
 
 
 def timing(speedup):
-    speedups = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), speedup)
-    return {"1": {"p50_ms": 1.0, "calls": 9, "throughput_per_s": 1.0, "undecided": False, **speedups}}
+    return {1: judged_timing(**dict.fromkeys(("speedup", "speedup_low", "speedup_high"), speedup))}
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def rows(built):
             timings={"vision": timing(vision), "text": timing(text)},
             memory_mb=60.0,
             size_mb=4.0,
-            zero_shot={"top1": 90.0, "top1_drop": 0.0},
+            zero_shot=zero_shot(),
             files={file: sha256(built / name / file) for file in ("vision.onnx", "text.onnx")},
         )
         for name, vision, text in (("ort-fp32", 4.0, 1.0), ("onnx-fp32", 1.0, 5.0))
@@ -51,17 +52,17 @@ def judged(built, sets):
 def test_two_targets_that_agree_pass_together_with_each_towers_own_time_and_size(rows, judged, built):
     both = judged(*rows)
     assert (both.target, both.status, both.reasons) == ("ort-fp32 with onnx-fp32", "pass", [])
-    assert (both.timing("vision")["speedup"], both.timing("text")["speedup"]) == (4.0, 5.0)
+    assert (both.timing("vision").speedup, both.timing("text").speedup) == (4.0, 5.0)
     sizes = [(built / file).stat().st_size for file in ("ort-fp32/vision.onnx", "onnx-fp32/text.onnx")]
     assert both.size_mb == pytest.approx(sum(sizes) / 1e6)
     assert both.memory_mb == 120.0
-    assert both.zero_shot["top1_drop"] == pytest.approx(0, abs=2)
+    assert both.zero_shot.top1_drop == pytest.approx(0, abs=2)
 
 
 def test_a_pair_is_held_to_the_coarser_gate_and_to_the_limits(rows, judged):
     advice = recommend(rows, RecommendConfig(max_memory_mb=100), judged, lambda name: None)
     assert advice.ship == advice.package == {"vision": "onnx-fp32", "text": "onnx-fp32"}
-    assert advice.pairs["ort-fp32 with onnx-fp32"]["reasons"] == ["over max_memory_mb: 120 > 100"]
+    assert advice.pairs["ort-fp32 with onnx-fp32"].reasons == ["over max_memory_mb: 120 > 100"]
     coarser = replace(rows[1], precision="int8")
     failed = judged(rows[0], coarser, GatesConfig(int8=Gate(min_cosine=1.1)))
     assert (failed.status, failed.precision) == ("fail", "int8")
@@ -72,9 +73,8 @@ def test_what_only_the_pair_gets_wrong_costs_it_the_recommendation(rows, judged,
     """Its own top-1 counts, and not that of its targets, which both have a drop of 0."""
 
     def wrong(folders, evaluation):
-        record = measure(folders, evaluation)
-        record["zero_shot"]["top1_drop"] = 3.0
-        return record
+        found = measure(folders, evaluation)
+        return replace(found, zero_shot=replace(found.zero_shot, top1_drop=3.0))
 
     measure = tower_pair.measure_pair
     monkeypatch.setattr(tower_pair, "measure_pair", wrong)

@@ -40,7 +40,7 @@ def test_every_attention_and_gelu_of_both_towers_is_fused(family, tmp_path, opse
     target = fused(source, output)
     assert "rewrites_undone" not in target.build
     for tower, shape in target.model["towers"].items():
-        census = onnx_file.describe(output / f"{tower}.onnx")["fusion"]
+        census = onnx_file.describe(output / f"{tower}.onnx").fusion
         pooling_head = tower == "vision" and target.model["model_type"] == "siglip"
         attentions = shape["layers"] + pooling_head
         assert (census["attention"], census["attention_expected"], census["gelu"]) == (attentions,) * 3
@@ -61,9 +61,9 @@ def test_graphs_of_a_fixed_batch_size_are_fused_too(family, tmp_path, opset):
         shape = target.model["towers"][tower]
         assert fusion.fuse(exported, output, fusion.rewrites_of(shape, OptimizeConfig()), texts) == []
         description = onnx_file.describe(output)
-        assert all(sizes[0] == 3 for sizes in description["inputs"].values())
+        assert all(sizes[0] == 3 for sizes in description.inputs.values())
         pooling_head = tower == "vision" and target.model["model_type"] == "siglip"
-        census = description["fusion"]
+        census = description.fusion
         assert census["attention"] == census["attention_expected"] == shape["layers"] + pooling_head
 
 
@@ -127,7 +127,7 @@ def test_packed_weights_are_constants(onnx_target, tmp_path):
 
 def test_skip_connections_are_fused_where_asked(onnx_target, tmp_path):
     fused(onnx_target, tmp_path / "ort", skip_layer_norm=True)
-    assert onnx_file.describe(tmp_path / "ort" / "vision.onnx")["fusion"]["skip_layer_norm"] > 0
+    assert onnx_file.describe(tmp_path / "ort" / "vision.onnx").fusion["skip_layer_norm"] > 0
 
 
 def test_half_precision_halves_the_file_and_says_what_stays_in_fp32(onnx_target, sets, tmp_path):
@@ -157,7 +157,7 @@ def test_a_rewrite_that_changes_the_outputs_or_does_not_run_is_undone(onnx_targe
     good = fusion.rewrites_of({"heads": 4, "width": 128}, OptimizeConfig())
     undone = fusion.fuse(onnx_target / "vision.onnx", tmp_path / "vision.onnx", [[("bad", rewrite)], *good], {})
     assert undone == ["vision: bad"]
-    assert onnx_file.describe(tmp_path / "vision.onnx")["fusion"]["attention"] == 4
+    assert onnx_file.describe(tmp_path / "vision.onnx").fusion["attention"] == 4
 
 
 def test_what_hangs_on_an_unavailable_target_is_unavailable(onnx_target, tmp_path):
@@ -260,9 +260,9 @@ def test_towers_without_a_fused_attention_keep_the_gate_in_every_precision(unfus
     for target in ("onnx-fp32", "ort-fp32", "ort-fp16", "ort-int8-dynamic"):
         evaluation = sets / "evaluation"
         record = validate(tmp_path / target, load_prepared(evaluation), evaluation / "reference.npz", gates, 0)
-        assert record["status"] == "pass", (target, record["reasons"])
-        lowest[target] = min(parity["cosine_min"] for parity in record["parity"].values())
-    census = record["graphs"]["vision"]["fusion"]
+        assert record.status == "pass", (target, record.reasons)
+        lowest[target] = min(parity.cosine_min for parity in record.measured.parity.values())
+    census = record.graphs["vision"].fusion
     assert (census["attention"], census["gelu"]) == (0, gelus)
     kind = read_target(checkpoint).model["model_type"]
     kinds(

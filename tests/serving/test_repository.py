@@ -15,6 +15,7 @@ import yaml
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from PIL import Image
 from support.project import ROOT
+from support.records import timing
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from clip_deploy.builders.processor_files import write_preprocessor
@@ -22,6 +23,8 @@ from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import ConfigError, DataError, DeployError
 from clip_deploy.core.manifest import PROVENANCE
+from clip_deploy.core.parsing import plain
+from clip_deploy.core.records import Benchmark
 from clip_deploy.data.preprocessed import tokenize
 from clip_deploy.inference import images
 from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
@@ -48,10 +51,10 @@ def benchmark(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     curves = {"vision": {1: 100.0, 8: 300.0, 64: 400.0}, "text": {1: 1000.0, 8: 3000.0, 32: 2500.0}}
     towers = {
-        tower: {str(batch): {"throughput_per_s": rate} for batch, rate in curve.items()}
+        tower: {batch: timing(throughput_per_s=rate) for batch, rate in curve.items()}
         for tower, curve in curves.items()
     }
-    (folder / "onnx-fp32.json").write_text(json.dumps({"towers": towers}))
+    (folder / "onnx-fp32.json").write_text(json.dumps(plain(Benchmark(status="measured", towers=towers))))
     return folder
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 from serving.test_repository import MODEL_NAMES, check
 from support.project import ROOT
+from support.records import checked, parity, timing
 
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import BuildEngineConfig, Gate, GatesConfig, TritonConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.files import sha256
 from clip_deploy.core.manifest import PROVENANCE, verify
+from clip_deploy.core.parsing import parse, plain
+from clip_deploy.core.records import Benchmark, Validation
 from clip_deploy.serving.server import find_environment
 from clip_deploy.serving.tensorrt_repository import write_engine_repository
 
@@ -22,16 +25,7 @@ LIBRARY = {"library": "TensorRT 10.14.1", "built_for": "NVIDIA H200, 143771 MiB,
 ORIGIN = {"model": "tiny", "seed": 0, "versions": {}, "checkpoint": None, "builds": {}, "gates": {}, "files": {}}
 ENGINES = {"text.engine": b"text", "vision.engine": b"vision"}
 GATES = GatesConfig(fp16=Gate(min_cosine=0.999))
-PASSED = {
-    "status": "pass",
-    "reasons": [],
-    "precision": "fp16",
-    "parity": {tower: {"cosine_min": 0.9995, "finite": True} for tower in ("vision", "text")},
-    "shapes": {},
-    "flips": 0.0,
-    "trained": True,
-    "doubts": [],
-}
+CLOSE = {"vision": parity(0.9995), "text": parity(0.9995)}
 
 
 @pytest.fixture
@@ -39,8 +33,9 @@ def write(checkpoint, sets, tmp_path):
     """Write the repository of a target with engines, and return its manifest."""
     built, benchmark = tmp_path / "trt-fp16", tmp_path / "benchmark"
     benchmark.mkdir()
-    curve = {str(batch): {"throughput_per_s": float(batch)} for batch in (1, 8, 64)}
-    (benchmark / "trt-fp16.json").write_text(json.dumps({"towers": {"vision": curve, "text": curve}}))
+    curve = {batch: timing(throughput_per_s=float(batch)) for batch in (1, 8, 64)}
+    timed = Benchmark(status="measured", towers={"vision": curve, "text": curve})
+    (benchmark / "trt-fp16.json").write_text(json.dumps(plain(timed)))
     description = Target("tensorrt", "fp16", list(ENGINES), read_target(checkpoint).model, device="cuda")
 
     def fill(folder, library):
@@ -50,10 +45,20 @@ def write(checkpoint, sets, tmp_path):
 
     def run(engine=BuildEngineConfig(max_batch=16), library=LIBRARY["library"], gates=GATES, **changed):  # noqa: B008
         build(built, lambda folder: fill(folder, library), description)
-        record = PASSED | {"files": {name: sha256(built / name) for name in ENGINES}}
+        files = {name: sha256(built / name) for name in ENGINES}
+        sound = checked(precision="fp16", parity=plain(CLOSE), files=files)
+        record = parse(Validation, sound | changed, "the record")
         output = tmp_path / "triton"
         found = write_engine_repository(
-            built, record | changed, gates, ORIGIN, sets, benchmark, engine, TritonConfig(max_batch=32), output
+            built,
+            parse(Validation, record, "the record"),
+            gates,
+            ORIGIN,
+            sets,
+            benchmark,
+            engine,
+            TritonConfig(max_batch=32),
+            output,
         )
         assert json.loads((output / "manifest.json").read_text()) == found
         return found, output

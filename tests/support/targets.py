@@ -3,25 +3,26 @@
 import tempfile
 from pathlib import Path
 
+from support.records import advised, checked, measured
+
 
 def advice(built, **other):
     """reports/recommendation.json as if all targets of a folder had passed, and the first of `other` were chosen."""
     from clip_deploy.core.artifact import read_target
     from clip_deploy.core.files import sha256
+    from clip_deploy.core.parsing import parse
+    from clip_deploy.core.recommendation import Recommendation
 
     targets = {}
     for folder in sorted(path.parent for path in built.glob("*/target.json")):
         target = read_target(folder)
         targets[folder.name] = {
-            "status": "pass",
-            "reasons": [],
             "runtime": target.runtime,
             "precision": target.precision,
-            "device": "cpu",
             "files": {name: sha256(folder / name) for name in target.files},
             "metrics": {"vision_p50_ms": 1.0},
         }
-    return {"package": {}, "pairs": {}, "note": "as asked", "doubts": [], "targets": targets, **other}
+    return parse(Recommendation, advised(targets, **other), "the advice", null_is_nan=False)
 
 
 def records(built, folder, **changes):
@@ -30,25 +31,15 @@ def records(built, folder, **changes):
     from clip_deploy.core.config import Gate
     from clip_deploy.core.files import sha256
     from clip_deploy.core.json_files import write_json
+    from clip_deploy.core.parsing import plain
     from clip_deploy.evaluate.gates import limits
 
-    sound = {"cosine_min": 1.0, "finite": True}
     for target in sorted(path.parent for path in built.glob("*/target.json")):
         known = read_target(target)
-        record = {
-            "status": "pass",
-            "reasons": [],
-            "precision": known.precision,
-            "trained": True,
-            "files": {name: sha256(target / name) for name in known.files},
-            "parity": {"vision": sound, "text": sound},
-            "shapes": {"vision, batch 3": 0.9999},
-            "zero_shot": {"top1_drop": 0.0},
-            "flips": 0.25,
-            "doubts": [],
-            **changes,
-        }
-        write_json(folder / f"{target.name}.json", record | {"limits": limits(record, Gate(min_cosine=0.999))})
+        files = {name: sha256(target / name) for name in known.files}
+        record = {"precision": known.precision, "runtime": known.runtime, "files": files, **changes}
+        within = limits(measured(), record.get("trained", True), Gate(min_cosine=0.999))
+        write_json(folder / f"{target.name}.json", checked(**record, limits=plain(within)))
     return folder
 
 

@@ -7,6 +7,7 @@ import pytest
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
+from clip_deploy.core.records import Benchmark
 from clip_deploy.timing.latency import (
     LEAST_ROUNDS,
     Worker,
@@ -37,10 +38,10 @@ def test_speedup_is_reference_over_target_with_its_interval():
     target = [list(rng.normal(10, 0.3, 5)) for _ in range(40)]
     reference = [list(rng.normal(20, 0.6, 5)) for _ in range(40)]
     result = summarize(target, reference, batch=8)
-    assert result["speedup"] == pytest.approx(2, rel=0.02)
-    assert result["speedup_low"] < result["speedup"] < result["speedup_high"]
-    assert result["throughput_per_s"] == pytest.approx(800, rel=0.02)
-    assert result["calls"] == 200
+    assert result.speedup == pytest.approx(2, rel=0.02)
+    assert result.speedup_low < result.speedup < result.speedup_high
+    assert result.throughput_per_s == pytest.approx(800, rel=0.02)
+    assert result.calls == 200
 
 
 def test_drift_that_hits_both_sides_cancels():
@@ -164,13 +165,13 @@ def test_the_interval_lies_between_two_blocks_that_the_sign_test_names(turns, lo
 def test_a_target_is_timed_in_its_own_process(checkpoint, onnx_target):
     settings = BenchmarkConfig(batch_sizes=[1, 2], threads=1, warmup=1, seconds=0.05)
     result = measure(onnx_target, checkpoint, settings)
-    assert set(result["towers"]) == {"vision", "text"}
-    assert set(result["towers"]["vision"]) == {"1", "2"}
-    row = result["towers"]["vision"]["1"]
-    assert row["p50_ms"] > 0
-    assert row["calls"] >= LEAST_ROUNDS
-    assert 5 < result["memory_mb"] < 500  # ONNX Runtime and numpy, no PyTorch
-    assert result["size_mb"] == pytest.approx(3.9, rel=0.1)
+    assert set(result.towers) == {"vision", "text"}
+    assert set(result.towers["vision"]) == {1, 2}
+    row = result.towers["vision"][1]
+    assert row.p50_ms > 0
+    assert row.calls >= LEAST_ROUNDS
+    assert 5 < result.memory_mb < 500  # ONNX Runtime and numpy, no PyTorch
+    assert result.size_mb == pytest.approx(3.9, rel=0.1)
 
 
 def test_a_target_that_cannot_run_is_unavailable_not_an_error(checkpoint, tmp_path):
@@ -179,7 +180,7 @@ def test_a_target_that_cannot_run_is_unavailable_not_an_error(checkpoint, tmp_pa
 
     build(tmp_path / "target", refuse, Target("ort", "fp16"))
     result = measure(tmp_path / "target", checkpoint, BenchmarkConfig())
-    assert result == {"status": "unavailable", "reason": "no such library"}
+    assert result == Benchmark(status="unavailable", reason="no such library")
 
 
 READY = "print('{}', flush=True); input()"  # open, and has read one request

@@ -1,0 +1,61 @@
+"""reports/recommendation.json: which targets to ship, for the report, the stage `package` and the gate."""
+
+from dataclasses import dataclass
+
+from clip_deploy.core.config import RecommendConfig
+from clip_deploy.core.records import Metrics
+
+
+@dataclass(frozen=True)
+class PairVerdict:
+    """What was found of two targets as one: which for each tower, the gate that they were held to, and what it said."""
+
+    towers: dict[str, str]
+    precision: str
+    status: str
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class TargetVerdict:
+    """What the gate said of a target; `files` has the SHA-256 of each that was judged."""
+
+    status: str
+    reasons: list[str]
+    runtime: str
+    precision: str
+    device: str
+    files: dict[str, str]
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to ship and why.
+
+    Attributes:
+        limits: what was asked for.
+        ship: the winner for each tower; empty where nothing is fit.
+        package: the same among what ONNX Runtime runs, which is what the stage `package` takes.
+        pairs: by its name, each pair that is the fastest tower by tower: which it is, whether it passed its gate and
+            keeps the limits together, and why not. Where it failed, `ship` or `package` is the best single target.
+        note: what is packaged and, where it is not the winner or nothing, why.
+        doubts: what speaks against the reference itself, and so against all of this.
+        alike: for each tower, targets whose speed cannot be told apart from the winner's.
+        front: targets than which no other fit one is as fast on images, as accurate and as small.
+        packaged: what `targets` says of those in `package`: all that the stage depends on.
+        losers: for each other target, why it lost.
+        targets: what the gate said of each, its files' hashes and its metrics.
+    """
+
+    limits: RecommendConfig
+    ship: dict[str, str]
+    package: dict[str, str]
+    pairs: dict[str, PairVerdict]
+    note: str
+    doubts: list[str]
+    alike: dict[str, list[str]]
+    front: list[str]
+    packaged: dict[str, TargetVerdict]
+    losers: dict[str, str]
+    targets: dict[str, TargetVerdict]
