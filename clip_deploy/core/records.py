@@ -255,7 +255,7 @@ class Benchmark:
         preprocessed_size: of the images that it was timed with where it preprocesses them, [height, width] in pixels.
         towers: by tower and batch size.
         memory_mb: peak resident memory above the empty interpreter at the smallest batch; gpu_memory_mb of the process.
-        matrix_tflops: what FP16 products reach on that GPU.
+        matrix_tflops: what FP16 matmuls reach on that GPU.
     """
 
     status: str

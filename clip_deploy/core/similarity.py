@@ -5,7 +5,7 @@ import numpy as np
 from clip_deploy.core.records import Parity
 
 
-def compare(actual: np.ndarray, reference: np.ndarray) -> Parity:
+def similarity(actual: np.ndarray, reference: np.ndarray) -> Parity:
     """Cosine of each row with the reference's row (lowest, 1st percentile, mean) and the largest absolute difference.
 
     Args:

@@ -114,7 +114,7 @@ def discordant(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:
     return int((before & ~after).sum()), int((~before & after).sum())
 
 
-def losses(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> Loss:
+def accuracy_cost(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> Loss:
     """What `actual` loses against the reference."""
     drop = zero_shot(actual, reference, prepared, seed).top1_drop if prepared.manifest["classes"] else 0.0
     cosines = [
@@ -124,5 +124,5 @@ def losses(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: 
     return Loss(drop, flips(actual, reference, prepared), float(np.mean(cosines)))
 
 
-def within(loss: Loss, budget: AccuracyBudget) -> bool:
+def within_budget(loss: Loss, budget: AccuracyBudget) -> bool:
     return loss.top1_drop <= budget.max_top1_drop and loss.flips <= budget.max_flips

@@ -17,14 +17,14 @@ import onnx
 import onnx_ir as ir
 
 from clip_deploy.core.artifact import Target, read_target
-from clip_deploy.core.config import Gate
+from clip_deploy.core.config import GateLimits
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.records import Diagnosis, Drop
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared, Texts
 from clip_deploy.evaluate.embeddings import Embeddings
 from clip_deploy.onnx_graph import onnx_file
-from clip_deploy.onnx_graph.pre_post import EMBEDS, take_off
+from clip_deploy.onnx_graph.pre_post import EMBEDS, detach
 
 ROWS = 8  # the worst ones
 NORMS = {"LayerNormalization", "SkipLayerNormalization"}
@@ -33,7 +33,9 @@ FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 ROUNDING = 1e-5  # 1 - cosine of two graphs that differ in the order of float32 sums
 
 
-def diagnose(folder: Path, prepared: Prepared, actual: Embeddings, reference: Embeddings, gate: Gate) -> Diagnosis:
+def diagnose(
+    folder: Path, prepared: Prepared, actual: Embeddings, reference: Embeddings, gate: GateLimits
+) -> Diagnosis:
     """Find, for each tower that missed its cosine (for both where none did), where it is lost.
 
     Args:
@@ -49,7 +51,7 @@ def diagnose(folder: Path, prepared: Prepared, actual: Embeddings, reference: Em
     for tower in missed or inputs:
         allowed = 1 - gate.min_cosine if missed else None
         with tempfile.TemporaryDirectory() as work:
-            pair = Pair(tower, folder.parent / str(target.source), folder, target, Path(work))
+            pair = GraphPair(tower, folder.parent / str(target.source), folder, target, Path(work))
             found.append(pair.drop(inputs[tower], allowed))
     drops = [drop for drop in found if isinstance(drop, Drop)]
     return Diagnosis(target.source, drops, [note for note in found if isinstance(note, str)])
@@ -147,8 +149,8 @@ class Both:
         return 1 - float(row_cosines(_rows(self.actual, tokens), _rows(self.expected, tokens)).min())
 
 
-class Pair:
-    """One tower of a target beside the same tower of its source, both without their shells.
+class GraphPair:
+    """One tower of a target beside the same tower of its source, both without pre- and post-processing.
 
     Half precision is named by the nodes of the target's own graph, INT8 by those of the source, as the settings are.
     """
@@ -236,7 +238,7 @@ class Pair:
         return [parts[index] for index in sorted(chosen)]
 
     def candidates(self, part: Part) -> list[str]:
-        """Nodes of a part that are not in FP32 yet: products and tables for INT8, all that computes in floats else."""
+        """Nodes of a part that are not in FP32 yet: matmuls and tables for INT8, all that computes in floats else."""
         kept = self.target.kept_in_float
         if self.target.precision == "fp32":
             return []
@@ -270,7 +272,7 @@ def label(part: Part) -> str:
 
 def _bare(path: Path, work: Path) -> onnx.ModelProto:
     """The tower alone, without the exporter's types, which are stale behind the fusions."""
-    take_off(path, work / "bare.onnx")
+    detach(path, work / "bare.onnx")
     model = onnx.load(work / "bare.onnx")
     del model.graph.value_info[:]
     return model

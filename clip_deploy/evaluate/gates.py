@@ -3,14 +3,14 @@
 from dataclasses import asdict, dataclass
 
 from clip_deploy.core.artifact import TOWERS
-from clip_deploy.core.config import Gate, GatesConfig
+from clip_deploy.core.config import GateLimits, GatesConfig
 from clip_deploy.core.records import Limit, Measured, Validation
 
 LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
 
 
 @dataclass(frozen=True)
-class Miss:
+class GateFailure:
     """One way in which a target misses its gate: of what, how much, and the limit that it breaks."""
 
     quantity: str
@@ -21,48 +21,50 @@ class Miss:
         return f"{self.quantity} {self.value} {self.limit}".rstrip()
 
 
-def gate_of(gates: GatesConfig, precision: str) -> Gate:
+def gate_of(gates: GatesConfig, precision: str) -> GateLimits:
     """The gate of a precision class."""
-    gate: Gate = getattr(gates, precision)
+    gate: GateLimits = getattr(gates, precision)
     return gate
 
 
-def judge(found: Measured, trained: bool, gate: Gate, precision: str) -> list[str]:
+def check_gate(found: Measured, trained: bool, gate: GateLimits, precision: str) -> list[str]:
     """Every way in which the target misses its gate, in words."""
-    return [str(miss) for miss in misses(found, trained, gate, precision)]
+    return [str(miss) for miss in gate_failures(found, trained, gate, precision)]
 
 
-def doubted(record: Validation, gates: GatesConfig) -> list[Miss]:
+def reference_failures(record: Validation, gates: GatesConfig) -> list[GateFailure]:
     """What speaks against the reference itself, where gates.above_chance asks for it: no target is better than that."""
-    return [Miss(doubt, "(gates.above_chance)") for doubt in record.doubts or [] if gates.above_chance]
+    return [GateFailure(doubt, "(gates.above_chance)") for doubt in record.doubts or [] if gates.above_chance]
 
 
-def misses(found: Measured, trained: bool, gate: Gate, precision: str) -> list[Miss]:
+def gate_failures(found: Measured, trained: bool, gate: GateLimits, precision: str) -> list[GateFailure]:
     """Every way in which the target misses its gate; random weights are held to the cosine only."""
-    missed = [Miss(tower, "gives NaN or infinity") for tower, parity in found.parity.items() if not parity.finite]
+    missed = [
+        GateFailure(tower, "gives NaN or infinity") for tower, parity in found.parity.items() if not parity.finite
+    ]
     cosines = _cosines(found)
     if found.length_error is not None and not found.length_error <= LENGTH_ERROR:
-        missed.append(Miss("onnx.normalize: an embedding's length is off 1 by", f"{found.length_error:.1e}"))
+        missed.append(GateFailure("onnx.normalize: an embedding's length is off 1 by", f"{found.length_error:.1e}"))
     low = sorted((name for name in cosines if not cosines[name] >= gate.min_cosine), key=lambda name: cosines[name])
     if low:
         others = f", and {len(low) - 1} more ({', '.join(low[1:])})" if low[1:] else ""
         limit = f"< {gate.min_cosine} (gates.{precision}.min_cosine){others}"
-        missed.append(Miss(f"{low[0]}: cosine", f"{cosines[low[0]]:.6f}", limit))
+        missed.append(GateFailure(f"{low[0]}: cosine", f"{cosines[low[0]]:.6f}", limit))
     return missed + (_wrong_answers(found, gate, precision) if trained else [])
 
 
-def _wrong_answers(found: Measured, gate: Gate, precision: str) -> list[Miss]:
+def _wrong_answers(found: Measured, gate: GateLimits, precision: str) -> list[GateFailure]:
     missed = []
     drop = found.zero_shot.top1_drop if found.zero_shot else 0.0
     changed = _changed_by_head(found)
     flips = f"> {gate.max_flips} (gates.{precision}.max_flips)"
     if not drop <= gate.max_top1_drop:
         limit = f"> {gate.max_top1_drop} (gates.{precision}.max_top1_drop)"
-        missed.append(Miss("top-1 drop", f"{drop:.2f} points", limit))
+        missed.append(GateFailure("top-1 drop", f"{drop:.2f} points", limit))
     if not changed <= gate.max_flips:
-        missed.append(Miss("the zero-shot head changes", f"{changed:.2f} %", flips))
+        missed.append(GateFailure("the zero-shot head changes", f"{changed:.2f} %", flips))
     if not found.flips <= gate.max_flips:
-        missed.append(Miss("flips", f"{found.flips:.2f} %", flips))
+        missed.append(GateFailure("flips", f"{found.flips:.2f} %", flips))
     return missed
 
 
@@ -75,7 +77,7 @@ def _changed_by_head(found: Measured) -> float:
     return 0.0 if agreement is None else 100 - agreement
 
 
-def held(record: Validation, gates: GatesConfig) -> list[Miss]:
+def failures_now(record: Validation, gates: GatesConfig) -> list[GateFailure]:
     """What keeps a target from passing: its numbers against the gates as they are now, and its own verdict.
 
     A number that is NaN keeps no limit, and what was not measured passes none.
@@ -83,16 +85,16 @@ def held(record: Validation, gates: GatesConfig) -> list[Miss]:
     found = record.measured
     whole = found is not None and set(TOWERS) <= set(found.parity) and record.doubts is not None
     gate = gate_of(gates, record.precision)
-    missed = misses(found, record.trained, gate, record.precision) if found and whole else []
-    missed += doubted(record, gates)
+    missed = gate_failures(found, record.trained, gate, record.precision) if found and whole else []
+    missed += reference_failures(record, gates)
     if missed:
         return missed
     if record.status != "pass":
-        return [Miss("gate", record.status, "; ".join(record.reasons))]
-    return [] if whole else [Miss("gate", "pass, and not all was measured", "run `dvc repro`")]
+        return [GateFailure("gate", record.status, "; ".join(record.reasons))]
+    return [] if whole else [GateFailure("gate", "pass, and not all was measured", "run `dvc repro`")]
 
 
-def limits(found: Measured, trained: bool, gate: Gate) -> dict[str, Limit]:
+def limits(found: Measured, trained: bool, gate: GateLimits) -> dict[str, Limit]:
     """Each limit of the gate with the worst value that was held against it, or why none was, in the limit's unit."""
     values: dict[str, float | str] = {"min_cosine": min(_cosines(found).values())}
     drop = found.zero_shot.top1_drop if found.zero_shot else "the evaluation set has no classes"

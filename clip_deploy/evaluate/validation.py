@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from clip_deploy.core.artifact import Target, failure, hashes, read_target, size_bytes
-from clip_deploy.core.config import Gate, GatesConfig
+from clip_deploy.core.config import GateLimits, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import sha256
 from clip_deploy.core.manifest import provenance
 from clip_deploy.core.records import Diagnosis, Graph, HeadAgreement, Measured, PixelParity, Validation
-from clip_deploy.core.similarity import compare, normalized, row_cosines
+from clip_deploy.core.similarity import normalized, row_cosines, similarity
 from clip_deploy.core.subprocesses import CrashError, call_in_child
 from clip_deploy.data.preprocessed import Images, Prepared
 from clip_deploy.evaluate import accuracy
@@ -25,7 +25,7 @@ from clip_deploy.evaluate.embeddings import (
     image_inputs,
     load_embeddings,
 )
-from clip_deploy.evaluate.gates import doubted, gate_of, judge, limits
+from clip_deploy.evaluate.gates import check_gate, gate_of, limits, reference_failures
 from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
 
 FORMAT = 1  # of a target's manifest
@@ -35,7 +35,7 @@ BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
 def validate_apart(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> Validation:
     """As validate, in a process of its own: a runtime that crashes, hangs or eats all memory makes the target fail."""
     try:
-        return call_in_child(validate, folder, prepared, reference, gates, seed, limit_s=gates.max_seconds)
+        return call_in_child(validate, folder, prepared, reference, gates, seed, timeout_s=gates.timeout_s)
     except Exception as error:  # whatever a library raises is this row's result
         target, reason = read_target(folder), str(error) if isinstance(error, CrashError) else failure(error)
         return _record(target, "fail", reason)
@@ -100,9 +100,9 @@ def _judged(
         return replace(record, status="fail", reasons=[str(error)])
     placed = encoder.placement() if isinstance(encoder, PlacedEncoder) and target.device == "cuda" else {}
     record = replace(record, measured=measured, placement=placed)
-    if reasons := judge(measured, record.trained, gate, target.precision):
+    if reasons := check_gate(measured, record.trained, gate, target.precision):
         record = replace(record, diagnosis=diagnosis(folder, encoder, prepared, reference, gate))
-    reasons = [*map(str, doubted(record, gates)), *reasons]
+    reasons = [*map(str, reference_failures(record, gates)), *reasons]
     status = "fail" if reasons else "pass"
     return replace(record, status=status, reasons=reasons, limits=limits(measured, record.trained, gate))
 
@@ -138,7 +138,7 @@ def graphs(folder: Path, opset: int | None) -> dict[str, Graph]:
     return described
 
 
-def diagnosis(folder: Path, encoder: Encoder, prepared: Prepared, reference: Embeddings, gate: Gate) -> Diagnosis:
+def diagnosis(folder: Path, encoder: Encoder, prepared: Prepared, reference: Embeddings, gate: GateLimits) -> Diagnosis:
     """Where the target loses what its gate asks for; a note where its graphs cannot be opened up."""
     from clip_deploy.evaluate.diagnosis import diagnose  # the targets of PyTorch need no onnx
 
@@ -171,12 +171,12 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
     settings, classes = target.model.get("classifier"), prepared.manifest["classes"]
     return Measured(
         parity={
-            "vision": compare(actual.images, alike(reference.images)),
-            "text": compare(_texts(actual), alike(_texts(reference))),
+            "vision": similarity(actual.images, alike(reference.images)),
+            "text": similarity(_texts(actual), alike(_texts(reference))),
         },
         shapes=shapes,
         length_error=_length_error(actual) if target.model.get("normalize") else None,
-        classifier=head(encoder, prepared, reference, settings) if settings else None,
+        classifier=classifier(encoder, prepared, reference, settings) if settings else None,
         zero_shot=accuracy.zero_shot(clean, reference, prepared, seed) if classes else None,
         retrieval=accuracy.retrieval(clean, prepared) if len(prepared.captions) else None,
         flips=accuracy.flips(clean, reference, prepared),
@@ -189,7 +189,7 @@ def _length_error(embeddings: Embeddings) -> float:
     return float(np.abs(lengths - 1).max())
 
 
-def head(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: dict[str, Any]) -> HeadAgreement:
+def classifier(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: dict[str, Any]) -> HeadAgreement:
     """Share of images to which a zero-shot head gives the label that the untouched model gives.
 
     The set's prompts hold the labels' embeddings where its classes and templates do; else there is nothing to compare.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clip_deploy.core.artifact import TOWERS
-from clip_deploy.core.config import REFERENCE, GateConfig, GatesConfig
+from clip_deploy.core.config import REFERENCE, CiConfig, GatesConfig
 from clip_deploy.core.environment import Environment
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.json_files import read_json
@@ -20,7 +20,7 @@ from clip_deploy.core.manifest import verify
 from clip_deploy.core.parsing import AGAIN, parse, plain
 from clip_deploy.core.recommendation import Recommendation
 from clip_deploy.core.records import Benchmark, Measured, Metrics, Timing, Validation, ZeroShot
-from clip_deploy.evaluate.gates import Miss, held
+from clip_deploy.evaluate.gates import GateFailure, failures_now
 from clip_deploy.report.decisive import JudgedTimings, Timings, again, judged
 from clip_deploy.report.decisive import undecided as undecided_of
 from clip_deploy.report.tables import number, table
@@ -33,7 +33,7 @@ DATA = (
     "data/evaluation",
     "data/portable",
 )  # what builds, checks and the package rest on
-Found = dict[str, list[Miss]]  # by target
+Found = dict[str, list[GateFailure]]  # by target
 T = TypeVar("T")
 
 
@@ -140,41 +140,41 @@ def read_result(target: str, reports: Reports) -> Result:
 def check_required(names: list[str], targets: list[str]) -> None:
     """Raises ConfigError where a name is none of the table's rows, or there is no name at all."""
     if not names:
-        raise ConfigError(f"gate.required is empty, so nothing would be checked: name some of {', '.join(targets)}")
+        raise ConfigError(f"ci.required is empty, so nothing would be checked: name some of {', '.join(targets)}")
     if unknown := [name for name in names if name not in targets]:
         raise ConfigError(
-            f"gate.required lists {unknown[0]!r}, which is not among targets: {', '.join(targets)}; take it out of "
-            "gate.required, or put it into targets and `dvc repro`"
+            f"ci.required lists {unknown[0]!r}, which is not among targets: {', '.join(targets)}; take it out of "
+            "ci.required, or put it into targets and `dvc repro`"
         )
 
 
-def judge(names: list[str], reports: Reports, gates: GatesConfig, built: Path) -> Found:
+def check_reports(names: list[str], reports: Reports, gates: GatesConfig, built: Path) -> Found:
     """All misses of the required targets, of what was packaged (under "package"), and of what they were judged on."""
-    found = {name: judge_target(name, reports, gates, built) for name in names}
-    data = {name: judge_data(built / name) for name in DATA}
-    return {**found, PACKAGE: judge_package(reports, built / PACKAGE), **data}
+    found = {name: check_target(name, reports, gates, built) for name in names}
+    data = {name: check_data(built / name) for name in DATA}
+    return {**found, PACKAGE: check_package_of(reports, built / PACKAGE), **data}
 
 
-def judge_target(target: str, reports: Reports, gates: GatesConfig, built: Path) -> list[Miss]:
+def check_target(target: str, reports: Reports, gates: GatesConfig, built: Path) -> list[GateFailure]:
     result = read_result(target, reports)
     if result.checked is None:
-        return [Miss("validation", "no result", AGAIN)]
+        return [GateFailure("validation", "no result", AGAIN)]
     return [
-        *held(result.checked, gates),
+        *failures_now(result.checked, gates),
         *_timing(result.timed),
         *_files(result.checked.files, built / target),
         *_reported(target, result.checked, reports),
     ]
 
 
-def _timing(timed: Benchmark | None) -> list[Miss]:
+def _timing(timed: Benchmark | None) -> list[GateFailure]:
     if timed is None:
-        return [Miss("timing", "no result", AGAIN)]
+        return [GateFailure("timing", "no result", AGAIN)]
     if timed.status != "measured":
-        return [Miss("timing", timed.status, timed.reason or "")]
-    missing = [Miss(f"{tower}: timing", "no result", AGAIN) for tower in TOWERS if not timed.towers.get(tower)]
+        return [GateFailure("timing", timed.status, timed.reason or "")]
+    missing = [GateFailure(f"{tower}: timing", "no result", AGAIN) for tower in TOWERS if not timed.towers.get(tower)]
     broken = [where for where, timing in _timings(timed.towers) if not isfinite(timing.speedup)]
-    return missing + [Miss(f"{where}: speed-up", "not a number", AGAIN) for where in broken]
+    return missing + [GateFailure(f"{where}: speed-up", "not a number", AGAIN) for where in broken]
 
 
 def _timings(timings: Timings) -> Iterator[tuple[str, Timing]]:
@@ -184,41 +184,41 @@ def _timings(timings: Timings) -> Iterator[tuple[str, Timing]]:
             yield f"{tower}, batch {batch}", timing
 
 
-def _files(judged: dict[str, str], folder: Path) -> list[Miss]:
+def _files(judged: dict[str, str], folder: Path) -> list[GateFailure]:
     """Whether the target's files are those that were judged, and no other lies among them."""
     try:
         manifest, found = verify(folder)
     except DeployError as error:
-        return [Miss("files", str(error))]
+        return [GateFailure("files", str(error))]
     if not judged or any(sha != _sha(manifest, name) for name, sha in judged.items()):
         found = [*found, "not those that were judged"]
-    return [Miss("files", difference, AGAIN) for difference in found]
+    return [GateFailure("files", difference, AGAIN) for difference in found]
 
 
-def _reported(target: str, checked: Validation, reports: Reports) -> list[Miss]:
+def _reported(target: str, checked: Validation, reports: Reports) -> list[GateFailure]:
     """Whether the report and the recommendation are of these results."""
     status, advice = reports.metrics().get(target, {}).get("status"), reports.advice()
     advised = advice.targets.get(target) if advice else None
-    found = [] if status == checked.status else [Miss("metrics.json", f"says {status}", AGAIN)]
+    found = [] if status == checked.status else [GateFailure("metrics.json", f"says {status}", AGAIN)]
     same = advised is not None and advised.files == checked.files
-    return found if same else [*found, Miss("recommendation.json", "is of other files", AGAIN)]
+    return found if same else [*found, GateFailure("recommendation.json", "is of other files", AGAIN)]
 
 
-def judge_data(folder: Path) -> list[Miss]:
+def check_data(folder: Path) -> list[GateFailure]:
     """Whether prepared data are as `prepare` wrote them."""
     try:
         _, found = verify(folder)
     except DeployError as error:
         found = [str(error)]
-    return [Miss("files", difference, "run `dvc repro -f prepare`") for difference in found]
+    return [GateFailure("files", difference, "run `dvc repro -f prepare`") for difference in found]
 
 
-def judge_package(reports: Reports, folder: Path) -> list[Miss]:
+def check_package_of(reports: Reports, folder: Path) -> list[GateFailure]:
     """Whether all that was packaged passed its gate, byte for byte; nothing packaged is in order."""
     try:
         manifest, found = verify(folder)
     except DeployError as error:
-        return [Miss("files", str(error))]
+        return [GateFailure("files", str(error))]
     towers = manifest.get("towers", {})
     for tower in sorted({name.split(".")[0] for name in manifest.get("files", {}) if ".onnx" in name} | set(towers)):
         target = towers.get(tower, {}).get("target", "no target")
@@ -227,7 +227,7 @@ def judge_package(reports: Reports, folder: Path) -> list[Miss]:
         same = checked and graphs and all(checked.files.get(name) == _sha(manifest, name) for name in graphs)
         if checked is None or checked.status != "pass" or not same:
             found = [*found, f"{tower}: {target} did not pass as it is packaged"]
-    return [Miss("files", difference, AGAIN) for difference in found]
+    return [GateFailure("files", difference, AGAIN) for difference in found]
 
 
 def _sha(manifest: dict[str, Any], name: str) -> str | None:
@@ -237,12 +237,12 @@ def _sha(manifest: dict[str, Any], name: str) -> str | None:
 
 def undecided(names: list[str], reports: Reports) -> dict[str, list[str]]:
     """By target, which of its timings decide nothing, as "vision, batch 8", and so can neither be lost nor kept."""
-    timings = _judged(names, reports)
+    timings = _checked(names, reports)
     found = {name: list(undecided_of(timings[name])) for name in names}
     return {name: where for name, where in found.items() if where}
 
 
-def _judged(names: list[str], reports: Reports) -> dict[str, JudgedTimings]:
+def _checked(names: list[str], reports: Reports) -> dict[str, JudgedTimings]:
     """The timings of these targets and of all others in the report, which says which of them ran on a busy machine."""
     known = dict.fromkeys([REFERENCE, *reports.metrics(), *names])
     results = {name: read_result(name, reports) for name in known}
@@ -250,7 +250,7 @@ def _judged(names: list[str], reports: Reports) -> dict[str, JudgedTimings]:
     return judged({name: result.timings for name, result in results.items()}, on_gpu)
 
 
-def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, Found]:
+def compare_revisions(names: list[str], reports: Reports, former: Reports, limits: CiConfig) -> tuple[Found, Found]:
     """What required targets lost since `former`, and what could not be compared.
 
     Raises DeployError where nothing could be.
@@ -260,28 +260,30 @@ def compare(names: list[str], reports: Reports, former: Reports, limits: GateCon
     if not known:
         raise DeployError("that revision has no result of any required target: name one in which `dvc repro` was run")
     unlike = list(changed(_hardware(former), _hardware(reports), "reports/environment.json"))
-    uncompared = {"machine": [Miss("timings", f"not compared, another machine: {line}", MEANT) for line in unlike]}
+    uncompared = {
+        "machine": [GateFailure("timings", f"not compared, another machine: {line}", MEANT) for line in unlike]
+    }
     spoiled, spoiled_before = undecided(known, reports), {} if unlike else undecided(known, former)
     lost: Found = {}
     for name, (now, before) in pairs.items():
         if name not in known:
-            uncompared[name] = [Miss("all", "not compared: that revision has no result of it", MEANT)]
+            uncompared[name] = [GateFailure("all", "not compared: that revision has no result of it", MEANT)]
             continue
         left_out = {*spoiled.get(name, []), *spoiled_before.get(name, [])}
         lost[name] = [*_larger(now, before, limits), *_less_alike(now, before, limits)]
         lost[name] += _less_accurate(now, before, limits) + ([] if unlike else _slower(now, before, limits, left_out))
-        uncompared[name] = [Miss(*said, MEANT) for said in _unlike(now, before, not unlike)]
+        uncompared[name] = [GateFailure(*said, MEANT) for said in _unlike(now, before, not unlike)]
         uncompared[name] += _undecided(name, spoiled, spoiled_before)
     return lost, uncompared
 
 
-def _undecided(name: str, spoiled: dict[str, list[str]], before: dict[str, list[str]]) -> Iterator[Miss]:
+def _undecided(name: str, spoiled: dict[str, list[str]], before: dict[str, list[str]]) -> Iterator[GateFailure]:
     """The timings of a target that decide nothing, now or at the former revision."""
     if where := spoiled.get(name):
-        yield Miss("timings", f"decide nothing: {'; '.join(where)}", f"{time_again(spoiled)}; {MEANT}")
+        yield GateFailure("timings", f"decide nothing: {'; '.join(where)}", f"{time_again(spoiled)}; {MEANT}")
     if where := before.get(name):
         way_out = "later revisions are held against the results that are committed now"
-        yield Miss("timings", f"decided nothing at that revision: {'; '.join(where)}", f"{way_out}; {MEANT}")
+        yield GateFailure("timings", f"decided nothing at that revision: {'; '.join(where)}", f"{way_out}; {MEANT}")
 
 
 def time_again(spoiled: dict[str, list[str]]) -> str:
@@ -307,47 +309,47 @@ def _evaluation(result: Result) -> str | None:
     return result.measured.evaluation if result.measured else None
 
 
-def _larger(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+def _larger(now: Result, before: Result, limits: CiConfig) -> list[GateFailure]:
     size, former = (nan if (mb := _size_mb(result)) is None else mb for result in (now, before))
     if not isfinite(former) or size <= former * (1 + limits.max_size_growth / 100):
         return []
-    limit = f"> {former:.2f} MB by more than {limits.max_size_growth:g} % (gate.max_size_growth)"
-    return [Miss("size", f"{size:.2f} MB", limit)]
+    limit = f"> {former:.2f} MB by more than {limits.max_size_growth:g} % (ci.max_size_growth)"
+    return [GateFailure("size", f"{size:.2f} MB", limit)]
 
 
 def _size_mb(result: Result) -> float | None:
     return result.checked.size_mb if result.checked else None
 
 
-def _less_alike(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+def _less_alike(now: Result, before: Result, limits: CiConfig) -> list[GateFailure]:
     found = []
     present = now.measured.parity if now.measured else {}
     for tower, parity in (before.measured.parity if before.measured else {}).items():
         cosine, former = present[tower].cosine_min if tower in present else nan, parity.cosine_min
         if not cosine >= former - limits.max_cosine_drop:
-            limit = f"< {former:.6f} by more than {limits.max_cosine_drop:g} (gate.max_cosine_drop)"
-            found.append(Miss(f"{tower}: cosine", f"{cosine:.6f}", limit))
+            limit = f"< {former:.6f} by more than {limits.max_cosine_drop:g} (ci.max_cosine_drop)"
+            found.append(GateFailure(f"{tower}: cosine", f"{cosine:.6f}", limit))
     return found
 
 
-def _less_accurate(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+def _less_accurate(now: Result, before: Result, limits: CiConfig) -> list[GateFailure]:
     """Top-1 itself on the same evaluation set; and its drop from torch-fp32, by the paired intervals."""
     former = before.measured.zero_shot if before.measured else None
     if former is None or not before.checked or not before.checked.trained:
         return []
     present = now.measured.zero_shot if now.measured else None
     if present is None:
-        return [Miss("top-1", "not measured", AGAIN)]
+        return [GateFailure("top-1", "not measured", AGAIN)]
     found = []
     if _evaluation(now) == _evaluation(before) and not present.top1 >= former.top1 - limits.max_top1_drop:
-        limit = f"< {former.top1:.2f} % by more than {limits.max_top1_drop:g} points (gate.max_top1_drop)"
-        found.append(Miss("top-1", f"{present.top1:.2f} %", limit))
+        limit = f"< {former.top1:.2f} % by more than {limits.max_top1_drop:g} points (ci.max_top1_drop)"
+        found.append(GateFailure("top-1", f"{present.top1:.2f} %", limit))
     if not present.top1_drop_low <= former.top1_drop_high:
-        found.append(Miss("top-1 drop", _drop(present), f"above {_drop(former)}"))
+        found.append(GateFailure("top-1 drop", _drop(present), f"above {_drop(former)}"))
     return found
 
 
-def _slower(now: Result, before: Result, limits: GateConfig, left_out: set[str]) -> list[Miss]:
+def _slower(now: Result, before: Result, limits: CiConfig, left_out: set[str]) -> list[GateFailure]:
     """Speed-ups whose interval lies wholly below the former one by more than the limit; on a GPU p50s, and above it."""
     if now.threads != before.threads:
         return []
@@ -362,8 +364,8 @@ def _slower(now: Result, before: Result, limits: GateConfig, left_out: set[str])
             kept = timing.speedup_high >= former.speedup_low * (1 - share)
         if not kept:
             name, show, side = ("p50 ms", _p50, "above") if now.on_gpu else ("speed-up", _speedup, "below")
-            limit = f"{side} {show(former)} by more than {limits.max_slow_down:g} % (gate.max_slow_down)"
-            found.append(Miss(f"{where}: {name}", show(timing), limit))
+            limit = f"{side} {show(former)} by more than {limits.max_slow_down:g} % (ci.max_slow_down)"
+            found.append(GateFailure(f"{where}: {name}", show(timing), limit))
     return found
 
 
@@ -382,7 +384,7 @@ def _drop(found: ZeroShot) -> str:
 def verdicts(names: list[str], reports: Reports) -> str:
     """The required targets that all passed, as a Markdown table."""
     head = ["Target", "Gate", "Lowest cosine", "Top-1 drop, points", "Flips %", "Image speed-up", "Text speed-up"]
-    timings = _judged(names, reports)
+    timings = _checked(names, reports)
     return "\n".join(table(head, [_verdict(name, read_result(name, reports), timings[name]) for name in names]))
 
 

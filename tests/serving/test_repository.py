@@ -273,7 +273,7 @@ def test_a_bad_image_gets_an_error_and_its_neighbour_an_answer(program, reposito
 
 
 def test_a_server_refuses_the_same_thin_images_as_what_opens_packages(program):
-    assert program("preprocess").MOST_ASPECT == images.MOST_ASPECT
+    assert program("preprocess").MAX_ASPECT == images.MAX_ASPECT
 
 
 def test_the_images_of_a_request_are_decoded_and_shrunk_one_by_one(program, repository, monkeypatch):

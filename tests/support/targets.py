@@ -28,7 +28,7 @@ def advice(built, **other):
 def records(built, folder, **changes):
     """reports/validate of a folder's targets, as if all had passed; `changes` to all records."""
     from clip_deploy.core.artifact import read_target
-    from clip_deploy.core.config import Gate
+    from clip_deploy.core.config import GateLimits
     from clip_deploy.core.files import sha256
     from clip_deploy.core.json_files import write_json
     from clip_deploy.core.parsing import plain
@@ -38,7 +38,7 @@ def records(built, folder, **changes):
         known = read_target(target)
         files = {name: sha256(target / name) for name in known.files}
         record = {"precision": known.precision, "runtime": known.runtime, "files": files, **changes}
-        within = limits(measured(), record.get("trained", True), Gate(min_cosine=0.999))
+        within = limits(measured(), record.get("trained", True), GateLimits(min_cosine=0.999))
         write_json(folder / f"{target.name}.json", checked(**record, limits=plain(within)))
     return folder
 
