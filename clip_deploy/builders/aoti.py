@@ -21,7 +21,7 @@ from torch.export import Dim
 from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, OptimizeConfig, Precision
-from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError, first_line
 from clip_deploy.data.preprocessed import Prepared, feeds
 from clip_deploy.onnx_graph.pre_post import take_off
 from clip_deploy.onnx_graph.torch_module import GraphModule
@@ -121,7 +121,7 @@ def _reported(what: str) -> Iterator[None]:
     except Exception as error:  # PyTorch's compilers share no base class of errors
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise UnavailableError(f"AOTInductor does not compile {what}: {reason}") from error
 
 

@@ -15,12 +15,12 @@ from torch.export import Dim
 
 from clip_deploy.checkpoint.load import load_model, load_processor
 from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs, split
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.artifact import EMBEDS, Target, read_target
 from clip_deploy.core.config import OPSETS, OnnxConfig
 from clip_deploy.core.errors import DeployError, UnavailableError, one_line
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.postprocessing import encode_labels, put_behind
-from clip_deploy.onnx_graph.pre_post import EMBEDS, Shell, put_on
+from clip_deploy.onnx_graph.pre_post import Shell, put_on
 from clip_deploy.onnx_graph.preprocessing import IMAGES, PIXELS, preprocessing_shell
 
 

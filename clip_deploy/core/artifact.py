@@ -17,6 +17,7 @@ from clip_deploy.core.errors import EVERY_ROW, ConfigError, DeployError, DiskErr
 from clip_deploy.core.files import disk_error_code, new_folder, sha256, write_text
 
 TOWERS = ("vision", "text")  # in this order everywhere
+EMBEDS = {"vision": "image_embeds", "text": "text_embeds"}  # the first output of each tower's graph
 MANIFEST = "target.json"
 BESIDE = "{}.manifest.json"  # of a folder: what it holds
 CACHE = ".dvc/cache/files/md5"

@@ -46,6 +46,11 @@ def one_line(error: Exception) -> str:
     return text[:end] if end > LONGEST // 4 else f"{text[:LONGEST]}..."
 
 
+def first_line(error: object) -> str:
+    """The first line of what an exception says; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def listed(lines: Sequence[str], most: int = 10) -> str:
     """What several faults have to say, as one line of bounded length."""
     more = f"; and {len(lines) - most:,} more" if len(lines) > most else ""

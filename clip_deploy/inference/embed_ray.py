@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.errors import DataError, DeployError, first_line
 from clip_deploy.inference.classifier import ZeroShotClassifier, fingerprint, read_manifest
 from clip_deploy.inference.embed import PART, Header, Job, check_header, make_part
 from clip_deploy.inference.storage import Part, has_part, local
@@ -189,7 +189,7 @@ def connect(address: str) -> Any:
         _reach(address)
         ray.init(address, runtime_env=code, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DeployError(f"no Ray cluster at {address} ({reason}): give auto, local or host:port") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False

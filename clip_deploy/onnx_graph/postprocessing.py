@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from clip_deploy.core.artifact import EMBEDS
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.similarity import normalized
 from clip_deploy.data.preprocessed import tokenize
-from clip_deploy.onnx_graph.pre_post import BEHIND, EMBEDS, Nodes, Shell
+from clip_deploy.onnx_graph.pre_post import BEHIND, Nodes, Shell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

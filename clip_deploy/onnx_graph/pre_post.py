@@ -15,7 +15,6 @@ import onnx_ir as ir
 from clip_deploy.onnx_graph import onnx_file
 
 FRONT, BEHIND = onnx_file.SHELL
-EMBEDS = {"vision": "image_embeds", "text": "text_embeds"}  # first output of each tower's graph
 
 
 @dataclass

@@ -12,6 +12,8 @@ import tritonclient.grpc as grpc
 import tritonclient.http as http
 from tritonclient.utils import np_to_triton_dtype
 
+from clip_deploy.core.errors import first_line
+
 TIMEOUT_S = 60.0  # of one request
 SAME = 0.99  # cosine of one image's embeddings, whoever was batched with it: of the two versions it is -1
 SAME_ANSWER = 0.01  # largest difference of one question's probabilities
@@ -104,7 +106,7 @@ def cosine(one: np.ndarray, other: np.ndarray) -> float:
 
 def short(error: Exception) -> str:
     """The first line of what the server said, without this machine's paths and addresses."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    line = first_line(error)
     line = re.sub(
         r" at 0x[0-9a-f]+", "", re.sub(r"(/[\w.+-]+){3,}", "...", line.replace("[request id: <id_unknown>] ", ""))
     )

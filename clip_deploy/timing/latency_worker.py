@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.subprocesses import die_with_parent
+from clip_deploy.runtimes import text_feed
 from clip_deploy.timing import nvml
 
 if TYPE_CHECKING:
@@ -121,8 +122,8 @@ def prepare_call(encoder: "Encoder", request: dict) -> Callable[[], object]:
         arrays, encode = [images], partial(encoder.encode_images, images)
     else:
         ids = rng.choice(np.array(request["words"], dtype=np.int64), (request["batch"], request["tokens"]))
-        given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        arrays, encode = [given[name] for name in encoder.text_inputs], partial(encoder.encode_texts, *given.values())
+        texts = ids, np.ones_like(ids)
+        arrays, encode = list(text_feed(encoder.text_inputs, *texts).values()), partial(encoder.encode_texts, *texts)
     if request.get("device", "cpu") == "cuda":
         return _on_device(cast("DeviceEncoder", encoder), request["tower"], arrays)
     return encode
