@@ -40,8 +40,8 @@ CALLS = 20  # of a turn without a CUDA graph
 class PyTorchAttention(TunedOperators):
     """Our kernels, but PyTorch's attention over queries, keys and values copied apart."""
 
-    def attend(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
-        return Operators.attend(self, packed, heads, scale, causal)
+    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+        return Operators.attention(self, packed, heads, scale, causal)
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def one_after_another() -> Iterator[None]:
 
 @contextmanager
 def sums_in_fp16() -> Iterator[None]:
-    """cuBLAS may add up products in FP16."""
+    """cuBLAS may add up in FP16."""
     torch.backends.cuda.matmul.allow_fp16_accumulation = True
     try:
         yield

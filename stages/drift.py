@@ -15,7 +15,7 @@ import numpy as np
 
 from clip_deploy.core.errors import DataError, DeployError, first_line, quiet_if_unread
 from clip_deploy.inference.storage import local, read_tables, shown, vectors
-from clip_deploy.serving.drift import compare
+from clip_deploy.serving.drift import measure_drift
 
 DRIFTED = 3
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         live, golden = (read_embeddings(name) for name in arguments)
-        drift = compare(live, golden)
+        drift = measure_drift(live, golden)
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from clip_deploy.checkpoint.load import load_model
-from clip_deploy.checkpoint.towers import Rounded, example_inputs, split
+from clip_deploy.checkpoint.towers import CastWrapper, example_inputs, split
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, Precision
 from clip_deploy.core.errors import UnavailableError, first_line
@@ -38,7 +38,7 @@ def export_torchscript(checkpoint: Path, precision: Precision, output: Path, dev
             if precision is Precision.int8:
                 tower = _quantized(tower)
             elif precision in HALVES:
-                tower = Rounded(tower, HALVES[precision]).eval()
+                tower = CastWrapper(tower, HALVES[precision]).eval()
             traced = _trace(tower.to(device.value), tuple(tensor.to(device.value) for tensor in inputs[name]))
         _save(traced, output / f"{name}.pt")
     return Target(

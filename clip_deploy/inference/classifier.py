@@ -19,14 +19,14 @@ from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError, first_line
 from clip_deploy.core.files import sha256
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
-from clip_deploy.inference.embedding_sample import Sample
+from clip_deploy.inference.embedding_sample import EmbeddingSample
 from clip_deploy.inference.images import Preprocessor, read_image, rgb
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
 
 FORMAT = 1  # of manifest.json
 DEVICES = {"cpu": [CPU], "cuda": [CUDA, CPU]}  # ONNX Runtime's providers; what CUDA has no kernel for runs on the CPU
-OLDEST = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
+MIN_ONNXRUNTIME = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
 AHEAD = 2  # batches that are read and preprocessed while one is encoded
 
 Picture = Path | str | Image.Image | Callable[[], Image.Image]  # a call reads one as RGB, or raises DataError
@@ -58,7 +58,7 @@ class ZeroShotClassifier:
         threads: int | None,
         cache_size: int,
         cache_folder: Path | None,
-        sample: Sample | None,
+        sample: EmbeddingSample | None,
     ) -> None:
         self.manifest, self.device, self.sample = manifest, device, sample
         self.labels = json.loads((package / "labels.json").read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ class ZeroShotClassifier:
             raise DeployError(f"device is {chosen!r}: accepted are {', '.join(DEVICES)}")
         if threads is not None and threads < 1:
             raise DeployError(f"threads is {threads}: give 1 or more, or nothing for ONNX Runtime's default")
-        sample = Sample(Path(sample_folder), sample_share) if sample_folder else None
+        sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None
         if chosen == "cuda":
             load_cuda()
         return cls(folder, manifest, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None, sample)
@@ -228,8 +228,8 @@ class ZeroShotClassifier:
 
 
 def _refuse_old_runtime(version: str) -> None:
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        least = ".".join(map(str, OLDEST))
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_ONNXRUNTIME:
+        least = ".".join(map(str, MIN_ONNXRUNTIME))
         raise DeployError(
             f"onnxruntime is {version}: from {least} on it computes fused texts right; "
             f"pip install 'onnxruntime>={least}'"

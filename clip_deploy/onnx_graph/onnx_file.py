@@ -18,7 +18,7 @@ from clip_deploy.core.errors import ConfigError, DeployError, first_line
 EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
 FUSED_ATTENTION = {"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"}
 GELU = {"Gelu", "QuickGelu", "FastGelu", "BiasGelu"}
-SHELL = ("preprocess/", "head/")  # how the names of nodes around a tower begin: shell.py
+PRE_POST_PREFIXES = ("preprocess/", "head/")  # how the names of nodes around a tower begin: pre_post.py
 CONTRIB_VERSION = 1  # of com.microsoft, and of all other domains that are not ONNX's own
 LABELS = "labels"  # key of the classifier's labels, a JSON list, in the file's metadata_props
 
@@ -109,7 +109,7 @@ def opset_of(path: Path) -> int:
 def describe(path: Path) -> dict[str, Any]:
     """Graph information: IR and opset versions, producer, inputs and outputs with shapes, nodes, the tower's census."""
     model = onnx.load(path, load_external_data=False)
-    counts = Counter(node.op_type for node in model.graph.node if not node.name.startswith(SHELL))
+    counts = Counter(node.op_type for node in model.graph.node if not node.name.startswith(PRE_POST_PREFIXES))
     return {
         "ir_version": model.ir_version,
         "producer": f"{model.producer_name} {model.producer_version}".strip(),

@@ -17,9 +17,9 @@ from clip_deploy.core.errors import UnavailableError, first_line
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
 from clip_deploy.runtimes import text_feed
 
-MOST_SESSIONS = 16  # shapes kept on a GPU, each with its own copy of the weights
+MAX_SESSIONS = 16  # shapes kept on a GPU, each with its own copy of the weights
 
-Provider = tuple[str, dict[str, str]]
+ProviderOptions = tuple[str, dict[str, str]]
 
 
 class Encoder:
@@ -66,7 +66,7 @@ class Encoder:
             return self._fixed(tower, arrays).encode(arrays)
         return self.sessions[tower].run(None, dict(zip(self.names[tower], arrays, strict=True)))[0]
 
-    def open(self, tower: str, provider: Provider, shape: dict[str, int] | None = None) -> InferenceSession:
+    def open(self, tower: str, provider: ProviderOptions, shape: dict[str, int] | None = None) -> InferenceSession:
         with real_graph(self.folder / f"{tower}.onnx") as path:
             return InferenceSession(path, self.options(shape), providers=[provider])
 
@@ -87,7 +87,7 @@ class Encoder:
     def _fixed(self, tower: str, arrays: list[np.ndarray]) -> "FixedCall":
         key = (tower, *(array.shape for array in arrays))
         if key not in self.fixed:
-            if len(self.fixed) == MOST_SESSIONS:
+            if len(self.fixed) == MAX_SESSIONS:
                 self.fixed.pop(next(iter(self.fixed)))
             sizes = {"text": ["sequence"], "vision": ["height", "width"] if self.image_input == "images" else []}
             axes = dict(zip(["batch", *sizes[tower]], arrays[0].shape, strict=False))

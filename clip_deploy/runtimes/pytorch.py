@@ -14,7 +14,7 @@ from clip_deploy.core.artifact import Target
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.runtimes import text_feed
 
-MOST_GRAPHS = 16  # shapes whose CUDA graphs are kept; each holds its own activations
+MAX_GRAPHS = 16  # shapes whose CUDA graphs are kept; each holds its own activations
 WARM_UP = 3  # calls before a capture: libraries choose kernels and take their workspaces
 
 Tower = Callable[..., Tensor]
@@ -114,7 +114,7 @@ class Encoder(ABC):
     def _graph(self, tower: str, tensors: list[Tensor]) -> Graph:
         key = (tower, *(tensor.shape for tensor in tensors))
         if key not in self.captured:
-            if len(self.captured) == MOST_GRAPHS:
+            if len(self.captured) == MAX_GRAPHS:
                 self.captured.pop(next(iter(self.captured)))
             self.captured[key] = capture(self.towers[tower], [tensor.to(self.device).clone() for tensor in tensors])
         return self.captured[key]

@@ -63,7 +63,7 @@ class Engine:
             for name, shape in zip(self.inputs, shapes, strict=True):
                 if not context.set_input_shape(name, shape):
                     raise DeployError(f"{name} of shape {list(shape)}: {self.log.first_error()}")
-            if len(self.contexts) == pytorch.MOST_GRAPHS:
+            if len(self.contexts) == pytorch.MAX_GRAPHS:
                 self.contexts.pop(next(iter(self.contexts)))
             self.contexts[shapes] = context
         return self.contexts[shapes]

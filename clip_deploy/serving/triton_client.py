@@ -21,7 +21,7 @@ PROTOCOLS: dict[str, ModuleType] = {"http": http, "grpc": grpc}
 
 
 @dataclass
-class Job:
+class ClientJob:
     """Where the server is and what its towers take.
 
     Attributes:
@@ -51,7 +51,7 @@ class Job:
 class Client:
     """One protocol's client: arrays in, arrays out. Use it in one thread."""
 
-    def __init__(self, job: Job, protocol: str) -> None:
+    def __init__(self, job: ClientJob, protocol: str) -> None:
         self.library, address = PROTOCOLS[protocol], f"127.0.0.1:{job.ports[protocol]}"
         limits = {"connection_timeout": TIMEOUT_S, "network_timeout": TIMEOUT_S} if protocol == "http" else {}
         self.inner = self.library.InferenceServerClient(address, **limits)
@@ -70,16 +70,16 @@ class Client:
         return response["model_version"] if self.protocol == "http" else response.model_version
 
 
-def embed_images(client: Client, job: Job, images: np.ndarray) -> np.ndarray:
+def embed_images(client: Client, job: ClientJob, images: np.ndarray) -> np.ndarray:
     return client.infer("clip_vision", {job.image_input: images}).as_numpy("image_embeds")
 
 
-def embed_texts(client: Client, job: Job, batch: int) -> np.ndarray:
+def embed_texts(client: Client, job: ClientJob, batch: int) -> np.ndarray:
     inputs = {name: job.batches(name)[batch] for name in job.text_inputs}
     return client.infer("clip_text", inputs).as_numpy("text_embeds")
 
 
-def ask(client: Client, job: Job, row: int) -> np.ndarray:
+def ask(client: Client, job: ClientJob, row: int) -> np.ndarray:
     """Probabilities [1, labels] of one image file; files are uint8 rows, padded, behind their lengths."""
     content = job.inputs["files"][row][: job.inputs["lengths"][row]].tobytes()
     texts = np.array([[label.encode()] for label in job.inputs["labels"]], dtype=object)
@@ -95,7 +95,7 @@ def together(calls: list[Callable[[], None]]) -> None:
         thread.join()
 
 
-def question(client: Client, job: Job) -> np.ndarray | None:
+def question(client: Client, job: ClientJob) -> np.ndarray | None:
     """Probabilities of one image file among the labels; None where the data have fewer than two."""
     return ask(client, job, 0) if len(job.inputs.get("labels", ())) > 1 else None
 

@@ -8,7 +8,7 @@ Reads one JSON request a line from standard input and answers with one JSON line
     {"rows": true}                      run once and answer the embeddings
     {"seconds": 1.0}                    run for so long and answer the number of calls
     {"flop": true}                      count the call's floating-point operations; PyTorch only
-    {"matrix_rate": true}               time matrix products on the GPU and answer TFLOP/s; PyTorch only
+    {"matrix_rate": true}               time matmuls on the GPU and answer TFLOP/s; PyTorch only
     {"memory": true}                    peak memory above the empty interpreter and this process's on the GPU, in bytes
 What fails is answered as {"error": reason}.
 """
