@@ -21,6 +21,7 @@ from clip_deploy.builders.quantize import Reader, prepare, quantize
 from clip_deploy.core.artifact import Target, build, read_target, size_bytes
 from clip_deploy.core.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig
 from clip_deploy.core.environment import Environment
+from clip_deploy.core.errors import first_line
 from clip_deploy.core.parsing import read_record
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared, load_prepared
@@ -96,7 +97,7 @@ def judged(folder: Path, evaluation: Prepared, reference: Embeddings) -> dict[st
     try:
         actual = encode_set(open_encoder(folder), evaluation)
     except Exception as error:  # the runtime's errors share no base class
-        return {"unavailable": str(error).splitlines()[0]}
+        return {"unavailable": first_line(error)}
     return {
         "left_in_float": len(target.search.left_in_float) if target.search else 0,
         **asdict(zero_shot(actual, reference, evaluation, SEED)),

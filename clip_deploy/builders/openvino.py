@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.artifact import EMBEDS, Target, read_target
 from clip_deploy.core.config import AccuracyBudget, OpenVinoConfig, OptimizeConfig, Precision
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.preprocessed import Prepared, feeds
 from clip_deploy.evaluate.accuracy import accuracy_cost
 from clip_deploy.evaluate.embeddings import Embeddings, encode_images, encode_texts
+from clip_deploy.runtimes import text_feed
 
 INSTALL = "pip install '.[openvino]'"
 CALIBRATION_BATCH = 4
-OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
 
 
 def export_openvino(source: Path, settings: OpenVinoConfig, calibration: Prepared, seed: int, output: Path) -> Target:
@@ -96,7 +96,7 @@ def _read(openvino: Any, path: Path, inputs: list[str]) -> Any:
         raise UnavailableError(f"OpenVINO does not convert the {path.stem} tower: {reason}") from error
     for port, name in zip(converted.inputs, inputs, strict=True):
         port.get_tensor().set_names({name})
-    converted.outputs[0].get_tensor().set_names({OUTPUTS[path.stem]})
+    converted.outputs[0].get_tensor().set_names({EMBEDS[path.stem]})
     return converted
 
 
@@ -112,8 +112,7 @@ class _Towers:
         return self.compiled["vision"]({"pixel_values": pixel_values})[0].copy()
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.compiled["text"]({name: given[name] for name in self.text_inputs})[0].copy()
+        return self.compiled["text"](text_feed(self.text_inputs, input_ids, attention_mask))[0].copy()
 
     def embeddings(self, tower: str, prepared: Prepared) -> dict[str, np.ndarray]:
         """What one tower gives for a prepared set, as fields of Embeddings."""

@@ -21,6 +21,7 @@ from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.evaluate.accuracy import Loss, accuracy_cost, within_budget
 from clip_deploy.evaluate.embeddings import encode_set
 from clip_deploy.onnx_graph import onnx_file
+from clip_deploy.runtimes import text_feed
 
 SCAN_ROWS = 16  # images, and texts, of the scan
 UNTOUCHED = Loss(top1_drop=0.0, flips=0.0, cosine=1.0)
@@ -69,8 +70,7 @@ class Switched:
         return self._run("vision", {"pixel_values": images})
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self._run("text", {name: given[name] for name in self.text_inputs})
+        return self._run("text", text_feed(self.text_inputs, input_ids, attention_mask))
 
     def _run(self, tower: str, feeds: dict[str, np.ndarray]) -> np.ndarray:
         switches = {_switch(name): np.array(f"{tower}: {name}" in self.on) for name in self.switches[tower]}

@@ -19,6 +19,7 @@ from clip_deploy.core.parsing import plain, read_record
 from clip_deploy.core.records import Facts, Search
 
 TOWERS = ("vision", "text")  # in this order everywhere
+EMBEDS = {"vision": "image_embeds", "text": "text_embeds"}  # the first output of each tower's graph
 MANIFEST = "target.json"
 MANIFEST_NAME = "{}.manifest.json"  # of a folder: what it holds
 CACHE = ".dvc/cache/files/md5"

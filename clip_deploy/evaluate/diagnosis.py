@@ -16,15 +16,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.artifact import EMBEDS, Target, read_target
 from clip_deploy.core.config import GateLimits
-from clip_deploy.core.errors import DeployError
+from clip_deploy.core.errors import DeployError, first_line
 from clip_deploy.core.records import Diagnosis, Drop
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared, Texts
 from clip_deploy.evaluate.embeddings import Embeddings
 from clip_deploy.onnx_graph import onnx_file
-from clip_deploy.onnx_graph.pre_post import EMBEDS, detach
+from clip_deploy.onnx_graph.pre_post import detach
 
 ROWS = 8  # the worst ones
 NORMS = {"LayerNormalization", "SkipLayerNormalization"}
@@ -318,7 +318,7 @@ def _run(
         feeds = {given.name: inputs[given.name] for given in session.get_inputs()}
         return dict(zip(names, map(np.asarray, session.run(list(names), feeds)), strict=True))
     except Exception as error:  # ONNX Runtime's errors share no base class
-        raise DeployError(f"its graph cannot be opened up: {str(error).splitlines()[0]}") from error
+        raise DeployError(f"its graph cannot be opened up: {first_line(error)}") from error
 
 
 def _rows(values: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:

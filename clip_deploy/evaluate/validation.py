@@ -8,7 +8,7 @@ import numpy as np
 
 from clip_deploy.core.artifact import Target, failure, hashes, read_target, size_bytes
 from clip_deploy.core.config import GateLimits, GatesConfig
-from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.errors import DeployError, UnavailableError, first_line
 from clip_deploy.core.files import sha256
 from clip_deploy.core.manifest import provenance
 from clip_deploy.core.records import Diagnosis, Graph, HeadAgreement, Measured, PixelParity, Validation
@@ -165,7 +165,7 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
     except UnavailableError:
         raise
     except Exception as error:  # whatever the runtime raises is this row's result
-        raise DeployError(f"encoding failed: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
+        raise DeployError(f"encoding failed: {first_line(error)}") from error
     alike = normalized if target.model.get("normalize") else np.asarray  # lengths are compared where they are kept
     clean = Embeddings(*(np.nan_to_num(part) for part in (actual.images, actual.captions, actual.prompts)))
     settings, classes = target.model.get("classifier"), prepared.manifest["classes"]

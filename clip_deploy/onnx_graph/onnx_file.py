@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from clip_deploy.core.environment import cores
-from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.errors import ConfigError, DeployError, first_line
 from clip_deploy.core.records import Graph
 
 EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
@@ -88,7 +88,7 @@ def check(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             onnx.checker.check_model(_unlinked(path, Path(folder)))
     except onnx.checker.ValidationError as error:
-        raise DeployError(f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}") from error
+        raise DeployError(f"onnx.checker refuses {path.name}: {first_line(error)}") from error
 
 
 def _unlinked(path: Path, folder: Path) -> Path:
@@ -213,7 +213,7 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
     try:
         return open_session(path, severity=4).run(None, feeds)[0]  # the error below says it
     except Exception as error:  # ONNX Runtime's errors share no base class
-        raise DeployError(f"{path.name} does not run: {str(error).splitlines()[0]}") from error
+        raise DeployError(f"{path.name} does not run: {first_line(error)}") from error
 
 
 def random_feeds(path: Path, texts: dict[str, list], seed: int = 0) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from clip_deploy.core.artifact import failure, hashes
+from clip_deploy.core.artifact import EMBEDS, failure, hashes
 from clip_deploy.core.config import TritonCheckConfig
 from clip_deploy.core.environment import located
 from clip_deploy.core.errors import DeployError, UnavailableError
@@ -23,7 +23,7 @@ from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.serving import drift
 from clip_deploy.serving.golden import TEXTS, encode_offline, golden_inputs, stored
 from clip_deploy.serving.load_test import Work, measure_load, read_metrics
-from clip_deploy.serving.repository import EMBEDS, read_package
+from clip_deploy.serving.repository import read_package
 from clip_deploy.serving.server import Environment, Server, find_environment, load_model, model_config, serve, versions
 
 ROOT = Path(__file__).resolve().parents[2]  # the client's program is imported from here

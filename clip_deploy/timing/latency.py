@@ -199,7 +199,7 @@ def median_interval(found: np.ndarray) -> tuple[float, float, float]:
     """Median over blocks of turns of what was found in each, a positive number, and its 95 % interval.
 
     What slows a turn often lasts for several, which then are less news than they seem: so turns are taken together in
-    blocks of an odd number, as long as LEAST_BLOCKS allow, and a block counts as the median of its turns. The interval
+    blocks of an odd number, as long as MIN_BLOCKS allow, and a block counts as the median of its turns. The interval
     is that of the sign test over the blocks, which holds for any distribution, interpolated between two of them to
     reach 95 % (Hettmansperger and Sheather, Statistics & Probability Letters 4 (1986) 75-79). Five blocks or fewer are
     too few for 95 %: their whole range is returned, which covers in 1 - 2 / 2^blocks of cases.
