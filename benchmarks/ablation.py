@@ -14,6 +14,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -70,7 +71,7 @@ class Choice:
 
     name: str
     operators: Callable[[], Operators] = TunedOperators
-    within: Callable[[], AbstractContextManager] = nullcontext
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
     graph: bool = True
 
 
@@ -85,7 +86,7 @@ CHOICES = (
 )
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # type: ignore[untyped-decorator]
 def main() -> None:
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     source = Path(given["source"])
@@ -126,8 +127,9 @@ def compare(source: Path, tower: str) -> Iterator[list[str]]:
             "texts that are all alike": lambda given: given[:1].expand_as(given),
         }
         for name, change in others.items():
-            changed = [tuple(change(tensor).contiguous() for tensor in given) for given in batches]
-            timed = [ratios(SHIPPED, shipped, one, shipped, given) for one, given in zip(changed, batches, strict=True)]
+            others_given = [tuple(change(tensor).contiguous() for tensor in given) for given in batches]
+            both = zip(others_given, batches, strict=True)
+            timed = [ratios(SHIPPED, shipped, one, shipped, given) for one, given in both]
             yield [tower, name, *(cell for pair in timed for cell in pair), ""]
 
 
@@ -168,14 +170,16 @@ def time(choice: Choice, tower: GraphModule, given: tuple[Tensor, ...]) -> float
             tower(*given)
             mark.record()
         torch.cuda.synchronize()
-        return median(start.elapsed_time(end) for start, end in pairwise(marks))
+        found: float = median(start.elapsed_time(end) for start, end in pairwise(marks))
+        return found
 
 
 def module(graph: ir.Model, choice: Choice) -> GraphModule:
-    return GraphModule(graph, operators=choice.operators()).to("cuda")
+    found: GraphModule = GraphModule(graph, operators=choice.operators()).to("cuda")
+    return found
 
 
-def inputs(model: dict, tower: str, batch: int) -> tuple[Tensor, ...]:
+def inputs(model: dict[str, Any], tower: str, batch: int) -> tuple[Tensor, ...]:
     """Random pixels, or texts of the full context whose words are drawn from the model's examples."""
     if tower == "vision":
         return (torch.randn(batch, 3, *model["image_size"], device="cuda"),)

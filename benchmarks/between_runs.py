@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from statistics import median, quantiles
 
+from clip_deploy.core.config import REFERENCE
 from clip_deploy.core.files import write_text
 from clip_deploy.report.ci_gate import git
-from clip_deploy.report.markdown import REFERENCE
 from clip_deploy.report.tables import number, table
 
 WAITING = {REFERENCE, "torch-fp16", "torch-bf16", "torchscript-fp16", "onnx-fp32"}
@@ -23,7 +23,8 @@ def main() -> None:
     if len(sys.argv) != 3:
         sys.exit("usage: python -m benchmarks.between_runs REVISION FOLDER      (FOLDER holds a folder for each model)")
     revision, folder = sys.argv[1], Path(sys.argv[2])
-    body, everything = [], []
+    body: list[list[str]] = []
+    everything: list[float] = []
     for page in sorted(folder.glob("*/report.html")):
         former = git("show", f"{revision}:./{page.as_posix()}")
         before, now = p50s(former) if former else {}, p50s(page.read_text())

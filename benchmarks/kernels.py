@@ -59,7 +59,9 @@ def timings(tower: str, batch: int) -> Iterator[list[str]]:
         ("second of MLP", 4 * width, width, None),
     ):
         given = (_random(count, depth), _random(wide, depth), _random(wide), activation)
-        ways = {str(tiles): partial(kernels.triton_linear, tiles=tiles) for tiles in (*kernels.LARGE, *kernels.SMALL)}
+        ways: dict[str, Way] = {
+            str(tiles): partial(kernels.triton_linear, tiles=tiles) for tiles in (*kernels.LARGE, *kernels.SMALL)
+        }
         yield row(name, kernels.cublas_linear, ways, given, 2 * count * depth * wide)
     packed = (_random(batch, tokens, 3 * width), heads, 64**-0.5, causal)
     ways = {str(blocks): partial(kernels.attention, blocks=blocks) for blocks in kernels.QUERIES}
@@ -80,7 +82,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def _row(
-    tower: str, batch: int, name: str, library: Way, ways: dict[str, Way], given: tuple, flop: int = 0
+    tower: str, batch: int, name: str, library: Way, ways: dict[str, Way], given: tuple[Any, ...], flop: int = 0
 ) -> list[str]:
     theirs = median_ms(library, given)
     ours, label = min((median_ms(way, given), label) for label, way in ways.items())

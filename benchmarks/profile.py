@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -124,7 +125,7 @@ def by_openvino(path: Path, settings: Settings) -> Profile:
     return gathered(found)
 
 
-def feeds(names: list[str], shape: list, settings: Settings) -> dict[str, np.ndarray]:
+def feeds(names: list[str], shape: list[Any], settings: Settings) -> dict[str, np.ndarray]:
     """Noise for images; ones for texts, whose content changes no latency."""
     if len(shape) == 4:
         size = (settings.batch, *shape[1:])

@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        return given.run(given)
+        found: int = given.run(given)
+        return found
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add(commands: Any, name: str, run: Command, description: str) -> argparse.ArgumentParser:
     """A command with what all of them take."""
-    command = commands.add_parser(name, help=description, description=description)
+    command: argparse.ArgumentParser = commands.add_parser(name, help=description, description=description)
     command.add_argument("--package", type=Path, default=Path("artifacts/package"), help="default: %(default)s")
     command.add_argument("--device", help="cpu or cuda; default: the one that the package was made for")
     command.add_argument("--threads", type=int, help="of each tower; default: ONNX Runtime's choice")

@@ -18,10 +18,9 @@ from omegaconf import MISSING
 
 from clip_deploy.core.config import CiConfig, GatesConfig
 from clip_deploy.core.errors import DeployError
-from clip_deploy.core.parsing import plain
+from clip_deploy.core.parsing import AGAIN, plain
 from clip_deploy.evaluate.gates import GateFailure
 from clip_deploy.report.ci_gate import (
-    AGAIN,
     Found,
     Reports,
     at_revision,

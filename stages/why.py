@@ -134,7 +134,8 @@ def differing(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
 def values(probed: dict[str, Any] | None, dep: ParamsDependency) -> dict[str, Any]:
     """What a stage would read from a file of settings now."""
     if probed is None:
-        return dep.read_params()
+        found: dict[str, Any] = dep.read_params()
+        return found
     return {key: reduce(lambda part, name: part[name], key.split("."), probed) for key in dep.params} or probed
 
 

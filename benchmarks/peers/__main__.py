@@ -119,7 +119,7 @@ def bench(settings: Settings) -> dict[str, Any]:
     }
 
 
-def located(requests: list[dict], inputs: Path) -> list[dict]:
+def located(requests: list[dict[str, Any]], inputs: Path) -> list[dict[str, Any]]:
     return [{**request, "inputs": str(inputs)} for request in requests]
 
 

@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from olive import run
@@ -42,7 +43,7 @@ def main() -> None:
     build_all(output, sys.argv[4], {name: partial(optimize, checkpoint, chosen) for name, chosen in passes.items()})
 
 
-def optimize(checkpoint: Path, passes: dict, folder: Path) -> dict:
+def optimize(checkpoint: Path, passes: dict[str, Any], folder: Path) -> dict[str, Any]:
     for tower in ("vision", "text"):
         with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:  # Olive keeps every step
             found = run(workflow(checkpoint, tower, passes, Path(scratch)))
@@ -52,7 +53,7 @@ def optimize(checkpoint: Path, passes: dict, folder: Path) -> dict:
     return {"runtime": "ort", "precision": precision, "files": FILES, "build": made}
 
 
-def workflow(checkpoint: Path, tower: str, passes: dict, output: Path) -> dict:
+def workflow(checkpoint: Path, tower: str, passes: dict[str, Any], output: Path) -> dict[str, Any]:
     config = getattr(AutoConfig.from_pretrained(checkpoint), f"{tower}_config")
     sizes = {"model_type": "clip", "num_heads": config.num_attention_heads, "hidden_size": config.hidden_size}
     return {
@@ -78,7 +79,7 @@ def workflow(checkpoint: Path, tower: str, passes: dict, output: Path) -> dict:
     }
 
 
-def io_config(tower: str, image_size: int) -> dict:
+def io_config(tower: str, image_size: int) -> dict[str, Any]:
     """Without attention_mask: behind a causal mask the first EOS token sees no padding, and the graph is smaller."""
     if tower == "vision":
         return {

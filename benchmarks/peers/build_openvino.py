@@ -8,6 +8,7 @@ https://docs.openvino.ai/2025/openvino-workflow/model-optimization-guide/quantiz
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nncf
 import numpy as np
@@ -22,7 +23,7 @@ FILES = ["vision.xml", "vision.bin", "text.xml", "text.bin"]
 PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # OpenVINO's name to ours
 
 
-class Tower(torch.nn.Module):
+class Tower(torch.nn.Module):  # type: ignore[misc]
     """One tower with its projection; only what it calls ends up in the converted graph."""
 
     def __init__(self, model: torch.nn.Module, method: str, names: tuple[str, ...]) -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     )
 
 
-def convert(checkpoint: Path, calibration: Arrays, folder: Path) -> dict:
+def convert(checkpoint: Path, calibration: Arrays, folder: Path) -> dict[str, Any]:
     """Weights stay float32 in the file (save_model halves them by default), and the plugin computes in float32."""
     model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32).eval()
     for tower, inputs in example_inputs(calibration).items():
@@ -77,11 +78,12 @@ def dynamic(value: np.ndarray) -> list[int]:
 
 
 def example_inputs(calibration: Arrays) -> dict[str, dict[str, np.ndarray]]:
-    texts = {name: calibration[name][:2] for name in ("input_ids", "attention_mask") if name in calibration}
+    names: tuple[str, ...] = ("input_ids", "attention_mask")
+    texts = {name: calibration[name][:2] for name in names if name in calibration}
     return {"vision": {"pixel_values": calibration["pixel_values"][:2]}, "text": texts}
 
 
-def same_files(fp32: Path, folder: Path) -> dict:
+def same_files(fp32: Path, folder: Path) -> dict[str, Any]:
     """The same files at the plugin's own choice of precision: bfloat16 where the CPU multiplies it natively.
 
     https://docs.openvino.ai/2025/openvino-workflow/running-inference/inference-devices-and-modes/cpu-device.html
@@ -92,7 +94,7 @@ def same_files(fp32: Path, folder: Path) -> dict:
     return {"runtime": "openvino", "precision": PRECISIONS[chosen], "files": FILES, "build": {"convert": "float32"}}
 
 
-def quantize(fp32: Path, calibration: Arrays, folder: Path) -> dict:
+def quantize(fp32: Path, calibration: Arrays, folder: Path) -> dict[str, Any]:
     """Post-training INT8 of weights and activations, by NNCF's settings for transformers."""
     count = len(calibration["pixel_values"])
     for tower, names in example_inputs(calibration).items():

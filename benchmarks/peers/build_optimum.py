@@ -10,6 +10,7 @@ https://huggingface.co/docs/optimum-onnx/onnxruntime/usage_guides/quantization
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.onnx.model_configs import CLIPTextWithProjectionOnnxConfig, CLIPVisionModelOnnxConfig
@@ -25,7 +26,7 @@ LEVELS = {"o1": AutoOptimizationConfig.O1, "o2": AutoOptimizationConfig.O2, "o3"
 INSTRUCTIONS = {"avx2": AutoQuantizationConfig.avx2, "avx512-vnni": AutoQuantizationConfig.avx512_vnni}
 
 
-class VisionConfig(CLIPVisionModelOnnxConfig):
+class VisionConfig(CLIPVisionModelOnnxConfig):  # type: ignore[misc]
     """Optimum's own stops before the projection (huggingface/optimum#1884): custom_onnx_configs is its way out."""
 
     @property
@@ -33,7 +34,7 @@ class VisionConfig(CLIPVisionModelOnnxConfig):
         return {"image_embeds": {0: "batch_size"}}
 
 
-class TextConfig(CLIPTextWithProjectionOnnxConfig):
+class TextConfig(CLIPTextWithProjectionOnnxConfig):  # type: ignore[misc]
     """Takes no attention_mask: behind a causal mask the first EOS token sees no padding."""
 
     @property
@@ -60,7 +61,7 @@ def main() -> None:
     )
 
 
-def export(checkpoint: Path, folder: Path) -> dict:
+def export(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Both towers, with eager attention: O2 fuses none of the default one's attentions, and all of these."""
     for tower, config in TOWERS.items():
         model = load_tower(checkpoint, tower)
@@ -75,7 +76,7 @@ def export(checkpoint: Path, folder: Path) -> dict:
     return {"runtime": "ort", "precision": "fp32", "files": FILES, "build": {"optimization": "none"}}
 
 
-def optimize(checkpoint: Path, exported: Path, level: str, folder: Path) -> dict:
+def optimize(checkpoint: Path, exported: Path, level: str, folder: Path) -> dict[str, Any]:
     """ORTOptimizer knows model type "clip", no tower of it, and takes heads and width from its text_config."""
     for tower in TOWERS:
         config = AutoConfig.from_pretrained(checkpoint)
@@ -85,7 +86,7 @@ def optimize(checkpoint: Path, exported: Path, level: str, folder: Path) -> dict
     return {"runtime": "ort", "precision": "fp32", "files": FILES, "build": {"optimization": level}}
 
 
-def quantize(source: Path, name: str, folder: Path) -> dict:
+def quantize(source: Path, name: str, folder: Path) -> dict[str, Any]:
     """Dynamic INT8 of `source` by Optimum's settings for the instruction set, at their defaults."""
     settings = INSTRUCTIONS[name](is_static=False)
     for file in FILES:

@@ -7,6 +7,7 @@ timed; on disk there is only the checkpoint.
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers.contestant import build_all
 
@@ -23,7 +24,7 @@ def main() -> None:
     )
 
 
-def link(checkpoint: Path, runtime: str, folder: Path) -> dict:
+def link(checkpoint: Path, runtime: str, folder: Path) -> dict[str, Any]:
     names = ["config.json", *sorted(path.name for path in checkpoint.glob("*.safetensors"))]
     for name in names:
         (folder / name).symlink_to((checkpoint / name).resolve())

@@ -9,6 +9,7 @@ import shutil
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from clip_deploy.timing.latency_worker import reason
 
@@ -31,7 +32,7 @@ PEERS = {
     "openvino": ("ov-fp32", "ov-auto", "nncf-int8"),
 }
 
-Recipe = Callable[[Path], dict]
+Recipe = Callable[[Path], dict[str, Any]]
 
 
 def build_all(output: Path, key: str, recipes: dict[str, Recipe]) -> None:
@@ -60,17 +61,19 @@ def build(folder: Path, key: str, recipe: Recipe) -> None:
     write(folder, {**record, "key": key})
 
 
-def write(folder: Path, record: dict) -> None:
+def write(folder: Path, record: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def read(folder: Path) -> dict:
-    return json.loads((folder / MANIFEST).read_text())
+def read(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return found
 
 
 def model_type(checkpoint: Path) -> str:
-    return json.loads((checkpoint / "config.json").read_text()).get("model_type", "")
+    found: str = json.loads((checkpoint / "config.json").read_text()).get("model_type", "")
+    return found
 
 
 def need_clip(checkpoint: Path, peer: str) -> None:

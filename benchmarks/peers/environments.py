@@ -6,6 +6,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers import contestant
 from clip_deploy.core.environment import fingerprint, hardware
@@ -78,7 +79,7 @@ def _key(peer: str, checkpoint: Path, calibration: Path) -> str:
     return hashlib.sha256("".join([*prints, *hardware().instruction_sets]).encode()).hexdigest()
 
 
-def _run(command: list, log: Path) -> None:
+def _run(command: list[Any], log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         done = subprocess.run(

@@ -1,6 +1,7 @@
 """The inputs that every contestant gets, and the calibration set, made once with the checkpoint's own processor."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,18 +17,18 @@ SHORT_TOKENS = 8
 CALIBRATION_SAMPLES = 96  # as conf/data/shapes.yaml
 
 
-def text_lengths(model: dict) -> list[int]:
+def text_lengths(model: dict[str, Any]) -> list[int]:
     """The whole context and, where texts need not be padded to it, a short text."""
     return [model["context_length"]] if model["pad_to_context"] else [model["context_length"], SHORT_TOKENS]
 
 
-def cases(model: dict) -> list[dict]:
+def cases(model: dict[str, Any]) -> list[dict[str, Any]]:
     """The requests of one run, in the order of the table."""
     lengths = [("vision", None), *(("text", tokens) for tokens in text_lengths(model))]
     return [{"tower": tower, "batch": batch, "tokens": tokens} for tower, tokens in lengths for batch in BATCHES]
 
 
-def paddings(model: dict) -> list[list[dict]]:
+def paddings(model: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """Pairs of requests: short texts as they are, and the same texts padded to the whole context."""
     whole, *short = text_lengths(model)
     return [
@@ -52,19 +53,20 @@ def write_inputs(checkpoint: Path, inputs: Path, calibration: Path) -> None:
             found = texts(dataset, "evaluation", processor, model, tokens, length)
             arrays |= dict(zip(input_names("text", tokens, length), found, strict=True))
     inputs.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(inputs, **arrays)
+    np.savez(inputs, **arrays)  # type: ignore[arg-type]
     ids, mask = texts(dataset, "calibration", processor, model, *[model["context_length"]] * 2)
     images = pixels(dataset, "calibration", processor)
     np.savez(calibration, pixel_values=images, input_ids=ids, attention_mask=mask)
 
 
-def pixels(dataset: Dataset, name: str, processor) -> np.ndarray:
+def pixels(dataset: Dataset, name: str, processor: Any) -> np.ndarray:
     images = [sample.open() for sample in getattr(dataset, name)]
-    return processor.image_processor(images, return_tensors="np")["pixel_values"].astype(np.float32)
+    found: np.ndarray = processor.image_processor(images, return_tensors="np")["pixel_values"].astype(np.float32)
+    return found
 
 
 def texts(
-    dataset: Dataset, name: str, processor, model: dict, tokens: int, length: int
+    dataset: Dataset, name: str, processor: Any, model: dict[str, Any], tokens: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first caption of each sample, cut to `tokens` and padded to `length`."""
     captions = [sample.captions[0] for sample in getattr(dataset, name)]

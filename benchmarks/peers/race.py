@@ -4,8 +4,9 @@ One round gives every contestant a turn of about 20 ms, in an order drawn anew, 
 of the machine hits all alike, and a ratio of medians over the same rounds is free of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -46,7 +47,9 @@ class Case:
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def race(contestants: list[Contestant], requests: list[dict], threads: int, seconds: float, rounds: int) -> list[Case]:
+def race(
+    contestants: list[Contestant], requests: list[dict[str, Any]], threads: int, seconds: float, rounds: int
+) -> list[Case]:
     """Run every request. A contestant that fails is marked unavailable, and the others go on without it.
 
     Args:
@@ -66,7 +69,11 @@ def race(contestants: list[Contestant], requests: list[dict], threads: int, seco
             worker.close()
 
 
-def _attempt(one: Contestant, workers: dict[str, LatencyWorker], action) -> Any:
+def _ask(workers: dict[str, LatencyWorker], name: str, request: dict[str, Any]) -> dict[str, Any]:
+    return workers[name].ask(request)
+
+
+def _attempt(one: Contestant, workers: dict[str, LatencyWorker], action: Callable[[], Any]) -> Any:
     """What `action` returns; None where the contestant failed, now or before."""
     if one.unavailable:
         return None
@@ -79,16 +86,20 @@ def _attempt(one: Contestant, workers: dict[str, LatencyWorker], action) -> Any:
 
 
 def _run(
-    request: dict, contestants: list[Contestant], workers: dict[str, LatencyWorker], seconds: float, rounds: int
+    request: dict[str, Any],
+    contestants: list[Contestant],
+    workers: dict[str, LatencyWorker],
+    seconds: float,
+    rounds: int,
 ) -> Case:
     case = Case(request)
-    calls = {one.name: _attempt(one, workers, lambda one=one: _prepare(case, one, workers)) for one in contestants}
+    calls = {one.name: _attempt(one, workers, partial(_prepare, case, one, workers)) for one in contestants}
     rng, started = np.random.default_rng(0), monotonic()
     while case.rounds < MIN_ROUNDS or (case.rounds < rounds and monotonic() - started < seconds):
         for index in rng.permutation(len(contestants)):
             name = contestants[index].name
             ask = {"calls": calls[name]}
-            answer = _attempt(contestants[index], workers, lambda name=name, ask=ask: workers[name].ask(ask))
+            answer = _attempt(contestants[index], workers, partial(_ask, workers, name, ask))
             if answer:
                 times = answer["ms"]
                 case.turns.setdefault(name, []).append(times[1:] if len(times) > 1 else times)
@@ -160,7 +171,7 @@ def _cosine(case: Case, name: str, truth: str) -> float:
     return float(similarity(case.embeddings[name], case.embeddings[truth]).cosine_min)
 
 
-def lanes(one: Contestant, requests: list[dict]) -> list[Contestant]:
+def lanes(one: Contestant, requests: list[dict[str, Any]]) -> list[Contestant]:
     """The same contestant twice, to race short texts against the same texts padded: see padding."""
     names = ("short", "padded")
     return [replace(one, name=name, request=request) for name, request in zip(names, requests, strict=True)]

@@ -25,7 +25,7 @@ def open_contestant(folder: Path, threads: int) -> Any:
     return RUNTIMES[record["runtime"]](folder, threads, record.get("options", {}))
 
 
-def prepare_call(encoder: Any, request: dict) -> Callable[[], np.ndarray]:
+def prepare_call(encoder: Any, request: dict[str, Any]) -> Callable[[], np.ndarray]:
     with np.load(request["inputs"]) as content:
         names = input_names(request["tower"], request["tokens"], request.get("padded_to"))
         inputs = [np.ascontiguousarray(content[name][: request["batch"]]) for name in names]
@@ -42,7 +42,7 @@ def input_names(tower: str, tokens: int | None, padded_to: int | None = None) ->
 
 
 class Ort:
-    def __init__(self, folder: Path, threads: int, _: dict) -> None:
+    def __init__(self, folder: Path, threads: int, _: dict[str, Any]) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -55,11 +55,13 @@ class Ort:
         self.outputs = {session: [session.get_outputs()[0].name] for session in (self.vision, self.text)}
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        return self.vision.run(self.outputs[self.vision], {"pixel_values": pixel_values})[0]
+        found: np.ndarray = self.vision.run(self.outputs[self.vision], {"pixel_values": pixel_values})[0]
+        return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.text.run(self.outputs[self.text], {name: given[name] for name in self.text_inputs})[0]
+        found: np.ndarray = self.text.run(self.outputs[self.text], {name: given[name] for name in self.text_inputs})[0]
+        return found
 
 
 class OpenVino:
@@ -68,7 +70,7 @@ class OpenVino:
     https://docs.openvino.ai/2025/openvino-workflow/running-inference/optimize-inference/high-level-performance-hints.html
     """
 
-    def __init__(self, folder: Path, threads: int, options: dict) -> None:
+    def __init__(self, folder: Path, threads: int, options: dict[str, Any]) -> None:
         import openvino
 
         core = openvino.Core()
@@ -79,15 +81,17 @@ class OpenVino:
         self.text_inputs = [port.get_any_name() for port in self.text.inputs]
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        return self.vision({"pixel_values": pixel_values})[0]
+        found: np.ndarray = self.vision({"pixel_values": pixel_values})[0]
+        return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.text({name: given[name] for name in self.text_inputs})[0]
+        found: np.ndarray = self.text({name: given[name] for name in self.text_inputs})[0]
+        return found
 
 
 class Torch:
-    def __init__(self, folder: Path, threads: int, _: dict) -> None:
+    def __init__(self, folder: Path, threads: int, _: dict[str, Any]) -> None:
         import torch
         from transformers import AutoModel
 
@@ -99,14 +103,16 @@ class Torch:
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
         with self.torch.inference_mode():
-            return self.images(pixel_values=self.torch.from_numpy(pixel_values)).pooler_output.numpy()
+            found: np.ndarray = self.images(pixel_values=self.torch.from_numpy(pixel_values)).pooler_output.numpy()
+            return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         inputs = {"input_ids": self.torch.from_numpy(input_ids)}
         if self.masked:
             inputs["attention_mask"] = self.torch.from_numpy(attention_mask)
         with self.torch.inference_mode():
-            return self.texts(**inputs).pooler_output.numpy()
+            found: np.ndarray = self.texts(**inputs).pooler_output.numpy()
+            return found
 
 
 class TorchCompile(Torch):
@@ -116,7 +122,7 @@ class TorchCompile(Torch):
     https://github.com/pytorch/pytorch/pull/128010
     """
 
-    def __init__(self, folder: Path, threads: int, options: dict) -> None:
+    def __init__(self, folder: Path, threads: int, options: dict[str, Any]) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes beside the timed ones
         os.environ["TORCHINDUCTOR_FREEZING"] = "1"

@@ -112,7 +112,7 @@ def _export_towers(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any]
 
 def _write_dynamo(
     tower: nn.Module,
-    inputs: tuple,
+    inputs: tuple[Any, ...],
     path: Path,
     names: list[str],
     output: str,
@@ -137,7 +137,7 @@ def _write_dynamo(
 
 def _write_torchscript(
     tower: nn.Module,
-    inputs: tuple,
+    inputs: tuple[Any, ...],
     path: Path,
     names: list[str],
     output: str,

@@ -109,10 +109,12 @@ class _Towers:
         self.compiled, self.text_inputs = compiled, text_inputs
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        return self.compiled["vision"]({"pixel_values": pixel_values})[0].copy()
+        found: np.ndarray = self.compiled["vision"]({"pixel_values": pixel_values})[0].copy()
+        return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        return self.compiled["text"](text_feed(self.text_inputs, input_ids, attention_mask))[0].copy()
+        found: np.ndarray = self.compiled["text"](text_feed(self.text_inputs, input_ids, attention_mask))[0].copy()
+        return found
 
     def embeddings(self, tower: str, prepared: Prepared) -> dict[str, np.ndarray]:
         """What one tower gives for a prepared set, as fields of Embeddings."""

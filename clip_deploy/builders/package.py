@@ -116,7 +116,8 @@ def unpackable(folder: Path, portable: Path) -> str | None:
     """
     target, unavailable = read_target(folder), read_json(portable / SCORES)["unavailable"]
     if missing := next((file for file in parts(target.image_input) if file in unavailable), None):
-        return unavailable[missing]
+        found: str | None = unavailable[missing]
+        return found
     if target.runtime != RUNTIME:
         return f"{folder.name} runs with {target.runtime}, and a package with ONNX Runtime alone"
     return None

@@ -281,7 +281,7 @@ def activation_ranges(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-class Reader(CalibrationDataReader):
+class Reader(CalibrationDataReader):  # type: ignore[misc]
     """Feeds one tower's calibration inputs, a few rows at a time."""
 
     def __init__(self, inputs: dict[str, np.ndarray]) -> None:

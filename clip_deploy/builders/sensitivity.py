@@ -74,7 +74,8 @@ class Switched:
 
     def _run(self, tower: str, feeds: dict[str, np.ndarray]) -> np.ndarray:
         switches = {_switch(name): np.array(f"{tower}: {name}" in self.on) for name in self.switches[tower]}
-        return self.sessions[tower].run(None, feeds | switches)[0]
+        found: np.ndarray = self.sessions[tower].run(None, feeds | switches)[0]
+        return found
 
 
 def with_switches(model: onnx.ModelProto, rounding: Rounding) -> onnx.ModelProto:

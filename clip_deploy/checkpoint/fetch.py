@@ -103,7 +103,7 @@ def _hub_errors(repo_id: str, revision: str) -> Iterator[None]:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     what = f"{repo_id} at {revision}"
     try:

@@ -207,7 +207,8 @@ class Opened:
 
     @property
     def kind(self) -> str:
-        return self.described["model_type"]
+        found: str = self.described["model_type"]
+        return found
 
     @property
     def family(self) -> Family | None:
@@ -255,7 +256,8 @@ class Opened:
             )
         if not np.isfinite(made).all():
             raise CheckpointError(f"{what} makes NaN or infinity: mend image_mean and image_std")
-        return made
+        found: np.ndarray = made
+        return found
 
 
 def code_of_its_own(opened: Opened) -> Iterator[Finding]:

@@ -45,7 +45,7 @@ def _load(folder: Path, **options: Any) -> tuple["PreTrainedModel", dict[str, An
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        return AutoModel.from_pretrained(
+        found: tuple[PreTrainedModel, dict[str, Any]] = AutoModel.from_pretrained(
             folder,
             config=load_config(folder),
             dtype=torch.float32,
@@ -55,6 +55,7 @@ def _load(folder: Path, **options: Any) -> tuple["PreTrainedModel", dict[str, An
             output_loading_info=True,
             **options,
         )
+        return found
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers and torch meet in its files

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-class ImageTower(nn.Module):
+class ImageTower(nn.Module):  # type: ignore[misc]
     """pixel_values [batch, 3, height, width] -> image_embeds [batch, dimension], not normalised."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -24,7 +24,7 @@ class ImageTower(nn.Module):
         return self.model.get_image_features(pixel_values=pixel_values).pooler_output
 
 
-class TextTower(nn.Module):
+class TextTower(nn.Module):  # type: ignore[misc]
     """input_ids [batch, sequence], attention_mask like it -> text_embeds [batch, dimension], not normalised.
 
     A model that takes no mask (SigLIP) is called with input_ids alone.
@@ -39,7 +39,7 @@ class TextTower(nn.Module):
         return self.model.get_text_features(input_ids=input_ids, **masked).pooler_output
 
 
-class CastWrapper(nn.Module):
+class CastWrapper(nn.Module):  # type: ignore[misc]
     """A tower that computes in `dtype` and takes and gives float32."""
 
     def __init__(self, tower: nn.Module, dtype: torch.dtype) -> None:
@@ -52,7 +52,7 @@ class CastWrapper(nn.Module):
         return self.tower(*rounded).float()
 
 
-class PoolingAttention(nn.Module):
+class PoolingAttention(nn.Module):  # type: ignore[misc]
     """nn.MultiheadAttention as transformers' own layers compute attention, so that exporters write one pattern.
 
     SigLIP pools its image tokens with it: batch first, a mask [batch * heads, 1, tokens] or none; no attention weights

@@ -307,7 +307,8 @@ class OnnxConfig:
     def writer(self) -> str:
         """The exporter to use: "dynamo" or "torchscript"."""
         if self.exporter is not Exporter.auto:
-            return self.exporter.value
+            found: str = self.exporter.value
+            return found
         return "dynamo" if self.opset >= OPSETS["dynamo"][0] else "torchscript"
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from clip_deploy.core.errors import EVERY_ROW, DiskError
@@ -114,7 +114,7 @@ def remembered(memory: Path) -> Iterator[Hash]:
     file system's clock. A memory that is missing, damaged or cannot be written costs time only.
     """
     known = _recall(memory)
-    used: dict[str, list] = {}
+    used: dict[str, list[Any]] = {}
 
     def hash_file(path: Path) -> str:
         name, now, before = os.path.abspath(path), time.time_ns(), _identity(path)
@@ -125,7 +125,8 @@ def remembered(memory: Path) -> Iterator[Hash]:
             if max(before[1:3]) >= now - RACY_NS or before != _identity(path):
                 return digest
             used[name] = [*before, digest]
-        return used[name][-1]
+        found: str = used[name][-1]
+        return found
 
     yield hash_file
     if used != known:
@@ -138,7 +139,7 @@ def _identity(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _recall(memory: Path) -> dict[str, list]:
+def _recall(memory: Path) -> dict[str, list[Any]]:
     """What was written, if its first line is the hash of the rest."""
     try:
         digest, _, content = memory.read_bytes().partition(b"\n")
@@ -147,7 +148,7 @@ def _recall(memory: Path) -> dict[str, list]:
     return json.loads(content) if hashlib.sha256(content).hexdigest().encode() == digest else {}
 
 
-def _remember(memory: Path, used: dict[str, list]) -> None:
+def _remember(memory: Path, used: dict[str, list[Any]]) -> None:
     content = json.dumps(used).encode()
     partial = memory.with_name(f".{memory.name}.{uuid4().hex}.partial")
     with suppress(OSError):  # the next run takes the hashes again

@@ -57,10 +57,13 @@ def class_files(folder: Path) -> Listing:
     return Listing({name: stamp for name, stamp in found.files.items() if "/" in name}, found.skipped)
 
 
+Above = frozenset[tuple[int, int]]  # the device and inode of each folder above
+
+
 def walk(folder: Path) -> Listing:
     """All files below a folder but hidden ones. Raises DataError where the folder itself cannot be listed."""
     found = Listing()
-    waiting: list[tuple[str, frozenset]] = [("", frozenset())]
+    waiting: list[tuple[str, Above]] = [("", frozenset())]
     while waiting:
         name, above = waiting.pop()
         try:
@@ -74,7 +77,7 @@ def walk(folder: Path) -> Listing:
     return found
 
 
-def _look(folder: Path, name: str, above: frozenset, found: Listing) -> list[tuple[str, frozenset]]:
+def _look(folder: Path, name: str, above: frozenset[tuple[int, int]], found: Listing) -> list[tuple[str, Above]]:
     """Note the files of one folder; its sub-folders, each with the folders that it lies in, links resolved."""
     status = os.stat(folder / name)
     here = (status.st_dev, status.st_ino)

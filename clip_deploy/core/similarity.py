@@ -26,10 +26,12 @@ def similarity(actual: np.ndarray, reference: np.ndarray) -> Parity:
 
 def row_cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Cosine similarity of each pair of rows, in float64."""
-    return (normalized(left) * normalized(right)).sum(axis=1)
+    found: np.ndarray = (normalized(left) * normalized(right)).sum(axis=1)
+    return found
 
 
 def normalized(rows: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1, in float64; a row of zeros stays zero."""
     rows = rows.astype(np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+    found: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+    return found

@@ -78,7 +78,7 @@ def _die_after(process: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _answer(sender: "Connection", function: Callable[..., Any], arguments: tuple) -> None:
+def _answer(sender: "Connection", function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     die_with_parent()
     try:
         answer = True, function(*arguments)

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -97,7 +97,7 @@ class Prepared:
     caption_text: np.ndarray
     prompts: Texts
     labels: np.ndarray
-    manifest: dict
+    manifest: dict[str, Any]
     images: Images | None = None
 
     @property
@@ -123,7 +123,7 @@ def write_prepared(
     dataset: "Dataset",
     templates: list[str],
     processor: "ProcessorMixin",
-    model: dict,
+    model: dict[str, Any],
     folder: Path,
     keep_images: bool = False,
 ) -> None:
@@ -165,7 +165,7 @@ def pad_token_of(processor: "ProcessorMixin") -> int:
     return int(processor.tokenizer.pad_token_id or 0)
 
 
-def tokenize(processor: "ProcessorMixin", model: dict, texts: list[str]) -> Texts:
+def tokenize(processor: "ProcessorMixin", model: dict[str, Any], texts: list[str]) -> Texts:
     """Pad to the longest text, or to the context where the model was trained so; longer texts are cut.
 
     Raises DataError where a text is no valid Unicode.

@@ -159,7 +159,8 @@ def _outline(shape: str) -> np.ndarray:
     count = {"square": 4, "triangle": 3, "hexagon": 6, "star": 10}[shape]
     angles = np.arange(count) * 2 * np.pi / count - (np.pi / 4 if shape == "square" else np.pi / 2)
     reach = np.where(np.arange(count) % 2, 0.48, 1.0) if shape == "star" else np.ones(count)
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * reach[:, None]
+    found: np.ndarray = np.stack([np.cos(angles), np.sin(angles)], axis=1) * reach[:, None]
+    return found
 
 
 def _occlude(rng: np.random.Generator, draw: ImageDraw.ImageDraw, centre: np.ndarray, radius: float) -> None:

@@ -47,7 +47,8 @@ def zero_shot(actual: Embeddings, reference: Embeddings, prepared: Prepared, see
 def class_scores(embeddings: Embeddings, classes: int) -> np.ndarray:
     """Cosine of each image with each class, [images, classes]."""
     prompts = normalized(embeddings.prompts).reshape(classes, -1, embeddings.prompts.shape[1])
-    return normalized(embeddings.images) @ normalized(prompts.mean(axis=1)).T
+    found: np.ndarray = normalized(embeddings.images) @ normalized(prompts.mean(axis=1)).T
+    return found
 
 
 def retrieval(embeddings: Embeddings, prepared: Prepared) -> Retrieval:
@@ -70,7 +71,8 @@ def recall(scores: np.ndarray, relevant: np.ndarray, k: int) -> float:
 
 def caption_scores(embeddings: Embeddings) -> np.ndarray:
     """Cosine of each image with each caption, [images, captions]."""
-    return normalized(embeddings.images) @ normalized(embeddings.captions).T
+    found: np.ndarray = normalized(embeddings.images) @ normalized(embeddings.captions).T
+    return found
 
 
 def flips(actual: Embeddings, reference: Embeddings, prepared: Prepared) -> float:
@@ -106,7 +108,8 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
     lost, gained = discordant(before, after)
     n = lost + gained
     tail = sum(comb(n, k) for k in range(min(lost, gained) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    found: float = min(1.0, 2 * tail / 2**n)
+    return found
 
 
 def discordant(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:

@@ -256,7 +256,8 @@ class GraphPair:
         both = self.run({*makers, *read}, worst)
         losses = {name: pair.loss(worst.tokens) for name, pair in both.items() if pair.comparable}
         known = {name: max((losses.get(given, 0.0) for given in makers[name].input), default=0.0) for name in makers}
-        return makers[max(makers, key=lambda name: losses.get(name, 0.0) - known[name])].name
+        found: str = makers[max(makers, key=lambda name: losses.get(name, 0.0) - known[name])].name
+        return found
 
 
 def label(part: Part) -> str:
@@ -267,7 +268,8 @@ def label(part: Part) -> str:
     layers = [name for name in found if "norm" not in name.rsplit(".", 1)[1]]
     if layers:
         return layers[0] if layers[0] == layers[-1] else f"{layers[0]} to {layers[-1]}"
-    return weights[0].rsplit(".", 1)[0].removeprefix("model.") if weights else part.nodes[-1].output[0]
+    result: str = weights[0].rsplit(".", 1)[0].removeprefix("model.") if weights else part.nodes[-1].output[0]
+    return result
 
 
 def _bare(path: Path, work: Path) -> onnx.ModelProto:

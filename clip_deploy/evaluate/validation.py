@@ -35,7 +35,8 @@ BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
 def validate_apart(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> Validation:
     """As validate, in a process of its own: a runtime that crashes, hangs or eats all memory makes the target fail."""
     try:
-        return call_in_child(validate, folder, prepared, reference, gates, seed, timeout_s=gates.timeout_s)
+        found: Validation = call_in_child(validate, folder, prepared, reference, gates, seed, timeout_s=gates.timeout_s)
+        return found
     except Exception as error:  # whatever a library raises is this row's result
         target, reason = read_target(folder), str(error) if isinstance(error, CrashError) else failure(error)
         return _record(target, "fail", reason)

@@ -21,6 +21,7 @@ from clip_deploy.core.files import sha256
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
 from clip_deploy.inference.embedding_sample import EmbeddingSample
 from clip_deploy.inference.images import Preprocessor, read_image, rgb
+from clip_deploy.inference.scores import Scoring
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
 
@@ -62,6 +63,7 @@ class ZeroShotClassifier:
     ) -> None:
         self.manifest, self.device, self.sample = manifest, device, sample
         self.labels = json.loads((package / "labels.json").read_text(encoding="utf-8"))
+        self.scoring = Scoring(manifest["logit_scale"], manifest["logit_bias"], manifest["activation"])
         self.fingerprint = fingerprint(manifest)
         self.image_input = manifest["towers"]["vision"]["image_input"]
         self.preprocessor = _preprocessor(package) if self.image_input == "pixel_values" else None
@@ -135,11 +137,7 @@ class ZeroShotClassifier:
 
     def probabilities(self, cosines: np.ndarray) -> np.ndarray:
         """Of cosines [images, texts], as the model itself scores them."""
-        logits = cosines * self.manifest["logit_scale"] + (self.manifest["logit_bias"] or 0.0)
-        if self.manifest["activation"] == "sigmoid":
-            return 1 / (1 + np.exp(-logits))
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+        return self.scoring.probabilities(cosines)
 
     def embed_images(self, images: Sequence[Picture], batch_size: int = 32) -> np.ndarray:
         """Embeddings [images, dimension], in their order.
@@ -162,7 +160,7 @@ class ZeroShotClassifier:
         """
         _check_list(images)
         check_count("batch_size", batch_size)
-        waiting: deque[list[Future]] = deque()
+        waiting: deque[list[Future[Any]]] = deque()
         with ThreadPoolExecutor(cores()) as pool:
             try:
                 images = iter(images)
@@ -308,7 +306,8 @@ def _session(path: Path, device: str, threads: int | None) -> onnxruntime.Infere
 
 
 def _unit(embeddings: np.ndarray) -> np.ndarray:
-    return embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
+    found: np.ndarray = embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
+    return found
 
 
 def _few(texts: list[str], batch_size: int) -> bool | None:

@@ -158,7 +158,8 @@ def _maker(package: Package, source: Source, settings: EmbedSettings) -> dict[st
 
 
 def _size(header: Header) -> int:
-    return header["rows"] + len(header["unreadable"])
+    found: int = header["rows"] + len(header["unreadable"])
+    return found
 
 
 def _unreadable(headers: Iterable[Header]) -> list[str]:
@@ -199,9 +200,9 @@ def _updated(job: EmbedJob, source: Files, present: dict[int, Header]) -> Plan:
     return kept, dict(zip(free, new, strict=False)), len(gone)
 
 
-def _staying(source: Files, present: dict[int, Header]) -> dict[int, list[list]]:
+def _staying(source: Files, present: dict[int, Header]) -> dict[int, list[list[Any]]]:
     """Of each part the files that are as they were. One that two runs at once put into two parts stays in the first."""
-    stays: dict[int, list[list]] = {}
+    stays: dict[int, list[list[Any]]] = {}
     left: set[str] = set()
     for number, header in sorted(present.items()):
         left |= _readable_now(source, header)
@@ -229,7 +230,7 @@ def _is_readable(picture: Picture) -> bool:
     return True
 
 
-def _cut(job: EmbedJob, number: int, header: Header, files: list[list]) -> Header:
+def _cut(job: EmbedJob, number: int, header: Header, files: list[list[Any]]) -> Header:
     """Write a part anew with some of its files, or remove it where none is left."""
     if len(files) == len(header["files"]):
         return header
@@ -268,7 +269,8 @@ def read_header(output: str, name: str) -> Header:
     """What `embed` noted in a part, with its rows. Raises DeployError where the file is none of its parts."""
     try:
         with open_part(output, name) as part:
-            return json.loads((part.metadata.metadata or {})[MADE_BY]) | {"rows": part.metadata.num_rows}
+            found: Header = json.loads((part.metadata.metadata or {})[MADE_BY]) | {"rows": part.metadata.num_rows}
+            return found
     except (OSError, ValueError, KeyError) as error:
         raise DeployError(f"{shown(output)}/{name} is no whole part of `embed`: {WAY_OUT}") from error
 

@@ -85,7 +85,8 @@ class SharedAttempts:
         self.actor = load_ray().remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
 
     def begin(self, number: int) -> tuple[int, str]:
-        return load_ray().get(self.actor.begin.remote(number))
+        found: tuple[int, str] = load_ray().get(self.actor.begin.remote(number))
+        return found
 
     def note(self, number: int, doing: str) -> None:
         load_ray().get(self.actor.note.remote(number, doing))
@@ -177,7 +178,8 @@ def _rows(ray: Any, package: Shipped, sent: Any, job: EmbedJob, missing: dict[in
         num_cpus=package.threads,
         num_gpus=int(package.device == "cuda"),
     )
-    return made.iter_rows()
+    found: Iterator[dict[str, str]] = made.iter_rows()
+    return found
 
 
 def connect(address: str) -> Any:

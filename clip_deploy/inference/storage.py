@@ -289,7 +289,8 @@ def _count_rows(where: str, columns: Columns, path: str) -> int:
                 f"{path} has no column {missing[0]!r}: it has {', '.join(given)}; name them by --id-column and "
                 "--image-column"
             )
-        return table.metadata.num_rows
+        found: int = table.metadata.num_rows
+        return found
 
 
 def _divide(counts: list[tuple[str, int]], part_size: int) -> list[list[Rows]]:
@@ -349,7 +350,8 @@ def remove_part(output: str, name: str) -> None:
 def has_part(output: str, name: str) -> bool:
     files, base = locate(output)
     with storage_errors(shown(output)):
-        return files.get_file_info(f"{base}/{name}").is_file
+        found: bool = files.get_file_info(f"{base}/{name}").is_file
+        return found
 
 
 def remove_partial(output: str) -> None:
@@ -392,7 +394,8 @@ def open_part(output: str, name: str) -> Iterator[Any]:
 def vectors(table: Any) -> np.ndarray:
     """A table's column `embedding` as float32 [rows, dimension]; [0, 0] where it has no rows."""
     flat = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(np.float32).reshape(table.num_rows, len(flat) // max(1, table.num_rows))
+    found: np.ndarray = flat.astype(np.float32).reshape(table.num_rows, len(flat) // max(1, table.num_rows))
+    return found
 
 
 def local(where: str) -> Path | None:

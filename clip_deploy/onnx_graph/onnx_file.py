@@ -5,6 +5,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -103,7 +104,8 @@ def _unlinked(path: Path, folder: Path) -> Path:
 def opset_of(path: Path) -> int:
     """Version of the standard operator set that the file declares."""
     model = onnx.load(path, load_external_data=False)
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    found: int = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return found
 
 
 def describe(path: Path) -> Graph:
@@ -121,7 +123,7 @@ def describe(path: Path) -> Graph:
     )
 
 
-def census(counts: Counter) -> dict[str, int]:
+def census(counts: Counter[str]) -> dict[str, int]:
     """Fused attentions, all attentions (one Softmax each where not fused), and the other fused operators."""
     fused = sum(counts[name] for name in FUSED_ATTENTION)
     return {
@@ -211,12 +213,13 @@ def open_session(
 def run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
     """The first output of a graph for `feeds`, on the CPU; DeployError where it does not run."""
     try:
-        return open_session(path, severity=4).run(None, feeds)[0]  # the error below says it
+        found: np.ndarray = open_session(path, severity=4).run(None, feeds)[0]  # the error below says it
+        return found
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise DeployError(f"{path.name} does not run: {first_line(error)}") from error
 
 
-def random_feeds(path: Path, texts: dict[str, list], seed: int = 0) -> dict[str, np.ndarray]:
+def random_feeds(path: Path, texts: dict[str, list[Any]], seed: int = 0) -> dict[str, np.ndarray]:
     """Inputs that fit the graph, three rows: noise for images, `texts` (input_ids, attention_mask) for texts."""
     model = onnx.load(path, load_external_data=False)
     rng = np.random.default_rng(seed)

@@ -36,7 +36,7 @@ class Labels:
     bias: float | None
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # type: ignore[untyped-decorator]
 def encode_labels(
     model: "PreTrainedModel", processor: "ProcessorMixin", facts: dict[str, Any], labels: list[str], template: str
 ) -> Labels:

@@ -115,7 +115,8 @@ def _middle(processor: "BaseImageProcessor", level: int) -> np.ndarray:
     """What a grey level becomes in each channel, [3]: rescaling and normalisation in whatever way."""
     image = np.full((256, 256, 3), level, dtype=np.uint8)
     pixels = processor(image, return_tensors="np", input_data_format="channels_last")[PIXELS][0]
-    return pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2].astype(np.float64)
+    found: np.ndarray = pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2].astype(np.float64)
+    return found
 
 
 def build_preprocessing(settings: Preprocessing, image_size: list[int]) -> PrePost:
@@ -232,7 +233,8 @@ def pixel_parity(path: Path, prepared: Prepared) -> PixelParity:
 
 def grey_levels(actual: np.ndarray, expected: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Difference of pixel_values [images, 3, height, width] in units of 1/255 before normalisation."""
-    return (actual.astype(np.float64) - expected) / scale.reshape(1, 3, 1, 1)
+    found: np.ndarray = (actual.astype(np.float64) - expected) / scale.reshape(1, 3, 1, 1)
+    return found
 
 
 def front_of(path: Path) -> tuple[ir.Model, np.ndarray]:

@@ -89,7 +89,7 @@ class Operators:
         return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-class GraphModule(nn.Module):
+class GraphModule(nn.Module):  # type: ignore[misc]
     """A fused tower: takes the graph's inputs in their order and gives its first output, as float32.
 
     Raises UnavailableError where the graph has an operator that is not known here.
@@ -372,7 +372,8 @@ def _concat(*parts: Any, axis: int) -> Any:
 
 
 def _split(source: Tensor, sizes: np.ndarray, axis: int = 0, num_outputs: int = 0) -> tuple[Tensor, ...]:
-    return source.split(sizes.tolist(), axis)
+    found: tuple[Tensor, ...] = source.split(sizes.tolist(), axis)
+    return found
 
 
 def _reshape(source: Any, shape: np.ndarray, allowzero: int = 0) -> Any:

@@ -232,7 +232,8 @@ def check_package_of(reports: Reports, folder: Path) -> list[GateFailure]:
 
 def _sha(manifest: dict[str, Any], name: str) -> str | None:
     """What a manifest says of a file."""
-    return manifest.get("files", {}).get(name, {}).get("sha256")
+    found: str | None = manifest.get("files", {}).get(name, {}).get("sha256")
+    return found
 
 
 def undecided(names: list[str], reports: Reports) -> dict[str, list[str]]:

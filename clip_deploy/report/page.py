@@ -50,4 +50,5 @@ def _content(row: Row) -> dict[str, Any]:
 
 def _rendered(sections: Sequence[str]) -> str:
     html = MarkdownIt("commonmark", {"html": False}).enable("table").render("\n".join(sections))
-    return html.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    found: str = html.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    return found

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -50,7 +51,7 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = 
     ]
 
 
-def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list]) -> list[str]:
+def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list[Any]]) -> list[str]:
     """Rewrite one tower, and return the steps that had to be undone.
 
     Args:

@@ -81,7 +81,8 @@ def open_encoder(folder: Path, threads: int | None = None, device: str | None = 
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed") from error
     try:
-        return module.Encoder(folder, replace(target, device=device or target.device), threads)
+        found: Encoder = module.Encoder(folder, replace(target, device=device or target.device), threads)
+        return found
     except UnavailableError:
         raise
     except Exception as error:  # the runtimes' errors share no base class

@@ -27,7 +27,7 @@ class TunedOperators(Operators):
     """The operators of a tower in float16 or bfloat16 on a GPU."""
 
     def __init__(self) -> None:
-        self.fastest: dict[tuple, Callable[..., Any]] = {}  # by operator and shapes
+        self.fastest: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by operator and shapes
 
     def linear(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None
@@ -82,12 +82,13 @@ class TunedOperators(Operators):
             return one_by_one(hidden, matrix, addend, skip, weight, bias, added)
         ways = [one_by_one, *(partial(_in_parts, epsilon=epsilon, tiles=tiles, parts=parts) for tiles, parts in fit)]
         key = ("sum", count, matrix.shape, addend is None, added is None, hidden.dtype)
-        return self._choose(key, ways, hidden, matrix, addend, skip, weight, bias, added)
+        found: tuple[Tensor, Tensor] = self._choose(key, ways, hidden, matrix, addend, skip, weight, bias, added)
+        return found
 
     def patchify(self, pixels: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
         return kernels.patchify(pixels, size, dtype)
 
-    def _choose(self, key: tuple, ways: Sequence[Callable[..., Any]], *given: Any) -> Any:
+    def _choose(self, key: tuple[Any, ...], ways: Sequence[Callable[..., Any]], *given: Any) -> Any:
         """Call the fastest way for these shapes; time all where they are new."""
         if key not in self.fastest:
             self.fastest[key] = min(ways, key=lambda way: median_ms(way, given))
@@ -111,7 +112,8 @@ def median_ms(way: Callable[..., Any], given: tuple[Any, ...]) -> float:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in pairwise(marks))[TRIES // 2] / CALLS
+    found: float = sorted(start.elapsed_time(end) for start, end in pairwise(marks))[TRIES // 2] / CALLS
+    return found
 
 
 def _in_parts(

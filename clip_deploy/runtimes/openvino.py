@@ -28,8 +28,10 @@ class Encoder:
         self.text_inputs = target.model["text_inputs"]
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
-        return self.vision.infer({"pixel_values": images}, share_inputs=True)[0].copy()
+        found: np.ndarray = self.vision.infer({"pixel_values": images}, share_inputs=True)[0].copy()
+        return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         feed = text_feed(self.text_inputs, input_ids, attention_mask)
-        return self.text.infer(feed, share_inputs=True)[0].copy()
+        found: np.ndarray = self.text.infer(feed, share_inputs=True)[0].copy()
+        return found

@@ -7,6 +7,7 @@ loading, nothing is left for the CPU, and the call can be recorded as a CUDA gra
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
@@ -30,7 +31,7 @@ class Encoder:
         self.text_inputs = target.model["text_inputs"]
         self.image_input = target.image_input
         self.names = {"vision": [self.image_input], "text": self.text_inputs}
-        self.fixed: dict[tuple, FixedCall] = {}
+        self.fixed: dict[tuple[Any, ...], FixedCall] = {}
         self.on_gpu = target.device == "cuda"
         if self.on_gpu:
             load_cuda()
@@ -45,7 +46,8 @@ class Encoder:
         """Probabilities [batch, labels] from a graph with a zero-shot head; images as encode_images takes them."""
         if "vision" not in self.sessions:
             self.sessions["vision"] = self.open("vision", (CUDA, {}))
-        return self.sessions["vision"].run(["probabilities"], {self.image_input: images})[0]
+        found: np.ndarray = self.sessions["vision"].run(["probabilities"], {self.image_input: images})[0]
+        return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         return self._run("text", list(text_feed(self.text_inputs, input_ids, attention_mask).values()))
@@ -64,7 +66,8 @@ class Encoder:
     def _run(self, tower: str, arrays: list[np.ndarray]) -> np.ndarray:
         if self.on_gpu:
             return self._fixed(tower, arrays).encode(arrays)
-        return self.sessions[tower].run(None, dict(zip(self.names[tower], arrays, strict=True)))[0]
+        found: np.ndarray = self.sessions[tower].run(None, dict(zip(self.names[tower], arrays, strict=True)))[0]
+        return found
 
     def open(self, tower: str, provider: ProviderOptions, shape: dict[str, int] | None = None) -> InferenceSession:
         with real_graph(self.folder / f"{tower}.onnx") as path:
@@ -134,7 +137,8 @@ class FixedCall:
         for held, array in zip(self.inputs.values(), arrays, strict=True):
             held.update_inplace(np.ascontiguousarray(array))
         self()
-        return self.output.numpy()
+        found: np.ndarray = self.output.numpy()
+        return found
 
 
 def count_nodes(session: InferenceSession) -> dict[str, int]:

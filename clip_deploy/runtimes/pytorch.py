@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ class Encoder(ABC):
         self.device = target.device
         self.takes_device_tensors = self.device == "cuda"
         self.text_inputs = target.model["text_inputs"]
-        self.captured: dict[tuple, Graph] = {}
+        self.captured: dict[tuple[Any, ...], Graph] = {}
         self.towers: dict[str, Tower] = self.load(folder, target)
 
     @abstractmethod
@@ -80,12 +81,14 @@ class Encoder(ABC):
         """Both towers, "vision" and "text", on the target's device."""
 
     def encode_images(self, images: np.ndarray | Tensor) -> np.ndarray:
-        return self._encode("vision", [images])
+        found: np.ndarray = self._encode("vision", [images])
+        return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        return self._encode("text", list(text_feed(self.text_inputs, input_ids, attention_mask).values()))
+        found: np.ndarray = self._encode("text", list(text_feed(self.text_inputs, input_ids, attention_mask).values()))
+        return found
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def bind(self, tower: str, arrays: list[np.ndarray]) -> Callable[[], object]:
         """A call on inputs that are on the device already; it does not wait for the result."""
         tensors = [torch.from_numpy(array).to(self.device) for array in arrays]
@@ -97,7 +100,7 @@ class Encoder(ABC):
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _encode(self, tower: str, arrays: Sequence[np.ndarray | Tensor]) -> np.ndarray:
         tensors = [torch.as_tensor(array) for array in arrays]
         if self._uses_graphs():
@@ -105,8 +108,10 @@ class Encoder(ABC):
             for held, tensor in zip(graph.inputs, tensors, strict=True):
                 held.copy_(tensor)
             graph.replay()
-            return graph.output.cpu().numpy()
-        return self.towers[tower](*(tensor.to(self.device) for tensor in tensors)).cpu().numpy()
+            replayed: np.ndarray = graph.output.cpu().numpy()
+            return replayed
+        found: np.ndarray = self.towers[tower](*(tensor.to(self.device) for tensor in tensors)).cpu().numpy()
+        return found
 
     def _uses_graphs(self) -> bool:
         return self.graphs and self.device == "cuda"

@@ -43,7 +43,7 @@ class Engine:
         if self.engine is None:
             raise DeployError(f"TensorRT refuses {tower}.engine: {self.log.first_error()}")
         self.options = {"runtime_config": self._compile_at_once(library)} if is_rtx(library) else {}
-        self.contexts: dict[tuple, Any] = {}  # of each shape: a CUDA graph holds its context's memory
+        self.contexts: dict[tuple[Any, ...], Any] = {}  # of each shape: a CUDA graph holds its context's memory
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         context = self._context(tensors)

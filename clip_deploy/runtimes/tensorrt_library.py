@@ -39,7 +39,7 @@ def validity(library: Any) -> dict[str, str]:
 def log_of(library: Any) -> Any:
     """The process's only log: TensorRT keeps the first that it is given. Its `errors` say why a call gave nothing."""
 
-    class Log(library.ILogger):
+    class Log(library.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             library.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -82,7 +82,8 @@ def _kernel(rows: np.ndarray) -> np.ndarray:
     others = squares[~np.eye(len(rows), dtype=bool)]
     kernel = np.exp(-squares / max(float(np.median(others)), 1e-12))
     np.fill_diagonal(kernel, 0)
-    return kernel
+    found: np.ndarray = kernel
+    return found
 
 
 def _mmd2(kernel: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -97,4 +98,5 @@ def _mmd2(kernel: np.ndarray, first: np.ndarray) -> np.ndarray:
     inside = np.einsum("ij,ij->i", members @ kernel, members)
     across = members @ kernel.sum(axis=1) - inside
     rest = kernel.sum() - inside - 2 * across
-    return inside / (count * (count - 1)) + rest / (other * (other - 1)) - 2 * across / (count * other)
+    found: np.ndarray = inside / (count * (count - 1)) + rest / (other * (other - 1)) - 2 * across / (count * other)
+    return found

@@ -212,7 +212,8 @@ def thin_image(job: ClientJob) -> str:
 
 
 def file(job: ClientJob) -> bytes:
-    return job.inputs["files"][0][: job.inputs["lengths"][0]].tobytes()
+    found: bytes = job.inputs["files"][0][: job.inputs["lengths"][0]].tobytes()
+    return found
 
 
 def zero_shot(job: ClientJob, content: bytes, texts: list[bytes]) -> str:

@@ -13,6 +13,7 @@ from clip_deploy.core.json_files import read_json
 from clip_deploy.core.similarity import normalized
 from clip_deploy.data.preprocessed import Prepared, batches
 from clip_deploy.inference.images import Preprocessor, decode
+from clip_deploy.inference.scores import Scoring
 
 BATCH = 32  # images or texts in one call, at most
 FILES = 32  # image files that the ensemble is asked about
@@ -59,7 +60,8 @@ def grey_levels(images: np.ndarray, settings: Preprocessor | None) -> np.ndarray
     if settings is None:
         return images
     levels = images.transpose(0, 2, 3, 1) * np.array(settings.image_std) + np.array(settings.image_mean)
-    return (levels / settings.rescale_factor).round().clip(0, 255).astype(np.uint8)
+    found: np.ndarray = (levels / settings.rescale_factor).round().clip(0, 255).astype(np.uint8)
+    return found
 
 
 def darkened(images: np.ndarray, settings: Preprocessor | None) -> np.ndarray:
@@ -67,7 +69,8 @@ def darkened(images: np.ndarray, settings: Preprocessor | None) -> np.ndarray:
     if settings is None:
         return levels
     light = levels * settings.rescale_factor - np.array(settings.image_mean)
-    return (light / np.array(settings.image_std)).astype(np.float32).transpose(0, 3, 1, 2).copy()
+    found: np.ndarray = (light / np.array(settings.image_std)).astype(np.float32).transpose(0, 3, 1, 2).copy()
+    return found
 
 
 def file_inputs(images: np.ndarray, settings: Preprocessor | None) -> dict[str, np.ndarray]:
@@ -112,12 +115,16 @@ def encode_offline(
             sessions[tower] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def images(batch: np.ndarray) -> np.ndarray:
-        return sessions["vision"].run(["image_embeds"], {manifest["towers"]["vision"]["image_input"]: batch})[0]
+        found: np.ndarray = sessions["vision"].run(
+            ["image_embeds"], {manifest["towers"]["vision"]["image_input"]: batch}
+        )[0]
+        return found
 
     def texts(*batch: np.ndarray) -> np.ndarray:
         given = dict(zip(TEXTS, batch, strict=True))
         fed = {name: given[name] for name in manifest["towers"]["text"]["inputs"]}
-        return sessions["text"].run(["text_embeds"], fed)[0]
+        found: np.ndarray = sessions["text"].run(["text_embeds"], fed)[0]
+        return found
 
     found = {
         "images": np.concatenate([images(batch) for batch in stored(inputs, "images")]),
@@ -145,8 +152,5 @@ def preprocessed(inputs: dict[str, np.ndarray], settings: Preprocessor | None) -
 
 def probabilities(images: np.ndarray, texts: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
     """float [images, texts], as the model scores pairs."""
-    logits = manifest["logit_scale"] * normalized(images) @ normalized(texts).T + (manifest["logit_bias"] or 0.0)
-    if manifest["activation"] == "sigmoid":
-        return 1 / (1 + np.exp(-logits))
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
+    scoring = Scoring(manifest["logit_scale"], manifest["logit_bias"], manifest["activation"])
+    return scoring.probabilities(normalized(images) @ normalized(texts).T)

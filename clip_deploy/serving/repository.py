@@ -95,7 +95,8 @@ def read_package(package: Path) -> dict[str, Any]:
         path = package / name
         if not path.is_file() or sha256(path) != facts["sha256"]:
             raise DiskError(f"{path} is missing or was changed after it was packaged: run `dvc repro package`")
-    return manifest
+    found: dict[str, Any] = manifest
+    return found
 
 
 def described(tower: dict[str, Any], preferred: list[int]) -> dict[str, Any]:
@@ -145,7 +146,8 @@ def write_model(repository: Path, config: dict[str, Any], program: str | None) -
     write_text(folder.parent / "config.pbtxt", pbtxt(config))
     if program:
         shutil.copyfile(MODELS / f"{program}.py", folder / "model.py")
-    return folder
+    found: Path = folder
+    return found
 
 
 def tower_config(

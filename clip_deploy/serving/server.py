@@ -231,7 +231,8 @@ def _region(port: int) -> str:
 def model_config(server: Server, model: str) -> dict[str, Any]:
     """A model's configuration as the server completed it."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.http}/v2/models/{model}/config", timeout=5) as answer:
-        return json.load(answer)
+        found: dict[str, Any] = json.load(answer)
+        return found
 
 
 def load_model(server: Server, model: str, config: dict[str, Any]) -> None:
@@ -248,7 +249,8 @@ def load_model(server: Server, model: str, config: dict[str, Any]) -> None:
 def answers(port: int, path: str) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
-            return answer.status == 200
+            found: bool = answer.status == 200
+            return found
     except (urllib.error.URLError, OSError):
         return False
 

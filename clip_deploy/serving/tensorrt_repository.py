@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import Target, hashes, read_target
+from clip_deploy.core.artifact import EMBEDS, Target, hashes, read_target
 from clip_deploy.core.config import BuildEngineConfig, GatesConfig, TritonConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import new_folder, sha256, write_text
@@ -21,7 +21,6 @@ from clip_deploy.core.records import Validation
 from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER
 from clip_deploy.evaluate.gates import failures_now
 from clip_deploy.serving.repository import (
-    EMBEDS,
     described,
     preferred_sizes,
     tower_config,

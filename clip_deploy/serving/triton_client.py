@@ -67,16 +67,19 @@ class Client:
 
     def version_of(self, answer: Any) -> str:
         response = answer.get_response()
-        return response["model_version"] if self.protocol == "http" else response.model_version
+        found: str = response["model_version"] if self.protocol == "http" else response.model_version
+        return found
 
 
 def embed_images(client: Client, job: ClientJob, images: np.ndarray) -> np.ndarray:
-    return client.infer("clip_vision", {job.image_input: images}).as_numpy("image_embeds")
+    found: np.ndarray = client.infer("clip_vision", {job.image_input: images}).as_numpy("image_embeds")
+    return found
 
 
 def embed_texts(client: Client, job: ClientJob, batch: int) -> np.ndarray:
     inputs = {name: job.batches(name)[batch] for name in job.text_inputs}
-    return client.infer("clip_text", inputs).as_numpy("text_embeds")
+    found: np.ndarray = client.infer("clip_text", inputs).as_numpy("text_embeds")
+    return found
 
 
 def ask(client: Client, job: ClientJob, row: int) -> np.ndarray:
@@ -84,7 +87,8 @@ def ask(client: Client, job: ClientJob, row: int) -> np.ndarray:
     content = job.inputs["files"][row][: job.inputs["lengths"][row]].tobytes()
     texts = np.array([[label.encode()] for label in job.inputs["labels"]], dtype=object)
     inputs = {"encoded": np.array([[content]], dtype=object), "texts": texts}
-    return client.infer("clip_zero_shot", inputs).as_numpy("probabilities")
+    found: np.ndarray = client.infer("clip_zero_shot", inputs).as_numpy("probabilities")
+    return found
 
 
 def together(calls: list[Callable[[], None]]) -> None:

@@ -112,7 +112,8 @@ def texture(size: list[int], rng: np.random.Generator) -> np.ndarray:
         coarse = rng.standard_normal((max(1, height // octave), max(1, width // octave)), dtype=np.float32)
         layer = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
         layers.append(layer / max(float(layer.std()), 1e-6))
-    return (np.sum(layers, axis=0) / np.sqrt(len(layers)))[:, :, None]
+    found: np.ndarray = (np.sum(layers, axis=0) / np.sqrt(len(layers)))[:, :, None]
+    return found
 
 
 def reference_embeddings(folder: Path, processor: "BaseImageProcessor", jpegs: list[bytes]) -> np.ndarray:
@@ -131,4 +132,5 @@ def run_feed(job: FeedJob) -> dict[str, Any]:
     done = subprocess.run(PROGRAM, input=pickle.dumps(job), stdout=subprocess.PIPE, env=variables, check=False)
     if not done.stdout:
         return {"status": "unavailable", "reason": f"it stopped with exit code {done.returncode} while it was timed"}
-    return json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

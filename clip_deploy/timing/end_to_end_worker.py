@@ -130,7 +130,7 @@ def prefetched(feed: Feed, jpegs: list[bytes], batch: int, workers: int) -> Gene
     """Batches of inputs without end: a pool makes the next ones while the caller encodes this one."""
     depth = max(2, math.ceil(2 * workers / batch))  # batches under way: no worker is idle at batch 1 either
     photos = cycle(jpegs)
-    waiting: deque[list] = deque()
+    waiting: deque[list[Any]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         while True:

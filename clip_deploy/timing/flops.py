@@ -14,7 +14,8 @@ def count_flop(call: Callable[[], object]) -> int:
     """Floating-point operations of a call's matmuls, convolutions and attention, two for a multiply-add."""
     with FlopCounterMode(display=False) as counter:
         call()
-    return counter.get_total_flops()
+    found: int = counter.get_total_flops()
+    return found
 
 
 def matrix_tflops(side: int = SIDE, device: str = "cuda") -> float:

@@ -94,7 +94,8 @@ def orientation(jpeg: bytes) -> int:
     if b"Exif\0" not in jpeg and b"tiff:Orientation" not in jpeg:  # most have none, and to open one takes its time
         return 1
     with Image.open(io.BytesIO(jpeg)) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return found
 
 
 def upright(image: "torch.Tensor", lies: int) -> "torch.Tensor":

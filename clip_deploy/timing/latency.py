@@ -280,7 +280,8 @@ class LatencyWorker:
         answer = json.loads(line)
         if "error" in answer:
             raise UnavailableError(answer["error"])
-        return answer
+        found: dict[str, Any] = answer
+        return found
 
     def _line(self) -> str:
         watch = Timer(self.timeout_s, self._end_late) if self.timeout_s else None

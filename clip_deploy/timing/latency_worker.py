@@ -51,7 +51,9 @@ def main() -> None:
     serve(open_encoder, prepare_call)
 
 
-def serve(open_target: Callable[[Path, int], "Encoder"], prepare: Callable[["Encoder", dict], Callable]) -> None:
+def serve(
+    open_target: Callable[[Path, int], "Encoder"], prepare: Callable[["Encoder", dict[str, Any]], Callable[..., Any]]
+) -> None:
     """Open the target that the command line names and answer requests; needs the standard library only.
 
     Args:
@@ -62,7 +64,7 @@ def serve(open_target: Callable[[Path, int], "Encoder"], prepare: Callable[["Enc
     answers = answer_stream()
     call: Callable[[], Any] = lambda: None  # noqa: E731
 
-    def answer(request: dict) -> dict[str, object]:
+    def answer(request: dict[str, Any]) -> dict[str, object]:
         nonlocal call
         if "tower" in request:
             call = prepare(encoder, request)
@@ -105,7 +107,7 @@ def answer_stream() -> TextIO:
     return answers
 
 
-def prepare_call(encoder: "Encoder", request: dict) -> Callable[[], object]:
+def prepare_call(encoder: "Encoder", request: dict[str, Any]) -> Callable[[], object]:
     """A call without arguments on random inputs of the asked shape.
 
     On a GPU the inputs lie there already, and the call ends when the GPU has done its work.
@@ -129,7 +131,7 @@ def prepare_call(encoder: "Encoder", request: dict) -> Callable[[], object]:
     return encode
 
 
-def _on_device(encoder: "DeviceEncoder", tower: str, arrays: list) -> Callable[[], None]:
+def _on_device(encoder: "DeviceEncoder", tower: str, arrays: list[Any]) -> Callable[[], None]:
     call = encoder.bind(tower, arrays)
 
     def run() -> None:

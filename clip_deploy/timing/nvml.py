@@ -44,7 +44,8 @@ def energy_j() -> float | None:
         return None
     nvml, handle = found
     try:
-        return nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+        result: float | None = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+        return result
     except nvml.NVMLError:  # older than Volta
         return None
 
@@ -56,6 +57,7 @@ def clock_mhz() -> int | None:
         return None
     nvml, handle = found
     try:
-        return nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+        result: int | None = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+        return result
     except nvml.NVMLError:
         return None

@@ -11,6 +11,7 @@ import json
 import struct
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -36,17 +37,17 @@ class RefusedError(ValueError):
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.output, *self.tokens = [output["name"] for output in config["output"]]
         self.max_images = int(config["parameters"]["max_images"]["string_value"])
         path = Path(args["model_repository"]) / args["model_version"] / "preprocessor.json"
         self.settings = json.loads(path.read_text()) if path.exists() else None
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
 
-    def _answer(self, request):
+    def _answer(self, request: Any) -> Any:
         files = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy().reshape(-1)
         try:
             tensor = pb_utils.Tensor(self.output, self.stacked(files))
@@ -57,7 +58,7 @@ class TritonPythonModel:
         passed = [pb_utils.Tensor(token.name(), token.as_numpy()) for token in given if token is not None]
         return pb_utils.InferenceResponse([tensor, *passed])
 
-    def stacked(self, files):
+    def stacked(self, files: np.ndarray) -> np.ndarray:
         """float32 [images, 3, height, width], or uint8 [images, height, width, 3] where the tower preprocesses."""
         if not 1 <= len(files) <= self.max_images:
             raise RefusedError(f"the request has {len(files)} images: give 1 to {self.max_images}")
@@ -73,7 +74,7 @@ class TritonPythonModel:
         return np.stack(images)
 
 
-def decoded(content):
+def decoded(content: bytes) -> Image.Image:
     """An RGB image, turned upright by the orientation that a camera wrote into the file."""
     if len(content) > MAX_BYTES:
         raise RefusedError(f"the file has {len(content)} bytes: at most {MAX_BYTES} are accepted")
@@ -98,7 +99,7 @@ def decoded(content):
         raise RefusedError(f"not an image that can be decoded: {error}") from error
 
 
-def rgb(image):
+def rgb(image: Image.Image) -> Image.Image:
     """Of 16 bits of grey the upper 8; what is transparent becomes white."""
     if image.mode in ("I", "F"):
         raise RefusedError(f"the image has pixels of mode {image.mode}, whose range is unknown")
@@ -110,7 +111,7 @@ def rgb(image):
     return image.convert("RGB")
 
 
-def pixel_values(image, settings):
+def pixel_values(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     """float32 [3, height, width]."""
     if settings["size"] is not None:
         image = image.resize(resized(image, settings["size"]), Image.Resampling(settings["resample"]))
@@ -120,12 +121,13 @@ def pixel_values(image, settings):
         image = image.crop((left, top, left + width, top + height))
     levels = np.asarray(image).transpose(2, 0, 1) * np.float32(settings["rescale_factor"])
     mean, std = (np.array(settings[name], np.float32).reshape(3, 1, 1) for name in ("image_mean", "image_std"))
-    return (levels.astype(np.float32) - mean) / std
+    pixels: np.ndarray = (levels.astype(np.float32) - mean) / std
+    return pixels
 
 
-def resized(image, size):
+def resized(image: Image.Image, size: dict[str, int]) -> tuple[int, int]:
     """[width, height] after resizing; the longer side is cut to whole pixels."""
     if "height" in size:
         return size["width"], size["height"]
-    short = min(image.size)
-    return tuple(size["shortest_edge"] * side // short for side in image.size)
+    short, edge = min(image.size), size["shortest_edge"]
+    return edge * image.width // short, edge * image.height // short

@@ -2,23 +2,24 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         settings = json.loads(
             (Path(args["model_repository"]) / args["model_version"] / "settings.json").read_text(encoding="utf-8")
         )
         self.scale, self.bias = settings["logit_scale"], settings["logit_bias"] or 0.0
         self.activation = {"softmax": softmax, "sigmoid": sigmoid}[settings["activation"]]
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
 
-    def _answer(self, request):
+    def _answer(self, request: Any) -> Any:
         images, texts = (
             normalized(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
             for name in ("image_embeds", "text_embeds")
@@ -27,16 +28,19 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([pb_utils.Tensor("probabilities", scores.astype(np.float32))])
 
 
-def normalized(rows):
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+def normalized(rows: np.ndarray) -> np.ndarray:
+    found: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return found
 
 
-def softmax(logits):
+def softmax(logits: np.ndarray) -> np.ndarray:
     """Over the texts."""
     raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
+    shares: np.ndarray = raised / raised.sum(axis=1, keepdims=True)
+    return shares
 
 
-def sigmoid(logits):
+def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Each pair by itself."""
-    return 1 / (1 + np.exp(-logits))
+    shares: np.ndarray = 1 / (1 + np.exp(-logits))
+    return shares

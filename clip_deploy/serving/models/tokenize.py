@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -11,7 +12,7 @@ STEP = 8  # lengths are rounded up to a multiple of it: requests of one length c
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"]) / args["model_version"]
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         self.context, self.pad_token = settings["context_length"], settings["pad_token"]
@@ -20,10 +21,10 @@ class TritonPythonModel:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.context)
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(pb_utils.get_input_tensor_by_name(request, "texts").as_numpy()) for request in requests]
 
-    def _answer(self, texts):
+    def _answer(self, texts: np.ndarray) -> Any:
         try:
             words = [text.decode("utf-8") for text in texts.reshape(-1)]
         except UnicodeDecodeError as error:
@@ -33,7 +34,7 @@ class TritonPythonModel:
         ids, mask = self.tokens(words)
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids), pb_utils.Tensor("attention_mask", mask)])
 
-    def tokens(self, words):
+    def tokens(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """input_ids and attention_mask, int64 [texts, tokens]; a text longer than the context is cut."""
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch(words)]
         longest = max(map(len, rows), default=1)
@@ -45,5 +46,5 @@ class TritonPythonModel:
         return ids, mask
 
 
-def _refused(why):
+def _refused(why: str) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(why, pb_utils.TritonError.INVALID_ARG))
