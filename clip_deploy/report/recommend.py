@@ -268,7 +268,8 @@ def _targets(rows: list[Row]) -> dict[str, dict[str, Any]]:
 
 def shown(advice: Recommendation, rows: Sequence[Row]) -> dict[str, Any]:
     """What the report and its page show."""
-    return {"facts": facts(advice, rows), "losers": advice.losers, "front": advice.front}
+    said = {"facts": facts(advice, rows), "losers": advice.losers, "front": advice.front}
+    return {**said, "ship": advice.ship, "batch": advice.limits["batch"]}
 
 
 def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
