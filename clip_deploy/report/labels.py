@@ -10,7 +10,17 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 LETTER, LINE = 6.05, 12.0  # a letter's width and a line's height in pixels, of a fixed-width font of 10 pixels
 DOT = 6.0  # half of what a dot takes
 NEAR = 12.0  # so far from its dot a name needs no line
-TURNS = [0, 180, 90, 270, *(turn for turn in range(15, 360, 15) if turn % 90)]  # degrees, the best place first
+TURNS = [
+    0,
+    180,
+    45,
+    315,
+    135,
+    225,
+    *(turn for turn in range(15, 360, 15) if turn % 45),
+    90,
+    270,
+]  # degrees, the best place first
 
 
 @dataclass(frozen=True)
@@ -24,16 +34,18 @@ class Label:
 
 def place_labels(dots: Sequence[Point], names: Sequence[str], width: float, height: float) -> list[Label]:
     """Each beside its dot or as near as there is room; beside it, over others, where the whole plane has none."""
-    taken = [(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in dots]
+    dotted = [(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in dots]
+    written: list[Box] = []
     placed = {}
     for place in sorted(range(len(dots)), key=lambda place: dots[place]):
-        length, others = LETTER * len(names[place]), taken[:place] + taken[place + 1 :]
+        length, others = LETTER * len(names[place]), dotted[:place] + dotted[place + 1 :]
+        apart = [box for box in others if not _meet(box, dotted[place])]  # a line may start among dots that overlap
         candidates = list(_candidates(dots[place], length, math.hypot(width, height)))
         inside = [label for label in candidates if _lies_in(_box(label, length), width, height)]
-        free = [label for label in inside if not any(_meet(_box(label, length), other) for other in others)]
-        clear = (label for label in free if not _crosses(dots[place], label, others))
+        free = [label for label in inside if not _meets(_box(label, length), others + written)]
+        clear = (label for label in free if not _crosses(dots[place], label, apart + written))
         found = placed[place] = next(clear, next(iter(free), candidates[0]))
-        taken += [_box(found, length), *_dotted(dots[place], found.near)]
+        written += [_box(found, length), *_dotted(dots[place], found.near)]
     return [placed[place] for place in range(len(dots))]
 
 
@@ -42,9 +54,12 @@ def _lies_in(box: Box, width: float, height: float) -> bool:
 
 
 def _crosses(dot: Point, label: Label, taken: list[Box]) -> bool:
-    """Whether the line to a name runs over something that does not lie at its own dot."""
-    own = dot[0] - DOT, dot[1] - DOT, dot[0] + DOT, dot[1] + DOT
-    return any(_meet(part, box) for part in _dotted(dot, label.near) for box in taken if not _meet(box, own))
+    """Whether the line to a name runs over something."""
+    return any(_meets(part, taken) for part in _dotted(dot, label.near))
+
+
+def _meets(box: Box, taken: list[Box]) -> bool:
+    return any(_meet(box, other) for other in taken)
 
 
 def _candidates(dot: Point, length: float, furthest: float) -> Iterator[Label]:

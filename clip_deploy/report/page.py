@@ -64,7 +64,7 @@ def _rows(table: Table, places: list[int]) -> str:
 
 
 def _head(table: Table, text: str) -> str:
-    kept = re.sub(r"(?<=batch) (?=\d)| (?=%)", "&nbsp;", escape(text))
+    kept = re.sub(r"(?<=batch) (?=\d)| (?=%\])", "&nbsp;", escape(text))
     return f"<button>{kept}</button>" if table.keys else kept
 
 

@@ -362,3 +362,16 @@ def test_a_click_on_a_columns_head_sorts(cpu, tmp_path):
 def test_programs_find_the_rows_in_the_page(cpu):
     data = json.loads(page(cpu).split('id="content">')[1].split("</script>")[0])
     assert data["rows"][1]["timings"]["vision"]["8"]["p50_ms"] == 16.0
+
+
+def test_a_report_of_nothing_that_is_there_has_both_faces_without_plots(tmp_path):
+    report = report_of({name: ON_CPU[name] for name in ("trt-fp32", "trt-fp16")}, tmp_path)
+    assert "<svg" not in page(report)
+    assert "<details><summary><code>trt-fp32</code>, <code>trt-fp16</code> unavailable" in page(report)
+    assert "| `trt-fp32` | **unavailable** | - |" in markdown(report)
+
+
+def test_one_target_alone_is_drawn(tmp_path):
+    dots = page(report_of({"torch-fp32": ON_CPU["torch-fp32"]}, tmp_path)).split("<svg")[1].split("</svg>")[0]
+    assert 'aria-label="torch-fp32: 6.00 ms, top-1 in % 92.2"' in dots
+    assert ">torch-fp32</text>" in dots
