@@ -5,8 +5,8 @@ screen, so that its words are read there.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clip_deploy.core.artifact import TOWERS
@@ -32,6 +32,8 @@ KINDS = {"on the Pareto front": ("var(--good)", "circle"), "passes its gate": ("
 KINDS |= {"misses its gate": ("var(--bad)", "cross")}
 HUES = [f"var(--hue-{index})" for index in range(8)]
 DASHES = [[1, 0], [5, 3], [2, 2]]
+TOWER_COLOURS = {"field": "tower", "scale": {"domain": list(TOWERS), "range": [HUES[0], HUES[1]]}}
+RULE: dict[str, Any] = {"type": "rule", "strokeWidth": 1.5, "aria": False}
 AXIS: dict[str, Any] = {
     "labelColor": DIM,
     "titleColor": DIM,
@@ -44,6 +46,7 @@ LEGEND = {"labelColor": DIM, "labelFontSize": 11, "title": None, "orient": "top"
 CONFIG = {"font": FAMILY, "view": {"stroke": None}, "axis": AXIS, "legend": LEGEND, "padding": 4}
 
 Spec = dict[str, Any]
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -88,47 +91,54 @@ def accuracy_figure(rows: Sequence[Row], front: Sequence[str]) -> Figure | None:
     drawn = [(row, x, y) for row, x, y in found if x is not None and y is not None]
     if not drawn:
         return None
-    height = max(240, 24 * len(drawn))
+    quantity = "top-1 in %" if judged else "lowest cosine"
     across = Scale.around([x for _, x, _ in drawn], is_log=True, margin=0.1)
     up = Scale.around([y for _, _, y in drawn], least=2.0 if judged else 1e-4)
-    dots = [(PLANE * across.share(x), height * (1 - up.share(y))) for _, x, y in drawn]
-    names = place_labels(dots, [row.target for row, _, _ in drawn], PLANE, height)
-    quantity = "top-1 in %" if judged else "lowest cosine"
+    height = max(240, 24 * len(drawn))
     values: list[dict[str, Any]] = [
-        {
-            "said": f"{row.target}: {number(x)} ms, {quantity} {y:.6g}",
-            "target": row.target,
-            "kind": _kind(row, front),
-            "x": x,
-            "y": y,
-            "dot_x": dot[0],
-            "dot_y": dot[1],
-            "name_x": name.x,
-            "name_y": name.y,
-            "near_x": name.near[0],
-            "near_y": name.near[1],
-        }
-        for (row, x, y), dot, name in zip(drawn, dots, names, strict=True)
+        {"target": row.target, "kind": _kind(row, front), "x": x, "y": y, "said": _said(row, x, quantity, y), **place}
+        for (row, x, y), place in zip(drawn, _dot_places(drawn, across, up, height), strict=True)
     ]
-    kinds = [kind for kind in KINDS if any(value["kind"] == kind for value in values)]
-    ranges = {"range": [KINDS[kind][0] for kind in kinds]}, {"range": [KINDS[kind][1] for kind in kinds]}
+    place = {"x": _axis("x", across, f"vision p50 in ms, batch {_smallest(rows)}"), "y": _axis("y", up, quantity)}
+    dots = {**place, **_kinds([value["kind"] for value in values]), "description": {"field": "said"}}
     layers: list[Spec] = [
         _leaders("dot_x", "dot_y", "near_x", "near_y"),
-        {
-            "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1},
-            "encoding": {
-                "x": _axis("x", across, "vision p50 in ms, batch " + _smallest(rows)),
-                "y": _axis("y", up, quantity),
-                "color": {"field": "kind", "scale": {"domain": kinds, **ranges[0]}},
-                "shape": {"field": "kind", "scale": {"domain": kinds, **ranges[1]}},
-                "description": {"field": "said"},
-            },
-        },
+        {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1}, "encoding": dots},
         _names("name_x", "name_y"),
     ]
     caption = f"{quantity.capitalize()} against latency"
-    said = f"{caption}: {'; '.join(value['said'] for value in values)}"
-    return Figure(caption, said, _spec(values, layers, width=PLANE, height=height))
+    return _figure(caption, values, layers, width=PLANE, height=height)
+
+
+def _dot_places(
+    drawn: list[tuple[Row, float, float]], across: Scale, up: Scale, height: float
+) -> Iterator[dict[str, float]]:
+    """For each dot: where it lies, where its name stands, and where the line between them ends; in pixels."""
+    dots = [(PLANE * across.share(x), height * (1 - up.share(y))) for _, x, y in drawn]
+    names = place_labels(dots, [row.target for row, _, _ in drawn], PLANE, height)
+    for dot, name in zip(dots, names, strict=True):
+        ends = {"dot_x": dot[0], "dot_y": dot[1], "near_x": name.near[0], "near_y": name.near[1]}
+        yield {**ends, "name_x": name.x, "name_y": name.y}
+
+
+def _kinds(found: Sequence[str]) -> Spec:
+    """Colours and shapes of the kinds of dots that there are."""
+    kinds = [kind for kind in KINDS if kind in found]
+    colours, shapes = ([KINDS[kind][part] for kind in kinds] for part in (0, 1))
+    return {
+        "color": {"field": "kind", "scale": {"domain": kinds, "range": colours}},
+        "shape": {"field": "kind", "scale": {"domain": kinds, "range": shapes}},
+    }
+
+
+def _kind(row: Row, front: Sequence[str]) -> str:
+    if row.status != "pass":
+        return "misses its gate"
+    return "on the Pareto front" if row.target in front else "passes its gate"
+
+
+def _said(row: Row, p50_ms: float, quantity: str, accuracy: float) -> str:
+    return f"{row.target}: {number(p50_ms)} ms, {quantity} {accuracy:.6g}"
 
 
 def speed_figure(rows: Sequence[Row]) -> Figure | None:
@@ -141,27 +151,33 @@ def speed_figure(rows: Sequence[Row]) -> Figure | None:
     if not decided:
         return None
     title = "p50 in ms" if on_gpu else f"speed-up over {REFERENCE}"
-    scale = Scale.around([value[end] for value in decided for end in ("low", "high")], is_log=on_gpu)
-    scale = scale if on_gpu else Scale(0, scale.high)
-    colours = {"field": "tower", "scale": {"domain": list(TOWERS), "range": [HUES[0], HUES[1]]}}
+    ends = [value[end] for value in decided for end in ("low", "high")]
+    scale = Scale.around(ends, is_log=True) if on_gpu else Scale(0, 1.05 * max(1.0, *ends))
     place = {"y": _target_axis(shown), "yOffset": {"field": "tower", "sort": list(TOWERS)}}
-    interval = {"x": _axis("low", scale, title), "x2": {"field": "high"}}
-    value = {"x": _axis("middle", scale, title), "color": colours, "description": {"field": "said"}}
-    bars = {"type": "point", "filled": True, "size": 45, "opacity": 1} if on_gpu else {"type": "bar"}
-    rules = {"type": "rule", "strokeWidth": 1.5, "aria": False}
-    lines = {"mark": rules, "encoding": {**place, **interval, "color": colours if on_gpu else {"value": INK}}}
-    even = {"mark": {**rules, "color": DIM, "strokeDash": [3, 3]}, "encoding": {"x": {"datum": 1}}}
-    layers: list[Spec] = [
-        *([lines] if on_gpu else []),
-        {"mark": bars, "encoding": {**place, **value}},
-        *([] if on_gpu else [lines, even]),
-        {"mark": {**NAME, "dx": 3}, "encoding": {**place, "x": {"value": 0}, "text": {"field": "undecided"}}},
-    ]
-    names = LETTER * max(len(row.target) for row in shown)
+    undecided = {"mark": {**NAME, "dx": 3}, "encoding": {"x": {"value": 0}, "text": {"field": "undecided"}}}
+    layers = [*(_intervals if on_gpu else _bars)(scale, title), undecided]
+    for layer in layers:
+        layer["encoding"] = {**place, **layer["encoding"]}
+    even = {"mark": {**RULE, "color": DIM, "strokeDash": [3, 3]}, "encoding": {"x": {"datum": 1}}}
     marked = " (~: decides nothing)" if len(decided) < len(values) else ""
     caption = f"{title[0].upper()}{title[1:]}, batch {_smallest(rows)}, with 95 % intervals{marked}"
-    said = f"{caption}: {'; '.join(value['said'] for value in values)}"
-    return Figure(caption, said, _spec(values, layers, width=WIDTH - names - 30, height={"step": 11}))
+    width = WIDTH - 30 - LETTER * max(len(row.target) for row in shown)
+    return _figure(caption, values, [*layers, *([] if on_gpu else [even])], width=width, height={"step": 11})
+
+
+def _bars(scale: Scale, title: str) -> list[Spec]:
+    """From 0, with the interval at their ends."""
+    value = {"x": _axis("middle", scale, title), "color": TOWER_COLOURS, "description": {"field": "said"}}
+    interval = {"x": _axis("low", scale, title), "x2": {"field": "high"}}
+    return [{"mark": {"type": "bar"}, "encoding": value}, {"mark": {**RULE, "color": INK}, "encoding": interval}]
+
+
+def _intervals(scale: Scale, title: str) -> list[Spec]:
+    """As lines, with a dot at the value: a logarithmic axis has no 0 for a bar to stand on."""
+    interval = {"x": _axis("low", scale, title), "x2": {"field": "high"}, "color": TOWER_COLOURS}
+    value = {"x": _axis("middle", scale, title), "color": TOWER_COLOURS, "description": {"field": "said"}}
+    dot = {"type": "point", "filled": True, "size": 45, "opacity": 1}
+    return [{"mark": RULE, "encoding": interval}, {"mark": dot, "encoding": value}]
 
 
 def _measured(row: Row, tower: str, keys: tuple[str, str, str]) -> dict[str, Any]:
@@ -198,52 +214,66 @@ def sensitivity_figure(rows: Sequence[Row]) -> Figure | None:
 
 
 def _curves(
-    curves: dict[str, list[tuple[float, float]]],
+    curves: dict[str, list[Point]],
     caption: str,
     x_title: str,
     y_title: str,
     is_log: bool = False,
     built: dict[str, float] | None = None,
 ) -> Figure | None:
-    """A line for each name, which stands at its right end."""
+    """A line for each name, which stands at its right end; a ring where `built` says."""
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None
-    width = WIDTH - 75 - LETTER * max(len(name) for name in curves)
-    height = max(240, (LINE + 3) * len(curves))
-    xs, ys = ([point[axis] for points in curves.values() for point in points] for axis in (0, 1))
+    width, height = WIDTH - 75 - LETTER * max(len(name) for name in curves), max(240, (LINE + 3) * len(curves))
+    xs, ys = ([point[part] for points in curves.values() for point in points] for part in (0, 1))
     across, up = Scale.around(xs, is_log=is_log, margin=0.0), Scale.around(ys, is_log=is_log)
-    across = Scale(across.low, across.high, is_log, sorted(set(xs)) if is_log else None)
-    ends = [height * (1 - up.share(points[-1][1])) for points in curves.values()]
-    values, names, rings = [], [], []
-    for (name, points), end, at in zip(curves.items(), ends, spread(ends, 0, height), strict=True):
-        values += [{"target": name, "x": x, "y": y, "said": f"{name}: {x:g}, {y:.6g}"} for x, y in points]
-        start = {"end_x": width * across.share(points[-1][0]), "end_y": end}
-        names.append({"target": name, **start, "name_x": width + 14, "near_x": width + 11, "name_y": at})
-        at_built = (built or {}).get(name)
-        rings += [{"target": name, "x": x, "y": y} for x, y in points if at_built and abs(x - at_built) < 0.1]
-    hues = {"domain": list(curves), "range": [HUES[index % len(HUES)] for index in range(len(curves))]}
-    dashes = {
-        "domain": list(curves),
-        "range": [DASHES[index // len(HUES) % len(DASHES)] for index in range(len(curves))],
-    }
-    colour = {"field": "target", "scale": hues, "legend": None}
-    place = {"x": _axis("x", across, x_title), "y": _axis("y", up, y_title), "color": colour}
-    dash = {"strokeDash": {"field": "target", "scale": dashes, "legend": None}}
-    leaders = _leaders("end_x", "end_y", "near_x", "name_y")
-    leaders["encoding"]["color"] = colour
-    layers: list[Spec] = [
-        {"data": {"values": names}, **leaders},
-        {"mark": {"type": "line", "strokeWidth": 2, "aria": False}, "encoding": {**place, **dash}},
-        {
-            "mark": {"type": "point", "filled": True, "size": 24, "opacity": 1},
-            "encoding": {**place, "description": {"field": "said"}},
-        },
-        {"data": {"values": rings}, "mark": {"type": "point", "size": 110, "aria": False}, "encoding": place},
-        {"data": {"values": names}, **_names("name_x", "name_y")},
+    across = replace(across, ticks=sorted(set(xs)) if is_log else None)
+    values: list[dict[str, Any]] = [
+        {"target": name, "x": x, "y": y, "said": f"{name}: {x:g}, {y:.6g}"}
+        for name, points in curves.items()
+        for x, y in points
     ]
-    said = f"{caption}; the numbers are in the table"
-    return Figure(caption, said, _spec(values, layers, width=width, height=height))
+    rings = [value for value in values if abs(value["x"] - (built or {}).get(value["target"], math.inf)) < 0.1]
+    colour, dash = _styles(list(curves))
+    place = {"x": _axis("x", across, x_title), "y": _axis("y", up, y_title), "color": colour}
+    names = {"data": {"values": list(_end_places(curves, across, up, width, height))}}
+    dot, said = {"type": "point", "filled": True, "size": 24, "opacity": 1}, {"field": "said"}
+    layers: list[Spec] = [
+        {**names, **_leaders("end_x", "end_y", "near_x", "name_y", colour)},
+        {"mark": {"type": "line", "strokeWidth": 2, "aria": False}, "encoding": {**place, "strokeDash": dash}},
+        {"mark": dot, "encoding": {**place, "description": said}},
+        {"data": {"values": rings}, "mark": {"type": "point", "size": 110, "aria": False}, "encoding": place},
+        {**names, **_names("name_x", "name_y")},
+    ]
+    return _figure(caption, values, layers, width=width, height=height)
+
+
+def _end_places(
+    curves: dict[str, list[Point]], across: Scale, up: Scale, width: float, height: float
+) -> Iterator[dict[str, Any]]:
+    """Where each line ends, and where its name stands beside the plane; in pixels."""
+    ends = [(width * across.share(points[-1][0]), height * (1 - up.share(points[-1][1]))) for points in curves.values()]
+    heights = spread([y for _, y in ends], 0, height)
+    for name, end, at in zip(curves, ends, heights, strict=True):
+        yield {
+            "target": name,
+            "end_x": end[0],
+            "end_y": end[1],
+            "near_x": width + 11,
+            "name_x": width + 14,
+            "name_y": at,
+        }
+
+
+def _styles(names: list[str]) -> tuple[Spec, Spec]:
+    """A colour for each name, and another dash where the colours begin anew."""
+    hues = [HUES[place % len(HUES)] for place in range(len(names))]
+    dashes = [DASHES[place // len(HUES) % len(DASHES)] for place in range(len(names))]
+    colour, dash = (
+        {"field": "target", "scale": {"domain": names, "range": found}, "legend": None} for found in (hues, dashes)
+    )
+    return colour, dash
 
 
 def _axis(field: str, scale: Scale, title: str) -> Spec:
@@ -273,24 +303,20 @@ def _pixels(**channels: str) -> Spec:
     return {channel: {"field": field, "type": "quantitative", "scale": None} for channel, field in channels.items()}
 
 
-def _leaders(x: str, y: str, x2: str, y2: str) -> Spec:
+def _leaders(x: str, y: str, x2: str, y2: str, colour: Spec | None = None) -> Spec:
     """Lines from dots to their names, in pixels."""
-    encoding = {**_pixels(x=x, y=y), "x2": {"field": x2}, "y2": {"field": y2}}
-    return {"mark": {"type": "rule", "color": DIM, "strokeWidth": 0.75, "aria": False}, "encoding": encoding}
+    encoding = {**_pixels(x=x, y=y), "x2": {"field": x2}, "y2": {"field": y2}, "color": colour or {"value": DIM}}
+    return {"mark": {**RULE, "strokeWidth": 0.75}, "encoding": encoding}
 
 
 def _names(x: str, y: str) -> Spec:
     return {"mark": NAME, "encoding": {**_pixels(x=x, y=y), "text": {"field": "target"}}}
 
 
-def _spec(values: list[dict[str, Any]], layers: list[Spec], **size: Any) -> Spec:
-    return {"data": {"values": values}, "layer": layers, "config": CONFIG, "background": None, **size}
-
-
-def _kind(row: Row, front: Sequence[str]) -> str:
-    if row.status != "pass":
-        return "misses its gate"
-    return "on the Pareto front" if row.target in front else "passes its gate"
+def _figure(caption: str, values: list[dict[str, Any]], layers: list[Spec], **size: Any) -> Figure:
+    said = f"{caption}: {'; '.join(value['said'] for value in values)}"
+    spec = {"data": {"values": values}, "layer": layers, "config": CONFIG, "background": None, **size}
+    return Figure(caption, said, spec)
 
 
 def _decided(row: Row, tower: str, key: str) -> float | None:

@@ -54,7 +54,9 @@ def _table(table: Table) -> str:
 
 
 def _rows(table: Table, places: list[int]) -> str:
-    heads = "".join(f"<th{_side(table, column)}>{_head(table, text)}</th>" for column, text in enumerate(table.head))
+    heads = "".join(
+        f'<th scope="col"{_side(table, column)}>{_head(table, text)}</th>' for column, text in enumerate(table.head)
+    )
     lines = [
         "<tr>" + "".join(_cell(table, place, column) for column in range(len(table.head))) + "</tr>" for place in places
     ]
