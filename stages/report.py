@@ -11,11 +11,10 @@ from clip_deploy.core.environment import Environment
 from clip_deploy.core.json_files import read_json
 from clip_deploy.core.parsing import read_record
 from clip_deploy.core.recommendation import Recommendation
-from clip_deploy.report.gpu_sections import gpu_sections
+from clip_deploy.report.contents import Report
 from clip_deploy.report.recommend import shown
 from clip_deploy.report.rows import doubts, read_flows, read_rows
-from clip_deploy.report.triton_sections import triton_sections
-from clip_deploy.report.write import write_report
+from clip_deploy.report.write import describe_inputs, describe_run, entitle, write_report
 from stages import stage
 
 
@@ -38,13 +37,20 @@ class Settings:
 @stage
 def report(settings: Settings) -> None:
     rows = read_rows(settings.targets, settings.validation, settings.benchmark_results)
-    flows = read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end")
     environment = read_record(Environment, settings.environment, null_is_nan=False)
     evaluation = read_json(settings.evaluation / "manifest.json")
-    model, names = read_target(settings.checkpoint).model, {"model": settings.model_name, "data": settings.data_name}
-    sections = gpu_sections(rows) + triton_sections(read_json(settings.served))
-    advice = shown(read_record(Recommendation, settings.recommendation, null_is_nan=False), rows)
-    write_report(rows, environment, model, evaluation, names, flows, settings.output, sections, advice)
+    model = read_target(settings.checkpoint).model
+    found = Report(
+        title=entitle(settings.model_name, environment, rows),
+        rows=rows,
+        about=describe_inputs(settings.model_name, model, settings.data_name, evaluation),
+        run=describe_run(environment, rows),
+        flows=read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end"),
+        shipping=shown(read_record(Recommendation, settings.recommendation, null_is_nan=False), rows),
+        findings=model.get("findings", []),
+        served=read_json(settings.served),
+    )
+    write_report(found, settings.output)
     counts = f"{len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass"
     print(f"{settings.output / 'report.md'}: {'; '.join([*doubts(rows), counts])}")
 

@@ -240,15 +240,20 @@ def _targets(rows: list[Row]) -> dict[str, TargetVerdict]:
 
 @dataclass(frozen=True)
 class Shipping:
-    """What the report and its page show of a recommendation: `facts` are sentences, `losers` why each other lost."""
+    """What the report shows of a recommendation: `facts` are sentences, `losers` why each other target lost.
+
+    `ship` is the winner for each tower, at the batch size `batch`.
+    """
 
     facts: list[str]
     losers: dict[str, str]
     front: list[str]
+    ship: dict[str, str]
+    batch: int
 
 
 def shown(advice: Recommendation, rows: Sequence[Row]) -> Shipping:
-    return Shipping(facts(advice, rows), advice.losers, advice.front)
+    return Shipping(facts(advice, rows), advice.losers, advice.front, advice.ship, advice.limits.batch)
 
 
 def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
