@@ -25,7 +25,7 @@ from clip_deploy.onnx_graph.ir_tools import array, initializer
 from clip_deploy.rewrites.attention import fuse_attention, replace_masks
 from clip_deploy.rewrites.early_pooling import pool_early
 from clip_deploy.rewrites.half_precision import clamp_masks
-from clip_deploy.rewrites.patch_embedding import multiply_patches
+from clip_deploy.rewrites.patch_embedding import conv_to_matmul
 
 FOLD_BYTES = 1 << 30  # weights are folded, whatever their size
 TOLERANCE = 1e-4  # largest difference that a rewrite may make, relative to the output's largest value
@@ -43,7 +43,7 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = 
             ("padding mask", partial(_edit, lambda model: replace_masks(model, causal=False))),
         ],
         [("onnxruntime", partial(_rewrite_onnxruntime, False))],
-        [("patches", partial(_edit, multiply_patches))],
+        [("patches", partial(_edit, conv_to_matmul))],
         [("early pooling", partial(_edit, pool_early))],
         [("skip", partial(_rewrite_onnxruntime, True))] if settings.skip_layer_norm else [],
         [("masks", partial(_edit, clamp_masks))] if settings.precision is Precision.fp16 else [],
@@ -87,7 +87,7 @@ def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:
     model = ir.load(source)
     simplify(model)
     rewrite(model, [gemm_to_matmul_add_rule])
-    _multiply_plainly(model.graph)
+    _gemm_to_matmul(model.graph)
     if not edit(model):
         return False
     simplify(model)
@@ -96,7 +96,7 @@ def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:
     return True
 
 
-def _multiply_plainly(graph: ir.Graph) -> None:
+def _gemm_to_matmul(graph: ir.Graph) -> None:
     """Gemm without bias to MatMul: dynamic quantisation knows the second only."""
     for node in list(graph):
         weight = array(node.inputs[1]) if node.op_type == "Gemm" and len(node.inputs) == 2 else None
@@ -104,8 +104,8 @@ def _multiply_plainly(graph: ir.Graph) -> None:
             continue
         if node.attributes.get_int("transB", 0):
             weight = np.ascontiguousarray(weight.T)
-        product = ir.node("MatMul", [node.inputs[0], initializer(graph, f"{node.outputs[0].name}_weight", weight)])
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [product], node.outputs, product.outputs)
+        matmul = ir.node("MatMul", [node.inputs[0], initializer(graph, f"{node.outputs[0].name}_weight", weight)])
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [matmul], node.outputs, matmul.outputs)
 
 
 def _rewrite_onnxruntime(skip_layer_norm: bool, source: Path, output: Path) -> bool:

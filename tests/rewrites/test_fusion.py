@@ -15,7 +15,15 @@ from clip_deploy.builders.quantize import quantize
 from clip_deploy.checkpoint.load import load_model, load_processor
 from clip_deploy.checkpoint.towers import split
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import DataConfig, Gate, GatesConfig, OnnxConfig, OptimizeConfig, Precision, QuantizeConfig
+from clip_deploy.core.config import (
+    DataConfig,
+    GateLimits,
+    GatesConfig,
+    OnnxConfig,
+    OptimizeConfig,
+    Precision,
+    QuantizeConfig,
+)
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.dataset import load
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
@@ -255,7 +263,7 @@ def test_towers_without_a_fused_attention_keep_the_gate_in_every_precision(unfus
         lambda folder: quantize(tmp_path / "ort-fp32", QuantizeConfig(), calibration, [], 0, folder),
         Target("ort", "int8"),
     )
-    gates = GatesConfig(*(Gate(min_cosine=limit) for limit in (0.9999, 0.999, 0.99, 0.9)))
+    gates = GatesConfig(*(GateLimits(min_cosine=limit) for limit in (0.9999, 0.999, 0.99, 0.9)))
     lowest = {}
     for target in ("onnx-fp32", "ort-fp32", "ort-fp16", "ort-int8-dynamic"):
         evaluation = sets / "evaluation"
