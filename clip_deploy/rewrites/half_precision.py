@@ -108,7 +108,7 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 def _cast_down(model: onnx.ModelProto, path: Path, floats: set[str], in_fp32: set[str], dtype: ir.DataType) -> None:
-    """Write the graph to `path` with its float32 tensors in another type, but for these nodes' and those of _stays_float32."""
+    """Write the graph to `path` with its float32 tensors in another type, but those of `in_fp32` and _stays_float32."""
     lowered = ir.from_proto(model)
     graph = lowered.graph
     floats = floats | {name for name, value in graph.initializers.items() if value.dtype == ir.DataType.FLOAT}
