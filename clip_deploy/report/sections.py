@@ -25,7 +25,7 @@ from clip_deploy.report.tables import (
 )
 from clip_deploy.report.triton_sections import triton_section
 
-MOST_SENSITIVE = 5  # nodes named in the report; all are in reports/validate/
+SENSITIVE_SHOWN = 5  # nodes named in the report; all are in reports/validate/
 
 
 def sections(report: Report) -> list[Section]:
@@ -436,7 +436,7 @@ def search_section(report: Report) -> Section | None:
     for row, found in searched:
         left = f"{len(found.left_in_float)} of {found.nodes}"
         names = f": {', '.join(found.left_in_float)}" if found.left_in_float else ""
-        worst = [f"{name} {value:.1e}" for name, value in list(found.sensitivity.items())[:MOST_SENSITIVE]]
+        worst = [f"{name} {value:.1e}" for name, value in list(found.sensitivity.items())[:SENSITIVE_SHOWN]]
         cost = f"{found.top1_drop:.2f} points, {found.flips:.2f} %"
         body.append([f"`{row.target}`", left + names, cost, ", ".join(worst)])
         points = [f"{100 * point.share:.0f} %: {point.flips:.2f} % ({point.cosine:.5f})" for point in found.curve]
