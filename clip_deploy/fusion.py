@@ -1,4 +1,4 @@
-"""Fused graphs: our own attention, patches and pooling, and ONNX Runtime's optimizer for GELU and LayerNormalization.
+"""Fused graphs: attention, GELU, LayerNormalization, skip connections, patches and pooling, each found by ourselves.
 
 Each rewrite is checked: one that changes the outputs, or makes a graph that does not run, is undone and named.
 """
@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime.transformers.optimizer as transformer_optimizer
-from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxscript.optimizer import fold_constants
 from onnxscript.optimizer import optimize as simplify
 from onnxscript.rewriter import rewrite
@@ -27,10 +24,14 @@ from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, OptimizeConfig, Precision, Provider
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.float16 import SCAN_ROWS, clamp_masks, halve, to_bfloat16
+from clip_deploy.gelu import fuse_gelu
+from clip_deploy.layer_norm import fuse_layer_norm
 from clip_deploy.patches import multiply_patches
 from clip_deploy.pooling import find_in_float, pool_early
 from clip_deploy.prepared import Prepared, feeds
+from clip_deploy.reshapes import drop_idle_reshapes
 from clip_deploy.shell import Shell, put_on, take_off
+from clip_deploy.skip_layer_norm import fuse_skip_layer_norm
 
 FOLD_BYTES = 1 << 30  # weights are folded, whatever their size
 TOLERANCE = 1e-4  # largest difference that a rewrite may make, relative to the output's largest value
@@ -53,8 +54,7 @@ def optimize(
     target = read_target(source)
     if target.unavailable:
         raise UnavailableError(f"{source.name}: {target.unavailable}")
-    for name in ("onnxscript", transformer_optimizer.__name__):  # what cannot be folded, who made the graph
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # what cannot be folded
     undone: list[str] = []
     in_fp32: list[str] = []
     with tempfile.TemporaryDirectory(dir=output) as folder:
@@ -124,10 +124,14 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = 
             ("causal mask", partial(_edit, lambda model: replace_masks(model, causal=True))),
             ("padding mask", partial(_edit, lambda model: replace_masks(model, causal=False))),
         ],
-        [("onnxruntime", partial(_rewrite_onnxruntime, False))],
+        [("gelu", partial(_edit, lambda model: fuse_gelu(model) > 0))],
+        [("layer_norm", partial(_edit, lambda model: fuse_layer_norm(model) > 0))],
+        [("reshapes", partial(_edit, lambda model: drop_idle_reshapes(model) > 0))],
         [("patches", partial(_edit, multiply_patches))],
         [("early pooling", partial(_edit, pool_early))],
-        [("skip", partial(_rewrite_onnxruntime, True))] if settings.skip_layer_norm else [],
+        [("skip_layer_norm", partial(_edit, lambda model: fuse_skip_layer_norm(model) > 0))]
+        if settings.skip_layer_norm
+        else [],
         [("masks", partial(_edit, clamp_masks))] if settings.precision is Precision.fp16 else [],
     ]
 
@@ -188,22 +192,6 @@ def _multiply_plainly(graph: ir.Graph) -> None:
             weight = np.ascontiguousarray(weight.T)
         product = ir.node("MatMul", [node.inputs[0], initializer(graph, f"{node.outputs[0].name}_weight", weight)])
         ir.convenience.replace_nodes_and_values(graph, node, [node], [product], node.outputs, product.outputs)
-
-
-def _rewrite_onnxruntime(skip_layer_norm: bool, source: Path, output: Path) -> bool:
-    """GELU in its forms, LayerNormalization from its parts, and skip connections with the LayerNormalization behind."""
-    options = FusionOptions("clip")
-    options.enable_attention = False
-    options.enable_bias_gelu = False  # it takes Gelu's tanh approximation (opset 20 and up) for the exact function
-    options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = skip_layer_norm
-    fused = transformer_optimizer.optimize_model(
-        str(source), model_type="clip", optimization_options=options, opt_level=0
-    )
-    inputs = onnx.load(source, load_external_data=False).graph.input
-    del fused.model.graph.input[:]  # it drops one that nothing reads; the encoder's callers still give it
-    fused.model.graph.input.extend(inputs)
-    onnx_graph.save(ir.from_proto(fused.model), output)
-    return True
 
 
 def _gives(expected: np.ndarray, path: Path, feeds: dict[str, np.ndarray]) -> bool:
