@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro gate test reliability kinds check format bench-pipeline bench-int8 bench-embed bench-peers reproducible \
+.PHONY: help repro gate test reliability kinds check deps format bench-pipeline bench-int8 bench-embed bench-peers reproducible \
   triton-env lock clean
 
 help: ## show this list
@@ -73,20 +73,26 @@ test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 
 reliability: $(VENV)/ready ## kill, starve and feed it nonsense, many times more than `test`; writes reports/reliability.md
 	@$(MAKE) --no-print-directory -j 2 $(COUNTS)
-	python tests/reliability.py $(COUNTS) > build/reliability.md && mv build/reliability.md reports/
+	python tests/support/reliability.py $(COUNTS) > build/reliability.md && mv build/reliability.md reports/
 
-COUNTS := build/faults.json build/hostile.json build/gate.json build/verify.json
+COUNTED := test_faults test_hostile report/test_ci_gate core/test_manifest
+COUNTS := $(COUNTED:%=build/%.json)
 .PHONY: $(COUNTS)
 $(COUNTS): build/%.json:
-	python -m pytest tests/test_$*.py --reliability $@
+	@mkdir -p $(@D)
+	python -m pytest tests/$*.py --reliability $@
 
 kinds: $(VENV)/ready ## show what comes of each kind of wrong model; writes reports/kinds.md
 	python -m pytest --kinds reports/kinds.md
 
-check: $(VENV)/ready ## lint, format and types
+check: $(VENV)/ready ## lint, format, who imports whom, and types
 	ruff check .
 	ruff format --check .
+	lint-imports --no-cache
 	mypy
+
+deps: $(VENV)/ready ## write into dvc.yaml what each stage's code needs, from the import graph
+	@python -m tools.deps
 
 format: $(VENV)/ready ## let ruff mend what it can
 	ruff check --fix .

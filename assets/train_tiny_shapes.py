@@ -1,6 +1,6 @@
 """Train the built-in CLIP from scratch: python -m assets.train_tiny_shapes [--device cuda]
 
-Renders its own images (clip_deploy.shapes), trains a byte-pair tokenizer on the captions, then CLIPModel of
+Renders its own images (clip_deploy.data.scenes), trains a byte-pair tokenizer on the captions, then CLIPModel of
 transformers with the contrastive loss, on pictures that are mirrored, moved and dimmed anew at each step. The same seed
 gives the same weights on the same machine. training.json, beside the weights, says what was seen, for how long, and how
 well it went.
@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tqdm import tqdm, trange
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from clip_deploy import shapes
 from clip_deploy.core.config import DataConfig
-from clip_deploy.dataset import load, pixel_hash
+from clip_deploy.data import scenes
+from clip_deploy.data.dataset import load, pixel_hash
 
 SEED = 0
 IMAGE_SIZE = 48  # pixels; 36 patches of 8 x 8 and the class token, close to B/32's 50 tokens
@@ -83,7 +83,7 @@ def main() -> None:
             "training": {"count": arguments.images, **training["sha256"], "used_elsewhere": used_elsewhere(training)},
             "held_out": {"count": HELD_OUT, **held_out["sha256"]},
         },
-        "classes": len(shapes.CLASSES),
+        "classes": len(scenes.CLASSES),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": arguments.steps,
         "batch_size": BATCH,
@@ -111,9 +111,9 @@ def draw(processor: CLIPImageProcessorPil, split: str, count: int) -> dict:
     """Render a split and keep it as the processor sees it before rescaling: uint8 [count, 3, height, width]."""
     pixels = np.empty((count, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
     captions, hashes, digest, sampled = [], set(), hashlib.sha256(), hashlib.sha256()
-    labels = [index % len(shapes.CLASSES) for index in range(count)]
+    labels = [index % len(scenes.CLASSES) for index in range(count)]
     with ProcessPoolExecutor() as pool:
-        rendered = pool.map(shapes.render, [split] * count, range(count), labels, chunksize=500)
+        rendered = pool.map(scenes.render, [split] * count, range(count), labels, chunksize=500)
         for index, (image, scene) in enumerate(tqdm(rendered, desc=f"render {split}", total=count, disable=None)):
             digest.update(image.tobytes())
             if index % SAMPLE == 0:
@@ -147,7 +147,7 @@ def train_tokenizer(captions: list[tuple[str, str]]) -> CLIPTokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    texts = [text for caption, _ in captions[:5_000] for text in (caption, *shapes.TEMPLATES)]
+    texts = [text for caption, _ in captions[:5_000] for text in (caption, *scenes.TEMPLATES)]
     bpe.train_from_iterator(texts, trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges)]
@@ -179,7 +179,7 @@ def train(model: CLIPModel, tokenizer: CLIPTokenizer, data: dict, steps: int) ->
         rows = torch.randint(len(pictures), (BATCH,), device=model.device)
         mirrored = torch.rand(BATCH, device=model.device) < 0.5
         pixels = normalised(data["processor"], augmented(pictures[rows], mirrored))
-        chosen = choices[rows, 2 * torch.randint(len(shapes.TEMPLATES) * 2, rows.shape, device=model.device) + mirrored]
+        chosen = choices[rows, 2 * torch.randint(len(scenes.TEMPLATES) * 2, rows.shape, device=model.device) + mirrored]
         loss = contrastive_loss(model, pixels, {name: part[chosen] for name, part in words.items()}, chosen)
         optimizer.zero_grad()
         loss.backward()
@@ -206,7 +206,7 @@ def texts(tokenizer: CLIPTokenizer, captions: list[tuple[str, str]]) -> tuple[di
     choices = [
         [
             numbers.setdefault(text, len(numbers))
-            for template in shapes.TEMPLATES
+            for template in scenes.TEMPLATES
             for pair in ((caption, mirror(caption)), (template.format(label), template.format(label)))
             for text in pair
         ]
@@ -267,14 +267,14 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def top1(model: CLIPModel, tokenizer: CLIPTokenizer, data: dict) -> float:
     """Zero-shot top-1 with the mean of the templates' embeddings per class."""
     embeddings = []
-    for name in shapes.CLASSES:
-        tokens = tokenizer([template.format(name) for template in shapes.TEMPLATES], padding=True, return_tensors="pt")
+    for name in scenes.CLASSES:
+        tokens = tokenizer([template.format(name) for template in scenes.TEMPLATES], padding=True, return_tensors="pt")
         embeddings.append(F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1).mean(dim=0))
     weights = F.normalize(torch.stack(embeddings), dim=-1)
     images = model.get_image_features(
         pixel_values=normalised(data["processor"], torch.from_numpy(data["pixels"]))
     ).pooler_output
-    labels = torch.tensor([shapes.CLASSES.index(label) for _, label in data["captions"]])
+    labels = torch.tensor([scenes.CLASSES.index(label) for _, label in data["captions"]])
     return (images @ weights.T).argmax(dim=-1).eq(labels).float().mean().item()
 
 

@@ -22,12 +22,13 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clip_deploy import onnx_graph
-from clip_deploy.core.artifact import read_target, write_text
-from clip_deploy.graph_module import GraphModule, Operators
-from clip_deploy.report import number, table
+from clip_deploy.core.artifact import read_target
+from clip_deploy.core.files import write_text
+from clip_deploy.onnx_graph import onnx_file
+from clip_deploy.onnx_graph.torch_module import GraphModule, Operators
+from clip_deploy.report.tables import number, table
 from clip_deploy.runtimes import kernels
-from clip_deploy.runtimes.tuning import TunedOperators, median_ms
+from clip_deploy.runtimes.autotune import TunedOperators, median_ms
 
 BATCHES = (1, 8, 32, 256)
 ROUNDS = 3
@@ -109,7 +110,7 @@ def depths(source: Path) -> str:
 
 
 def compare(source: Path, tower: str) -> Iterator[list[str]]:
-    graph = onnx_graph.load(source / f"{tower}.onnx")
+    graph = onnx_file.load(source / f"{tower}.onnx")
     shipped = module(graph, SHIPPED)
     model = read_target(source).model
     batches = [inputs(model, tower, batch) for batch in BATCHES]

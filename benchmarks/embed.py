@@ -15,9 +15,9 @@ from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
-from clip_deploy import shapes
-from clip_deploy.core.artifact import write_text
 from clip_deploy.core.environment import hardware
+from clip_deploy.core.files import write_text
+from clip_deploy.data import scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "embed"
@@ -62,7 +62,7 @@ def render(images: Path, index: int) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    image, _ = shapes.render("embed", index, index % len(shapes.CLASSES))
+    image, _ = scenes.render("embed", index, index % len(scenes.CLASSES))
     unfinished = path.with_suffix(".unfinished")
     image.save(unfinished, "jpeg", quality=90)
     unfinished.replace(path)

@@ -16,14 +16,14 @@ from typing import Any
 import onnx
 from onnxruntime.quantization import quantize_dynamic, quantize_static
 
-from clip_deploy import onnx_graph
-from clip_deploy.accuracy import flips, zero_shot
+from clip_deploy.builders.quantize import Reader, prepare, quantize
 from clip_deploy.core.artifact import Target, build, read_target, size_bytes
 from clip_deploy.core.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig
-from clip_deploy.encode import Embeddings, encode_set, load_embeddings
-from clip_deploy.parity import row_cosines
-from clip_deploy.prepared import Prepared, load_prepared
-from clip_deploy.quantization import Reader, prepare, quantize
+from clip_deploy.core.similarity import row_cosines
+from clip_deploy.data.preprocessed import Prepared, load_prepared
+from clip_deploy.evaluate.accuracy import flips, zero_shot
+from clip_deploy.evaluate.embeddings import Embeddings, encode_set, load_embeddings
+from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.runtimes import open_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def by_defaults(method: str, calibration: Prepared, output: Path) -> Target:
                 quantize_static(ready, output / f"{tower}.onnx", reader, extra_options=TYPES)
             else:
                 quantize_dynamic(ready, output / f"{tower}.onnx", extra_options=TYPES)
-    return Target("ort", "int8", files=onnx_graph.files_of(output), model=source.model)
+    return Target("ort", "int8", files=onnx_file.files_of(output), model=source.model)
 
 
 def judged(folder: Path, evaluation: Prepared, reference: Embeddings) -> dict[str, Any]:

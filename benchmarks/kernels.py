@@ -15,11 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from clip_deploy.core.artifact import write_text
-from clip_deploy.graph_module import Activation, Operators
-from clip_deploy.report import number, table
+from clip_deploy.core.files import write_text
+from clip_deploy.onnx_graph.torch_module import Activation, Operators
+from clip_deploy.report.tables import number, table
 from clip_deploy.runtimes import kernels
-from clip_deploy.runtimes.tuning import median_ms
+from clip_deploy.runtimes.autotune import median_ms
 
 TOWERS = {"vision": (768, 12, 50, False), "text": (512, 8, 77, True)}  # width, heads, tokens, causal
 BATCHES = (1, 8, 32, 256)

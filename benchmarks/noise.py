@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy import timing
-from clip_deploy.core.artifact import write_text
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.environment import hardware
-from clip_deploy.decisive import self_spread, widened
-from clip_deploy.report import number, table
+from clip_deploy.core.files import write_text
+from clip_deploy.report.decisive import self_spread, widened
+from clip_deploy.report.tables import number, table
+from clip_deploy.timing import latency
 
 REFERENCE, REST = "torch-fp32", "ort-fp32"
 PAIRS = {REFERENCE: 4, REST: 8}  # of processes
@@ -35,7 +35,7 @@ def main() -> None:
         found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
         for _ in range(pairs):
             with turns_kept() as turns:
-                towers = timing.measure(built / target, built / target, SETTINGS)["towers"]
+                towers = latency.measure(built / target, built / target, SETTINGS)["towers"]
             if target == REFERENCE:
                 spreads.append(self_spread(towers))
             shown = [(tower, batch) for batch in SETTINGS.batch_sizes for tower in ("vision", "text")]
@@ -68,17 +68,17 @@ def main() -> None:
 @contextmanager
 def turns_kept() -> Iterator[list[np.ndarray]]:
     """The logarithms of the turns' ratios, of each timing in its order."""
-    summarize, kept = timing.summarize, []
+    summarize, kept = latency.summarize, []
 
     def keeping(turns: list[list[float]], reference: list[list[float]], batch: int) -> dict[str, Any]:
         kept.append(np.log([median(theirs) / median(ours) for ours, theirs in zip(turns, reference, strict=True)]))
         return summarize(turns, reference, batch)
 
-    timing.summarize = keeping
+    latency.summarize = keeping
     try:
         yield kept
     finally:
-        timing.summarize = summarize
+        latency.summarize = summarize
 
 
 def correlation(ratios: np.ndarray) -> float:

@@ -20,10 +20,10 @@ from statistics import median
 import numpy as np
 from omegaconf import OmegaConf
 
-from clip_deploy.core.artifact import write_text
 from clip_deploy.core.config import typed
 from clip_deploy.core.environment import hardware, software
 from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.files import write_text
 
 WARM_UP = 3  # calls that do not count
 SHOWN = 8  # operators of each table; the others are one row

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline import ROOT, copy_project, environment
-from clip_deploy.core.artifact import BESIDE, write_text
-from clip_deploy.core.files import sha256
-from clip_deploy.core.results import read_json, write_json
+from clip_deploy.core.artifact import BESIDE
+from clip_deploy.core.files import sha256, write_text
+from clip_deploy.core.json_files import read_json, write_json
 
 BUILDS = (
     *("download", "prepare", "export_torch", "export_torchscript", "export_aoti", "export_openvino", "export_onnx"),

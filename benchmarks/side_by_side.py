@@ -21,7 +21,7 @@ from time import monotonic
 
 from dvc.repo import Repo
 
-from clip_deploy.core.artifact import write_text
+from clip_deploy.core.files import write_text
 
 DONE = Path("build/side_by_side.json")  # the stages that are done, for resume=true
 TIMED = ("benchmark@", "end_to_end@")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from clip_deploy.classifier import ZeroShotClassifier, check_count
+    from clip_deploy.inference.classifier import ZeroShotClassifier, check_count
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed: pip install numpy pillow tokenizers onnxruntime")
 
@@ -112,9 +112,9 @@ def _predict(given: argparse.Namespace) -> int:
 
 
 def _embed(given: argparse.Namespace) -> int:
-    from clip_deploy.embed import EmbedSettings, embed, make_here
-    from clip_deploy.embed_ray import Shipped, make_on_ray
-    from clip_deploy.storage import Columns, open_source, shown
+    from clip_deploy.inference.embed import EmbedSettings, embed, make_here
+    from clip_deploy.inference.embed_ray import Shipped, make_on_ray
+    from clip_deploy.inference.storage import Columns, open_source, shown
 
     settings = EmbedSettings(given.batch_size, given.part_size, given.float16)
     columns = Columns(given.id_column, given.image_column)
@@ -143,7 +143,7 @@ def _named(unreadable: list[str]) -> int:
 
 
 def _search(given: argparse.Namespace) -> int:
-    from clip_deploy.search import search
+    from clip_deploy.inference.search import search
 
     check_count("top", given.top)
     found = search(_open(given), given.source, given.text, given.top)

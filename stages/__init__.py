@@ -33,9 +33,9 @@ except ModuleNotFoundError as missing:
     )
 
 from clip_deploy.core.artifact import BESIDE, MANIFEST, check_files, check_prepared
-from clip_deploy.core.child import die_with_dvc
 from clip_deploy.core.config import GROUPS, find_choice, read_yaml, sections, typed
 from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
+from clip_deploy.core.subprocesses import die_with_dvc
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PARAMS = Path("params.yaml")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from clip_deploy.core.artifact import write_text
 from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
-from clip_deploy.core.results import read_json
+from clip_deploy.core.files import write_text
+from clip_deploy.core.json_files import read_json
 from stages import PARAMS
 
 SECTIONS = ("optimize", "quantize")  # whose targets have keep_fp32

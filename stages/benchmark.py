@@ -6,8 +6,8 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.config import BenchmarkConfig
-from clip_deploy.core.results import write_json
-from clip_deploy.timing import measure
+from clip_deploy.core.json_files import write_json
+from clip_deploy.timing.latency import measure
 from stages import stage
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clip_deploy.builders.tensorrt import build_engine as build_towers
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import BuildEngineConfig
-from clip_deploy.prepared import load_prepared
-from clip_deploy.tensorrt_engine import build_engine as build_towers
+from clip_deploy.data.preprocessed import load_prepared
 from stages import stage
 
 

@@ -6,8 +6,8 @@ usage: python -m stages.compare REPORTS_A REPORTS_B      (two reports folders; n
 import sys
 from pathlib import Path
 
-from clip_deploy.compare import comparison, read_run
 from clip_deploy.core.errors import DeployError, quiet_if_unread
+from clip_deploy.report.compare import comparison, read_run
 
 
 @quiet_if_unread()

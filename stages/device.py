@@ -10,8 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-from clip_deploy.core.artifact import write_text
 from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
+from clip_deploy.core.files import write_text
 from stages import PARAMS
 
 LINE = re.compile(r"^device: *(\w+).*$", re.MULTILINE)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.checkpoint import fetch
+from clip_deploy.checkpoint.fetch import fetch
+from clip_deploy.checkpoint.lint import lint
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import Device, ModelConfig
-from clip_deploy.lint import lint
 from stages import stage
 
 

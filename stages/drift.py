@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from clip_deploy.core.errors import DataError, DeployError, quiet_if_unread
+from clip_deploy.inference.storage import local, read_tables, shown, vectors
 from clip_deploy.serving.drift import compare
-from clip_deploy.storage import local, read_tables, shown, vectors
 
 DRIFTED = 3
 

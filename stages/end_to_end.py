@@ -6,9 +6,9 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
-from clip_deploy.core.results import write_json
-from clip_deploy.end_to_end import measure_feeds
-from clip_deploy.prepared import load_prepared
+from clip_deploy.core.json_files import write_json
+from clip_deploy.data.preprocessed import load_prepared
+from clip_deploy.timing.end_to_end import measure_feeds
 from stages import stage
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clip_deploy.builders.onnx_export import export_onnx as export
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import OnnxConfig
-from clip_deploy.onnx_export import export_onnx as export
 from stages import stage
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clip_deploy.builders.openvino import export_openvino as export
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import OpenVinoConfig
-from clip_deploy.openvino_export import export_openvino as export
-from clip_deploy.prepared import load_prepared
+from clip_deploy.data.preprocessed import load_prepared
 from stages import stage
 
 

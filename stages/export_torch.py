@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.checkpoint import export_torch as export
+from clip_deploy.builders.torch_checkpoint import export_torch as export
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import Device, TorchConfig
 from stages import stage

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clip_deploy.builders.torchscript import export_torchscript as export
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import Device, TorchScriptConfig
-from clip_deploy.torchscript import export_torchscript as export
 from stages import stage
 
 

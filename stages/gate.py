@@ -18,7 +18,8 @@ from omegaconf import MISSING
 
 from clip_deploy.core.config import GateConfig, GatesConfig
 from clip_deploy.core.errors import DeployError
-from clip_deploy.gate import (
+from clip_deploy.evaluate.gates import Miss
+from clip_deploy.report.ci_gate import (
     AGAIN,
     Found,
     Reports,
@@ -33,8 +34,7 @@ from clip_deploy.gate import (
     undecided,
     verdicts,
 )
-from clip_deploy.verdict import Miss
-from clip_deploy.why import changed
+from clip_deploy.report.why import changed
 from stages import SWEEP, stage
 from stages.probe import probed
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clip_deploy.builders.fused import RUNTIMES
+from clip_deploy.builders.fused import optimize as fuse
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import Device, OptimizeConfig
-from clip_deploy.fusion import RUNTIMES
-from clip_deploy.fusion import optimize as fuse
-from clip_deploy.prepared import load_prepared
+from clip_deploy.data.preprocessed import load_prepared
 from stages import stage
 
 

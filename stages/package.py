@@ -8,10 +8,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.core.artifact import new_folder
+from clip_deploy.builders.package import Sources, write_package
 from clip_deploy.core.config import GatesConfig
-from clip_deploy.core.results import read_json
-from clip_deploy.package import Sources, write_package
+from clip_deploy.core.files import new_folder
+from clip_deploy.core.json_files import read_json
 from stages import stage
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.chance import doubts
-from clip_deploy.checkpoint import load_processor
+from clip_deploy.builders.processor_files import write_portable
+from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import described_folder, read_target
 from clip_deploy.core.config import DataConfig
-from clip_deploy.dataset import load
-from clip_deploy.encode import encode_set, save_embeddings
-from clip_deploy.portable import write_portable
-from clip_deploy.prepared import load_prepared, write_prepared
+from clip_deploy.data.dataset import load
+from clip_deploy.data.preprocessed import load_prepared, write_prepared
+from clip_deploy.evaluate.chance import doubts
+from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
 from clip_deploy.runtimes import open_encoder
 from clip_deploy.runtimes.pytorch import is_available
 from stages import stage

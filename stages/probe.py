@@ -5,11 +5,11 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clip_deploy.checkpoint.layout import looked_at
 from clip_deploy.core.config import load_choice, load_params
 from clip_deploy.core.environment import fingerprint_input, hardware, located, software
 from clip_deploy.core.errors import ConfigError
-from clip_deploy.core.results import write_json
-from clip_deploy.layout import looked_at
+from clip_deploy.core.json_files import write_json
 from clip_deploy.serving.server import versions
 from stages import CONF, PARAMS, stage
 

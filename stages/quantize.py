@@ -5,11 +5,11 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clip_deploy.builders.quantize import quantize as quantized
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import QuantizeConfig
-from clip_deploy.core.results import read_json
-from clip_deploy.prepared import load_prepared
-from clip_deploy.quantization import quantize as quantized
+from clip_deploy.core.json_files import read_json
+from clip_deploy.data.preprocessed import load_prepared
 from stages import stage
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clip_deploy.builders.package import unpackable
 from clip_deploy.core.config import GatesConfig, RecommendConfig
-from clip_deploy.core.results import write_json
-from clip_deploy.package import unpackable
-from clip_deploy.pair import judge_pair
-from clip_deploy.recommend import recommend as advise
-from clip_deploy.report import read_rows
+from clip_deploy.core.json_files import write_json
+from clip_deploy.report.recommend import recommend as advise
+from clip_deploy.report.rows import read_rows
+from clip_deploy.report.tower_pair import judge_pair
 from stages import stage
 
 

@@ -7,11 +7,12 @@ from omegaconf import MISSING
 
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import EndToEndConfig
-from clip_deploy.core.results import read_json
-from clip_deploy.gpu_report import gpu_sections
-from clip_deploy.recommend import Recommendation, shown
-from clip_deploy.report import doubts, read_flows, read_rows, write_report
-from clip_deploy.triton_report import triton_sections
+from clip_deploy.core.json_files import read_json
+from clip_deploy.report.gpu_sections import gpu_sections
+from clip_deploy.report.recommend import Recommendation, shown
+from clip_deploy.report.rows import doubts, read_flows, read_rows
+from clip_deploy.report.triton_sections import triton_sections
+from clip_deploy.report.write import write_report
 from stages import stage
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.config import BuildEngineConfig, GatesConfig, TritonConfig
-from clip_deploy.core.results import read_json
-from clip_deploy.serving.engines import write_engine_repository
+from clip_deploy.core.json_files import read_json
+from clip_deploy.serving.tensorrt_repository import write_engine_repository
 from stages import stage
 
 

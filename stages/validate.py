@@ -6,12 +6,12 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.core.artifact import write_text
 from clip_deploy.core.config import GatesConfig
-from clip_deploy.core.results import read_json, rounded, write_json
-from clip_deploy.prepared import load_prepared
-from clip_deploy.validation import manifest
-from clip_deploy.validation import validate_apart as check
+from clip_deploy.core.files import write_text
+from clip_deploy.core.json_files import read_json, rounded, write_json
+from clip_deploy.data.preprocessed import load_prepared
+from clip_deploy.evaluate.validation import manifest
+from clip_deploy.evaluate.validation import validate_apart as check
 from stages import stage
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.config import TritonCheckConfig
-from clip_deploy.core.results import write_json
-from clip_deploy.prepared import load_prepared
-from clip_deploy.serving.check import check_served
+from clip_deploy.core.json_files import write_json
+from clip_deploy.data.preprocessed import load_prepared
+from clip_deploy.serving.validation import check_served
 from stages import stage
 
 

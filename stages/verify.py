@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from clip_deploy.core.errors import DeployError, quiet_if_unread
-from clip_deploy.verify import described, verify
+from clip_deploy.core.manifest import described, verify
 
 
 @quiet_if_unread()

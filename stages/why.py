@@ -23,8 +23,8 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from clip_deploy.core.errors import DeployError, quiet_if_unread
-from clip_deploy.gate import commit_of, committed, git
-from clip_deploy.why import Stage, explain
+from clip_deploy.report.ci_gate import commit_of, committed, git
+from clip_deploy.report.why import Stage, explain
 
 LOCK = "dvc.lock"
 PROBED = ("reports/environment.json", "reports/inputs.json")  # those here are the last run's

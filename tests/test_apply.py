@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from support.project import ROOT
 
 from clip_deploy.core.config import load_params
 from clip_deploy.core.errors import ConfigError
-from clip_deploy.core.results import write_json
+from clip_deploy.core.json_files import write_json
 from stages.apply import apply
 
 NODES = ["vision: MatMul_7", "vision: Add_8"]

@@ -5,12 +5,12 @@ import sys
 
 import onnx_ir as ir
 import pytest
-from conftest import ROOT
+from support.project import ROOT
 
+from clip_deploy.builders.fused import optimize
 from clip_deploy.core.config import Device, OptimizeConfig, Precision, Provider, load_params
 from clip_deploy.core.errors import ConfigError, UnavailableError
-from clip_deploy.fusion import optimize
-from clip_deploy.prepared import load_prepared
+from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.runtimes import ort_tensorrt
 from clip_deploy.runtimes.ort_tensorrt import find_devices
 from stages.device import choose

@@ -2,38 +2,22 @@
 
 import ast
 import re
-import sys
 from dataclasses import fields
 from importlib import import_module
 from typing import get_type_hints
 
-import grimp
 import pytest
 import yaml
-from conftest import COMMANDS, ROOT
+from support.project import COMMANDS, ROOT
 
 from clip_deploy.core.config import BUILDERS, GROUPS, is_per_target, sections
 from clip_deploy.core.environment import LIBRARIES
-from clip_deploy.runtimes import RUNTIMES
+from tools.deps import files_of, versions_of, with_deps
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 SCRIPTS = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - COMMANDS)
 WATCHED = [name for name in SCRIPTS if name != "probe"]  # probe always runs
-
-# What the import statements do not show: modules opened by name, processes and files.
-RUNTIME_MODULES = {f"clip_deploy.runtimes.{name}" for name in RUNTIMES}
-EXTRA = {
-    "prepare": {"clip_deploy.runtimes.eager"},  # it opens the checkpoint
-    "validate": RUNTIME_MODULES,
-    "benchmark": {"clip_deploy.worker", *RUNTIME_MODULES},
-    "end_to_end": RUNTIME_MODULES,
-    "recommend": RUNTIME_MODULES,
-    "validate_triton": {"clip_deploy.serving.client"},  # it runs in the server's environment
-}
-SHARED = "clip_deploy.core"  # watched as a folder: every stage uses most of it
-SERVED = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clip_deploy" / "serving" / "models").glob("*.py")}
-DATA_FILES = {"report": {"clip_deploy/report.html"}, "triton_repository": SERVED, "triton_engines": SERVED}
 
 
 def stage(name):
@@ -41,88 +25,50 @@ def stage(name):
     return entry.get("do", entry)
 
 
-@pytest.fixture(scope="module")
-def graph():
-    return grimp.build_graph("stages", "clip_deploy", exclude_type_checking_imports=True, cache_dir=None)
+def test_dvc_yaml_has_the_code_and_the_versions_that_each_stage_needs():
+    text = (ROOT / "dvc.yaml").read_text()
+    assert with_deps(text) == text, "run `make deps`"
 
 
-def path_of(module):
-    parts = ROOT.joinpath(*module.split("."))
-    return f"{'/'.join(module.split('.'))}/__init__.py" if parts.is_dir() else f"{'/'.join(module.split('.'))}.py"
+def test_a_missing_and_a_needless_dep_are_put_right_and_all_else_stays():
+    text = (ROOT / "dvc.yaml").read_text()
+    wrong = text.replace("      - clip_deploy/checkpoint\n", "", 1).replace("software.tokenizers, ", "", 1)
+    wrong = wrong.replace("      - stages/package.py\n", "      - stages/package.py\n      - clip_deploy/timing\n")
+    assert wrong.count("\n") == text.count("\n")
+    assert with_deps(wrong) == text
 
 
-def needed(graph, name):
-    modules = {f"stages.{name}", *EXTRA.get(name, set())}
-    for module in list(modules):
-        modules |= graph.find_upstream_modules(module)
-    if any(module.startswith(SHARED) for module in modules):
-        modules |= {SHARED, *graph.find_descendants(SHARED)}
-    return {path_of(module) for module in modules - {"clip_deploy"}} | DATA_FILES.get(name, set())
+def test_a_library_that_nobody_lists_is_refused(monkeypatch):
+    monkeypatch.setattr("tools.deps.LIBRARIES", tuple(name for name in LIBRARIES if name != "torch"))
+    with pytest.raises(SystemExit, match="download imports torch: add it to LIBRARIES"):
+        versions_of("download")
 
 
-def watched(name):
-    files = set()
-    for dep in stage(name)["deps"]:
-        if dep.startswith(("stages", "clip_deploy")):
-            path = ROOT / dep
-            files |= {f"{dep}/{file.name}" for file in path.glob("*.py")} if path.is_dir() else {dep}
-    return files
+EVERY_FILE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "clip_deploy").rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", WATCHED)
-def test_a_stage_depends_on_exactly_the_code_it_can_run(graph, name):
-    assert watched(name) == needed(graph, name)
+def test_a_stage_watches_all_that_it_can_import(name):
+    deps = stage(name)["deps"]
+    assert not [file for file in files_of(name) if not any(file == dep or file.startswith(f"{dep}/") for dep in deps)]
 
 
-# Libraries that change no result: what they read are settings, files of a pinned revision or progress.
-TOOLS = {"hydra", "omegaconf", "yaml", "huggingface_hub", "tqdm"}
-ELSEWHERE = {"tritonclient"}  # in the server's environment, whose versions are in reports/inputs.json
-IDLE = {  # stages in which a library decides nothing: it checks what was made, or comes with a module for others
-    "onnxruntime": {"prepare", "export_onnx"},
-    "onnx": {"prepare"},
-    "onnx_ir": {"prepare"},
-    "tokenizers": {"export_torch", "export_torchscript"},
-    "pillow": {  # pictures are read by prepare, and by what depends on all libraries
-        *("download", "export_torch", "export_torchscript", "export_aoti", "export_openvino", "export_onnx"),
-        *("optimize", "quantize", "build_engine", "triton_engines"),
-    },
-}
+def runs_again(file):
+    """The stages that DVC would run after an edit of this file, before any of them wrote other files than before."""
+    return {name for name in WATCHED if any(file == dep or file.startswith(f"{dep}/") for dep in stage(name)["deps"])}
 
 
-def imported(path):
-    """The top-level names of other people's modules that a file imports when it runs."""
-    tree = ast.parse(path.read_text())
-    typing = {id(node) for test in ast.walk(tree) if is_typing(test) for node in ast.walk(test)}
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import) and id(node) not in typing:
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and id(node) not in typing:
-            found.add(node.module)
-    return {name.split(".")[0] for name in found} - {*sys.stdlib_module_names, "stages", "clip_deploy"}
+@pytest.mark.parametrize("file", [file for file in EVERY_FILE if file.startswith("clip_deploy/rewrites/")])
+def test_an_edit_of_a_rewrite_builds_targets_and_times_none(file):
+    assert runs_again(file) <= {"export_aoti", "export_openvino", "optimize", "build_engine"}
+    assert runs_again(file) or file.endswith("__init__.py")
 
 
-def is_typing(node):
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+def test_an_edit_of_the_reports_words_runs_the_report_alone():
+    assert runs_again("clip_deploy/report/markdown.py") == {"report"}
 
 
-@pytest.mark.parametrize("name", WATCHED)
-def test_a_stage_depends_on_every_library_that_it_imports(graph, name):
-    files = [ROOT / file for file in needed(graph, name) - SERVED if file.endswith(".py")]
-    used = {"pillow" if library == "PIL" else library for file in files for library in imported(file)}
-    used -= {library for library in used if name in IDLE.get(library, ())} | TOOLS | ELSEWHERE
-    assert used <= set(LIBRARIES), "add it to LIBRARIES of core/environment.py, or to TOOLS"
-    if "reports/environment.json" not in stage(name)["deps"]:
-        keys = [entry.get("reports/environment.json", []) for entry in stage(name)["params"] if isinstance(entry, dict)]
-        assert {f"software.{library}" for library in used} <= {key for part in keys for key in part}
-
-
-def test_the_library_knows_neither_the_stages_nor_hydra(graph):
-    assert not [
-        module
-        for module in graph.modules
-        if module.startswith("clip_deploy") and graph.find_upstream_modules(module) & {"stages"}
-    ]
+def test_the_library_does_not_know_hydra():
     for path in (ROOT / "clip_deploy").rglob("*.py"):
         assert not re.search(r"^\s*(import|from) hydra", path.read_text(), re.MULTILINE), path
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from support.project import ROOT
 
 from clip_deploy.core.environment import fingerprint
 from clip_deploy.core.files import sha256
 
 pytestmark = pytest.mark.slow
 
-HOOKS = str(ROOT / "tests" / "faults")
+HOOKS = str(ROOT / "tests" / "support" / "faults")
 STAGES = [
     "probe", "download", "prepare", "export_torchscript@torchscript-fp32", "export_torchscript@torch-int8",
     "export_openvino@openvino-fp32", "export_onnx", "optimize@ort-fp32", "optimize@ort-fp16",

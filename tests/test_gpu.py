@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from clip_deploy import gpu
-from clip_deploy.aoti_export import export_aoti
-from clip_deploy.checkpoint import export_torch
+from clip_deploy.builders.aoti import export_aoti
+from clip_deploy.builders.fused import optimize
+from clip_deploy.builders.torch_checkpoint import export_torch
+from clip_deploy.builders.torchscript import export_torchscript
 from clip_deploy.core import environment
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.child import ending
 from clip_deploy.core.config import (
     BenchmarkConfig,
     Device,
@@ -28,13 +28,13 @@ from clip_deploy.core.config import (
     TorchConfig,
 )
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.fusion import optimize
-from clip_deploy.prepared import load_prepared
+from clip_deploy.core.subprocesses import ending
+from clip_deploy.data.preprocessed import load_prepared
+from clip_deploy.evaluate.validation import validate
 from clip_deploy.runtimes import open_encoder
 from clip_deploy.runtimes.ort_tensorrt import find_devices
-from clip_deploy.timing import _power, measure
-from clip_deploy.torchscript import export_torchscript
-from clip_deploy.validation import validate
+from clip_deploy.timing import nvml as gpu
+from clip_deploy.timing.latency import _power, measure
 
 CUDA = Device.cuda
 GATES = GatesConfig(fp32=Gate(min_cosine=0.9999), fp16=Gate(min_cosine=0.999), bf16=Gate(min_cosine=0.99))

@@ -22,15 +22,15 @@ import onnx
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, packed
-from hostile import ROWS
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.hostile import ROWS
+from support.project import ROOT, TINY
+from support.targets import packed
 
-from clip_deploy import shapes
-from clip_deploy.checkpoint import load_model, load_processor
-from clip_deploy.classifier import ZeroShotClassifier
+from clip_deploy.builders.fused import optimize
+from clip_deploy.checkpoint.load import load_model, load_processor
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import (
     BenchmarkConfig,
@@ -44,13 +44,14 @@ from clip_deploy.core.config import (
     load_params,
 )
 from clip_deploy.core.errors import DeployError
-from clip_deploy.dataset import load
-from clip_deploy.encode import Embeddings, load_embeddings, save_embeddings
-from clip_deploy.fusion import optimize
-from clip_deploy.prepared import load_prepared, tokenize
+from clip_deploy.data import scenes
+from clip_deploy.data.dataset import load
+from clip_deploy.data.preprocessed import load_prepared, tokenize
+from clip_deploy.evaluate.embeddings import Embeddings, load_embeddings, save_embeddings
+from clip_deploy.inference.classifier import ZeroShotClassifier
 from stages import stage
 
-SCENE = shapes.render("hostile", 0, 7)[0]
+SCENE = scenes.render("hostile", 0, 7)[0]
 CONF = ROOT / "conf"
 
 # Values that a setting or a field may be given by mistake or on purpose.
@@ -85,7 +86,7 @@ def counted(outcomes, kind, call, *arguments):
 def read(outcomes):
     """read(kind, reader, folder): let hostile.py read the folder, in a process that it may crash."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "hostile.py")]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "hostile.py")]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     )
@@ -577,7 +578,7 @@ def test_damaged_pictures_are_read_as_the_processor_reads_them_or_refused(pictur
 def test_a_folder_with_one_bad_picture_is_refused_with_its_name(tmp_path, outcomes):
     (tmp_path / "cat").mkdir()
     for index in range(20):
-        shapes.render("folder", index, index)[0].save(tmp_path / "cat" / f"{index:02}.png")
+        scenes.render("folder", index, index)[0].save(tmp_path / "cat" / f"{index:02}.png")
     for name, content in BAD_PICTURES.items():
         (tmp_path / "cat" / "bad.png").write_bytes(content)
         data = DataConfig(source="image-folder", path=str(tmp_path), evaluation_samples=16, calibration_samples=4)

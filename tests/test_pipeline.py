@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import pytest
 import yaml
 
-from clip_deploy import shapes
-from clip_deploy.verify import verify
+from clip_deploy.core.manifest import verify
+from clip_deploy.data import scenes
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ def test_what_is_recommended_is_packaged_as_it_was_judged_and_answers(built, tmp
     for tower, chosen in manifest(built)["towers"].items():
         assert chosen["sha256"] == advice["targets"][chosen["target"]]["files"][f"{tower}.onnx"]
         assert chosen["target"] in ONNX
-    scene, _ = shapes.render("pipeline", 0, 0)
+    scene, _ = scenes.render("pipeline", 0, 0)
     scene.save(tmp_path / "scene.png")
     done = built.run(sys.executable, "-m", "clip_deploy", "predict", str(tmp_path / "scene.png"), "--top", "1")
     assert done.stdout.endswith("  red circle\n")

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import COMMANDS, ROOT, TINY, Project
+from support.project import COMMANDS, ROOT, TINY, Project
 
+from clip_deploy.checkpoint.layout import looked_at
 from clip_deploy.core.artifact import write_manifest
 from clip_deploy.core.environment import fingerprint
 from clip_deploy.core.errors import DeployError
-from clip_deploy.layout import looked_at
 from stages import _check_inputs
 from stages.probe import identity
 
@@ -389,8 +389,8 @@ def test_in_a_folder_of_a_bigger_git_repository_paths_are_found(small, tmp_path,
     since = [sys.executable, "-m", "stages.why", "--since", "HEAD"]
     said = inner.run(*since).stdout
     assert said == "nothing changed: only probe runs, as it always does\n"
-    with (inner.path / "clip_deploy" / "core" / "results.py").open("a") as file:
+    with (inner.path / "clip_deploy" / "core" / "json_files.py").open("a") as file:
         file.write("# touched\n")
     names = inner.run(sys.executable, "-c", "from stages.why import uncommitted; print(uncommitted('clip_deploy'))")
-    assert names.stdout == "['clip_deploy/core/results.py']\n"
+    assert names.stdout == "['clip_deploy/core/json_files.py']\n"
     kinds("26: why, in a folder of a bigger git repository", before="not in dvc.lock: never run", now=said)

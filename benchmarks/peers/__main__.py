@@ -27,11 +27,12 @@ from benchmarks.peers.inputs import cases, paddings, write_inputs
 from benchmarks.peers.project import build_targets
 from benchmarks.peers.race import Contestant, duels, lanes, padding, race, result
 from benchmarks.peers.table import markdown
-from clip_deploy.core.artifact import read_target, size_bytes, write_text
+from clip_deploy.core.artifact import read_target, size_bytes
 from clip_deploy.core.config import EXPORTED, REFERENCE, typed
 from clip_deploy.core.environment import hardware, software
 from clip_deploy.core.errors import ConfigError, DeployError
-from clip_deploy.core.results import rounded, write_json
+from clip_deploy.core.files import write_text
+from clip_deploy.core.json_files import rounded, write_json
 
 BASIS = "ort-fp32"  # its median latency is 1.00x, its size 100 %
 TARGETS = (

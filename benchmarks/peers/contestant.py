@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from clip_deploy.worker import reason
+from clip_deploy.timing.latency_worker import reason
 
 MANIFEST = "contestant.json"
 

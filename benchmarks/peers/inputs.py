@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers.worker import input_names
-from clip_deploy.checkpoint import load_processor
+from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import DataConfig
-from clip_deploy.dataset import Dataset, load
-from clip_deploy.prepared import tokenize
+from clip_deploy.data.dataset import Dataset, load
+from clip_deploy.data.preprocessed import tokenize
 
 BATCHES = (1, 8)
 SHORT_TOKENS = 8

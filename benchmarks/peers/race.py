@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.decisive import WIDE
-from clip_deploy.parity import compare
-from clip_deploy.timing import LEAST_ROUNDS, Worker, calls_per_turn, speedup_interval
+from clip_deploy.core.similarity import compare
+from clip_deploy.report.decisive import WIDE
+from clip_deploy.timing.latency import LEAST_ROUNDS, Worker, calls_per_turn, speedup_interval
 
 WARMUP = 3  # calls before the first turn
 LOWEST_COSINE = {"fp32": 0.9999, "bf16": 0.99, "int8": 0.99}  # ours win nothing below it; any peer is raced against

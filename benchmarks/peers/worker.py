@@ -1,6 +1,6 @@
 """The timed process of every contestant: python -m benchmarks.peers.worker FOLDER THREADS
 
-Answers as clip_deploy.worker does; a request with "tower" also names the file of inputs, the same for all:
+Answers as clip_deploy.timing.latency_worker does; a request with "tower" also names the file of inputs, one for all:
     {"tower": "text", "batch": 8, "tokens": 77, "inputs": "inputs.npz"}
 Run by a peer's Python on what the peer built, it needs numpy and that peer's runtime; run by ours, it opens artifacts/.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import contestant
-from clip_deploy.worker import serve
+from clip_deploy.timing.latency_worker import serve
 
 
 def open_contestant(folder: Path, threads: int) -> Any:

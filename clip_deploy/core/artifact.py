@@ -1,6 +1,5 @@
 """A target's folder: its files, and target.json saying what they are. Written whole or not at all."""
 
-import errno
 import filecmp
 import json
 import os
@@ -14,24 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from clip_deploy.core.environment import located
-from clip_deploy.core.errors import CheckpointError, ConfigError, DataError, DeployError, DiskError, UnavailableError
-from clip_deploy.core.files import sha256
+from clip_deploy.core.errors import EVERY_ROW, ConfigError, DeployError, DiskError, UnavailableError
+from clip_deploy.core.files import disk_error_code, new_folder, sha256, write_text
 
+TOWERS = ("vision", "text")  # in this order everywhere
 MANIFEST = "target.json"
 BESIDE = "{}.manifest.json"  # of a folder: what it holds
 CACHE = ".dvc/cache/files/md5"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-ADVICE = {
-    **dict.fromkeys(FULL, "free some space (`dvc gc -w` drops artifacts that no commit here uses)"),
-    errno.EFBIG: "raise the limit on a file's size (`ulimit -f`), or take another file system",
-    errno.EROFS: "the file system is read-only: mount it writable or clone elsewhere",
-    errno.EACCES: "make the folder writable for this user",
-    errno.EPERM: "make the folder writable for this user",
-    errno.ENOTDIR: "a file stands where a folder is needed: move it away",
-    errno.EEXIST: "a file stands where a folder is needed: move it away",
-}
-NO_TEMPORARY = "No usable temporary directory"  # tempfile's words, also where a library that is imported asks for one
-EVERY_ROW = (ConfigError, CheckpointError, DataError, DiskError)  # what concerns more than one target
 
 
 @dataclass
@@ -192,7 +180,7 @@ def build(output: Path, make: Callable[[Path], Target], fallback: Target | None)
             if fallback is None:
                 raise
             target = fallback
-            target.failed = not isinstance(error, UnavailableError) or _code(error) is not None
+            target.failed = not isinstance(error, UnavailableError) or disk_error_code(error) is not None
             target.unavailable = failure(error) if target.failed else str(error)
             shutil.rmtree(folder)  # what was written before
             folder.mkdir()
@@ -205,7 +193,7 @@ def failure(error: Exception) -> str:
 
     Raises `error` again where it is of the settings, the checkpoint, the data or the disk: it concerns every row.
     """
-    if isinstance(error, EVERY_ROW) or _code(error) is not None:
+    if isinstance(error, EVERY_ROW) or disk_error_code(error) is not None:
         raise error
     traceback.print_exception(error)
     line = next(iter(str(error).strip().splitlines()), "") or "memory ran out" * isinstance(error, MemoryError)
@@ -215,70 +203,9 @@ def failure(error: Exception) -> str:
     return f"{': '.join(named)} (its traceback is in the terminal); {again}"
 
 
-def _code(error: BaseException) -> int | None:
-    """The system's code of a disk that refuses, behind an exception; native libraries only quote the system's words."""
-    if NO_TEMPORARY in str(error):
-        return errno.ENOSPC
-    own, causes = getattr(error, "errno", None), [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    full = [code for cause in causes for code in FULL if os.strerror(code) in str(cause)]
-    return own if own in ADVICE else next(iter(full), None)
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place on success and vanishes on failure.
-
-    Where it cannot take its place, the former one comes back. A process that is killed leaves `output` whole, or not
-    there between two renames.
-    """
-    partial, former = (output.with_name(f".{output.name}.{kind}.partial") for kind in ("new", "former"))
-    with disk_errors(output):
-        for left in (partial, former):  # by a killed process
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            if output.is_dir():
-                output.replace(former)
-            partial.replace(output)
-        finally:
-            if former.is_dir() and not output.exists():
-                former.replace(output)
-            for spent in (partial, former):
-                shutil.rmtree(spent, ignore_errors=True)
-
-
 @contextmanager
 def described_folder(output: Path) -> Iterator[Path]:
     """As new_folder; a manifest beside it then says which files it holds."""
     with new_folder(output) as folder:
         yield folder
     write_manifest(output)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Say in one line that `path` cannot be written, and what to do."""
-    try:
-        yield
-    except EVERY_ROW:
-        raise
-    except Exception as error:
-        code = _code(error)
-        if code is None:
-            raise
-        raise DiskError(f"cannot write {path}: {os.strerror(code)}; {ADVICE[code]}") from error

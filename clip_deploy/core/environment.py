@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_deploy.core.files import Hash, class_files, remembered, sha256, walk
+from clip_deploy.core.files import Hash, remembered, sha256
+from clip_deploy.core.image_files import class_files, walk
 
 if TYPE_CHECKING:
     from clip_deploy.core.config import DataConfig, ModelConfig

@@ -33,6 +33,7 @@ class UnavailableError(DeployError):
     """This target cannot be built or run here. Its row stays in the table with this reason."""
 
 
+EVERY_ROW = (ConfigError, CheckpointError, DataError, DiskError)  # what concerns more than one target
 LONGEST = 400  # characters of another library's message in one of ours
 
 

@@ -1,34 +1,93 @@
-"""Files below a folder, as every reader of them sees them, and hashes of contents that need not be taken twice.
+"""Files and folders, written whole or not at all; hashes, remembered."""
 
-Links are followed, also to folders; one that leads back into a folder in which it lies ends there. What is hidden is
-left out.
-"""
-
+import errno
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple
 from uuid import uuid4
 
-from clip_deploy.core.errors import DataError
+from clip_deploy.core.errors import EVERY_ROW, DiskError
 
-# What lies beside images and is none. Endings under which crawlers keep images are not here: .bin, .php, .tmp.
-NO_IMAGES = (
-    ".txt", ".md", ".rst", ".rtf", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg",
-    ".log", ".html", ".htm", ".css", ".js", ".py", ".ipynb", ".sh", ".sql", ".pdf", ".doc", ".docx", ".xls", ".xlsx",
-    ".ppt", ".pptx", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".parquet", ".arrow",
-    ".feather", ".npy", ".npz", ".h5", ".hdf5", ".mat", ".pkl", ".pickle", ".pt", ".pth", ".safetensors", ".onnx",
-    ".ckpt", ".db", ".sqlite", ".lock", ".crc", ".md5", ".sha1", ".sha256", ".mp4", ".m4v", ".mov", ".avi", ".mkv",
-    ".webm", ".wmv", ".mpg", ".mpeg", ".mp3", ".m4a", ".wav", ".flac", ".ogg", ".aac", ".srt", ".vtt", ".xmp", ".aae",
-    ".url", ".lnk",
-)  # fmt: skip
-NO_IMAGE_NAMES = ("readme", "license", "licence", "makefile", "icon\r")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ADVICE = {
+    **dict.fromkeys(FULL, "free some space (`dvc gc -w` drops artifacts that no commit here uses)"),
+    errno.EFBIG: "raise the limit on a file's size (`ulimit -f`), or take another file system",
+    errno.EROFS: "the file system is read-only: mount it writable or clone elsewhere",
+    errno.EACCES: "make the folder writable for this user",
+    errno.EPERM: "make the folder writable for this user",
+    errno.ENOTDIR: "a file stands where a folder is needed: move it away",
+    errno.EEXIST: "a file stands where a folder is needed: move it away",
+}
+NO_TEMPORARY = "No usable temporary directory"  # tempfile's words, also where a library that is imported asks for one
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place on success and vanishes on failure.
+
+    Where it cannot take its place, the former one comes back. A process that is killed leaves `output` whole, or not
+    there between two renames.
+    """
+    partial, former = (output.with_name(f".{output.name}.{kind}.partial") for kind in ("new", "former"))
+    with disk_errors(output):
+        for left in (partial, former):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if output.is_dir():
+                output.replace(former)
+            partial.replace(output)
+        finally:
+            if former.is_dir() and not output.exists():
+                former.replace(output)
+            for spent in (partial, former):
+                shutil.rmtree(spent, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say in one line that `path` cannot be written, and what to do."""
+    try:
+        yield
+    except EVERY_ROW:
+        raise
+    except Exception as error:
+        code = disk_error_code(error)
+        if code is None:
+            raise
+        raise DiskError(f"cannot write {path}: {os.strerror(code)}; {ADVICE[code]}") from error
+
+
+def disk_error_code(error: BaseException) -> int | None:
+    """The system's code of a disk that refuses, behind an exception; native libraries only quote the system's words."""
+    if NO_TEMPORARY in str(error):
+        return errno.ENOSPC
+    own, causes = getattr(error, "errno", None), [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    full = [code for cause in causes for code in FULL if os.strerror(code) in str(cause)]
+    return own if own in ADVICE else next(iter(full), None)
+
+
 RACY_NS = 2_000_000_000  # the coarsest time of change (FAT's): a younger file can change again and look the same
 
 Hash = Callable[[Path], str]  # SHA-256 of a file's content, as hexadecimal digits
@@ -41,89 +100,10 @@ class Stamp(NamedTuple):
     mtime_ns: int | None  # None where the storage keeps none
 
 
-@dataclass
-class Listing:
-    """What is below a folder, by the paths in it.
-
-    Attributes:
-        files: in the order of the names' bytes.
-        skipped: folders and links that cannot be looked at, and a line that says why.
-    """
-
-    files: dict[str, Stamp] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-
 def sha256(path: Path) -> str:
     """Of a file's content, as `sha256sum` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def may_be_image(name: str) -> bool:
-    """Whether a file's content decides: it is not hidden, and its name does not say that it is something else."""
-    *folders, last = name.lower().split("/")
-    hidden = any(part.startswith(".") for part in (*folders, last))
-    return not (hidden or last.endswith(NO_IMAGES) or last in NO_IMAGE_NAMES)
-
-
-def image_files(folder: Path) -> Listing:
-    """All files below a folder that may be images."""
-    found = walk(folder)
-    return Listing({name: stamp for name, stamp in found.files.items() if may_be_image(name)}, found.skipped)
-
-
-def class_files(folder: Path) -> Listing:
-    """The same without the files that lie beside the classes' folders, which have no class."""
-    found = image_files(folder)
-    return Listing({name: stamp for name, stamp in found.files.items() if "/" in name}, found.skipped)
-
-
-def walk(folder: Path) -> Listing:
-    """All files below a folder but hidden ones. Raises DataError where the folder itself cannot be listed."""
-    found = Listing()
-    waiting: list[tuple[str, frozenset]] = [("", frozenset())]
-    while waiting:
-        name, above = waiting.pop()
-        try:
-            waiting += _look(folder, name, above, found)
-        except OSError as error:
-            if not name:
-                raise DataError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
-            found.skipped[name] = _skipped(folder / name, error)
-    found.files = dict(sorted(found.files.items(), key=lambda item: os.fsencode(item[0])))
-    found.skipped = dict(sorted(found.skipped.items(), key=lambda item: os.fsencode(item[0])))
-    return found
-
-
-def _look(folder: Path, name: str, above: frozenset, found: Listing) -> list[tuple[str, frozenset]]:
-    """Note the files of one folder; its sub-folders, each with the folders that it lies in, links resolved."""
-    status = os.stat(folder / name)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return []
-    deeper = []
-    with os.scandir(folder / name) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = f"{name}/{entry.name}" if name else entry.name
-            try:
-                status = entry.stat()
-            except OSError as error:
-                found.skipped[path] = _skipped(folder / path, error)
-                continue
-            if S_ISDIR(status.st_mode):
-                deeper.append((path, above | {here}))
-            elif S_ISREG(status.st_mode):
-                found.files[path] = Stamp(status.st_size, status.st_mtime_ns)
-    return deeper
-
-
-def _skipped(path: Path, error: OSError) -> str:
-    if path.is_symlink() and isinstance(error, FileNotFoundError):
-        return f"{path} is a link to {os.readlink(path)}, which does not exist: mend or remove it"
-    return f"{path} cannot be looked at ({error.strerror}): check its permissions, or remove it"
 
 
 @contextmanager

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from clip_deploy.checkpoint import load_model
+from clip_deploy.checkpoint.load import load_model
+from clip_deploy.checkpoint.towers import ImageTower, Rounded, TextTower
 from clip_deploy.core.artifact import Target
 from clip_deploy.runtimes import pytorch
-from clip_deploy.towers import ImageTower, Rounded, TextTower
 
 FLOATING = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from clip_deploy import onnx_graph
 from clip_deploy.core.artifact import Target
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.graph_module import GraphModule
+from clip_deploy.onnx_graph import onnx_file
+from clip_deploy.onnx_graph.torch_module import GraphModule
 from clip_deploy.runtimes import pytorch
 
 FLOATING = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}  # a graph in FP16 says so itself
@@ -18,12 +18,12 @@ class Encoder(pytorch.Encoder):
 
     def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
         try:
-            from clip_deploy.runtimes.tuning import TunedOperators
+            from clip_deploy.runtimes.autotune import TunedOperators
         except ModuleNotFoundError as error:
             raise UnavailableError(f"{error.name} is not installed: it comes with PyTorch for CUDA") from error
         operators = TunedOperators()
         return {
-            tower: GraphModule(onnx_graph.load(folder / f"{tower}.onnx"), FLOATING[target.precision], operators).to(
+            tower: GraphModule(onnx_file.load(folder / f"{tower}.onnx"), FLOATING[target.precision], operators).to(
                 target.device
             )
             for tower in ("vision", "text")

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clip_deploy.graph_module import Activation
+from clip_deploy.onnx_graph.torch_module import Activation
 
 LOG2_E = 1.4426950408889634
 

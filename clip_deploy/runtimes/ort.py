@@ -4,20 +4,18 @@ On a GPU each shape has a session of its own: with the shape fixed, ONNX Runtime
 loading, nothing is left for the CPU, and the call can be recorded as a CUDA graph. Inputs and outputs stay on the GPU.
 """
 
-import ctypes
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 from clip_deploy.core.artifact import Target, real_graph
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.providers import CPU, CUDA, load_cuda
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 MOST_SESSIONS = 16  # shapes kept on a GPU, each with its own copy of the weights
 
 Provider = tuple[str, dict[str, str]]
@@ -145,17 +143,3 @@ def count_nodes(session: InferenceSession) -> dict[str, int]:
     for part in session.get_provider_graph_assignment_info():
         counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
     return counts
-
-
-def load_cuda() -> None:
-    """Let ONNX Runtime find CUDA and cuDNN where they came as Python packages.
-
-    Raises UnavailableError where this ONNX Runtime has no CUDA provider, or there is no GPU.
-    """
-    if CUDA not in onnxruntime.get_available_providers():
-        raise UnavailableError("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise UnavailableError("no CUDA device: NVIDIA's driver is not installed") from error
-    onnxruntime.preload_dlls()

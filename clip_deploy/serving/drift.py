@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clip_deploy.core.errors import DataError
-from clip_deploy.parity import normalized
+from clip_deploy.core.similarity import normalized
 
 LEAST_ROWS = 20  # of each side: below, even a plain drift goes unseen
 MOST_ROWS = 1000  # of each side: the kernel has the square of both together

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tritonclient.utils import InferenceServerException
 
-from clip_deploy.serving.client import (
+from clip_deploy.serving.triton_client import (
     SAME,
     SAME_ANSWER,
     TIMEOUT_S,

@@ -9,10 +9,10 @@ import onnxruntime
 from PIL import Image
 
 from clip_deploy.core.artifact import real_graph
-from clip_deploy.core.results import read_json
-from clip_deploy.images import Preprocessor, decode
-from clip_deploy.parity import normalized
-from clip_deploy.prepared import Prepared, batches
+from clip_deploy.core.json_files import read_json
+from clip_deploy.core.similarity import normalized
+from clip_deploy.data.preprocessed import Prepared, batches
+from clip_deploy.inference.images import Preprocessor, decode
 
 BATCH = 32  # images or texts in one call, at most
 FILES = 32  # image files that the ensemble is asked about

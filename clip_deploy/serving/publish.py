@@ -15,9 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.core.artifact import differences, disk_errors, new_folder, write_text
+from clip_deploy.core.artifact import differences
 from clip_deploy.core.errors import DeployError
-from clip_deploy.core.results import read_json
+from clip_deploy.core.files import disk_errors, new_folder, write_text
+from clip_deploy.core.json_files import read_json
 
 PARTS = ("clip_preprocess", "clip_tokenize", "clip_score", "clip_vision", "clip_text")
 WHOLE = "clip_zero_shot"

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import hashes, new_folder, write_text
+from clip_deploy.core.artifact import hashes
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import DeployError, DiskError, UnavailableError
-from clip_deploy.core.files import sha256
-from clip_deploy.core.results import read_json
+from clip_deploy.core.files import new_folder, sha256, write_text
+from clip_deploy.core.json_files import read_json
+from clip_deploy.core.manifest import PROVENANCE
 from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
-from clip_deploy.verdict import PROVENANCE
 
 BACKENDS = ("onnxruntime", "python")  # a repository for each
 MODELS = Path(__file__).with_name("models")

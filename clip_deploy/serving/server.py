@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.core.child import die_with_parent
 from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.serving.repository import FLAGS
 
 START_S = 120.0  # until the server is ready; a server without a load answers after 3

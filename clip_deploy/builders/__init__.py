@@ -1,0 +1,1 @@
+"""Build targets: one file a kind."""

@@ -1,0 +1,173 @@
+"""AOTInductor packages of both towers: our fused graphs through torch.export, compiled for this CPU or GPU."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch.export import Dim
+
+from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import Device, OptimizeConfig, Precision
+from clip_deploy.core.errors import UnavailableError
+from clip_deploy.data.preprocessed import Prepared, feeds
+from clip_deploy.onnx_graph.pre_post import take_off
+from clip_deploy.onnx_graph.torch_module import GraphModule
+from clip_deploy.rewrites.fusion import fuse, rewrites_of
+from clip_deploy.rewrites.half_precision import SCAN_ROWS, halve
+from clip_deploy.runtimes.pytorch import require
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+NOTES = {
+    Device.cpu: "compiled for this CPU's instruction sets",
+    Device.cuda: "compiled for this GPU, called through CUDA graphs",
+}
+
+
+def export_aoti(
+    source: Path, precision: Precision, calibration: Prepared, output: Path, device: Device = Device.cpu
+) -> Target:
+    """Write vision.pt2 and text.pt2, which PyTorch loads without the model's Python.
+
+    `source` is an ONNX target in FP32; what stands around its towers (preprocessing, heads) is left out. In float16,
+    nodes that would overflow on the calibration set stay in float32.
+    Raises UnavailableError where the source could not be built, a tower cannot be exported, there is no such device, no
+    C++ compiler is found or the one found makes packages that crash.
+    """
+    require(device.value)
+    target = read_target(source)
+    if target.unavailable:
+        raise UnavailableError(f"{source.name}: {target.unavailable}")
+    undone: list[str] = []
+    in_fp32: list[str] = []
+    with _reported("a C++ file"):
+        _check_compiler()
+    with _cache_in(output):
+        for tower, shape in target.model["towers"].items():
+            graph, missed, kept = _fused(source, tower, shape, target.model, precision, calibration, output, device)
+            undone += missed
+            in_fp32 += kept
+            floating = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+            with _reported(f"the {tower} tower"), torch.no_grad():
+                module = GraphModule(graph, floating).eval().to(device.value)
+                _compile(_program(module, tower, target.model, device), output / f"{tower}.pt2", device)
+    facts = {"rewrites_undone": undone, "left_in_fp32": in_fp32}
+    return Target(
+        runtime="aoti",
+        precision=precision.value,
+        device=device.value,
+        files=["vision.pt2", "text.pt2"],
+        model={**target.model, "normalize": False, "classifier": None},
+        build={"compiler": f"AOTInductor, {NOTES[device]}", "source": source.name}
+        | {key: value for key, value in facts.items() if value},
+    )
+
+
+def _program(module: GraphModule, tower: str, model: dict[str, Any], device: Device) -> torch.export.ExportedProgram:
+    """Trace a tower for every batch, and every length of text up to the context."""
+    longest = {"batch": None, "sequence": model["context_length"]}
+    dimensions = {axis: Dim(word, max=longest[word]) for axis, word in dynamic_axes(model)[tower].items()}
+    example = tuple(tensor.to(device.value) for tensor in example_inputs(model)[tower])
+    return torch.export.export(module, example, dynamic_shapes=(tuple(dimensions for _ in example),))
+
+
+def _fused(
+    source: Path,
+    tower: str,
+    shape: dict[str, int],
+    model: dict[str, Any],
+    precision: Precision,
+    calibration: Prepared,
+    output: Path,
+    device: Device,
+) -> tuple[ir.Model, list[str], list[str]]:
+    """One tower's fused graph, the rewrites that had to be undone, and the nodes that float16 leaves in float32."""
+    settings = OptimizeConfig(precision=Precision.fp16 if precision is Precision.fp16 else Precision.fp32)
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
+        take_off(source / fused.name, bare)
+        undone = fuse(bare, fused, rewrites_of(shape, settings), model["example_texts"])
+        kept: dict[str, float] = {}
+        if precision is Precision.fp16:
+            inputs = calibration.inputs(tower, model["text_inputs"])
+            kept = halve(fused, partial(feeds, inputs, SCAN_ROWS), device=device)
+        graph = ir.load(fused)
+        for value in graph.graph.initializers.values():  # the file goes with the folder
+            if value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy().copy())
+    return graph, undone, [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside PyTorch
+            yield
+    except UnavailableError:
+        raise
+    except Exception as error:  # PyTorch's compilers share no base class of errors
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UnavailableError(f"AOTInductor does not compile {what}: {reason}") from error
+
+
+SOURCE = "#include <locale>\nstd::locale locale() { return std::locale(); }\n"
+
+
+def _check_compiler() -> None:
+    """PyTorch brings C++'s library; a package with another copy inside ends the process that opens it (SIGSEGV)."""
+    compiler = get_cpp_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "locale.cpp", Path(folder) / "locale.so"
+        source.write_text(SOURCE)
+        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UnavailableError(f"{compiler} compiles no C++ file: {done.stderr.strip() or done.returncode}")
+        inside = sys.platform == "linux" and b"libstdc++.so" not in library.read_bytes()
+    if inside:
+        raise UnavailableError(
+            f"{compiler} links libstdc++ statically, and PyTorch crashes as it opens such a package: name another "
+            "compiler in CXX, as CXX=/usr/bin/g++"
+        )
+
+
+@contextmanager
+def _cache_in(folder: Path) -> Iterator[None]:
+    """Let the compiler work in `folder`: nothing is left in the system's temporary folder.
+
+    Its paths end up in what it compiles, so they hold no random part: the same folder gives the same bytes.
+    """
+    before, cache = os.environ.get(CACHE), folder.absolute() / "compiler"
+    os.environ[CACHE] = str(cache)
+    try:
+        yield
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+        del os.environ[CACHE]
+        if before is not None:
+            os.environ[CACHE] = before
+
+
+OPTIONS = {
+    Device.cpu: {"cpp.dynamic_threads": True},  # else the number of threads is compiled in
+    Device.cuda: {"aot_inductor.compile_wrapper_opt_level": "O0"},  # it launches kernels, which a CUDA graph replaces
+}
+
+
+def _compile(program: torch.export.ExportedProgram, path: Path, device: Device) -> None:
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=OPTIONS[device])

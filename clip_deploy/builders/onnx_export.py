@@ -1,0 +1,162 @@
+"""ONNX export of both towers, by whichever of PyTorch's exporters writes the opset asked for, with what is asked for
+around them.
+"""
+
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.export import Dim
+
+from clip_deploy.checkpoint.load import load_model, load_processor
+from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs, split
+from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.config import OPSETS, OnnxConfig
+from clip_deploy.core.errors import DeployError, UnavailableError, one_line
+from clip_deploy.onnx_graph import onnx_file
+from clip_deploy.onnx_graph.postprocessing import encode_labels, put_behind
+from clip_deploy.onnx_graph.pre_post import EMBEDS, Shell, put_on
+from clip_deploy.onnx_graph.preprocessing import IMAGES, PIXELS, preprocessing_shell
+
+
+def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
+    """Write vision.onnx (pixel_values -> image_embeds) and text.onnx (input_ids, attention_mask -> text_embeds).
+
+    The batch axis is dynamic, and the text's sequence axis where the model does not pad to its context. With
+    settings.preprocess, vision.onnx takes images (uint8 [batch, height, width, 3], RGB, of any size) instead; with
+    settings.classifier it gives probabilities [batch, labels] besides.
+
+    Raises:
+        UnavailableError: the exporter cannot convert this model, or ONNX cannot express its preprocessing.
+        DeployError: the file does not hold the opset asked for.
+    """
+    source = read_target(checkpoint)
+    model = source.model
+    shells = _shells(checkpoint, settings, model)
+    model = {**model, **_known(settings)}
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        _export_towers(checkpoint, settings, model, Path(folder))
+        for name, shell in shells.items():
+            put_on(Path(folder) / f"{name}.onnx", shell, output / f"{name}.onnx")
+    return Target(
+        runtime="ort",
+        precision="fp32",
+        device=source.device,
+        files=onnx_file.files_of(output),
+        model=model,
+        build={"opset": settings.opset, "exporter": settings.writer, **_asked_for(settings)},
+        image_input=IMAGES if settings.preprocess else PIXELS,
+    )
+
+
+def _asked_for(settings: OnnxConfig) -> dict[str, Any]:
+    """What is around the towers, for the report."""
+    asked: dict[str, Any] = {name: True for name in ("preprocess", "normalize") if getattr(settings, name)}
+    return asked | ({"classifier": f"{len(settings.classifier)} labels"} if settings.classifier else {})
+
+
+def _known(settings: OnnxConfig) -> dict[str, Any]:
+    """What later stages must know of it."""
+    head = {"labels": settings.classifier, "template": settings.template} if settings.classifier else None
+    return {"normalize": settings.normalize, "classifier": head}
+
+
+def _shells(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any]) -> dict[str, Shell]:
+    shells = {"vision": Shell(), "text": Shell()}
+    labels = None
+    if settings.preprocess:
+        shells["vision"] = preprocessing_shell(load_processor(checkpoint).image_processor, model["image_size"])
+    if settings.classifier:
+        processor = load_processor(checkpoint)
+        labels = encode_labels(load_model(checkpoint), processor, model, settings.classifier, settings.template)
+    put_behind(shells["vision"], "vision", settings.normalize, labels)
+    put_behind(shells["text"], "text", settings.normalize, None)
+    return shells
+
+
+def _failed(writer: str, tower: str, error: Exception) -> str:
+    """Which exporter failed and why, by the error at the root of it, and what the other one writes."""
+    while isinstance(cause := error.__cause__, Exception):
+        error = cause
+    other, (low, high) = next((name, opsets) for name, opsets in OPSETS.items() if name != writer)
+    return (
+        f"the {writer} exporter failed on the {tower} tower: {one_line(error)}; `onnx.exporter: {other}` may write it "
+        f"(opset {low} to {high})"
+    )
+
+
+def _export_towers(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any], output: Path) -> None:
+    inputs, axes = example_inputs(model), dynamic_axes(model)
+    names = {"vision": ["pixel_values"], "text": model["text_inputs"]}
+    write = WRITERS[settings.writer]
+    for name, tower in split(load_model(checkpoint), inputs).items():
+        path = output / f"{name}.onnx"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # deprecations and tracer warnings: validate checks other shapes
+                write(tower, inputs[name], path, names[name], EMBEDS[name], axes[name], settings.opset)
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError) as error:
+            raise UnavailableError(_failed(settings.writer, name, error)) from error
+        written = onnx_file.opset_of(path)
+        if written != settings.opset:
+            raise DeployError(
+                f"{path.name} holds opset {written}, not the {settings.opset} asked for (exporter {settings.writer}): "
+                "set onnx.exporter or onnx.opset to a pair that PyTorch supports"
+            )
+
+
+def _write_dynamo(
+    tower: nn.Module,
+    inputs: tuple,
+    path: Path,
+    names: list[str],
+    output: str,
+    axes: dict[int, str],
+    opset: int,
+) -> None:
+    for name in ("torch.onnx", "onnxscript"):  # a missing torchvision, and each operator that cannot be folded
+        logging.getLogger(name).setLevel(logging.ERROR)
+    dimensions = {axis: Dim(name) for axis, name in axes.items()}
+    program = torch.onnx.export(
+        tower,
+        inputs,
+        dynamo=True,
+        opset_version=opset,
+        input_names=names,
+        output_names=[output],
+        dynamic_shapes=tuple(dimensions for _ in inputs),
+        verbose=False,
+    )
+    onnx_file.save(program.model, path)
+
+
+def _write_torchscript(
+    tower: nn.Module,
+    inputs: tuple,
+    path: Path,
+    names: list[str],
+    output: str,
+    axes: dict[int, str],
+    opset: int,
+) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # above 2 GB the exporter spreads weights over files
+        traced = Path(folder) / path.name
+        torch.onnx.export(
+            tower,
+            inputs,
+            traced,
+            dynamo=False,
+            opset_version=opset,
+            input_names=names,
+            output_names=[output],
+            dynamic_axes={**{name: axes for name in names}, output: {0: "batch"}},
+        )
+        onnx_file.save(ir.load(traced), path)
+
+
+WRITERS = {"dynamo": _write_dynamo, "torchscript": _write_torchscript}

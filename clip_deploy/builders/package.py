@@ -1,0 +1,178 @@
+"""One folder with all that a deployment needs of the chosen targets: graphs, tokenizer, preprocessing, labels, hashes.
+
+Only what passed its gate goes in, byte for byte as it was judged. clip_deploy.inference opens the folder, without torch
+and transformers.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_deploy.core.artifact import TOWERS, Target, read_target
+from clip_deploy.core.config import GatesConfig
+from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.files import sha256, write_text
+from clip_deploy.core.json_files import read_json
+from clip_deploy.core.manifest import provenance
+from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER
+from clip_deploy.evaluate.embeddings import load_embeddings
+from clip_deploy.evaluate.gates import held
+
+FORMAT = 1  # of manifest.json
+RUNTIME = "ort"  # the one that needs neither torch nor a library of its own
+RECOMMENDED = "recommended"
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Sources:
+    """Where a package's parts come from.
+
+    Attributes:
+        built: the folder with the targets' folders.
+        validation: the folder with what validate said of each.
+        portable: the checkpoint's tokenizer, preprocessing and scale (portable.write_portable).
+        evaluation: the prepared set, for classes and templates.
+    """
+
+    built: Path
+    validation: Path
+    portable: Path
+    evaluation: Path
+
+
+def write_package(
+    advice: dict[str, Any], wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Fill `folder`, and return its manifest.
+
+    Args:
+        advice: reports/recommendation.json.
+        wanted: a target for both towers, or "recommended" for what the advice says.
+        gates: what each precision class must reach now.
+        facts: entries of the manifest that stand as they are (model, seed, versions).
+
+    Where the advice has nothing to ship, or what it has cannot be packaged, the folder holds only a manifest with the
+    reason, which no runtime opens.
+
+    Raises:
+        DeployError: the target asked for is unknown, did not pass, is no ONNX target, or its files are not those that
+            were judged.
+        UnavailableError: the target asked for by name needs transformers for its texts or images.
+    """
+    try:
+        manifest = _packaged(advice, wanted, sources, gates, facts, folder)
+    except UnavailableError as error:
+        if wanted != RECOMMENDED:
+            raise
+        for path in folder.iterdir():
+            path.unlink()
+        manifest = {"format": FORMAT, **facts, "unavailable": str(error)}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def _packaged(
+    advice: dict[str, Any], wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    if wanted == RECOMMENDED and not advice["package"]:
+        raise UnavailableError(said(advice))
+    towers = advice["package"] if wanted == RECOMMENDED else dict.fromkeys(TOWERS, wanted)
+    names = list(dict.fromkeys(towers.values()))
+    records = {name: check_fit(name, advice, sources, gates) for name in names}
+    pair = " with ".join(towers[tower] for tower in TOWERS)
+    if len(names) > 1 and advice["pairs"].get(pair, {}).get("status") != "pass":
+        raise DeployError(f"{pair} did not pass together (reports/recommendation.json): run `dvc repro`")
+    origin = provenance({name: (read_target(sources.built / name), record) for name, record in records.items()}, facts)
+    origin["gates"] |= advice["pairs"] if wanted == RECOMMENDED else {}
+    return {
+        "format": FORMAT,
+        **origin,
+        **_fill(folder, towers, sources),
+        "metrics": {name: advice["targets"][name]["metrics"] for name in names},
+        "note": said(advice) if wanted == RECOMMENDED else f"{wanted} was asked for by name",
+    }
+
+
+def said(advice: dict[str, Any]) -> str:
+    """The advice's note, behind what speaks against the reference itself."""
+    return "; ".join([*advice["doubts"], advice["note"]])
+
+
+def parts(image_input: str) -> list[str]:
+    """The files of the checkpoint's portable parts that a package needs, by what its image tower takes."""
+    return [SCORES, TOKENIZER, *([PREPROCESSOR] if image_input == "pixel_values" else [])]
+
+
+def unpackable(folder: Path, portable: Path) -> str | None:
+    """Why no package can be made with the target in `folder` and the checkpoint's portable parts, or None.
+
+    A part that the checkpoint lacks bars every target, and is named first.
+    """
+    target, unavailable = read_target(folder), read_json(portable / SCORES)["unavailable"]
+    if missing := next((file for file in parts(target.image_input) if file in unavailable), None):
+        return unavailable[missing]
+    if target.runtime != RUNTIME:
+        return f"{folder.name} runs with {target.runtime}, and a package with ONNX Runtime alone"
+    return None
+
+
+def check_fit(name: str, advice: dict[str, Any], sources: Sources, gates: GatesConfig) -> dict[str, Any]:
+    """What validate said of a target; DeployError where it did not pass, or its files are not those that did."""
+    known = advice["targets"]
+    if name not in known:
+        raise DeployError(f"target is {name!r}: the report knows {', '.join(known)}")
+    target, record = known[name], read_json(sources.validation / f"{name}.json")
+    fit = [other for other, row in known.items() if row["status"] == "pass" and row["runtime"] == RUNTIME]
+    others = [other for other in fit if other != name]
+    way_out = f"fit are {', '.join(others)}" if others else "no other target is fit"
+    missed = "; ".join(map(str, held(record, gates)))
+    if missed or target["status"] != "pass":
+        raise DeployError(f"{name} is not fit to ship: {missed or '; '.join(target['reasons'])}; {way_out}")
+    if target["runtime"] != RUNTIME:
+        raise DeployError(f"{name} runs with {target['runtime']}, and packages with ONNX Runtime alone; {way_out}")
+    for file in dict.fromkeys([*record["files"], *read_target(sources.built / name).files]):
+        path = sources.built / name / file
+        if not path.is_file() or sha256(path) != record["files"].get(file):
+            raise DeployError(f"{path} is not the file that was judged (reports/validate/{name}.json): run `dvc repro`")
+    return record
+
+
+def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, Any]:
+    """Put all files but the manifest into `folder`, and return what the manifest says of them."""
+    targets = {tower: read_target(sources.built / name) for tower, name in towers.items()}
+    model, evaluation = targets["vision"].model, read_json(sources.evaluation / MANIFEST)
+    scores = read_json(sources.portable / SCORES)
+    for name in towers.values():
+        if reason := unpackable(sources.built / name, sources.portable):
+            raise UnavailableError(reason)
+    for tower, name in towers.items():
+        for file in targets[tower].files:
+            if file.startswith(f"{tower}.onnx"):  # the graph, and its weights where they lie beside it
+                shutil.copyfile(sources.built / name / file, folder / file)
+    for file in parts(targets["vision"].image_input):
+        if file != SCORES:
+            shutil.copyfile(sources.portable / file, folder / file)
+    labels = {key: evaluation[key] for key in ("classes", "templates")}
+    write_text(folder / "labels.json", json.dumps(labels, indent=1, ensure_ascii=False) + "\n")
+    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    return {
+        "towers": {tower: _tower(tower, towers[tower], targets[tower], files) for tower in TOWERS},
+        "dimension": int(load_embeddings(sources.evaluation / "reference.npz").images.shape[1]),
+        "image_size": model["image_size"],
+        "context_length": model["context_length"],
+        "pad_to_context": model["pad_to_context"],
+        "pad_token": evaluation["pad_token"],
+        **{key: value for key, value in scores.items() if key != "unavailable"},
+        "normalized": bool(model.get("normalize")),
+        "device": targets["vision"].device,
+        "files": files,
+    }
+
+
+def _tower(tower: str, name: str, target: Target, files: dict[str, Any]) -> dict[str, Any]:
+    file = f"{tower}.onnx"
+    takes = {"image_input": target.image_input} if tower == "vision" else {"inputs": target.model["text_inputs"]}
+    return {"target": name, "precision": target.precision, "file": file, **takes, "sha256": files[file]["sha256"]}

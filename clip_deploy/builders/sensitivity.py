@@ -1,0 +1,208 @@
+"""Which nodes INT8 hurts, and the fewest to leave in float so that an accuracy budget holds.
+
+Both towers run with a switch at each product: on, its input and weight are rounded as the quantiser rounds them.
+One session for each tower serves every question: scanning all nodes costs one pass over a few rows for each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto, helper, numpy_helper
+from tqdm import tqdm
+
+from clip_deploy.core.config import AccuracyBudget
+from clip_deploy.core.similarity import row_cosines
+from clip_deploy.data.preprocessed import Prepared
+from clip_deploy.evaluate.accuracy import losses, within
+from clip_deploy.evaluate.embeddings import encode_set
+from clip_deploy.onnx_graph import onnx_file
+
+SCAN_ROWS = 16  # images, and texts, of the scan
+UNTOUCHED = {"top1_drop": 0.0, "flips": 0.0, "cosine": 1.0}
+CURVE = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the nodes at which the curve is drawn in any case
+
+
+@dataclass
+class Rounding:
+    """How a node's operands are rounded.
+
+    Attributes:
+        bits: of the weights, 8 or 7; they are symmetric.
+        per_channel: one scale for each output, or one for the whole weight.
+        ranges: scale and zero point of each activation by the node's name; empty where they are found at run time.
+    """
+
+    bits: int
+    per_channel: bool
+    ranges: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+
+@dataclass
+class Search:
+    """What the search found.
+
+    Attributes:
+        left_in_float: names of nodes, "<tower>: <node>", the most sensitive first.
+        nodes: how many can be quantised.
+        top1_drop, flips: of the calibration set, in percentage points and percent, with these nodes left in float.
+        cosine: mean over the calibration set of the cosine with FP32, both towers alike.
+        sensitivity: 1 - mean cosine of the embeddings where one node alone is quantised, in descending order.
+        curve: share of the nodes quantised (the least sensitive first), top1_drop, flips, cosine.
+    """
+
+    left_in_float: list[str]
+    nodes: int
+    top1_drop: float
+    flips: float
+    cosine: float
+    sensitivity: dict[str, float]
+    curve: list[dict[str, float]]
+
+
+class Switched:
+    """Both towers with a switch at each node, as an encoder: `on` holds the names of the nodes that are quantised."""
+
+    image_input = "pixel_values"
+
+    def __init__(
+        self, graphs: dict[str, Path], rounding: dict[str, Rounding], text_inputs: list[str], work: Path
+    ) -> None:
+        self.text_inputs = text_inputs
+        self.on: set[str] = set()
+        self.switches: dict[str, list[str]] = {}
+        self.sessions = {}
+        for tower, path in graphs.items():
+            model = onnx.load(path)
+            self.switches[tower] = [node.name for node in onnx_file.quantisable(model.graph)]
+            switched = work / f"{tower}-switched.onnx"
+            onnx_file.save(ir.from_proto(with_switches(model, rounding[tower])), switched)
+            self.sessions[tower] = onnx_file.open_session(switched)
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{tower}: {name}" for tower, names in self.switches.items() for name in names]
+
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        return self._run("vision", {"pixel_values": images})
+
+    def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._run("text", {name: given[name] for name in self.text_inputs})
+
+    def _run(self, tower: str, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        switches = {_switch(name): np.array(f"{tower}: {name}" in self.on) for name in self.switches[tower]}
+        return self.sessions[tower].run(None, feeds | switches)[0]
+
+
+def with_switches(model: onnx.ModelProto, rounding: Rounding) -> onnx.ModelProto:
+    """Add a boolean input for each node that can be quantised, which chooses between its operands and rounded ones."""
+    graph = model.graph
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    chosen = {node.name for node in onnx_file.quantisable(graph)}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.name in chosen:
+            graph.input.append(helper.make_tensor_value_info(_switch(node.name), TensorProto.BOOL, []))
+            lookup = node.op_type == "Gather"
+            operand = 0 if lookup else 1
+            weight = weights[node.input[operand]]
+            _switch_operand(nodes, node, operand, _rounded_weight(graph, nodes, node.name, weight, rounding, lookup))
+            if not lookup:
+                _switch_operand(nodes, node, 0, _rounded_input(graph, nodes, node, rounding))
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    return model
+
+
+def _switch(name: str) -> str:
+    return f"{name}/quantised"
+
+
+def _switch_operand(nodes: list[onnx.NodeProto], node: onnx.NodeProto, index: int, rounded: str) -> None:
+    output = f"{node.name}/operand_{index}"
+    nodes.append(helper.make_node("Where", [_switch(node.name), rounded, node.input[index]], [output]))
+    node.input[index] = output
+
+
+def _rounded_weight(
+    graph: onnx.GraphProto, nodes: list[onnx.NodeProto], name: str, weight: np.ndarray, rounding: Rounding, lookup: bool
+) -> str:
+    """A table is rounded with one scale, a weight [in, out] with one for each output where that is asked for."""
+    limit = 2 ** (rounding.bits - 1) - 1
+    axis = 0 if rounding.per_channel and not lookup else None
+    scale = np.maximum(np.abs(weight).max(axis=axis), 1e-12).astype(np.float32) / limit
+    rounded = np.clip(np.round(weight / scale), -limit, limit).astype(np.int8)
+    for suffix, content in (("weight", rounded), ("scale", np.array(scale, np.float32))):
+        graph.initializer.append(numpy_helper.from_array(content, f"{name}/{suffix}"))
+    nodes.append(
+        helper.make_node("DequantizeLinear", [f"{name}/weight", f"{name}/scale"], [f"{name}/rounded_weight"], axis=1)
+    )
+    return f"{name}/rounded_weight"
+
+
+def _rounded_input(
+    graph: onnx.GraphProto, nodes: list[onnx.NodeProto], node: onnx.NodeProto, rounding: Rounding
+) -> str:
+    source, output = node.input[0], f"{node.name}/rounded_input"
+    if node.name in rounding.ranges:
+        parts = [f"{node.name}/{suffix}" for suffix in ("input_scale", "input_zero")]
+        for part, content in zip(parts, rounding.ranges[node.name], strict=True):
+            graph.initializer.append(numpy_helper.from_array(content, part))
+        nodes.append(helper.make_node("QuantizeLinear", [source, *parts], [f"{output}/whole"]))
+    else:
+        parts = [f"{output}/scale", f"{output}/zero"]
+        nodes.append(helper.make_node("DynamicQuantizeLinear", [source], [f"{output}/whole", *parts]))
+    nodes.append(helper.make_node("DequantizeLinear", [f"{output}/whole", *parts], [output]))
+    return output
+
+
+def scan(encoder: Switched, prepared: Prepared) -> dict[str, float]:
+    """1 - mean cosine of the embeddings with one node quantised, for each node, the most sensitive first."""
+    texts = prepared.texts[:SCAN_ROWS]
+    calls: dict[str, Callable[[], np.ndarray]] = {
+        "vision": lambda: encoder.encode_images(np.array(prepared.pixel_values[:SCAN_ROWS])),
+        "text": lambda: encoder.encode_texts(texts.input_ids, texts.attention_mask),
+    }
+    encoder.on = set()
+    expected = {tower: call() for tower, call in calls.items()}
+    found = {}
+    for name in tqdm(encoder.names, desc="sensitivity", disable=None):
+        encoder.on, tower = {name}, name.split(": ")[0]
+        found[name] = 1 - float(row_cosines(calls[tower](), expected[tower]).mean())
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def search(encoder: Switched, prepared: Prepared, budget: AccuracyBudget, seed: int) -> Search:
+    """Leave the fewest nodes in float that keep the calibration set's answers within `budget`.
+
+    Nodes are left out in the order of their sensitivity; how many is found by bisection.
+    """
+    sensitivity = scan(encoder, prepared)
+    order = list(sensitivity)
+    encoder.on = set()
+    reference = encode_set(encoder, prepared)
+    known: dict[int, dict[str, float]] = {0: UNTOUCHED}  # by the number of quantised nodes
+
+    def loss(left: int) -> dict[str, float]:
+        count = len(order) - left
+        if count not in known:
+            encoder.on = set(order[left:])
+            known[count] = losses(encode_set(encoder, prepared), reference, prepared, seed)
+        return known[count]
+
+    low, high = 0, len(order)  # `high` nodes left in float meet the budget
+    if within(loss(0), budget):
+        high = 0
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if within(loss(middle), budget) else (middle, high)
+    for share in CURVE:
+        loss(round((1 - share) * len(order)))
+    curve = [{"share": count / len(order), **point} for count, point in sorted(known.items())]
+    return Search(order[:high], len(order), **loss(high), sensitivity=sensitivity, curve=curve)

@@ -1,0 +1,1 @@
+"""A checkpoint: fetched, verified, looked through and loaded."""

@@ -1,0 +1,135 @@
+"""Whether a folder holds a whole checkpoint, and what its settings state."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from clip_deploy.checkpoint.layout import (
+    INDEX,
+    PICKLES,
+    WEIGHTS,
+    read_object,
+    refuse_other_layouts,
+    weight_names,
+)
+from clip_deploy.core.artifact import TOWERS
+from clip_deploy.core.errors import CheckpointError
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError where `folder` is not a dual encoder with whole safetensors weights, and nothing more."""
+    refuse_other_layouts(folder)
+    config = read_config(folder)
+    if not all(_stated(config, tower) for tower in TOWERS):
+        raise CheckpointError(
+            f"{folder} holds a {config.get('model_type')!r} model: only dual encoders (CLIP, SigLIP, Chinese-CLIP, "
+            "ALIGN...) have an image tower and a text tower to deploy"
+        )
+    if quantized := config.get("quantization_config"):
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(
+            f"{folder} holds weights that are quantised already (quantization_config: {kind!s:.40}): give the "
+            "checkpoint that they were made from, against which every form can be held; INT8 is made here"
+        )
+    names = weight_names(folder)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        if len(names) > 1:
+            raise CheckpointError(f"{folder} lacks {missing[0]}, which {INDEX} names: fetch it again")
+        raise CheckpointError(without_weights(str(folder), [path for path in folder.iterdir() if path.is_file()]))
+    _verify_depth(folder, config, sum(_tensors(folder / name) for name in names if name != INDEX))
+    verify_processor(folder, config)
+
+
+def verify_processor(folder: Path, config: dict[str, Any]) -> None:
+    """Raise CheckpointError where the image processor's settings or the tokenizer's vocabulary are missing."""
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise CheckpointError(
+            f"{folder} has no preprocessor_config.json: save the processor with `processor.save_pretrained(folder)`"
+        )
+    kind, lacking = _lacking_vocabulary(folder, config)
+    if lacking:
+        unread = lacking == "spiece.model" and (folder / "tokenizer.json").is_file()
+        way = ', or set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json to read tokenizer.json'
+        raise CheckpointError(
+            f"{folder} lacks the vocabulary of its {kind}, without which all texts are read alike: missing is "
+            f"{lacking}; copy it from the model that this one was fine-tuned from, or write it with "
+            f"`tokenizer.save_pretrained(folder)`{way if unread else ''}"
+        )
+
+
+def _lacking_vocabulary(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
+    """The tokenizer's class, as transformers chooses it, and the files that it needs and that are not there."""
+    from transformers import PreTrainedTokenizerBase, TokenizersBackend
+    from transformers.models.auto import tokenization_auto as auto
+
+    stated = stated_settings(folder).get("tokenizer_class") or config.get("tokenizer_class")
+    name = stated if isinstance(stated, str) else str(auto.TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type"))))
+    found = auto.tokenizer_class_from_name(name)
+    known = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
+    kind = found if known else TokenizersBackend  # so does AutoTokenizer
+    roles = kind.vocab_files_names
+    parts = [roles[role] for role in ("vocab_file", "merges_file") if role in roles]
+    missing = [part for part in parts if not (folder / part).is_file()]
+    fast = issubclass(kind, TokenizersBackend)
+    whole = fast and any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    if not roles or whole or (parts and not missing):
+        return kind.__name__, ""
+    instead = ["tokenizer.json"] if fast and len(missing) == len(parts) else []
+    return kind.__name__, " or ".join([*instead, *([" and ".join(missing)] if missing else [])])
+
+
+def stated_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json as it stands; empty where there is none, as transformers takes it."""
+    path = folder / "tokenizer_config.json"
+    return read_object(path) if path.is_file() else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands."""
+    return read_object(folder / "config.json")
+
+
+def _stated(config: dict[str, Any], tower: str) -> bool:
+    """Whether config.json has settings of a tower; transformers 4 wrote them under other names too."""
+    return f"{tower}_config" in config or f"{tower}_config_dict" in config
+
+
+def tower_settings(config: dict[str, Any], tower: str) -> dict[str, Any]:
+    """What config.json says of a tower, without transformers' defaults; of two places, the one that it heeds."""
+    return {**(config.get(f"{tower}_config") or {}), **(config.get(f"{tower}_config_dict") or {})}
+
+
+def _tensors(path: Path) -> int:
+    """How many a file of weights holds; CheckpointError where it is not whole."""
+    try:
+        with safe_open(path, framework="numpy") as content:
+            return len(content.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}): fetch it again") from error
+
+
+def _verify_depth(folder: Path, config: dict[str, Any], tensors: int) -> None:
+    """Raise CheckpointError where a tower has more layers than there are weights: to build them could take for ever."""
+    for place in (f"{tower}_config{suffix}" for tower in TOWERS for suffix in ("", "_dict")):
+        settings = config.get(place) or {}
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{folder}/config.json: {place} is {settings!r:.60}: it must hold settings")
+        layers = settings.get("num_hidden_layers")
+        if isinstance(layers, int | float) and layers > tensors:
+            raise CheckpointError(
+                f"{folder}/config.json: {place}.num_hidden_layers is {layers}, and the weights are {tensors} tensors: "
+                "these files do not belong together"
+            )
+
+
+def without_weights(name: str, files: list[Path]) -> str:
+    """Why a folder or repository that lacks model.safetensors cannot be deployed, and what it has in its place."""
+    if pickled := sorted(file.name for file in files if any(file.match(pattern) for pattern in PICKLES)):
+        return (
+            f"{name} has only pickled weights ({pickled[0]}), which can run code when loaded: where you "
+            "trust it, load it once and `model.save_pretrained(folder)`, or pin a revision with model.safetensors"
+        )
+    other = sorted(file.name for file in files if file.suffix == ".safetensors")
+    also = f"; {', '.join(other[:3])} is none that transformers reads" if other else ""
+    return f"{name} has no weights: a file {WEIGHTS} is needed, or shards with {INDEX}{also}"

@@ -1,0 +1,1 @@
+"""Images, captions and classes, as samples and as encoders take them."""

@@ -1,0 +1,1 @@
+"""How good a target is: embeddings, accuracy, gates."""

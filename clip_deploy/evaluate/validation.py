@@ -1,0 +1,224 @@
+"""Check one target against the untouched FP32 model: is the file sound, the embeddings close, the answers the same?"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_deploy.core.artifact import Target, failure, hashes, read_target, size_bytes
+from clip_deploy.core.config import Gate, GatesConfig
+from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.files import sha256
+from clip_deploy.core.manifest import provenance
+from clip_deploy.core.similarity import compare, normalized, row_cosines
+from clip_deploy.core.subprocesses import CrashError, call_in_child
+from clip_deploy.data.preprocessed import Images, Prepared
+from clip_deploy.evaluate import accuracy
+from clip_deploy.evaluate.chance import doubts
+from clip_deploy.evaluate.embeddings import (
+    Embeddings,
+    encode_images,
+    encode_set,
+    encode_texts,
+    image_inputs,
+    load_embeddings,
+)
+from clip_deploy.evaluate.gates import doubted, judge, limits
+from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
+
+FORMAT = 1  # of a target's manifest
+BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
+
+
+def validate_apart(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> dict[str, Any]:
+    """As validate, in a process of its own: a runtime that crashes, hangs or eats all memory makes the target fail."""
+    try:
+        return call_in_child(validate, folder, prepared, reference, gates, seed, limit_s=gates.max_seconds)
+    except Exception as error:  # whatever a library raises is this row's result
+        target, reason = read_target(folder), str(error) if isinstance(error, CrashError) else failure(error)
+        return {"status": "fail", "reasons": [reason], "precision": target.precision, **_what(target)}
+
+
+def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> dict[str, Any]:
+    """Judge the target in `folder`.
+
+    Args:
+        prepared: the evaluation set.
+        reference: the .npz of the untouched model's embeddings of that set.
+        gates: what each precision class must reach.
+
+    Returns:
+        A record with status "pass", "fail" (and reasons) or "unavailable" (and the reason), and all that was measured.
+    """
+    target = read_target(folder)
+    record: dict[str, Any] = {"status": "unavailable", "reasons": [], "precision": target.precision, **_what(target)}
+    try:
+        encoder = open_encoder(folder)
+    except UnavailableError as error:
+        return record | {"status": "fail" if target.failed else "unavailable", "reasons": [str(error)]}
+    except DeployError as error:
+        return record | {"status": "fail", "reasons": [str(error)]}
+    gate: Gate = getattr(gates, target.precision)
+    record |= {"size_mb": size_bytes(folder) / 1e6, "files": {name: sha256(folder / name) for name in target.files}}
+    try:
+        if any(name.endswith(".onnx") for name in target.files):
+            record["graphs"] = graphs(folder, target.build["opset"])
+            record |= shell(folder, target, prepared)
+        record["doubts"] = doubts(load_embeddings(reference), prepared) if record["trained"] else []
+        record |= measure(encoder, prepared, load_embeddings(reference), target, seed)
+        if isinstance(encoder, PlacedEncoder) and target.device == "cuda":
+            record["placement"] = encoder.placement()
+    except UnavailableError as error:
+        return record | {"reasons": [str(error)]}
+    except DeployError as error:
+        return record | {"status": "fail", "reasons": [str(error)]}
+    reasons = judge(record, gate, target.precision)
+    if reasons:
+        record["diagnosis"] = diagnosis(folder, encoder, prepared, load_embeddings(reference), gate)
+    reasons = [*map(str, doubted(record, gates)), *reasons]
+    return record | {"status": "fail" if reasons else "pass", "reasons": reasons, "limits": limits(record, gate)}
+
+
+def manifest(folder: Path, record: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """What stands beside a target's folder: what it was made from and how, how it was judged, and all its files.
+
+    Args:
+        record: what validate said of it.
+        facts: model, seed, versions.
+    """
+    described = provenance({folder.name: (read_target(folder), record)}, facts)
+    return {
+        "format": FORMAT,
+        "target": folder.name,
+        **described,
+        "files": hashes(folder, record.get("files", {})),
+    }
+
+
+def _what(target: Target) -> dict[str, Any]:
+    known = {
+        "runtime": target.runtime,
+        "device": target.device,
+        "build": target.build,
+        "trained": target.model.get("trained", True),
+    }
+    return known | ({"search": target.search} if target.search else {})
+
+
+def graphs(folder: Path, opset: int) -> dict[str, Any]:
+    """Checker and graph information of both towers; DeployError where a file does not declare the opset asked for."""
+    from clip_deploy.onnx_graph import onnx_file  # the targets of PyTorch need no onnx
+
+    described = {}
+    for tower in ("vision", "text"):
+        path = folder / f"{tower}.onnx"
+        onnx_file.check(path)
+        described[tower] = onnx_file.describe(path)
+        written = described[tower]["opsets"]["ai.onnx"]
+        if written != opset:
+            raise DeployError(f"{path.name} declares opset {written}, onnx.opset asked for {opset}")
+    return described
+
+
+def diagnosis(folder: Path, encoder: Encoder, prepared: Prepared, reference: Embeddings, gate: Gate) -> dict[str, Any]:
+    """Where the target loses what its gate asks for; a note where its graphs cannot be opened up."""
+    from clip_deploy.evaluate.diagnosis import diagnose  # the targets of PyTorch need no onnx
+
+    try:
+        return diagnose(folder, prepared, encode_set(encoder, prepared), reference, gate)
+    except DeployError as error:
+        return {"reference": None, "drops": [], "notes": [f"no layer is named: {error}"]}
+
+
+def shell(folder: Path, target: Target, prepared: Prepared) -> dict[str, Any]:
+    """What stands around the image tower, held against the checkpoint's own processor."""
+    if target.image_input == "pixel_values" or prepared.images is None:
+        return {}
+    from clip_deploy.onnx_graph.preprocessing import pixel_parity  # the targets of PyTorch need no onnx
+
+    return {"pixels": pixel_parity(folder / "vision.onnx", prepared)}
+
+
+def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target: Target, seed: int) -> dict[str, Any]:
+    """Parity, batches, sequence lengths, zero-shot, retrieval and flips of an opened target."""
+    try:
+        actual = encode_set(encoder, prepared)
+        shapes = other_shapes(encoder, prepared, reference, target)
+    except UnavailableError:
+        raise
+    except Exception as error:  # whatever the runtime raises is this row's result
+        raise DeployError(f"encoding failed: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
+    alike = normalized if target.model.get("normalize") else np.asarray  # lengths are compared where they are kept
+    record: dict[str, Any] = {
+        "parity": {
+            "vision": compare(actual.images, alike(reference.images)),
+            "text": compare(_texts(actual), alike(_texts(reference))),
+        },
+        "shapes": shapes,
+    }
+    if target.model.get("normalize"):
+        lengths = np.linalg.norm(np.concatenate([actual.images, _texts(actual)]), axis=1)
+        record["length_error"] = float(np.abs(lengths - 1).max())
+    if target.model.get("classifier"):
+        record["classifier"] = head(encoder, prepared, reference, target.model["classifier"])
+    clean = Embeddings(*(np.nan_to_num(part) for part in (actual.images, actual.captions, actual.prompts)))
+    if prepared.manifest["classes"]:
+        record["zero_shot"] = accuracy.zero_shot(clean, reference, prepared, seed)
+    if len(prepared.captions):
+        record["retrieval"] = accuracy.retrieval(clean, prepared)
+    return record | {"flips": accuracy.flips(clean, reference, prepared), "evaluation": prepared.identity}
+
+
+def head(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: dict[str, Any]) -> dict[str, Any]:
+    """Share of images to which a zero-shot head gives the label that the untouched model gives.
+
+    The set's prompts hold the labels' embeddings where its classes and templates do; else there is nothing to compare.
+    """
+    classes, templates = prepared.manifest["classes"], prepared.manifest["templates"]
+    if settings["template"] not in templates or not set(settings["labels"]) <= set(classes):
+        return {"unchecked": "the evaluation set lacks a label of onnx.classifier among its classes, or onnx.template"}
+    template = templates.index(settings["template"])
+    rows = [classes.index(label) * len(templates) + template for label in settings["labels"]]
+    expected = normalized(reference.images) @ normalized(reference.prompts[rows]).T
+    actual = encode_images(_Classifier(encoder), image_inputs(encoder, prepared))
+    agree = actual.argmax(axis=1) == expected.argmax(axis=1)
+    return {"labels": len(rows), "agreement_percent": 100 * float(agree.mean())}
+
+
+class _Classifier:
+    """A head's probabilities in the place of embeddings."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.image_input, self.encode_images = encoder.image_input, encoder.classify
+        self.encode_texts, self.text_inputs = encoder.encode_texts, encoder.text_inputs
+
+
+def _texts(embeddings: Embeddings) -> np.ndarray:
+    parts = [part for part in (embeddings.captions, embeddings.prompts) if len(part)]
+    return np.concatenate(parts)
+
+
+def other_shapes(encoder: Encoder, prepared: Prepared, reference: Embeddings, target: Target) -> dict[str, float]:
+    """Lowest cosine with the reference at each other shape: batches of 1, 3 and 8, and texts padded to the context."""
+    rows = max(BATCHES)
+    images, image_rows = _alike(image_inputs(encoder, prepared), rows)
+    texts = prepared.texts[:rows]
+    expected = (reference.captions if len(prepared.captions) else reference.prompts)[:rows]
+    lowest = {}
+    for batch in BATCHES:
+        embeddings = encode_images(encoder, images, batch)
+        lowest[f"vision, batch {batch}"] = float(row_cosines(embeddings, reference.images[image_rows]).min())
+        encoded = encode_texts(encoder, texts, batch)
+        lowest[f"text, batch {batch}"] = float(row_cosines(encoded, expected).min())
+    context = target.model["context_length"]
+    if texts.input_ids.shape[1] < context:
+        padded = texts.padded(context, prepared.manifest["pad_token"])
+        lowest[f"text, {context} tokens"] = float(row_cosines(encode_texts(encoder, padded), expected).min())
+    return lowest
+
+
+def _alike(inputs: np.ndarray | Images, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` images of one size and their rows; some come twice where fewer have that size."""
+    known = inputs.by_size()[0] if isinstance(inputs, Images) else np.arange(len(inputs))
+    rows = np.resize(known[:count], count)
+    return np.stack([inputs[row] for row in rows]), rows

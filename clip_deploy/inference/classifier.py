@@ -1,0 +1,317 @@
+"""A package, opened: zero-shot answers and embeddings with numpy, Pillow, tokenizers and onnxruntime alone."""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
+
+from clip_deploy.core.artifact import real_graph
+from clip_deploy.core.environment import cores
+from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.files import sha256
+from clip_deploy.core.providers import CPU, CUDA, load_cuda
+from clip_deploy.inference.embedding_sample import Sample
+from clip_deploy.inference.images import Preprocessor, read_image, rgb
+from clip_deploy.inference.text_cache import TextCache
+from clip_deploy.inference.tokenizer import Tokenizer, check_texts
+
+FORMAT = 1  # of manifest.json
+OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
+DEVICES = {"cpu": [CPU], "cuda": [CUDA, CPU]}  # ONNX Runtime's providers; what CUDA has no kernel for runs on the CPU
+OLDEST = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
+AHEAD = 2  # batches that are read and preprocessed while one is encoded
+
+Picture = Path | str | Image.Image | Callable[[], Image.Image]  # a call reads one as RGB, or raises DataError
+
+
+class Prediction(NamedTuple):
+    text: str
+    probability: float
+
+
+class ZeroShotClassifier:
+    """Both towers of a package. Embeddings are float32 of unit length: their products are cosines.
+
+    Where INT8 measures activations as they come (ort-int8-dynamic), an embedding depends a little on what else is in
+    its batch; the gates hold for batches of 1, 3 and 8.
+
+    Attributes:
+        manifest: what manifest.json says.
+        labels: the classes and templates that the package came with; both may be empty.
+        fingerprint: a hash of all that makes an embedding of an image or a text.
+        sample: what keeps some of the images' embeddings, or None.
+    """
+
+    def __init__(
+        self,
+        package: Path,
+        manifest: dict[str, Any],
+        device: str,
+        threads: int | None,
+        cache_size: int,
+        cache_folder: Path | None,
+        sample: Sample | None,
+    ) -> None:
+        self.manifest, self.device, self.sample = manifest, device, sample
+        self.labels = json.loads((package / "labels.json").read_text(encoding="utf-8"))
+        self.fingerprint = fingerprint(manifest)
+        self.image_input = manifest["towers"]["vision"]["image_input"]
+        self.preprocessor = _preprocessor(package) if self.image_input == "pixel_values" else None
+        self.tokenizer = Tokenizer(
+            package / "tokenizer.json", *(manifest[key] for key in ("context_length", "pad_to_context", "pad_token"))
+        )
+        tower = _fingerprint(manifest, ("text", "tokenizer"))
+        self.cache = TextCache(tower, manifest["dimension"], cache_size, cache_folder)
+        self.sessions = {
+            tower: _session(package / manifest["towers"][tower]["file"], device, threads) for tower in OUTPUTS
+        }
+
+    @classmethod
+    def open(
+        cls,
+        package: Path | str,
+        device: str | None = None,
+        threads: int | None = None,
+        cache_size: int = 4096,
+        cache_folder: Path | str | None = None,
+        sample_folder: Path | str | None = None,
+        sample_share: float = 0.01,
+    ) -> "ZeroShotClassifier":
+        """Open a package after checking that its files are those that were judged.
+
+        Args:
+            package: the folder that the stage `package` wrote.
+            device: "cpu" or "cuda"; None for the one it was made for.
+            threads: of each tower's pool; None leaves ONNX Runtime's default.
+            cache_size: texts whose embeddings are kept in memory.
+            cache_folder: where they are kept on disk besides, or None.
+            sample_folder: where a sample of the images' embeddings is kept for `python -m stages.drift`, or None.
+            sample_share: of the images whose embeddings go there, above 0 and at most 1.
+
+        Raises:
+            DeployError: ONNX Runtime is too old, it is no package, nothing in it was fit to ship, a file is not the one
+                that was judged, the device is unknown, or ONNX Runtime refuses a graph.
+            UnavailableError: the device's provider or GPU is missing.
+        """
+        _refuse_old_runtime(onnxruntime.__version__)
+        folder = Path(package)
+        manifest = read_manifest(folder)
+        chosen = device or manifest["device"]
+        if chosen not in DEVICES:
+            raise DeployError(f"device is {chosen!r}: accepted are {', '.join(DEVICES)}")
+        if threads is not None and threads < 1:
+            raise DeployError(f"threads is {threads}: give 1 or more, or nothing for ONNX Runtime's default")
+        sample = Sample(Path(sample_folder), sample_share) if sample_folder else None
+        if chosen == "cuda":
+            load_cuda()
+        return cls(folder, manifest, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None, sample)
+
+    def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
+        """The probability of each text for one image, the highest first.
+
+        Args:
+            image: a file, which is turned upright as EXIF says, or a picture of Pillow, which is taken as it lies.
+            texts: as a person would describe the image; None takes the package's classes, in its templates.
+
+        CLIP's probabilities are a softmax over the texts and add up to 1; SigLIP's are those of each text by itself.
+
+        Raises DataError where the image cannot be read, there are no texts, or one is empty.
+        """
+        names = self.labels["classes"] if texts is None else texts
+        if texts is None and not names:
+            raise DataError("the package has no classes of its own: give texts")
+        targets = self._classes() if texts is None else self.embed_texts(texts)
+        scores = self.probabilities(self.embed_images([image]) @ targets.T)[0]
+        order = np.argsort(-scores, kind="stable")
+        return [Prediction(names[row], float(scores[row])) for row in order]
+
+    def probabilities(self, cosines: np.ndarray) -> np.ndarray:
+        """Of cosines [images, texts], as the model itself scores them."""
+        logits = cosines * self.manifest["logit_scale"] + (self.manifest["logit_bias"] or 0.0)
+        if self.manifest["activation"] == "sigmoid":
+            return 1 / (1 + np.exp(-logits))
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    def embed_images(self, images: Sequence[Picture], batch_size: int = 32) -> np.ndarray:
+        """Embeddings [images, dimension], in their order.
+
+        Raises DataError where one cannot be read, or `images` is a single one and no list.
+        """
+        _check_list(images)
+        rows = np.empty((len(images), self.manifest["dimension"]), dtype=np.float32)
+        steps = tqdm(self.embed_each(images, batch_size), total=len(images), desc="embed images", disable=None)
+        for row, embedding in enumerate(steps):
+            if isinstance(embedding, DataError):
+                raise embedding
+            rows[row] = embedding
+        return rows
+
+    def embed_each(self, images: Iterable[Picture], batch_size: int = 32) -> Iterator[np.ndarray | DataError]:
+        """One embedding [dimension] after the other, and in its place the error where an image cannot be read.
+
+        Images are read and preprocessed by threads while the batch before is encoded.
+        """
+        _check_list(images)
+        check_count("batch_size", batch_size)
+        waiting: deque[list[Future]] = deque()
+        with ThreadPoolExecutor(cores()) as pool:
+            try:
+                images = iter(images)
+                while batch := list(islice(images, batch_size)):
+                    waiting.append([pool.submit(self._prepared, image) for image in batch])
+                    if len(waiting) > AHEAD:
+                        yield from self._encode_images([future.result() for future in waiting.popleft()])
+                while waiting:
+                    yield from self._encode_images([future.result() for future in waiting.popleft()])
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """Embeddings [texts, dimension], in their order; known texts come from the cache.
+
+        Raises DataError where there are no texts, or one is empty.
+        """
+        check_texts(texts)
+        check_count("batch_size", batch_size)
+        found = {text: self.cache.get(text) for text in texts}
+        missing = [text for text, embedding in found.items() if embedding is None]
+        for start in tqdm(range(0, len(missing), batch_size), desc="embed texts", disable=_few(missing, batch_size)):
+            batch = missing[start : start + batch_size]
+            for text, embedding in zip(batch, self._encode_texts(batch), strict=True):
+                self.cache.put(text, embedding)
+                found[text] = embedding
+        return np.stack([found[text] for text in texts])  # type: ignore[misc]
+
+    def _classes(self) -> np.ndarray:
+        """Embeddings of the package's classes: of each the mean over its templates, of unit length."""
+        classes, templates = self.labels["classes"], self.labels["templates"]
+        prompts = self.embed_texts([template.format(name) for name in classes for template in templates])
+        return _unit(prompts.reshape(len(classes), len(templates), -1).mean(axis=1))
+
+    def _prepared(self, image: Picture) -> np.ndarray | DataError:
+        try:
+            picture = _read(image)
+        except DataError as error:
+            return error
+        return np.asarray(picture) if self.preprocessor is None else self.preprocessor(picture)
+
+    def _encode_images(self, prepared: list[np.ndarray | DataError]) -> list[np.ndarray | DataError]:
+        """Encode what was read, images of one size together."""
+        answers = list(prepared)
+        sizes: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
+        for row, image in enumerate(prepared):
+            if isinstance(image, np.ndarray):
+                sizes.setdefault(image.shape, {})[row] = image
+        for alike in sizes.values():
+            embeddings = self._run("vision", {self.image_input: np.stack(list(alike.values()))})
+            for row, embedding in zip(alike, embeddings, strict=True):
+                answers[row] = embedding
+            if self.sample:
+                self.sample.add(embeddings)
+        return answers
+
+    def _encode_texts(self, texts: list[str]) -> np.ndarray:
+        tokens = self.tokenizer(texts)
+        return self._run("text", {name: tokens[name] for name in self.manifest["towers"]["text"]["inputs"]})
+
+    def _run(self, tower: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        return _unit(self.sessions[tower].run([OUTPUTS[tower]], inputs)[0])
+
+
+def _refuse_old_runtime(version: str) -> None:
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        least = ".".join(map(str, OLDEST))
+        raise DeployError(
+            f"onnxruntime is {version}: from {least} on it computes fused texts right; "
+            f"pip install 'onnxruntime>={least}'"
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a package's manifest.json and hold its files against the hashes in it.
+
+    Raises DeployError where it is no package, holds nothing to ship, or a file is missing or another.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DeployError(f"{folder} is no package ({error}): `dvc repro package` writes one") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DeployError(f"{path} has no format {FORMAT}, which this version reads: package it anew")
+    if reason := manifest.get("unavailable"):
+        raise DeployError(f"{folder} holds nothing to ship: {reason}")
+    for name, wanted in manifest["files"].items():
+        file = folder / name
+        if not file.is_file() or sha256(file) != wanted["sha256"]:
+            what = "is not the file that was packaged" if file.is_file() else "is missing"
+            raise DeployError(f"{file} {what} (its hash is in manifest.json): package or copy it anew")
+    return manifest
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """A hash of all that makes an embedding of an image or a text."""
+    return _fingerprint(manifest, ("vision", "preprocessor", "text", "tokenizer"))
+
+
+def _fingerprint(manifest: dict[str, Any], parts: tuple[str, ...]) -> str:
+    """SHA-256 over the hashes of the files whose names begin so."""
+    files = sorted((name, facts["sha256"]) for name, facts in manifest["files"].items() if name.startswith(parts))
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise DataError where a number of things to do is none."""
+    if value < 1:
+        raise DataError(f"{name} is {value}: give 1 or more")
+
+
+def _check_list(images: object) -> None:
+    """A string is a sequence too, of its letters."""
+    if isinstance(images, str | bytes | Path | Image.Image):
+        raise DataError(f"images is a single one, {images!r:.80}: give a list of images")
+
+
+def _read(image: Picture) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return rgb(image)
+    return image() if callable(image) else read_image(Path(image))
+
+
+def _preprocessor(package: Path) -> Preprocessor:
+    return Preprocessor(**json.loads((package / "preprocessor.json").read_text(encoding="utf-8")))
+
+
+def _session(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        with real_graph(path) as graph:
+            session = onnxruntime.InferenceSession(graph, options, providers=DEVICES[device])
+    except DeployError:
+        raise
+    except Exception as error:  # a class of its own for each code, in a private module
+        raise DeployError(f"{path} does not load on {device}: {str(error).splitlines()[0]}") from error
+    if session.get_providers()[0] != DEVICES[device][0]:
+        raise DeployError(f"{path} does not load on {device}: ONNX Runtime fell back to {session.get_providers()[0]}")
+    return session
+
+
+def _unit(embeddings: np.ndarray) -> np.ndarray:
+    return embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
+
+
+def _few(texts: list[str], batch_size: int) -> bool | None:
+    """No bar for one batch; else wherever there is a terminal."""
+    return True if len(texts) <= batch_size else None

@@ -1,0 +1,92 @@
+"""The images that a text describes best: of a folder, or of what `embed` made of one."""
+
+import heapq
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.inference.classifier import ZeroShotClassifier, check_count
+from clip_deploy.inference.embed import printable, read_header
+from clip_deploy.inference.storage import list_images, list_parts, local, open_part, shown, vectors
+
+Embedded = tuple[list[str], np.ndarray]  # paths, and float32 embeddings [images, dimension]
+
+
+class Hit(NamedTuple):
+    cosine: float
+    path: str
+
+
+class Found(NamedTuple):
+    """The nearest first; and a line for each image that cannot be read."""
+
+    hits: list[Hit]
+    unreadable: list[str]
+
+
+def search(classifier: ZeroShotClassifier, source: Path | str, text: str, top: int) -> Found:
+    """The `top` images nearest to `text`. What cannot be read is left out and named.
+
+    Args:
+        source: a folder of images, a folder or URI of `embed`'s parts, or one part. Paths are relative to the images'
+            folder.
+
+    Raises:
+        DataError: there is nothing to search, `top` is below 1, or the text is empty.
+        DeployError: the parts were made by another package, whose embeddings mean something else.
+    """
+    check_count("top", top)
+    (wanted,) = classifier.embed_texts([text])
+    best: list[Hit] = []
+    unreadable: list[str] = []
+    for paths, embeddings in _parts(classifier, str(source), unreadable):
+        cosines = embeddings @ wanted
+        nearest = np.argsort(-cosines, kind="stable")[:top]
+        hits = (Hit(float(cosines[row]), paths[row]) for row in nearest)
+        best = heapq.nlargest(top, [*best, *hits], key=lambda hit: hit.cosine)
+    return Found(best, unreadable)
+
+
+def _parts(classifier: ZeroShotClassifier, source: str, unreadable: list[str]) -> Iterator[Embedded]:
+    """One part in memory at a time."""
+    folder = local(source)
+    if folder and folder.is_file():
+        yield _read(classifier, str(folder.parent), folder.name)
+        return
+    names = list_parts(source)
+    for name in names:
+        yield _read(classifier, source, name)
+    if not names and folder:
+        yield _embed(classifier, folder, unreadable)
+    elif not names:
+        raise DataError(f"{shown(source)} holds none of `embed`'s parts: give a folder of images, or embed them")
+
+
+def _embed(classifier: ZeroShotClassifier, folder: Path, unreadable: list[str]) -> Embedded:
+    listing = list_images(folder)
+    images = list(listing.files)
+    unreadable += listing.skipped.values()
+    found = classifier.embed_each(folder / name for name in images)
+    paths: list[str] = []
+    embeddings: list[np.ndarray] = []
+    for name, embedding in zip(images, tqdm(found, "embed images", len(images), disable=None), strict=True):
+        if isinstance(embedding, DataError):
+            unreadable.append(printable(str(embedding)))
+        else:
+            paths.append(printable(name))
+            embeddings.append(embedding)
+    return paths, np.array(embeddings, np.float32).reshape(-1, classifier.manifest["dimension"])
+
+
+def _read(classifier: ZeroShotClassifier, source: str, name: str) -> Embedded:
+    if read_header(source, name)["package"] != classifier.fingerprint:
+        raise DeployError(
+            f"{shown(source)}/{name} was made by another package: search with that one, or embed the images anew"
+        )
+    with open_part(source, name) as part:
+        table = part.read().combine_chunks()
+    return table.column("path").to_pylist(), vectors(table).reshape(-1, classifier.manifest["dimension"])

@@ -1,0 +1,446 @@
+"""Where images come from and parts go: folders and Parquet, on this machine or on an object store (through pyarrow)."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import unquote
+from uuid import uuid4
+
+import numpy as np
+from PIL import Image
+
+from clip_deploy.core.errors import DataError, DeployError, listed
+from clip_deploy.core.files import Stamp, disk_errors
+from clip_deploy.core.image_files import Listing, image_files, may_be_image, walk
+from clip_deploy.inference.classifier import Picture
+from clip_deploy.inference.images import decode
+
+STORES = ("s3", "gs", "gcs", "abfs", "abfss")  # object stores that pyarrow knows: there, a put is whole or not at all
+TABLE = ".parquet"
+# What makes a folder that holds Parquet too one of images; elsewhere no ending decides.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".heic")
+FOOTERS = 16  # Parquet files whose number of rows is read at a time
+ROWS = 32  # of a table, in memory at a time
+
+
+class Columns(NamedTuple):
+    """Names in a Parquet source: what each image is called, and its bytes (or a struct with a field `bytes`)."""
+
+    id: str = "id"
+    image: str = "image"
+
+
+NAMES = Columns()
+
+
+class Rows(NamedTuple):
+    path: str  # in its file system
+    first: int
+    last: int  # the first that is left out
+
+
+class Part(Protocol):
+    """Some of the images, in their order. Can be pickled, and read on another machine."""
+
+    def __len__(self) -> int: ...
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it is made of, for its metadata: `files`, and of files in a folder `folder`."""
+
+    def pictures(self) -> Iterator[tuple[str, Picture]]:
+        """Name and picture. Raises DeployError where storage fails, which is not the picture's fault."""
+
+
+@dataclass
+class Files:
+    """Image files of a folder, which are read where they were listed or on any machine.
+
+    Attributes:
+        root: the folder, or its URI.
+        shared: whether other machines read the files too.
+        files: in their order.
+        skipped: of the folder, a line for each entry that cannot be looked at.
+    """
+
+    root: str
+    shared: bool
+    files: dict[str, Stamp]
+    part_size: int
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[Part]:
+        return self.divide(self.files)
+
+    @property
+    def images(self) -> int:
+        return len(self.files)
+
+    def divide(self, names: Iterable[str]) -> list[Part]:
+        """Parts of some of the files, in their order."""
+        wanted = set(names)
+        found = [(name, stamp) for name, stamp in self.files.items() if name in wanted]
+        slices = (dict(found[start : start + self.part_size]) for start in range(0, len(found), self.part_size))
+        return [SharedFiles(self.root, some) if self.shared else LocalFiles(self.root, some) for some in slices]
+
+    def is_current(self, name: str, size: int, mtime_ns: int | None) -> bool:
+        """Whether a file is as it was, or lies where nobody can look now."""
+        behind = any(name.startswith(f"{folder}/") for folder in self.skipped)
+        return behind or self.files.get(name) == (size, mtime_ns)
+
+
+@dataclass
+class Tables:
+    """Rows of Parquet files; `digest` stands for their names, sizes, times of change and columns."""
+
+    parts: list[Part]
+    digest: str
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return sum(map(len, self.parts))
+
+
+Source = Files | Tables
+
+
+@dataclass
+class LocalFiles:
+    """Files that are read where they were listed: what has vanished since is an unreadable image."""
+
+    root: str
+    files: dict[str, Stamp]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        files = [[name, *stamp] for name, stamp in self.files.items()]
+        return {"folder": folder_id(self.root), "files": files}
+
+    def pictures(self) -> Iterator[tuple[str, Picture]]:
+        return ((name, Path(self.root) / name) for name in self.files)
+
+
+class SharedFiles(LocalFiles):
+    """Files that any machine may read: what was listed must be there, or nothing is embedded."""
+
+    def pictures(self) -> Iterator[tuple[str, Picture]]:
+        return ((name, partial(self._read, name)) for name in self.files)
+
+    def _read(self, name: str) -> Image.Image:
+        folder, label = local(self.root), f"{shown(self.root)}/{name}"
+        with storage_errors(label):
+            if folder:  # pyarrow refuses names that are no UTF-8
+                return decode((folder / name).read_bytes(), label, Path(name).suffix)
+            files, base = locate(self.root)
+            with files.open_input_stream(f"{base}/{name}", compression=None) as stream:
+                return decode(stream.read(), label, Path(name).suffix)
+
+
+@dataclass
+class TableRows:
+    """Rows of Parquet files."""
+
+    where: str
+    pieces: list[Rows]
+    columns: Columns
+    digest: str
+
+    def __len__(self) -> int:
+        return sum(piece.last - piece.first for piece in self.pieces)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {"files": self.digest}
+
+    def pictures(self) -> Iterator[tuple[str, Picture]]:
+        files, _ = locate(self.where)
+        for piece in self.pieces:
+            with storage_errors(piece.path), files.open_input_file(piece.path) as opened:
+                for row, (identity, content) in enumerate(_read_rows(opened, piece, self.columns), piece.first):
+                    name = f"{piece.path}:{row}" if identity is None else str(identity)
+                    yield name, partial(decode, content or b"", name)
+
+
+def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bool = False) -> Source:
+    """List a folder of images, a folder of Parquet files or one of these, and divide it into parts.
+
+    Args:
+        where: a path or a URI (file, s3, gs, abfs). A folder that holds images is read as images.
+        part_size: images a part.
+        columns: those of Parquet files.
+        shared: whether other machines read the parts too.
+
+    Raises:
+        DataError: there is nothing to embed, or a table lacks a column.
+        DeployError: storage cannot be read, or pyarrow is missing.
+    """
+    load_pyarrow()  # whatever is missing is said before the work
+    found = list_files(where)
+    tables = {name: stamp for name, stamp in found.files.items() if name.lower().endswith(TABLE)}
+    images = {name: stamp for name, stamp in found.files.items() if may_be_image(name)}
+    if tables and not any(name.lower().endswith(SUFFIXES) for name in images):
+        return _tables(where, tables, part_size, columns)
+    if not images:
+        raise _nothing(where, found, " and no Parquet")
+    folder = local(where)
+    root = str(folder.absolute()) if folder else where
+    return Files(root, shared or folder is None, images, part_size, found.skipped)
+
+
+def folder_id(root: str) -> str:
+    """Tells folders apart, and nobody their paths."""
+    return hashlib.sha256(os.fsencode(shown(root))).hexdigest()
+
+
+def _nothing(where: str, found: Listing, more: str = "") -> DataError:
+    skipped = f"; {listed(list(found.skipped.values()))}" if found.skipped else ""
+    return DataError(f"{shown(where)} holds no images{more}{skipped}")
+
+
+def list_images(folder: Path) -> Listing:
+    """All files under `folder` that may be images, in one order on every machine. Raises DataError where none is."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: give one with images")
+    found = image_files(folder)
+    if not found.files:
+        raise _nothing(str(folder), found)
+    return found
+
+
+def list_files(where: str) -> Listing:
+    """What is in a folder, in the order of the names' bytes. Of a single table the path is its name."""
+    folder = local(where)
+    if folder is None:
+        return Listing(dict(sorted(_list_store(where), key=lambda item: os.fsencode(item[0]))))
+    if folder.suffix == TABLE and folder.is_file():
+        status = folder.stat()
+        return Listing({folder.name: Stamp(status.st_size, status.st_mtime_ns)})
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: give one with images")
+    return walk(folder)
+
+
+def _list_store(where: str) -> list[tuple[str, Stamp]]:
+    from pyarrow.fs import FileSelector, FileType
+
+    files, base = locate(where)
+    bucket = base.partition("/")[0]
+    with storage_errors(shown(where)):
+        if files.get_file_info(bucket).type == FileType.NotFound:
+            raise DataError(f"{shown(where)}: there is no bucket {bucket}: check its name, or make it")
+        one = files.get_file_info(base)
+        if one.type == FileType.File:
+            return [(one.base_name, Stamp(one.size, one.mtime_ns))]
+        found = files.get_file_info(FileSelector(base, recursive=True, allow_not_found=True))
+    return [
+        (file.path[len(base) :].lstrip("/"), Stamp(file.size, file.mtime_ns))
+        for file in found
+        if file.type == FileType.File
+    ]
+
+
+def _tables(where: str, found: dict[str, Stamp], part_size: int, columns: Columns) -> Tables:
+    """Rows in the order of the files' names, of each file in its own order."""
+    paths = _paths(where, list(found))
+    with ThreadPoolExecutor(FOOTERS) as pool:
+        counts = list(pool.map(partial(_count_rows, where, columns), paths))
+    if not sum(counts):
+        raise DataError(f"{shown(where)} holds no rows")
+    pieces = _divide(list(zip(paths, counts, strict=True)), part_size)
+    digest = _digest(found, columns)
+    return Tables([TableRows(where, part, columns, digest) for part in pieces], digest)
+
+
+def _paths(where: str, names: list[str]) -> list[str]:
+    """Of files in their file system, from their names in a folder; `where` itself is one file or the folder."""
+    files, base = locate(where)
+    with storage_errors(shown(where)):
+        return [base] if files.get_file_info(base).is_file else [f"{base}/{name}" for name in names]
+
+
+def read_tables(where: str) -> Iterator[Any]:
+    """Column `embedding` of each Parquet file in a folder, or of one file, as pyarrow's tables."""
+    _, parquet = load_pyarrow()
+    files, _ = locate(where)
+    for path in _paths(where, [name for name in list_files(where).files if name.endswith(TABLE)]):
+        with storage_errors(path):
+            yield parquet.read_table(files.open_input_file(path), columns=["embedding"])
+
+
+def _count_rows(where: str, columns: Columns, path: str) -> int:
+    _, parquet = load_pyarrow()
+    files, _ = locate(where)
+    with storage_errors(path), files.open_input_file(path) as opened:
+        table = parquet.ParquetFile(opened)
+        given = table.schema_arrow.names
+        if missing := [name for name in columns if name not in given]:
+            raise DataError(
+                f"{path} has no column {missing[0]!r}: it has {', '.join(given)}; name them by --id-column and "
+                "--image-column"
+            )
+        return table.metadata.num_rows
+
+
+def _divide(counts: list[tuple[str, int]], part_size: int) -> list[list[Rows]]:
+    """Rows by parts; a part may begin in one file and end in another."""
+    parts: list[list[Rows]] = []
+    room = 0
+    for path, count in counts:
+        first = 0
+        while first < count:
+            if not room:
+                parts.append([])
+                room = part_size
+            last = min(count, first + room)
+            parts[-1].append(Rows(path, first, last))
+            first, room = last, room - (last - first)
+    return parts
+
+
+def _read_rows(opened: Any, rows: Rows, columns: Columns) -> Iterator[tuple[Any, bytes | None]]:
+    """Of the row groups that hold them, few at a time."""
+    _, parquet = load_pyarrow()
+    table = parquet.ParquetFile(opened)
+    at, groups = 0, []
+    for number in range(table.metadata.num_row_groups):
+        count = table.metadata.row_group(number).num_rows
+        if at < rows.last and at + count > rows.first:
+            groups.append((number, at))
+        at += count
+    at = groups[0][1]
+    for batch in table.iter_batches(ROWS, [number for number, _ in groups], columns=list(columns)):
+        wanted = batch.slice(max(0, rows.first - at), max(0, min(rows.last, at + len(batch)) - max(at, rows.first)))
+        at += len(batch)
+        for identity, image in zip(*(wanted.column(name).to_pylist() for name in columns), strict=True):
+            yield identity, image["bytes"] if isinstance(image, dict) else image
+
+
+def _digest(stamps: dict[str, Stamp], columns: Columns) -> str:
+    digest = hashlib.sha256(repr(columns).encode())
+    for name, (size, mtime_ns) in stamps.items():
+        digest.update(os.fsencode(name) + f"\0{size} {mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def list_parts(output: str) -> list[str]:
+    """Names of the parts that are there."""
+    folder = local(output)
+    names = (path.name for path in folder.glob("part-*")) if folder else (name for name, _ in _list_store(output))
+    return sorted(name for name in names if name.startswith("part-") and name.endswith(TABLE))
+
+
+def remove_part(output: str, name: str) -> None:
+    files, base = locate(output)
+    with storage_errors(f"{shown(output)}/{name}"):
+        files.delete_file(f"{base}/{name}")
+
+
+def has_part(output: str, name: str) -> bool:
+    files, base = locate(output)
+    with storage_errors(shown(output)):
+        return files.get_file_info(f"{base}/{name}").is_file
+
+
+def remove_partial(output: str) -> None:
+    """Remove what killed processes left half written."""
+    folder = local(output)
+    for left in folder.glob(".part-*.partial") if folder else ():
+        left.unlink(missing_ok=True)
+
+
+def write_part(output: str, name: str, table: Any) -> None:
+    """Write a Parquet file whole or not at all, also where two machines write the same one at once."""
+    pyarrow, parquet = load_pyarrow()
+    written = pyarrow.BufferOutputStream()
+    parquet.write_table(table, written)
+    folder = local(output)
+    if not folder:
+        files, base = locate(output)
+        with storage_errors(f"{shown(output)}/{name}"), files.open_output_stream(f"{base}/{name}") as stream:
+            stream.write(written.getvalue())
+        return
+    partial_file = folder / f".{name}.{uuid4().hex}.partial"
+    with disk_errors(folder / name):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            partial_file.write_bytes(written.getvalue())
+            partial_file.replace(folder / name)
+        finally:
+            partial_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_part(output: str, name: str) -> Iterator[Any]:
+    """A part as pyarrow's ParquetFile."""
+    _, parquet = load_pyarrow()
+    files, base = locate(output)
+    with files.open_input_file(f"{base}/{name}") as opened:
+        yield parquet.ParquetFile(opened)
+
+
+def vectors(table: Any) -> np.ndarray:
+    """A table's column `embedding` as float32 [rows, dimension]; [0, 0] where it has no rows."""
+    flat = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32).reshape(table.num_rows, len(flat) // max(1, table.num_rows))
+
+
+def local(where: str) -> Path | None:
+    """The path on this machine that is meant, or None for one of an object store."""
+    scheme, separator, rest = where.partition("://")
+    if not separator:
+        return Path(where)
+    if scheme == "file":
+        return Path(unquote(rest))
+    if scheme not in STORES:
+        raise DataError(f"{shown(where)} begins with {scheme}: accepted are a path, and file, {', '.join(STORES)}")
+    return None
+
+
+@cache
+def locate(where: str) -> tuple[Any, str]:
+    """A file system of pyarrow, and the path in it."""
+    load_pyarrow()
+    from pyarrow.fs import FileSystem, LocalFileSystem
+
+    if folder := local(where):
+        return LocalFileSystem(), str(folder.absolute())
+    with storage_errors(shown(where)):
+        files, base = FileSystem.from_uri(where)
+    return files, base.rstrip("/")
+
+
+def shown(where: str) -> str:
+    """A path or URI for messages, without keys and options."""
+    return re.sub(r"://[^/@]*:[^/@]*@", "://", where.partition("?")[0] if "://" in where else where).rstrip("/")
+
+
+@contextmanager
+def storage_errors(name: str) -> Iterator[None]:
+    """Say in one line that storage failed: to leave out an image for that would lose it."""
+    pyarrow, _ = load_pyarrow()
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        raise DeployError(f"{name} cannot be read or written here ({reason}): check it, and run again") from error
+
+
+def load_pyarrow() -> tuple[Any, Any]:
+    """pyarrow and pyarrow.parquet, which nothing else in a deployment needs."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DeployError("Parquet needs pyarrow: pip install pyarrow") from error
+    return pyarrow, parquet

@@ -1,0 +1,158 @@
+"""The report's sections on a GPU: memory, power, where each node ran; and the table of the tutorial on CLIP there."""
+
+from statistics import median
+
+from clip_deploy.report.rows import Row
+from clip_deploy.report.tables import MISSING, number, stated, stated_throughput, table
+
+# Latency in ms and GPU memory in GB at batch 1, as the tutorial that this project grew out of printed them for an RTX
+# 3090; it does not say which tower, which batch of texts or what of the way there and back it timed.
+TUTORIAL = {
+    "PyTorch FP32": ("torch-fp32", 20, 2.5),
+    "PyTorch FP16": ("torch-fp16", 12, 1.3),
+    "TorchScript": ("torchscript-fp16", 18, 2.5),
+    "ONNX Runtime": ("ort-cuda-fp32", 15, 2.0),
+    "ONNX and TensorRT": ("trt-fp16", 8, 1.5),
+}
+COMPILERS = ("torch-compile-", "trt-", "ort-trt-")  # what a user would reach for first
+OURS = ("torch-fused-", "aoti-", "ort-cuda-")  # our own fused graphs
+TIMED = (
+    "Timed: one call on inputs that lie on the GPU already, until the GPU has done its work, by the host's clock; the "
+    "way there and back, decoding and preprocessing are not in it."
+)
+
+
+def gpu_sections(rows: list[Row]) -> list[str]:
+    """Lines of Markdown; none where no row ran on a GPU."""
+    ran = [row for row in rows if row.device == "cuda" and row.timings]
+    if not ran:
+        return []
+    return [
+        "## On the GPU",
+        "",
+        TIMED + " Power is the whole GPU's while images are encoded without a pause at the named batch size.",
+        "",
+        *_usage(ran),
+        "",
+        "## Our graphs, torch.compile and TensorRT",
+        "",
+        f"The fastest row of each side that passes its gate, by p50 in this run. {_matrix_rate(ran)}",
+        "",
+        *_duels([row for row in ran if row.status == "pass"]),
+        "",
+        "## The tutorial's table",
+        "",
+        "Latency at batch 1, beside what the tutorial printed for an RTX 3090 (another GPU, other weights, and what it "
+        "timed is not said): compare the order of the forms, not the milliseconds.",
+        "",
+        *_tutorial({row.target: row for row in rows}),
+        "",
+    ]
+
+
+def _usage(rows: list[Row]) -> list[str]:
+    head = [
+        "Target",
+        "Nodes by provider",
+        "CUDA graph",
+        "GPU memory MB",
+        "Mean W (batch)",
+        "J per 1,000 images",
+        "Clock MHz, before / after",
+    ]
+    return table(head, [_usage_cells(row) for row in rows])
+
+
+def _usage_cells(row: Row) -> list[str]:
+    power = row.power
+    clocks = " / ".join(number(clock) for clock in power.get("clock_mhz", []))
+    return [
+        f"`{row.target}`",
+        "; ".join(f"{tower} {_nodes(placed['nodes'])}" for tower, placed in row.placement.items()) or MISSING,
+        ", ".join(f"{tower} {'yes' if placed['graph'] else 'no'}" for tower, placed in row.placement.items())
+        or MISSING,
+        number(row.gpu_memory_mb),
+        f"{number(power['mean_w'])} ({power['batch']})" if power else MISSING,
+        number(power.get("j_per_1000_images")),
+        clocks or MISSING,
+    ]
+
+
+def _nodes(counts: dict[str, int]) -> str:
+    """How many nodes each provider runs; the CPU's are marked."""
+    named = {name.removesuffix("ExecutionProvider"): count for name, count in counts.items()}
+    return ", ".join(f"**{count} CPU**" if name == "CPU" else f"{count} {name}" for name, count in named.items())
+
+
+def _matrix_rate(rows: list[Row]) -> str:
+    rates = [row.matrix_tflops for row in rows if row.matrix_tflops]
+    if not rates:
+        return ""
+    return (
+        f"FP16 products of 8,192 x 8,192 matrices ran at {number(median(rates))} TFLOP/s here (median of the rows); "
+        "the share of that is of the untouched model's work, whatever a target leaves out."
+    )
+
+
+def _duels(rows: list[Row]) -> list[str]:
+    """Ours against the compilers', for each tower and batch size."""
+    head = ["Tower", "Batch", "Ours", "ms", "torch.compile or TensorRT", "ms", "Ratio", "Ours, share of matrix rate"]
+    body = []
+    sizes = sorted({int(batch) for row in rows for batch in row.timings["vision"]})
+    for tower, batch in ((tower, str(size)) for tower in ("vision", "text") for size in sizes):
+        ours, other = (_fastest(rows, names, tower, batch) for names in (OURS, COMPILERS))
+        mine = ours.timing(tower, batch) if ours else {}
+        theirs = other.timing(tower, batch) if other else {}
+        body.append(
+            [
+                tower,
+                batch,
+                f"`{ours.target}`" if ours else MISSING,
+                number(mine.get("p50_ms")),
+                f"`{other.target}`" if other else MISSING,
+                number(theirs.get("p50_ms")),
+                f"{mine['p50_ms'] / theirs['p50_ms']:.2f}" if mine and theirs else MISSING,
+                _share(mine, ours.matrix_tflops) if ours and ours.matrix_tflops and "gflop" in mine else MISSING,
+            ]
+        )
+    return table(head, body)
+
+
+def _fastest(rows: list[Row], names: tuple[str, ...], tower: str, batch: str) -> Row | None:
+    named = [row for row in rows if row.target.startswith(names) and row.timing(tower, batch)]
+    fit = [row for row in named if not row.is_undecided(tower, batch)]
+    return min(fit, key=lambda row: row.timing(tower, batch)["p50_ms"], default=None)
+
+
+def _share(timing: dict[str, float], matrix_tflops: float) -> str:
+    return f"{100 * timing['gflop'] / timing['p50_ms'] / matrix_tflops:.0f} %"  # GFLOP a millisecond are TFLOP/s
+
+
+def _tutorial(rows: dict[str, Row]) -> list[str]:
+    head = [
+        "Form",
+        "Target",
+        "Vision ms",
+        "Text ms",
+        "Images/s",
+        "GPU memory GB",
+        "Size MB",
+        "Tutorial, RTX 3090: ms",
+        "GB",
+    ]
+    body = []
+    for form, (target, latency, memory) in TUTORIAL.items():
+        row = rows.get(target)
+        body.append(
+            [
+                form,
+                f"`{target}`" + ("" if row is not None and row.timings else " (not measured here)"),
+                *(stated(row.timing(tower), "p50_ms") if row else MISSING for tower in ("vision", "text")),
+                stated_throughput(row) if row else MISSING,
+                number(row.gpu_memory_mb / 1000 if row and row.gpu_memory_mb else None),
+                number(row.size_mb if row else None),
+                str(latency),
+                str(memory),
+            ]
+        )
+    return table(head, body)

@@ -1,0 +1,320 @@
+"""Which target to ship: the fastest that passes its gate and keeps the limits, and why each other one lost."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from math import inf
+from typing import Any
+
+from clip_deploy.core.artifact import TOWERS
+from clip_deploy.core.config import RecommendConfig
+from clip_deploy.report.decisive import Pace, again
+from clip_deploy.report.decisive import pace as pace_of
+from clip_deploy.report.rows import Row, doubts, metrics
+from clip_deploy.report.tables import number
+
+UNDECIDED = "its timing decides nothing (~), time it again"
+
+Together = Callable[[Row, Row], Row]  # what pair.judge_pair says of an image tower with another target's text tower
+Unpackable = Callable[[str], str | None]  # why a target cannot be packaged, by package.unpackable
+
+
+@dataclass
+class Recommendation:
+    """reports/recommendation.json.
+
+    Attributes:
+        limits: what was asked for.
+        ship: the winner for each tower; empty where nothing is fit.
+        package: the same among what ONNX Runtime runs, which is what the stage `package` takes.
+        pairs: by its name, each pair that is the fastest tower by tower: which it is, whether it passed its gate and
+            keeps the limits together, and why not. Where it failed, `ship` or `package` is the best single target.
+        note: what is packaged and, where it is not the winner or nothing, why.
+        doubts: what speaks against the reference itself, and so against all of this.
+        alike: for each tower, targets whose speed cannot be told apart from the winner's.
+        front: targets than which no other fit one is as fast on images, as accurate and as small.
+        packaged: what `targets` says of those in `package`: all that the stage depends on.
+        losers: for each other target, why it lost.
+        targets: what the gate said of each, its files' hashes and its metrics.
+    """
+
+    limits: dict[str, Any]
+    ship: dict[str, str] = field(default_factory=dict)
+    package: dict[str, str] = field(default_factory=dict)
+    pairs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    note: str = ""
+    doubts: list[str] = field(default_factory=list)
+    alike: dict[str, list[str]] = field(default_factory=dict)
+    front: list[str] = field(default_factory=list)
+    packaged: dict[str, dict[str, Any]] = field(default_factory=dict)
+    losers: dict[str, str] = field(default_factory=dict)
+    targets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def recommend(rows: list[Row], limits: RecommendConfig, together: Together, unpackable: Unpackable) -> Recommendation:
+    """Judge all rows of the report by `limits`.
+
+    `together` is asked where each tower gets a target of its own, `unpackable` of every target that keeps the limits.
+    """
+    refused = {row.target: reason for row in rows if (reason := refusal(row, limits))}
+    kept = [row for row in rows if row.target not in refused]
+    barred = {row.target: reason for row in kept if (reason := unpackable(row.target) or _unhashed(row))}
+    packable = [row for row in kept if row.target not in barred]
+    fit = steady(kept, limits.batch)
+    refused |= {row.target: UNDECIDED for row in kept if row not in fit}
+    by_name = {row.target: row for row in rows}
+    pairs: dict[str, dict[str, Any]] = {}
+    ship, package = (_held(choose(some, limits.batch), some, limits, together, pairs) for some in (kept, packable))
+    alike = {tower: _alike_to(by_name[winner], fit, tower, limits.batch) for tower, winner in ship.items()}
+    lost = [row for row in rows if row.target not in ship.values()]
+    targets = _targets(rows)
+    return Recommendation(
+        limits={key: value.value if isinstance(value, Enum) else value for key, value in asdict(limits).items()},
+        ship=ship,
+        package=package,
+        pairs=pairs,
+        note=_note(ship, package, barred),
+        doubts=doubts(rows),
+        alike={tower: names for tower, names in alike.items() if names},
+        front=[row.target for row in pareto(fit, limits.batch)],
+        losers={
+            row.target: refused.get(row.target) or _failed(row, pairs) + _slower(row, ship, by_name, limits.batch)
+            for row in lost
+        },
+        packaged={name: row for name, row in targets.items() if name in package.values()},
+        targets=targets,
+    )
+
+
+def refusal(row: Row, limits: RecommendConfig) -> str | None:
+    """Why a target is not fit to ship, the first reason that holds, or None."""
+    if row.status == "unavailable":
+        return f"unavailable: {row.reasons[0]}"
+    if row.status != "pass":
+        return f"gate failed: {row.reasons[0]}"
+    if limits.device is not None and row.device != limits.device.value:
+        return f"runs on {row.device}, recommend.device is {limits.device.value}"
+    drop = row.zero_shot.get("top1_drop") if row.trained else None
+    if limits.max_top1_drop is not None and drop is not None and drop > limits.max_top1_drop:
+        return f"over max_top1_drop: {drop:.2f} > {limits.max_top1_drop} points"
+    memory = row.gpu_memory_mb if row.device == "cuda" else row.memory_mb
+    for name, most, value in (
+        ("max_memory_mb", limits.max_memory_mb, memory),
+        ("max_size_mb", limits.max_size_mb, row.size_mb),
+    ):
+        if most is not None and (value is None or value > most):
+            return f"over {name}: {number(value)} > {number(most)}" if value is not None else f"{name}: not measured"
+    return _too_slow(row, limits)
+
+
+def _too_slow(row: Row, limits: RecommendConfig) -> str | None:
+    for tower in TOWERS:
+        timing = row.timing(tower, str(limits.batch))
+        if not timing:
+            return f"not timed at batch {limits.batch}"
+        if limits.max_p95_ms is None:
+            continue
+        if timing["undecided"]:
+            return f"max_p95_ms: {UNDECIDED}"
+        if "p95_ms" not in timing:
+            return f"max_p95_ms: {timing['calls']:.0f} calls of the {tower} tower support no p95 (100 do)"
+        if timing["p95_ms"] > limits.max_p95_ms:
+            return f"over max_p95_ms: {tower} {number(timing['p95_ms'])} > {number(limits.max_p95_ms)}"
+    return None
+
+
+def steady(rows: list[Row], batch: int) -> list[Row]:
+    """Those whose timings decide."""
+    return [row for row in rows if not any(row.is_undecided(tower, str(batch)) for tower in TOWERS)]
+
+
+def choose(fit: list[Row], batch: int) -> dict[str, str]:
+    """The fastest for each tower; one for both where the other tower's best cannot be told apart from it.
+
+    Where no timing decides, the one with the smallest files.
+    """
+    timed = steady(fit, batch)
+    if not timed:
+        return dict.fromkeys(TOWERS, min(fit, key=lambda row: row.size_mb or inf).target) if fit else {}
+    best = {tower: min(timed, key=lambda row: pace(row, tower, batch).middle) for tower in TOWERS}
+    for tower, other in (TOWERS, TOWERS[::-1]):
+        if alike(best[tower], best[other], other, batch):
+            return dict.fromkeys(TOWERS, best[tower].target)
+    return {tower: row.target for tower, row in best.items()}
+
+
+def _held(
+    towers: dict[str, str], fit: list[Row], limits: RecommendConfig, together: Together, pairs: dict[str, Any]
+) -> dict[str, str]:
+    """The towers, if a pair among them keeps its gate and the limits together, or else the best single target.
+
+    What was found of a pair goes into `pairs`.
+    """
+    if len(set(towers.values())) < 2:
+        return towers
+    by_name, timed = {row.target: row for row in fit}, steady(fit, limits.batch)
+    single = min(timed, key=lambda row: _both(row, limits.batch)).target
+    name = f"{towers['vision']} with {towers['text']}"
+    if name not in pairs:
+        pair = together(by_name[towers["vision"]], by_name[towers["text"]])
+        reason = refusal(pair, limits)
+        reasons = pair.reasons or ([reason] if reason else [])
+        status = "fail" if reason else "pass"
+        pairs[name] = {"towers": towers, "precision": pair.precision, "status": status, "reasons": reasons}
+    return towers if pairs[name]["status"] == "pass" else dict.fromkeys(TOWERS, single)
+
+
+def pace(row: Row, tower: str, batch: int) -> Pace:
+    return pace_of(row.timing(tower, str(batch)), row.device == "cuda")
+
+
+def alike(row: Row, winner: Row, tower: str, batch: int) -> bool:
+    """Whether the intervals overlap, so that the two cannot be told apart."""
+    one, other = pace(row, tower, batch), pace(winner, tower, batch)
+    return one.low <= other.high and other.low <= one.high
+
+
+def _alike_to(winner: Row, fit: list[Row], tower: str, batch: int) -> list[str]:
+    return [row.target for row in fit if row is not winner and alike(row, winner, tower, batch)]
+
+
+def _both(row: Row, batch: int) -> float:
+    """One figure for both towers: as much is gained by halving one as by halving the other."""
+    return pace(row, "vision", batch).middle * pace(row, "text", batch).middle
+
+
+def pareto(fit: list[Row], batch: int) -> list[Row]:
+    """Rows than which none is at least as good in time on images, accuracy and size, and better in one of them."""
+
+    def goods(row: Row) -> tuple[float, float, float]:
+        return -pace(row, "vision", batch).middle, accuracy(row), -(row.size_mb or 0.0)
+
+    def beaten(row: Row, other: Row) -> bool:
+        return goods(other) != goods(row) and all(a >= b for a, b in zip(goods(other), goods(row), strict=True))
+
+    return [row for row in fit if not any(beaten(row, other) for other in fit)]
+
+
+def accuracy(row: Row) -> float:
+    """Top-1 in percent; the lowest cosine where there are no classes, or the weights are random."""
+    if row.trained and "top1" in row.zero_shot:
+        return row.zero_shot["top1"]
+    return min(row.cosine_min.values(), default=0.0)
+
+
+def _failed(row: Row, pairs: dict[str, Any]) -> str:
+    """That a target was the fastest for a tower, and in which pair it failed."""
+    failed = [
+        name for name, pair in pairs.items() if pair["status"] == "fail" and row.target in pair["towers"].values()
+    ]
+    return "".join(f"{name} failed together; alone " for name in failed[:1])
+
+
+def _slower(row: Row, ship: dict[str, str], by_name: dict[str, Row], batch: int) -> str:
+    """By how much a fit target lost, for each winner."""
+    parts = []
+    for winner in dict.fromkeys(ship.values()):
+        towers = [tower for tower in TOWERS if ship[tower] == winner]
+        ratios = {
+            tower: pace(row, tower, batch).middle / pace(by_name[winner], tower, batch).middle for tower in towers
+        }
+        said = ", ".join(f"{ratio:.2f}x on {tower}" for tower, ratio in ratios.items())
+        beaten = min(ratios.values()) >= 1
+        cost = f"slower than {winner} by {said}" if beaten else f"takes, of {winner}'s time, {said}"
+        near = [tower for tower in towers if alike(row, by_name[winner], tower, batch)]
+        told = f" (not to be told apart on {' and '.join(near)}: the intervals overlap)" if near else ""
+        parts.append(f"{cost}{told}")
+    return "; ".join(parts)
+
+
+def _unhashed(row: Row) -> str | None:
+    return None if row.files else f"reports/validate lacks the hashes of {row.target}'s files"
+
+
+def _note(ship: dict[str, str], package: dict[str, str], barred: dict[str, str]) -> str:
+    if not ship:
+        return (
+            "no target passes its gate and keeps the limits of `recommend` in params.yaml; the report names each reason"
+        )
+    if not package:
+        why = "; ".join(dict.fromkeys(barred.values()))
+        return f"{_named(ship)} is recommended, and nothing that is fit can be packaged: {why}"
+    if why := "; ".join(dict.fromkeys(barred[name] for name in ship.values() if name in barred)):
+        return f"{why}: packaged is the best that can be, {_named(package)}"
+    return "the recommended target is packaged"
+
+
+def _named(towers: dict[str, str]) -> str:
+    if towers["vision"] == towers["text"]:
+        return towers["vision"]
+    return f"{towers['vision']} for images with {towers['text']} for texts"
+
+
+def _targets(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    measured = metrics(rows)
+    return {
+        row.target: {
+            "status": row.status,
+            "reasons": row.reasons,
+            "runtime": row.runtime,
+            "precision": row.precision,
+            "device": row.device,
+            "files": row.files,
+            "metrics": {key: value for key, value in measured[row.target].items() if key != "status"},
+        }
+        for row in rows
+    }
+
+
+def shown(advice: Recommendation, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the report and its page show."""
+    return {"facts": facts(advice, rows), "losers": advice.losers, "front": advice.front}
+
+
+def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
+    """The answer in a few sentences."""
+    asked = [f"{key} {value}" for key, value in advice.limits.items() if key != "batch" and value is not None]
+    alike_to = [
+        f"On {tower}, {', '.join(names)} cannot be told apart from {advice.ship[tower]}: the intervals overlap."
+        for tower, names in advice.alike.items()
+    ]
+    front = "Pareto front (none other that is fit is as fast on images, as accurate and as small)"
+    return [
+        *(f"{doubt}." for doubt in advice.doubts),
+        *([f"Ship {_named(advice.ship)}: {_costs(advice, rows)}."] if advice.ship else []),
+        *(
+            f"{_named(pair['towers'])}, the fastest for each tower, failed together: {'; '.join(pair['reasons'])}."
+            for pair in advice.pairs.values()
+            if pair["status"] == "fail"
+        ),
+        *_caveats(advice, rows),
+        f"Fit is what passes its gate and keeps `recommend` in params.yaml: {', '.join(asked) or 'no limits'}.",
+        f"Package: {advice.note}.",
+        *alike_to,
+        *([f"{front}: {', '.join(advice.front)}."] if advice.front else []),
+    ]
+
+
+def _costs(advice: Recommendation, rows: Sequence[Row]) -> str:
+    by_name, batch = {row.target: row for row in rows}, str(advice.limits["batch"])
+    chosen = {tower: by_name[advice.ship[tower]] for tower in TOWERS}
+    if any(row.is_undecided(tower, batch) for tower, row in chosen.items()):
+        return "no timing decides, so it is the one with the smallest files"
+    image, text = (row.timing(tower, batch)["p50_ms"] for tower, row in chosen.items())
+    return f"an image {number(image)} ms, a text {number(text)} ms (p50 of a call, batch {batch})"
+
+
+def _caveats(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
+    """What the recommendation could not rest on."""
+    passed, said = [row for row in rows if row.status == "pass"], []
+    fit = steady(passed, advice.limits["batch"])
+    if shaky := [row.target for row in passed if row not in fit]:
+        said.append(
+            f"Provisional: {len(shaky)} of {len(passed)} timings decide nothing (~: {', '.join(shaky)}). "
+            f"Time them again on a quiet machine: {again(shaky)}."
+        )
+    if not all(row.trained for row in rows):
+        said.append("The weights are random: max_top1_drop was not applied, accuracy is the lowest cosine.")
+    elif any(not row.zero_shot for row in passed):
+        said.append("The evaluation set has no classes: max_top1_drop was not applied, accuracy is the lowest cosine.")
+    return said

@@ -1,0 +1,129 @@
+"""The report's section on the package behind a real Triton server: load, parity, versions, faults, drift."""
+
+from typing import Any
+
+from clip_deploy.report.tables import MISSING, number, table
+
+TITLE = "## Served by Triton"
+TIMED = (
+    "perf_analyzer on the same machine and cores as the server: requests/s are means over three windows (lowest and "
+    "highest window in brackets); latencies are the clients', the queue's is the server's own clock. A percentile is "
+    "stated where at least 5 calls lie beyond it. Mean batch: what the dynamic batcher put together."
+)
+ENSEMBLE = "clip_zero_shot"  # its own queue and batches say nothing: those of its parts do
+
+
+def triton_sections(record: dict[str, Any]) -> list[str]:
+    """Lines of Markdown of what serving.check.check_served found."""
+    if "server" not in record:  # it never came so far
+        return [TITLE, "", f"`{record['status']}`: {'; '.join(record['reasons'])}", ""]
+    server = ", ".join(f"{name} {version}" for name, version in record["server"].items())
+    return [
+        TITLE,
+        "",
+        f"**{record['status']}**: {'; '.join(record['reasons']) or 'all of the below'} ({server}; the repository for "
+        f"the {record['backend']} backend; {record['threads']} threads for each tower).",
+        "",
+        TIMED,
+        "",
+        *_load(record["load"]),
+        "",
+        "Held against the package's own graphs, run without a server on the same batches; only with several clients "
+        "does the server choose the batches, and dynamic INT8 takes its scales from a whole batch, padding included.",
+        "",
+        *_parity(record["parity"]),
+        "",
+        "Versions, changed while a client went on asking; version 2 has other weights, which negate image embeddings:",
+        "",
+        *_versions(record["versions"]),
+        "",
+        "Faults. Refused: a client's mistake, with HTTP's 400 or gRPC's INVALID_ARGUMENT. Survived: afterwards the "
+        "server is ready, and answers an image and a question to all models as before.",
+        "",
+        *_faults(record["faults"]),
+        "",
+        "Drift of image embeddings against the first half of the golden set, by their maximum mean discrepancy; the "
+        "threshold is that of 1 % of shuffles:",
+        "",
+        *_drift(record["drift"]),
+        "",
+    ]
+
+
+def _load(rows: list[dict[str, Any]]) -> list[str]:
+    head = ["Model", "Request", "Protocol", "Clients", "Requests/s", "p50 / p90 / p99 ms", "Queue ms", "Mean batch"]
+    return table(head, [_load_cells(row) for row in rows])
+
+
+def _load_cells(row: dict[str, Any]) -> list[str]:
+    windows, inner = row["windows_per_s"], row["model"] != ENSEMBLE
+    spread = f" [{number(min(windows))}, {number(max(windows))}]" if windows else ""
+    return [
+        f"`{row['model']}`",
+        row["note"],
+        row["protocol"],
+        str(row["clients"]),
+        number(row["requests_per_s"]) + spread,
+        " / ".join(number(row.get(f"p{q}_ms")) for q in (50, 90, 99)),
+        number(row.get("queue_ms")) if inner else MISSING,
+        number(row.get("mean_batch")) if inner else MISSING,
+    ]
+
+
+def _parity(parities: dict[str, dict[str, Any]]) -> list[str]:
+    head = ["What", "Lowest cosine", "Largest difference", "Same answer %"]
+    body = []
+    for name, parity in parities.items():
+        cosine = f"{parity['cosine_min']:.6f}" if "cosine_min" in parity else MISSING
+        difference, same = f"{parity['max_abs_diff']:.2g}", parity.get("same_answer_percent")
+        body.append([name, cosine, difference, number(same)])
+    return table(head, body)
+
+
+def _versions(steps: list[dict[str, Any]]) -> list[str]:
+    head = ["Step", "Versions that answer", "Without a version", "Each by its own weights", "Requests", "Failed"]
+    return table(
+        head,
+        [
+            [
+                step["step"],
+                ", ".join(step["ready"]),
+                f"version {step['answers']}",
+                "yes" if step["right"] else "**no**",
+                str(step["sent"]),
+                str(step["failed"]),
+            ]
+            for step in steps
+        ],
+    )
+
+
+def _faults(faults: list[dict[str, Any]]) -> list[str]:
+    return table(
+        ["Fault", "Answer", "Refused", "Survived"],
+        [
+            [
+                fault["fault"],
+                fault["answer"].replace("|", "\\|"),
+                {True: "yes", False: "**no**", None: MISSING}[fault["refused"]],
+                "yes" if fault["survived"] else "**no**",
+            ]
+            for fault in faults
+        ],
+    )
+
+
+def _drift(found: dict[str, dict[str, Any]]) -> list[str]:
+    head = ["Live images", "Found", "Discrepancy", "Threshold", "p", "Cosine of the means"]
+    body = [
+        [
+            name,
+            "drift" if drift["drifted"] else "no drift",
+            f"{drift['mmd2']:.2g}",
+            f"{drift['threshold']:.2g}",
+            f"{drift['p_value']:.3f}",
+            f"{drift['mean_cosine']:.3f}",
+        ]
+        for name, drift in found.items()
+    ]
+    return table(head, body)

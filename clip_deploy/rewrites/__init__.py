@@ -1,0 +1,1 @@
+"""Rewrites of an ONNX graph for speed: each is checked, and undone where it changes the outputs."""

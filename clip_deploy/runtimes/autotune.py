@@ -1,0 +1,137 @@
+"""A tower's operators on a GPU: our kernels or a library's, whichever is the faster for a shape.
+
+Each shape is timed once in a process, when it is first met; the fastest way is kept.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from clip_deploy.onnx_graph.torch_module import Activation, Operators
+from clip_deploy.runtimes import kernels
+
+SHORTEST = 16  # a block of queries that the tensor cores take
+FEW_ROWS = 256  # of a product, which then has too few large tiles for all multiprocessors
+MANY_ROWS = 1024  # of a product, which then needs no parts of its depth to fill them
+LONGEST = 128  # tokens that our attention takes; longer sequences go to PyTorch's kernels
+HEADS = (16, 32, 64, 128)  # widths of a head that the tensor cores take
+CALLS, TRIES = 8, 9  # of each way that is timed: calls in a CUDA graph, and replays, whose median counts
+
+
+class TunedOperators(Operators):
+    """The operators of a tower in float16 or bfloat16 on a GPU."""
+
+    def __init__(self) -> None:
+        self.fastest: dict[tuple, Callable[..., Any]] = {}  # by operator and shapes
+
+    def linear(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None
+    ) -> Tensor:
+        if rows.dtype is torch.float32 or rows.shape[-1] % 8 or weight.shape[0] % 8:
+            return super().linear(rows, weight, bias, activation)
+        flat = rows.reshape(-1, rows.shape[-1])
+        key = ("linear", flat.shape, weight.shape, bias is None, activation, rows.dtype)
+        product = self._choose(key, _ways_to_multiply(len(flat), activation), flat, weight, bias, activation)
+        return product.view(*rows.shape[:-1], weight.shape[0])
+
+    def attend(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+        _, tokens, width = packed.shape
+        head = width // 3 // heads
+        if packed.dtype is torch.float32 or tokens > LONGEST or head not in HEADS:
+            return super().attend(packed, heads, scale, causal)
+        fit = [blocks for blocks in kernels.QUERIES if blocks[0] <= max(SHORTEST, 2 * tokens)]
+        ways = [partial(kernels.attend, blocks=blocks) for blocks in fit]
+        return self._choose(("attend", packed.shape, heads, causal), ways, packed, heads, scale or head**-0.5, causal)
+
+    def add_and_normalise(
+        self,
+        rows: Tensor,
+        skip: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        added: Tensor | None = None,
+        *,
+        epsilon: float,
+    ) -> tuple[Tensor, Tensor]:
+        if not rows.is_contiguous() or not skip.is_contiguous() or rows.shape != skip.shape:
+            return super().add_and_normalise(rows, skip, weight, bias, added, epsilon=epsilon)
+        return kernels.add_and_normalise(rows, skip, weight, bias, added, epsilon)
+
+    def multiply_add_and_normalise(
+        self,
+        rows: Tensor,
+        matrix: Tensor,
+        addend: Tensor | None,
+        skip: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        added: Tensor | None = None,
+        *,
+        epsilon: float,
+    ) -> tuple[Tensor, Tensor]:
+        one_by_one = partial(super().multiply_add_and_normalise, epsilon=epsilon)
+        (wide, deep), count = matrix.shape, rows.numel() // rows.shape[-1]
+        fit = [(tiles, parts) for tiles, parts in kernels.SPLIT if deep % (tiles.k * parts) == 0]
+        both = addend is not None and added is not None
+        if rows.dtype is torch.float32 or wide % 8 or count > MANY_ROWS or both or not skip.is_contiguous():
+            return one_by_one(rows, matrix, addend, skip, weight, bias, added)
+        ways = [one_by_one, *(partial(_in_parts, epsilon=epsilon, tiles=tiles, parts=parts) for tiles, parts in fit)]
+        key = ("sum", count, matrix.shape, addend is None, added is None, rows.dtype)
+        return self._choose(key, ways, rows, matrix, addend, skip, weight, bias, added)
+
+    def cut_patches(self, pixels: Tensor, size: tuple[int, int], floating: torch.dtype) -> Tensor:
+        return kernels.cut_patches(pixels, size, floating)
+
+    def _choose(self, key: tuple, ways: Sequence[Callable[..., Any]], *given: Any) -> Any:
+        """Call the fastest way for these shapes; time all where they are new."""
+        if key not in self.fastest:
+            self.fastest[key] = min(ways, key=lambda way: median_ms(way, given))
+        return self.fastest[key](*given)
+
+
+def median_ms(way: Callable[..., Any], given: tuple[Any, ...]) -> float:
+    """Milliseconds of a call on the GPU, replayed from a CUDA graph; infinite where it needs more than this GPU has."""
+    try:
+        way(*given)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+    torch.cuda.synchronize()
+    graph, marks = torch.cuda.CUDAGraph(), [torch.cuda.Event(enable_timing=True) for _ in range(TRIES + 1)]
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(CALLS):
+            way(*given)
+    graph.replay()
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in pairwise(marks))[TRIES // 2] / CALLS
+
+
+def _in_parts(
+    rows: Tensor,
+    matrix: Tensor,
+    addend: Tensor | None,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    *,
+    epsilon: float,
+    tiles: kernels.Tiles,
+    parts: int,
+) -> tuple[Tensor, Tensor]:
+    held = addend if added is None else added
+    return kernels.multiply_add_and_normalise(rows, matrix, skip, weight, bias, held, epsilon, tiles, parts)
+
+
+def _ways_to_multiply(rows: int, activation: Activation | None) -> list[Callable[..., Tensor]]:
+    """cuBLAS is taken unasked where there are many rows and nothing to fuse."""
+    tiles = kernels.SMALL if rows <= FEW_ROWS else kernels.LARGE if activation else ()
+    return [kernels.by_library, *(partial(kernels.by_tiles, tiles=item) for item in tiles)]

@@ -1,0 +1,221 @@
+"""Hold a model repository against a real server: parity, versions, faults, load, metrics, health and drift."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from clip_deploy.core.artifact import failure, hashes
+from clip_deploy.core.config import TritonCheckConfig
+from clip_deploy.core.environment import located
+from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.files import write_text
+from clip_deploy.core.similarity import compare
+from clip_deploy.data.preprocessed import Prepared
+from clip_deploy.serving import drift
+from clip_deploy.serving.golden import TEXTS, encode_offline, golden_inputs, stored
+from clip_deploy.serving.load_test import Work, measure_load, read_metrics
+from clip_deploy.serving.repository import EMBEDS, read_package
+from clip_deploy.serving.server import Environment, Server, find_environment, load_model, model_config, serve, versions
+
+ROOT = Path(__file__).resolve().parents[2]  # the client's program is imported from here
+BACKEND = "python"  # the only one that this server has
+REQUESTS = 16  # distinct ones under load
+LABELS = 8  # of one zero-shot question under load
+CLIENT_S = 600.0  # until the client's program must have ended
+LEAST_COSINE = 0.9999  # with the offline artifact, on the same inputs in the same batches
+LEAST_TOGETHER = 0.99  # where the server chose the batches: dynamic INT8 takes its scale from the whole batch
+LEAST_SENT = 50  # requests while versions come or go: the client waits for as many
+LEAST_AGREEMENT = 95.0  # percent of the files whose most probable text is the same
+
+
+def check_served(
+    repository: Path, package: Path, prepared: Prepared, settings: TritonCheckConfig, seed: int
+) -> dict[str, Any]:
+    """What a real server answers with the repository's models.
+
+    Returns:
+        status ("pass", "fail" or "unavailable") and reasons; server: versions; threads of each tower; parity by what
+        was asked; versions, faults and health as the client's program records them; load: rows of load.measure_load;
+        metrics: names that the server exposes; drift: of undisturbed and of darkened images.
+    """
+    try:
+        environment = find_environment(located(settings.environment))
+        manifest = read_package(package)
+        if manifest["device"] != "cpu":
+            raise UnavailableError("the package is for a GPU, and this server computes on CPUs only")
+        inputs = golden_inputs(package, manifest, prepared)
+        record, answers = _ask(repository / BACKEND, environment, manifest, inputs, settings)
+        offline = encode_offline(package, manifest, inputs, record["threads"])
+    except UnavailableError as error:
+        return {"status": "unavailable", "reasons": [str(error)]}
+    except Exception as error:  # whatever the server and its client do is this check's result
+        return {"status": "fail", "reasons": [failure(error)]}
+    record |= {"parity": parities(answers, offline), "drift": drifts(answers, seed)}
+    reasons = judge(record)
+    return {
+        "status": "fail" if reasons else "pass",
+        "reasons": reasons,
+        "server": versions(located(settings.environment)),
+        **record,
+    }
+
+
+def _ask(
+    repository: Path,
+    environment: Environment,
+    manifest: dict[str, Any],
+    inputs: dict[str, np.ndarray],
+    settings: TritonCheckConfig,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Start a server over a copy, in which versions come and go, and let clients do all they do."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(shutil.copytree(repository, Path(name) / "repository"))
+        with serve(copy, environment, Path(name) / "server.log") as server:
+            config = model_config(server, "clip_vision")
+            job = {
+                "ports": {"http": server.http, "grpc": server.grpc},
+                "repository": str(copy),
+                "second": str(changed(repository, Path(name) / "second", negate)),
+                "broken": str(changed(repository, Path(name) / "broken", lambda graph: graph.write_bytes(b"broken"))),
+                "image_input": manifest["towers"]["vision"]["image_input"],
+                "text_inputs": manifest["towers"]["text"]["inputs"],
+                "max_batch": config["max_batch_size"],
+            }
+            record, answers = run_client(server, environment, job, inputs, Path(name))
+            if server.process.poll() is not None:
+                last = next((fault["fault"] for fault in record["faults"] if not fault["survived"]), "the last fault")
+                raise DeployError(f"Triton ended with code {server.process.returncode} after {last}")
+            record["load"] = under_load(server, environment, job, inputs, settings)
+            record["metrics"] = sorted({key.partition("{")[0] for key, _ in read_metrics(server)})
+    threads = int(config["parameters"]["intra_op_thread_count"]["string_value"])
+    return {"backend": BACKEND, "threads": threads, **record}, answers
+
+
+def changed(repository: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    """A copy of the repository in `folder`, with its manifest, whose image tower's graph `change` has rewritten."""
+    copy = Path(shutil.copytree(repository, folder / repository.name))
+    change(copy / "clip_vision" / "1" / "model.onnx")
+    write_text(folder / "manifest.json", json.dumps({"files": hashes(folder)}))
+    return copy
+
+
+def negate(path: Path) -> None:
+    """Turn every embedding round: another model, of which any answer tells that it is not the first."""
+    model = onnx.load(path, load_external_data=False)
+    (name,) = [output.name for output in model.graph.output if output.name == EMBEDS["vision"]]
+    (node,) = [node for node in model.graph.node if name in node.output]
+    node.output[list(node.output).index(name)] = f"{name}_before"
+    model.graph.node.append(onnx.helper.make_node("Neg", [f"{name}_before"], [name]))
+    onnx.save(model, path)
+
+
+def run_client(
+    server: Server, environment: Environment, job: dict[str, Any], inputs: dict[str, np.ndarray], folder: Path
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The record and the arrays of the client's program, which runs in the server's environment."""
+    (folder / "job.json").write_text(json.dumps(job))
+    np.savez(folder / "inputs.npz", **inputs)  # type: ignore[arg-type]
+    command = [str(environment.python), "-m", "clip_deploy.serving.client", str(folder)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        subprocess.run(command, env=variables, check=True, capture_output=True, text=True, timeout=CLIENT_S)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        said = str(getattr(error, "stderr", "") or error).strip().splitlines()
+        raise DeployError(f"the client failed: {said[-1]}; the server's last line: {server.last_line()}") from error
+    with np.load(folder / "answers.npz") as content:
+        return json.loads((folder / "answers.json").read_text()), dict(content)
+
+
+def under_load(
+    server: Server,
+    environment: Environment,
+    job: dict[str, Any],
+    inputs: dict[str, np.ndarray],
+    settings: TritonCheckConfig,
+) -> list[dict[str, Any]]:
+    """Both towers and the ensemble; texts from the cache, as under load they come again and again, and without it."""
+    vision = [{job["image_input"]: image} for image in inputs["images_0"][:REQUESTS]]
+    pairs = zip(*(stored(inputs, name)[0][:REQUESTS] for name in TEXTS), strict=True)
+    text = [{name: row for name, row in zip(TEXTS, pair, strict=True) if name in job["text_inputs"]} for pair in pairs]
+    rows = []
+    for protocol in ("http", "grpc"):
+        rows += measure_load(server, environment, Work("clip_vision", protocol, vision, "one image"), settings)
+    rows += measure_load(server, environment, Work("clip_text", "grpc", text, "one text, cached"), settings)
+    if "labels" in inputs:
+        work = Work("clip_zero_shot", "grpc", questions(inputs), f"one image file, {LABELS} texts")
+        rows += measure_load(server, environment, work, settings)
+    load_model(server, "clip_text", {**model_config(server, "clip_text"), "response_cache": {"enable": False}})
+    return rows + measure_load(server, environment, Work("clip_text", "grpc", text, "one text"), settings)
+
+
+def questions(inputs: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Image files with texts: arrays of bytes."""
+    texts = np.array([[label.encode()] for label in inputs["labels"][:LABELS].tolist()], dtype=object)
+    files = zip(inputs["files"][:REQUESTS], inputs["lengths"][:REQUESTS], strict=True)
+    return [{"encoded": np.array([[row[:length].tobytes()]], dtype=object), "texts": texts} for row, length in files]
+
+
+def parities(answers: dict[str, np.ndarray], offline: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """By protocol and tower: parity.compare with the offline artifact; and of the ensemble's probabilities."""
+    found = {}
+    for protocol in ("http", "grpc"):
+        for name in ("images", "texts"):
+            found[f"{name}, {protocol}"] = compare(answers[f"{protocol}_{name}"], offline[name])
+        if "probabilities" in offline:
+            found[f"probabilities, {protocol}"] = agreement(
+                answers[f"{protocol}_probabilities"], offline["probabilities"]
+            )
+    together = answers["together"]
+    found["images, one by one from several clients"] = compare(together, offline["images"][: len(together)])
+    return found
+
+
+def agreement(actual: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+    return {
+        "files": len(actual),
+        "same_answer_percent": 100 * float((actual.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+        "max_abs_diff": float(np.abs(actual - expected).max()),
+    }
+
+
+def drifts(answers: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, Any]]:
+    """The second half of the golden set as live traffic, as it is and darkened, held against the first half."""
+    images, moved = answers["grpc_images"], answers["grpc_moved"]
+    golden, live = images[: -len(moved)], images[-len(moved) :]
+    return {
+        "golden images, the other half": asdict(drift.compare(live, golden, seed)),
+        "the same, darkened": asdict(drift.compare(moved, golden, seed)),
+    }
+
+
+def judge(record: dict[str, Any]) -> list[str]:
+    """What went wrong; nothing where the repository is fit to serve."""
+    wrong = []
+    for name, parity in record["parity"].items():
+        least = LEAST_TOGETHER if "several clients" in name else LEAST_COSINE
+        if "cosine_min" in parity and not parity["cosine_min"] > least:
+            wrong.append(f"{name}: lowest cosine with the offline artifact is {parity['cosine_min']:.6f}")
+        if parity.get("same_answer_percent", 100.0) < LEAST_AGREEMENT:
+            wrong.append(f"{name}: {parity['same_answer_percent']:.0f} % of the answers are the offline artifact's")
+    for fault in record["faults"]:
+        wrong += [] if fault["survived"] else [f"after {fault['fault']} the server was not as before"]
+        wrong += [f"{fault['fault']} was not refused as a client's mistake"] if fault["refused"] is False else []
+    for step in record["versions"]:
+        wrong += [f"{step['step']}: {step['failed']} requests failed ({step['error']})"] if step["failed"] else []
+        wrong += [] if step["sent"] >= LEAST_SENT else [f"{step['step']}: only {step['sent']} requests were sent"]
+        wrong += [] if step["as_expected"] else [f"{step['step']}: versions {', '.join(step['ready'])} answer"]
+        wrong += [] if step["right"] else [f"{step['step']}: an answer is not of the version that gave it"]
+    wrong += [f"{path} answers {status}" for path, status in record["health"].items() if status != 200]
+    undisturbed, darkened = record["drift"].values()
+    wrong += ["drift was found where there is none"] if undisturbed["drifted"] else []
+    wrong += [] if darkened["drifted"] else ["darkened images were not found to have drifted"]
+    return wrong

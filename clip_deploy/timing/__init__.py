@@ -1,0 +1,1 @@
+"""How fast a target is: latency, memory, work, and the way from JPEG to embedding."""

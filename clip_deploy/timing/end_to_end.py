@@ -1,0 +1,134 @@
+"""From JPEG bytes to embeddings, as a server works: images per second of each way there, and which part limits it."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from clip_deploy.checkpoint.load import load_processor
+from clip_deploy.core.artifact import Target, failure, read_target
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.core.errors import UnavailableError
+from clip_deploy.data.preprocessed import Prepared
+from clip_deploy.evaluate.embeddings import encode_images
+from clip_deploy.onnx_graph.preprocessing import Preprocessing, read_preprocessing
+from clip_deploy.runtimes import open_encoder
+from clip_deploy.timing.end_to_end_worker import Job
+from clip_deploy.timing.input_pipelines import FEEDS, check_feed, decode_rgb
+from clip_deploy.timing.latency import ALLOCATOR, thread_variables
+
+if TYPE_CHECKING:
+    from transformers.image_processing_utils import BaseImageProcessor
+
+QUALITY = 90  # of the JPEGs; cameras and web sites take 75 to 95
+TEXTURE = 14.0  # standard deviation in grey levels: at 480 x 640 a file then has the bytes of a photograph
+OCTAVES = (2, 4, 8, 16)  # pixels; photographs hold about as much contrast in each octave (Field 1987)
+PROGRAM = (sys.executable, "-m", "clip_deploy.timing.end_to_end_worker")
+
+
+def measure_feeds(
+    folder: Path, checkpoint: Path, prepared: Prepared, benchmark: BenchmarkConfig, settings: EndToEndConfig, seed: int
+) -> dict[str, Any]:
+    """Time every feed that suits the target in `folder`, each in a process of its own.
+
+    Returns:
+        photos (count, height, width, quality, mean kilobytes), threads of the encoder, and feeds: by name, what
+        flow.measure_feed gives, or `{"status": "unavailable", "reason": ...}`.
+    """
+    target = read_target(folder)
+    names = FEEDS[target.image_input]
+    try:
+        job, photos = _first_job(folder, target, checkpoint, prepared, benchmark, settings, seed)
+    except Exception as error:  # whatever a library raises is this row's result
+        reason = str(error) if isinstance(error, UnavailableError) else failure(error)
+        return {"feeds": {name: {"status": "unavailable", "reason": reason} for name in names}}
+    feeds = {}
+    for name in tqdm(names, desc="end to end", disable=None):
+        job.feed = name
+        feeds[name] = run_feed(job)
+    return {"photos": photos, "threads": benchmark.threads, "feeds": feeds}
+
+
+def _first_job(
+    folder: Path,
+    target: Target,
+    checkpoint: Path,
+    prepared: Prepared,
+    benchmark: BenchmarkConfig,
+    settings: EndToEndConfig,
+    seed: int,
+) -> tuple[Job, dict[str, Any]]:
+    """The photos, and the embeddings that the checkpoint's processor makes of them, for the first feed."""
+    if target.unavailable:
+        raise UnavailableError(target.unavailable)
+    processor = load_processor(checkpoint).image_processor
+    preprocessing = read_preprocessing(processor)
+    jpegs = make_photos(prepared.pixel_values, preprocessing, benchmark.image_size, settings.images, seed)
+    encoder = folder if target.image_input == "pixel_values" else checkpoint  # the one that takes pixel_values
+    reference = reference_embeddings(encoder, processor, jpegs)
+    height, width = benchmark.image_size
+    kilobytes = sum(map(len, jpegs)) / len(jpegs) / 1e3
+    photos = {"count": len(jpegs), "height": height, "width": width, "quality": QUALITY, "kilobytes": kilobytes}
+    return Job(FEEDS[target.image_input][0], folder, preprocessing, jpegs, reference, benchmark, settings), photos
+
+
+def make_photos(
+    pixel_values: np.ndarray, preprocessing: Preprocessing, size: list[int], count: int, seed: int
+) -> list[bytes]:
+    """JPEG files with the content of evaluation images, drawn up to `size` and given the texture of photographs.
+
+    Args:
+        pixel_values: float32 [images, 3, height, width].
+        preprocessing: what made them of grey levels.
+        size: [height, width] of the files.
+    """
+    rng = np.random.default_rng(seed)
+    rows = np.resize(rng.permutation(len(pixel_values)), count)
+    return [_photo(pixel_values[row], preprocessing, size, rng) for row in rows]
+
+
+def _photo(pixels: np.ndarray, preprocessing: Preprocessing, size: list[int], rng: np.random.Generator) -> bytes:
+    levels = (pixels.transpose(1, 2, 0) - preprocessing.offset) / preprocessing.scale
+    image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+    large = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC)) + TEXTURE * texture(size, rng)
+    content = io.BytesIO()
+    Image.fromarray(large.clip(0, 255).astype(np.uint8)).save(content, "jpeg", quality=QUALITY)
+    return content.getvalue()
+
+
+def texture(size: list[int], rng: np.random.Generator) -> np.ndarray:
+    """Noise of standard deviation 1, with the same share from each of OCTAVES: float32 [height, width, 1]."""
+    height, width = size
+    layers = []
+    for octave in OCTAVES:
+        coarse = rng.standard_normal((max(1, height // octave), max(1, width // octave)), dtype=np.float32)
+        layer = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+        layers.append(layer / max(float(layer.std()), 1e-6))
+    return (np.sum(layers, axis=0) / np.sqrt(len(layers)))[:, :, None]
+
+
+def reference_embeddings(folder: Path, processor: "BaseImageProcessor", jpegs: list[bytes]) -> np.ndarray:
+    """Embeddings [photos, dimension] of the target in `folder`, which takes pixel_values, through the processor."""
+    pixels = processor([decode_rgb(jpeg) for jpeg in jpegs], return_tensors="np")["pixel_values"]
+    return encode_images(open_encoder(folder), pixels)
+
+
+def run_feed(job: Job) -> dict[str, Any]:
+    """One feed in a process of its own: with a server's allocator, and nothing that another one left behind."""
+    try:
+        check_feed(job.feed)
+    except UnavailableError as error:
+        return {"status": "unavailable", "reason": str(error)}
+    variables = {**os.environ, **thread_variables(job.benchmark.threads), **ALLOCATOR}
+    done = subprocess.run(PROGRAM, input=pickle.dumps(job), stdout=subprocess.PIPE, env=variables, check=False)
+    if not done.stdout:
+        return {"status": "unavailable", "reason": f"it stopped with exit code {done.returncode} while it was timed"}
+    return json.loads(done.stdout)

@@ -1,0 +1,194 @@
+"""A process of its own that feeds one target from JPEG bytes and times the flow.
+
+    python -m clip_deploy.timing.end_to_end_worker
+
+Reads a pickled Job from standard input and answers one JSON line on standard output: its row of the report, or
+{"status": "unavailable", "reason": ...}.
+"""
+
+import json
+import math
+import pickle
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.core.errors import DeployError
+from clip_deploy.core.similarity import compare
+from clip_deploy.core.subprocesses import die_with_parent
+from clip_deploy.data.preprocessed import batches
+from clip_deploy.runtimes import Encoder, open_encoder
+from clip_deploy.timing.input_pipelines import Feed, open_feed
+from clip_deploy.timing.latency_worker import answer_stream, reason, timed
+
+if TYPE_CHECKING:
+    from clip_deploy.onnx_graph.preprocessing import Preprocessing
+
+LEAST_COSINE = 0.99  # below it a feed gives other pixels than the checkpoint's processor: its speed decides nothing
+LEAST_CALLS = 3  # of each part alone
+
+
+@dataclass
+class Job:
+    """One feed into one target.
+
+    Attributes:
+        jpegs: the photos, in memory.
+        reference: [photos, dimension], the embeddings that the checkpoint's own processor leads to.
+    """
+
+    feed: str
+    folder: Path
+    preprocessing: "Preprocessing"
+    jpegs: list[bytes]
+    reference: np.ndarray
+    benchmark: BenchmarkConfig
+    settings: EndToEndConfig
+
+
+def main() -> None:
+    die_with_parent()
+    answers = answer_stream()
+    try:
+        row = measure_feed(pickle.load(sys.stdin.buffer))
+    except Exception as error:  # of a library: they share no base class
+        print(json.dumps({"status": "unavailable", "reason": reason(error)}), file=answers)
+        if not isinstance(error, DeployError):
+            raise
+    else:
+        print(json.dumps(row), file=answers)
+
+
+def measure_feed(job: Job) -> dict[str, Any]:
+    """Time the flow at every batch size, and each of its parts alone.
+
+    Returns:
+        status ("measured", or "wrong" with a reason where an embedding is not that of the checkpoint's processor),
+        cosine_min, workers, through_host (True where pixels leave the GPU before the encoder takes them), best_batch,
+        and batches: by size, what measure_batch gives.
+    """
+    encoder = open_encoder(job.folder, job.benchmark.threads)
+    feed = open_feed(job.feed, job.preprocessing, getattr(encoder, "takes_device_tensors", False))
+    cosine = compare(_embeddings(feed, encoder, job.jpegs), job.reference)["cosine_min"]
+    workers = 1 if feed.whole_batches else job.settings.workers or job.benchmark.threads
+    found = {batch: measure_batch(feed, encoder, job, batch, workers) for batch in job.benchmark.batch_sizes}
+    return {
+        **judge(cosine),
+        "cosine_min": cosine,
+        "workers": workers,
+        "through_host": feed.whole_batches and not getattr(encoder, "takes_device_tensors", False),
+        "best_batch": max(found, key=lambda batch: found[batch]["images_per_s"]),
+        "batches": {str(batch): row for batch, row in found.items()},
+    }
+
+
+def judge(cosine: float) -> dict[str, str]:
+    """Status of a feed by the lowest cosine of its embeddings with those of the checkpoint's own processor."""
+    if cosine >= LEAST_COSINE:
+        return {"status": "measured"}
+    why = "the embeddings are not those of the checkpoint's own processor"
+    return {"status": "wrong", "reason": f"cosine {cosine:.4f} < {LEAST_COSINE}: {why}"}
+
+
+def _embeddings(feed: Feed, encoder: Encoder, jpegs: list[bytes]) -> np.ndarray:
+    parts = [jpegs[rows] for rows in batches(len(jpegs), 8)]
+    return np.concatenate([encoder.encode_images(feed.preprocess(feed.decode(part))) for part in parts])
+
+
+def measure_batch(feed: Feed, encoder: Encoder, job: Job, batch: int, workers: int) -> dict[str, Any]:
+    """The flow at one batch size, and its parts with the machine to themselves.
+
+    Returns:
+        images_per_s (median of the passes; images_per_s_low and _high are the slowest and the fastest), decode_ms,
+        preprocess_ms and encode_ms of one image, and the bottleneck among them.
+    """
+    with closing(prefetched(feed, job.jpegs, batch, workers)) as inputs:
+        for _ in range(1 + job.benchmark.warmup):
+            encoder.encode_images(next(inputs))
+        rates = [pass_rate(inputs, encoder, batch, job.settings.seconds) for _ in range(job.settings.passes)]
+    parts = parts_alone(feed, encoder, job.jpegs, batch, job.settings.seconds / 2)
+    return {
+        "images_per_s": float(np.median(rates)),
+        "images_per_s_low": min(rates),
+        "images_per_s_high": max(rates),
+        **parts,
+        "bottleneck": bottleneck(**parts, workers=workers),
+    }
+
+
+def prefetched(feed: Feed, jpegs: list[bytes], batch: int, workers: int) -> Generator[Any, None, None]:
+    """Batches of inputs without end: a pool makes the next ones while the caller encodes this one."""
+    depth = max(2, math.ceil(2 * workers / batch))  # batches under way: no worker is idle at batch 1 either
+    photos = cycle(jpegs)
+    waiting: deque[list] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        while True:
+            while len(waiting) < depth:
+                jobs = _jobs(feed, list(islice(photos, batch)))
+                waiting.append([pool.submit(lambda job: feed.preprocess(feed.decode(job)), job) for job in jobs])
+            yield _joined([part.result() for part in waiting.popleft()])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _jobs(feed: Feed, photos: list[bytes]) -> list[list[bytes]]:
+    return [photos] if feed.whole_batches else [[photo] for photo in photos]
+
+
+def _joined(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def pass_rate(inputs: Generator[Any, None, None], encoder: Encoder, batch: int, seconds: float) -> float:
+    """Images per second of a flow that runs on, from one encoded batch to another at least `seconds` later."""
+    images, start = 0, perf_counter()
+    while not images or perf_counter() - start < seconds:
+        encoder.encode_images(next(inputs))
+        images += batch
+    return images / (perf_counter() - start)
+
+
+def parts_alone(feed: Feed, encoder: Encoder, jpegs: list[bytes], batch: int, seconds: float) -> dict[str, float]:
+    """Milliseconds of one image in each part, as one worker does it; to encode is to copy into a batch as well."""
+    jobs = _jobs(feed, list(islice(cycle(jpegs), batch)))
+    images = [feed.decode(job) for job in jobs]
+    inputs = [feed.preprocess(job) for job in images]
+    each = len(jobs[0])
+    return {
+        "decode_ms": alone_ms(feed.decode, jobs, seconds) / each,
+        "preprocess_ms": alone_ms(feed.preprocess, images, seconds) / each,
+        "encode_ms": alone_ms(lambda parts: encoder.encode_images(_joined(parts)), [inputs], seconds) / batch,
+    }
+
+
+def alone_ms(call: Callable[[Any], Any], arguments: Sequence[Any], seconds: float) -> float:
+    """Median milliseconds of a call over its arguments, in turn, for about so long."""
+    times: list[float] = []
+    start = perf_counter()
+    for argument in cycle(arguments):
+        times.append(timed(lambda argument=argument: call(argument), perf_counter))  # type: ignore[misc]
+        if len(times) >= LEAST_CALLS and perf_counter() - start > seconds:
+            break
+    return float(np.median(times))
+
+
+def bottleneck(decode_ms: float, preprocess_ms: float, encode_ms: float, workers: int) -> str:
+    """The part with the lowest rate alone; workers share decoding and preprocessing, of which the longer is named."""
+    if encode_ms >= (decode_ms + preprocess_ms) / workers:
+        return "encode"
+    return "decode" if decode_ms >= preprocess_ms else "preprocess"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Ways from JPEG bytes to what an image tower takes: decoding, and the checkpoint's own resize, crop and normalisation.
+
+Each feed works on a list of images, so that one job of a pool can be an image (CPU) or a batch (GPU).
+"""
+
+import io
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from clip_deploy.core.errors import UnavailableError
+
+if TYPE_CHECKING:
+    import torch
+
+    from clip_deploy.onnx_graph.preprocessing import Preprocessing
+
+FEEDS = {"pixel_values": ("pil", "torchvision", "nvjpeg"), "images": ("graph",)}  # by what a tower takes
+
+
+class Feed(Protocol):
+    """Attributes: whole_batches: a job is a batch and one worker does them all; otherwise a job is one image."""
+
+    whole_batches: bool
+
+    def decode(self, jpegs: list[bytes]) -> list[Any]:
+        """RGB images, in whatever form preprocess takes them."""
+        ...
+
+    def preprocess(self, images: list[Any]) -> Any:
+        """What the encoder takes of these images: pixel_values or images, as clip_deploy.runtimes.Encoder says."""
+        ...
+
+
+def check_feed(name: str) -> None:
+    """Raise UnavailableError where a library or the GPU that the feed needs is missing; loads no library for it."""
+    if name not in ("torchvision", "nvjpeg"):
+        return
+    if find_spec("torchvision") is None:
+        raise UnavailableError("torchvision is not installed (pip install torchvision)")
+    if name == "nvjpeg":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UnavailableError("PyTorch sees no CUDA GPU")
+
+
+def open_feed(name: str, settings: "Preprocessing", device_tensors: bool) -> Feed:
+    """Open one of FEEDS.
+
+    Args:
+        settings: the checkpoint's own image processor.
+        device_tensors: whether the encoder takes tensors of the GPU; otherwise nvjpeg copies its own to the host.
+    """
+    opened: dict[str, Callable[[], Feed]] = {
+        "pil": lambda: PilFeed(settings),
+        "graph": GraphFeed,
+        "torchvision": lambda: TorchFeed(settings, "cpu", False),
+        "nvjpeg": lambda: TorchFeed(settings, "cuda", device_tensors),
+    }
+    return opened[name]()
+
+
+def resized_size(settings: "Preprocessing", height: int, width: int) -> tuple[int, int]:
+    """Height and width after resizing; the longer side is cut to whole pixels, as transformers does."""
+    if settings.size is not None:
+        return settings.size[0], settings.size[1]
+    assert settings.shortest_edge is not None  # where size is missing, this one is given
+    short = min(height, width)
+    return settings.shortest_edge * height // short, settings.shortest_edge * width // short
+
+
+def crop_start(crop: list[int], height: int, width: int) -> tuple[int, int]:
+    """Top and left of the centre crop; negative where the image is smaller, which is black there."""
+    return (height - crop[0]) // 2, (width - crop[1]) // 2
+
+
+def decode_rgb(jpeg: bytes) -> Image.Image:
+    """Upright, as EXIF says."""
+    with Image.open(io.BytesIO(jpeg)) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+FLIPS: dict[int, tuple[int, ...]] = {2: (-1,), 3: (-1, -2), 4: (-2,), 6: (-1,), 7: (-1, -2), 8: (-2,)}
+LYING = (5, 6, 7, 8)
+
+
+def orientation(jpeg: bytes) -> int:
+    """How the picture lies in the file, by EXIF's numbers; 1 is upright."""
+    if b"Exif\0" not in jpeg and b"tiff:Orientation" not in jpeg:  # most have none, and to open one takes its time
+        return 1
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def upright(image: "torch.Tensor", lies: int) -> "torch.Tensor":
+    """A picture [3, height, width] turned as Pillow's exif_transpose does: torchvision does it on the CPU alone."""
+    image = image.transpose(-2, -1) if lies in LYING else image
+    return image.flip(FLIPS[lies]) if lies in FLIPS else image
+
+
+class PilFeed:
+    """Pillow, which the checkpoint's processor calls too. It decodes and resizes without holding Python's lock."""
+
+    whole_batches = False
+
+    def __init__(self, settings: "Preprocessing") -> None:
+        self.settings = settings
+        self.scale, self.offset = (
+            part.astype(np.float32).reshape(3, 1, 1) for part in (settings.scale, settings.offset)
+        )
+
+    def decode(self, jpegs: list[bytes]) -> list[Image.Image]:
+        return [decode_rgb(jpeg) for jpeg in jpegs]
+
+    def preprocess(self, images: list[Image.Image]) -> np.ndarray:
+        return np.stack([self._pixels(image) for image in images])
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        if self.settings.resample is not None:
+            height, width = resized_size(self.settings, image.height, image.width)
+            image = image.resize((width, height), Image.Resampling(self.settings.resample))
+        if self.settings.crop is not None:
+            top, left = crop_start(self.settings.crop, image.height, image.width)
+            image = image.crop((left, top, left + self.settings.crop[1], top + self.settings.crop[0]))
+        return np.asarray(image).transpose(2, 0, 1) * self.scale + self.offset
+
+
+class GraphFeed:
+    """Pillow decodes; the target's own graph does the rest."""
+
+    whole_batches = False
+
+    def decode(self, jpegs: list[bytes]) -> list[np.ndarray]:
+        return [np.asarray(decode_rgb(jpeg)) for jpeg in jpegs]
+
+    def preprocess(self, images: list[np.ndarray]) -> np.ndarray:
+        return np.stack(images)
+
+
+class TorchFeed:
+    """torchvision, on the CPU or (nvJPEG) on the GPU, where a whole batch is decoded at once."""
+
+    def __init__(self, settings: "Preprocessing", device: str, device_tensors: bool) -> None:
+        import torch
+
+        self.settings, self.device, self.device_tensors = settings, device, device_tensors
+        self.whole_batches = device == "cuda"
+        self.scale, self.offset = (
+            torch.tensor(part, dtype=torch.float32, device=device).reshape(3, 1, 1)
+            for part in (settings.scale, settings.offset)
+        )
+
+    def decode(self, jpegs: list[bytes]) -> list[Any]:
+        import torch
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        encoded = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
+        decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self.device)
+        images = [upright(image, orientation(jpeg)) for image, jpeg in zip(decoded, jpegs, strict=True)]
+        self._wait()
+        return images
+
+    def preprocess(self, images: list[Any]) -> Any:
+        import torch
+
+        pixels = torch.stack([self._pixels(image) for image in images])
+        self._wait()
+        return pixels if self.device_tensors else pixels.cpu().numpy()
+
+    def _pixels(self, image: Any) -> Any:
+        from torchvision.transforms.v2 import InterpolationMode, functional
+
+        if self.settings.resample is not None:
+            size = resized_size(self.settings, *image.shape[-2:])
+            filters = {2: InterpolationMode.BILINEAR, 3: InterpolationMode.BICUBIC}  # Pillow's numbers
+            image = functional.resize(image, list(size), filters[self.settings.resample], antialias=True)
+        if self.settings.crop is not None:
+            top, left = crop_start(self.settings.crop, *image.shape[-2:])
+            image = functional.crop(image, top, left, *self.settings.crop)
+        return image * self.scale + self.offset
+
+    def _wait(self) -> None:
+        """The encoder may run on another stream, and a clock that does not wait measures the launch."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.current_stream().synchronize()

@@ -1,0 +1,323 @@
+"""Time a target against the reference, call by call in turn, each in a process of its own.
+
+Both processes are opened once and take turns: one is stopped (SIGSTOP) while the other runs, so that the threads of one
+library never spin beside the other's. Drift of the machine hits both alike and cancels in the ratio.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from threading import Timer
+from time import monotonic
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from clip_deploy.core.artifact import Target, failure, read_target, size_bytes
+from clip_deploy.core.config import BenchmarkConfig
+from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.subprocesses import ending, hung
+from clip_deploy.timing import nvml
+
+ROUND_MS = 20.0  # each side's turn lasts about so long
+LONG_MS = 100.0  # a call so long warms the caches for itself; a turn of shorter ones begins with one not counted
+LEAST_ROUNDS = 8  # turns of each side; with fewer than 6, no interval covers 95 % (speedup_interval)
+LEAST_BLOCKS = 10  # of turns, where there are so many: fewer are longer, and less alike, but find less
+BEYOND = 5  # a percentile is stated where at least so many calls lie beyond it
+CONFIDENCE = 0.95
+PROGRAM = (sys.executable, "-m", "clip_deploy.timing.latency_worker")
+
+# glibc returns large buffers to the kernel after each call or keeps them, as its thresholds happened to move: the same
+# program ran 0.6 to 1.2 times as fast as itself. Fixed, it keeps them: mallopt(3), M_MMAP_THRESHOLD, M_TRIM_THRESHOLD.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+
+
+def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> dict[str, Any]:
+    """Time both towers of `folder` at every batch size, interleaved with `reference`.
+
+    Returns:
+        For each tower and batch size: p50_ms with its 95 % interval p50_low_ms, p50_high_ms, p90_ms, p95_ms, p99_ms
+        (where the number of calls supports them), calls, throughput_per_s (images or texts), speedup over the reference
+        with its 95 % interval speedup_low, speedup_high, the reference's reference_p50_ms beside it; and memory_mb
+        (peak resident memory above the empty interpreter at the smallest batch) and size_mb. On a GPU also
+        gpu_memory_mb (of the process, at the smallest batch), power (see _power), matrix_tflops (what FP16 products
+        reach there) and with each timing gflop, the reference's work. Where the target preprocesses its images,
+        preprocessed_size says how large they were, [height, width]; the reference gets pixel_values in any case.
+        `{"status": "unavailable", "reason": ...}` where the target cannot run here.
+    """
+    described = read_target(folder)
+    if described.unavailable:
+        return {"status": "unavailable", "reason": described.unavailable}
+    try:
+        with _worker(folder, settings) as target, _worker(reference, settings) as other:
+            target.wait()
+            other.wait()
+            clock = nvml.clock_mhz()
+            towers, memory = _measure_towers(target, other, described, settings)
+            on_gpu = {}
+            if described.device == "cuda":
+                on_gpu = _power(target, described, towers["vision"], settings, clock)
+                on_gpu["matrix_tflops"] = other.ask({"matrix_rate": True})["tflops"]
+            whole = {"preprocessed_size": settings.image_size} if described.image_input == "images" else {}
+            return {
+                "status": "measured",
+                "threads": settings.threads,
+                **whole,
+                "towers": towers,
+                **memory,
+                **on_gpu,
+                "size_mb": size_bytes(folder) / 1e6,
+            }
+    except UnavailableError as error:
+        return {"status": "unavailable", "reason": str(error)}
+    except Exception as error:  # the other rows are timed all the same
+        return {"status": "unavailable", "reason": failure(error)}
+
+
+def _worker(folder: Path, settings: BenchmarkConfig) -> "Worker":
+    return Worker(folder, settings.threads, limit_s=settings.answer_seconds)
+
+
+def _measure_towers(
+    target: "Worker", other: "Worker", described: Target, settings: BenchmarkConfig
+) -> tuple[dict[str, Any], dict[str, float]]:
+    requests = [
+        _request(tower, batch, described, settings) for batch in settings.batch_sizes for tower in ("vision", "text")
+    ]
+    towers: dict[str, Any] = {"vision": {}, "text": {}}
+    memory: dict[str, float] = {}
+    for request in tqdm(requests, desc="benchmark", disable=None):
+        towers[request["tower"]][str(request["batch"])] = _measure_one(target, other, request, settings)
+        if request["batch"] == settings.batch_sizes[0]:
+            memory = _megabytes(target.ask({"memory": True}))
+    return towers, memory
+
+
+def _request(tower: str, batch: int, described: Target, settings: BenchmarkConfig) -> dict[str, Any]:
+    return {
+        "tower": tower,
+        "batch": batch,
+        "image_size": described.model["image_size"],
+        "photo_size": settings.image_size,
+        "tokens": settings.sequence_length or described.model["context_length"],
+        "words": sorted({word for text in described.model["example_texts"]["input_ids"] for word in text}),
+        "device": described.device,
+    }
+
+
+def _megabytes(answer: dict[str, int | None]) -> dict[str, float]:
+    named = {"memory_mb": answer["bytes"], "gpu_memory_mb": answer.get("gpu_bytes")}
+    return {name: value / 1e6 for name, value in named.items() if value is not None}
+
+
+def _power(
+    target: "Worker", described: Target, sizes: dict[str, Any], settings: BenchmarkConfig, clock: int | None
+) -> dict[str, Any]:
+    """Images encoded without a pause at the best batch size: what the whole GPU takes, by NVML's counter of energy.
+
+    Returns:
+        power: batch, mean_w, j_per_1000_images, and clock_mhz before the benchmark and after it; empty without NVML.
+    """
+    batch = max(sizes, key=lambda size: sizes[size]["throughput_per_s"])
+    target.ask(_request("vision", int(batch), described, settings))
+    target.ask({"calls": max(1, settings.warmup)})
+    started, before = monotonic(), nvml.energy_j()
+    calls = target.ask({"seconds": settings.power_seconds})["calls"]
+    seconds, after = monotonic() - started, nvml.energy_j()
+    if before is None or after is None:
+        return {}
+    return {
+        "power": {
+            "batch": int(batch),
+            "mean_w": (after - before) / seconds,
+            "j_per_1000_images": 1000 * (after - before) / (calls * int(batch)),
+            "clock_mhz": [clock, nvml.clock_mhz()],
+        }
+    }
+
+
+def _measure_one(target: "Worker", other: "Worker", request: dict, settings: BenchmarkConfig) -> dict[str, Any]:
+    for worker in (target, other):
+        worker.ask(request)
+    work = {"gflop": other.ask({"flop": True})["flop"] / 1e9} if request["device"] == "cuda" else {}
+    calls = {worker: calls_per_turn(worker, settings.warmup) for worker in (target, other)}
+    turns: dict[Worker, list[list[float]]] = {target: [], other: []}
+    started = monotonic()
+    while True:
+        pair = (target, other) if len(turns[target]) % 2 else (other, target)
+        for worker in pair:
+            times = worker.ask({"calls": calls[worker]})["ms"]
+            turns[worker].append(times[1:] if len(times) > 1 else times)  # the first call warms the caches again
+        count = sum(map(len, turns[target]))
+        over = monotonic() - started > 2 * settings.seconds or count >= settings.iterations
+        if over and len(turns[target]) >= LEAST_ROUNDS:
+            return {**summarize(turns[target], turns[other], request["batch"]), **work}
+
+
+def calls_per_turn(worker: "Worker", warmup: int) -> int:
+    """Warm up, and find how many calls fill a turn: one of them is not counted."""
+    typical = float(np.median(worker.ask({"calls": max(1, warmup)})["ms"]))
+    return 1 if typical > LONG_MS else 1 + math.ceil(ROUND_MS / typical)
+
+
+def summarize(turns: list[list[float]], reference: list[list[float]], batch: int) -> dict[str, Any]:
+    """Percentiles, throughput and speed-up of one tower at one batch size, from the ms of each turn's calls."""
+    times = np.concatenate(turns)
+    speedup, low, high = speedup_interval(turns, reference)
+    _, p50_low, p50_high = median_interval(np.array([median(turn) for turn in turns]))
+    return {
+        **percentiles(times),
+        "p50_low_ms": p50_low,
+        "p50_high_ms": p50_high,
+        "calls": len(times),
+        "throughput_per_s": 1000 * batch * len(times) / float(times.sum()),
+        "speedup": speedup,
+        "speedup_low": low,
+        "speedup_high": high,
+        "reference_p50_ms": float(np.median(np.concatenate(reference))),
+    }
+
+
+def percentiles(times: np.ndarray) -> dict[str, float]:
+    """p50, p90, p95 and p99 in ms, each only where at least BEYOND calls lie beyond it."""
+    supported = [q for q in (50, 90, 95, 99) if q == 50 or len(times) * (100 - q) / 100 >= BEYOND]
+    return {f"p{q}_ms": float(np.percentile(times, q)) for q in supported}
+
+
+def speedup_interval(turns: list[list[float]], reference: list[list[float]]) -> tuple[float, float, float]:
+    """median_interval of the turns' ratios of both sides' medians, reference over target.
+
+    The two sides of a turn run within milliseconds of each other, so drift and changes of frequency cancel in their
+    ratio. It covers noise that both sides share, however long it lasts, and noise of one side that is gone within a
+    block or before the next one. It does not cover what stays as it is for the whole benchmark: where two processes'
+    memory and threads happened to come to lie makes a program differ from itself. report.read_rows widens it by that.
+    """
+    ours, theirs = (np.array([median(times) for times in side]) for side in (turns, reference))
+    return median_interval(theirs / ours)
+
+
+def median_interval(found: np.ndarray) -> tuple[float, float, float]:
+    """Median over blocks of turns of what was found in each, a positive number, and its 95 % interval.
+
+    What slows a turn often lasts for several, which then are less news than they seem: so turns are taken together in
+    blocks of an odd number, as long as LEAST_BLOCKS allow, and a block counts as the median of its turns. The interval
+    is that of the sign test over the blocks, which holds for any distribution, interpolated between two of them to
+    reach 95 % (Hettmansperger and Sheather, Statistics & Probability Letters 4 (1986) 75-79). Five blocks or fewer are
+    too few for 95 %: their whole range is returned, which covers in 1 - 2 / 2^blocks of cases.
+    """
+    logs = np.sort([np.median(block) for block in blocks(np.log(found))])
+    inner, share = sign_test_ranks(len(logs))
+    outer = max(inner - 1, 0)
+    low = (1 - share) * logs[outer] + share * logs[inner]
+    high = (1 - share) * logs[-1 - outer] + share * logs[-1 - inner]
+    return math.exp(np.median(logs)), math.exp(low), math.exp(high)
+
+
+def blocks(found: np.ndarray) -> list[np.ndarray]:
+    """Consecutive turns, an odd number in most blocks: the median of two is their mean, which one stall moves."""
+    size = max(1, len(found) // LEAST_BLOCKS)
+    return np.array_split(found, len(found) // (size - 1 + size % 2))
+
+
+def sign_test_ranks(count: int) -> tuple[int, float]:
+    """Where the 95 % interval of a median lies among `count` sorted values.
+
+    Returns:
+        (k, share): the lower end lies `share` of the way from value k - 1 to value k, counted from 0, and the upper end
+        likewise from the top; (0, 1.0) is the whole range.
+    """
+    cover = [1 - 2 * sum(math.comb(count, below) for below in range(k + 1)) / 2**count for k in range((count + 1) // 2)]
+    k = next(k for k, covered in enumerate(cover) if covered < CONFIDENCE)
+    if k == 0:
+        return 0, 1.0
+    spare = (cover[k - 1] - CONFIDENCE) / (cover[k - 1] - cover[k])
+    return k, (count - k) * spare / (k + (count - 2 * k) * spare)
+
+
+def thread_variables(threads: int) -> dict[str, str]:
+    """The environment variables that set the pools of a process's libraries."""
+    return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
+class Worker:
+    """A worker process, stopped except while it answers.
+
+    `program` is a Python and its arguments that answers as latency_worker does; it is killed where an answer takes
+    longer than `limit_s` seconds. What it does not answer is raised as UnavailableError.
+    """
+
+    def __init__(
+        self, folder: Path, threads: int, program: Sequence[str] = PROGRAM, limit_s: float | None = None
+    ) -> None:
+        self.name, self.limit_s, self.late = folder.name, limit_s, False
+        self.process = subprocess.Popen(
+            [*program, str(folder), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **thread_variables(threads), **ALLOCATOR},
+        )
+
+    def wait(self) -> None:
+        """Wait until the target is open; both sides open theirs at the same time."""
+        self._read()
+        self._signal("SIGSTOP")
+
+    def ask(self, request: dict) -> dict:
+        """Send one request and wait for its answer, while every other worker is stopped."""
+        self._signal("SIGCONT")
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            return self._read()
+        except BrokenPipeError as error:
+            raise self._died() from error
+        finally:
+            self._signal("SIGSTOP")
+
+    def _read(self) -> dict:
+        line = self._line()
+        if not line.endswith("\n"):  # the process died before or within its answer
+            raise self._died()
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UnavailableError(answer["error"])
+        return answer
+
+    def _line(self) -> str:
+        watch = Timer(self.limit_s, self._end_late) if self.limit_s else None
+        if watch:
+            watch.start()
+        try:
+            return self.process.stdout.readline() if self.process.stdout else ""
+        finally:
+            if watch:
+                watch.cancel()
+
+    def _end_late(self) -> None:
+        self.late = True
+        self.process.kill()
+
+    def _died(self) -> DeployError:
+        how = hung(self.limit_s) if self.late else f"the process {ending(self.process.wait())}"
+        return UnavailableError(f"{self.name}, while it was timed: {how}")
+
+    def _signal(self, name: str) -> None:
+        if hasattr(signal, name) and self.process.poll() is None:
+            self.process.send_signal(getattr(signal, name))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

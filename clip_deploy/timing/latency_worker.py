@@ -1,0 +1,157 @@
+"""A process of its own that runs one target and times its calls.
+
+    python -m clip_deploy.timing.latency_worker FOLDER THREADS
+
+Reads one JSON request a line from standard input and answers with one JSON line on standard output:
+    {"tower": "vision", "batch": 8...}  take inputs of this shape from now on (timing._request says what else)
+    {"calls": 5}                        run so often and answer the milliseconds of each call
+    {"rows": true}                      run once and answer the embeddings
+    {"seconds": 1.0}                    run for so long and answer the number of calls
+    {"flop": true}                      count the call's floating-point operations; PyTorch only
+    {"matrix_rate": true}               time matrix products on the GPU and answer TFLOP/s; PyTorch only
+    {"memory": true}                    peak memory above the empty interpreter and this process's on the GPU, in bytes
+What fails is answered as {"error": reason}.
+"""
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from clip_deploy.core.errors import DeployError
+from clip_deploy.core.subprocesses import die_with_parent
+from clip_deploy.timing import nvml
+
+if TYPE_CHECKING:
+    from clip_deploy.runtimes import DeviceEncoder, Encoder
+
+
+def peak_bytes() -> int:
+    """Highest resident set of this process so far."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])  # ru_maxrss would count the parent's pages before exec
+    except (OSError, IndexError):
+        scale = 1 if sys.platform == "darwin" else 1024
+        return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+EMPTY = peak_bytes()
+
+
+def main() -> None:
+    from clip_deploy.runtimes import open_encoder
+
+    serve(open_encoder, prepare_call)
+
+
+def serve(open_target: Callable[[Path, int], "Encoder"], prepare: Callable[["Encoder", dict], Callable]) -> None:
+    """Open the target that the command line names and answer requests; needs the standard library only.
+
+    Args:
+        open_target: from a folder and a number of threads.
+        prepare: from the encoder and a request with "tower" to the call that is timed from then on.
+    """
+    die_with_parent()
+    answers = answer_stream()
+    call: Callable[[], Any] = lambda: None  # noqa: E731
+
+    def answer(request: dict) -> dict[str, object]:
+        nonlocal call
+        if "tower" in request:
+            call = prepare(encoder, request)
+            return {"ready": True}
+        if "calls" in request:
+            return {"ms": [timed(call, perf_counter) for _ in range(request["calls"])]}
+        if "rows" in request:
+            return {"rows": call().tolist()}
+        if "seconds" in request:
+            return {"calls": repeated(call, request["seconds"])}
+        if "flop" in request or "matrix_rate" in request:
+            from clip_deploy.timing.flops import count_flop, matrix_tflops
+
+            return {"flop": count_flop(call)} if "flop" in request else {"tflops": matrix_tflops()}
+        return {"bytes": peak_bytes() - EMPTY, "gpu_bytes": nvml.process_bytes(os.getpid())}
+
+    try:
+        encoder = open_target(Path(sys.argv[1]), int(sys.argv[2]))
+        print(json.dumps({"ready": True}), file=answers)
+        for line in sys.stdin:
+            print(json.dumps(answer(json.loads(line))), file=answers)
+    except Exception as error:
+        print(json.dumps({"error": reason(error)}), file=answers)
+        if not isinstance(error, DeployError):
+            raise
+
+
+def reason(error: Exception) -> str:
+    """The message that a table can show: one line."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, DeployError):
+        return str(error)
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def answer_stream() -> TextIO:
+    """Standard output for the answers alone: what libraries print there goes to standard error from now on."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return answers
+
+
+def prepare_call(encoder: "Encoder", request: dict) -> Callable[[], object]:
+    """A call without arguments on random inputs of the asked shape.
+
+    On a GPU the inputs lie there already, and the call ends when the GPU has done its work.
+    """
+    import numpy as np
+
+    encode: Callable[[], object]
+    rng = np.random.default_rng(0)
+    if request["tower"] == "vision":
+        if encoder.image_input == "images":
+            images = rng.integers(0, 256, (request["batch"], *request["photo_size"], 3), dtype=np.uint8)
+        else:
+            images = rng.normal(size=(request["batch"], 3, *request["image_size"])).astype(np.float32)
+        arrays, encode = [images], partial(encoder.encode_images, images)
+    else:
+        ids = rng.choice(np.array(request["words"], dtype=np.int64), (request["batch"], request["tokens"]))
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        arrays, encode = [given[name] for name in encoder.text_inputs], partial(encoder.encode_texts, *given.values())
+    if request.get("device", "cpu") == "cuda":
+        return _on_device(cast("DeviceEncoder", encoder), request["tower"], arrays)
+    return encode
+
+
+def _on_device(encoder: "DeviceEncoder", tower: str, arrays: list) -> Callable[[], None]:
+    call = encoder.bind(tower, arrays)
+
+    def run() -> None:
+        call()
+        encoder.wait()
+
+    return run
+
+
+def repeated(call: Callable[[], object], seconds: float) -> int:
+    """Calls done in about `seconds`."""
+    calls, end = 0, perf_counter() + seconds
+    while perf_counter() < end:
+        call()
+        calls += 1
+    return calls
+
+
+def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    call()
+    return 1000 * (clock() - start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Folders of other tools, and folders that hold more than the model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.project import TINY
+
+from clip_deploy.checkpoint.fetch import fetch
+from clip_deploy.checkpoint.layout import looked_at, model_files, other_weights
+from clip_deploy.core.config import ModelConfig
+from clip_deploy.core.environment import fingerprint_input
+from clip_deploy.core.errors import CheckpointError
+
+FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
+DENSE = "sentence_transformers.base.modules.dense.Dense"
+NORMALIZE = "sentence_transformers.models.Normalize"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(TINY, tmp_path / "checkpoint")
+
+
+def put(folder, name, content):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
+
+
+def keep(folder, names):
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def adapter(folder):
+    """As peft.PeftModel.save_pretrained leaves it."""
+    put(folder, "adapter_config.json", {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "someone/clip"})
+    weights = {"base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": np.ones((4, 96), "f4")}
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+def modules(folder, *kinds, path=""):
+    """As SentenceTransformer.save leaves it."""
+    listed = [{"idx": row, "name": str(row), "type": kind} for row, kind in enumerate(kinds)]
+    put(
+        folder,
+        "modules.json",
+        [{**module, "path": path if row == 0 else f"{row}_x"} for row, module in enumerate(listed)],
+    )
+
+
+def fetched(folder):
+    output = folder.parent / "output"
+    output.mkdir()
+    return fetch(ModelConfig(path=str(folder)), output), output
+
+
+def refused(folder):
+    """What is said, before anything is copied."""
+    output = folder.parent / "refused"
+    output.mkdir()
+    with pytest.raises(CheckpointError) as error:
+        fetch(ModelConfig(path=str(folder)), output)
+    assert not list(output.iterdir())
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def test_an_adapter_beside_its_base_is_refused_whatever_is_installed(folder, kinds):
+    adapter(folder)
+    said = refused(folder)
+    assert (
+        "an adapter (adapter_config.json and adapter_model.safetensors) beside its base, which alone would be" in said
+    )
+    assert "from_pretrained('someone/clip'), FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)" in said
+    kinds(
+        "03: an adapter beside its base", "the base deployed, the adapter ignored: cosine 0.247 image, 0.781 text", said
+    )
+
+
+def test_an_adapter_alone_is_named_with_its_base(folder, kinds):
+    adapter(folder)
+    keep(folder, [*FILES[2:], "adapter_config.json", "adapter_model.safetensors"])
+    said = refused(folder)
+    assert (
+        "holds an adapter of 'someone/clip' (adapter_config.json and adapter_model.safetensors), and no model" in said
+    )
+    kinds("16: an adapter alone", "has no config.json: give a folder in Hugging Face layout", said)
+
+
+def test_adapter_weights_without_their_settings_are_refused_too(folder):
+    (folder / "adapter_model.bin").write_bytes(b"")
+    assert "adapter_model.bin" in refused(folder)
+
+
+def test_a_head_behind_a_sentence_transformers_model_is_not_dropped(folder, kinds):
+    modules(folder, TRANSFORMER, DENSE)
+    said = refused(folder)
+    assert "is of a sentence-transformers model with Dense (modules.json), which would be left out" in said
+    kinds("05: sentence-transformers with a Dense head", "the head dropped: 64 dimensions for 32", said)
+
+
+def test_a_sentence_transformers_model_without_a_head_is_taken(folder):
+    modules(folder, TRANSFORMER, NORMALIZE)
+    features = {"text": {"method": "get_text_features"}, "image": {"method": "get_image_features"}}
+    put(folder, "sentence_bert_config.json", {"modality_config": features})
+    target, output = fetched(folder)
+    assert target.files == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == FILES
+
+
+def test_a_sentence_transformers_model_of_other_outputs_is_refused(folder):
+    modules(folder, TRANSFORMER)
+    put(folder, "sentence_bert_config.json", {"modality_config": {"text": {"method": "forward"}}})
+    assert "sentence_bert_config.json takes forward for texts: only get_text_features can be deployed" in refused(
+        folder
+    )
+
+
+def test_a_sentence_transformers_folder_is_led_to_the_model_in_it(tmp_path, kinds):
+    folder = tmp_path / "clip-ViT-B-32"
+    folder.mkdir()
+    modules(folder, "sentence_transformers.models.CLIPModel", path="0_CLIPModel")
+    inner = shutil.copytree(TINY, folder / "0_CLIPModel")
+    said = refused(folder)
+    assert "is a sentence-transformers folder, whose model lies in 0_CLIPModel/: give `model: local` with that" in said
+    kinds("16: a sentence-transformers folder", "has no config.json: give a folder in Hugging Face layout", said)
+    assert fetched(inner)[0].model["model_type"] == "clip"
+
+
+def test_the_model_in_a_sentence_transformers_folder_is_refused_where_a_head_stands_behind_it(tmp_path):
+    folder = tmp_path / "headed"
+    folder.mkdir()
+    modules(folder, "sentence_transformers.models.CLIPModel", DENSE, path="0_CLIPModel")
+    assert "with Dense (modules.json)" in refused(shutil.copytree(TINY, folder / "0_CLIPModel"))
+
+
+@pytest.mark.parametrize("content", ["[", "{}", "[1]"])
+def test_modules_that_are_none_are_refused(folder, content):
+    (folder / "modules.json").write_text(content)
+    assert "modules.json" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"open_clip_config.json": {}, "open_clip_model.safetensors": {}}, "is an open_clip checkpoint"),
+        ({"model_index.json": {}, "text_encoder/config.json": {}}, "is a diffusers pipeline"),
+        ({"checkpoint-1000/config.json": {}}, "has no config.json, and below it checkpoint-1000 has"),
+        ({"snapshots/0123/config.json": {}}, "has no config.json, and below it snapshots/0123 has"),
+        ({"epoch_32.pt": {}}, "has no config.json, and epoch_32.pt: a training checkpoint or state_dict"),
+        ({"notes.md": {}}, "has no config.json, and holds notes.md: give a folder as transformers' save_pretrained"),
+        ({}, "has no config.json, and holds nothing: give a folder"),
+    ],
+)
+def test_a_folder_without_config_is_called_what_it_is(tmp_path, files, said, kinds):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    for name, content in files.items():
+        put(folder, name, content)
+    found = refused(folder)
+    assert f"{folder} {said}" in found
+    if "open_clip_config.json" in files:
+        kinds("16: an open_clip folder", "has no config.json: give a folder in Hugging Face layout", found)
+
+
+def test_a_file_in_the_place_of_a_folder_is_called_a_file(folder):
+    assert "model.safetensors: a file, and no folder" in refused(folder / "model.safetensors")
+
+
+def test_only_what_transformers_reads_is_copied_counted_and_hashed(folder, kinds):
+    before = fetched(folder)[0]
+    for name in ("open_clip_model.safetensors", "model.fp16.safetensors"):
+        shutil.copyfile(folder / "model.safetensors", folder / name)
+    put(folder, "open_clip_config.json", {})
+    put(folder, "trainer_state.json", {})
+    (folder / "requirements.txt").write_text("torch")
+    again = folder.parent / "again"
+    again.mkdir()
+    target = fetch(ModelConfig(path=str(folder)), again)
+    assert sorted(path.name for path in again.iterdir()) == FILES
+    assert target.files == ["config.json", "model.safetensors"]
+    assert target.model["checkpoint"] == before.model["checkpoint"]
+    assert target.model["left_out"] == ["model.fp16.safetensors", "open_clip_model.safetensors"]
+    size = sum((again / name).stat().st_size for name in target.files)
+    kinds(
+        "08: a second set of weights", "downloaded, counted (7.64 for 3.82 MB), hashed, linted", f"{size / 1e6:.2f} MB"
+    )
+
+
+def test_of_one_file_and_shards_the_file_is_read_as_transformers_does(folder):
+    weights = load_file(folder / "model.safetensors")
+    shards = {"a.safetensors": dict(list(weights.items())[:50]), "b.safetensors": dict(list(weights.items())[50:])}
+    for name, part in shards.items():
+        save_file(part, folder / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, part in shards.items() for key in part}}
+    put(folder, "model.safetensors.index.json", index)
+    assert {name for name in model_files(folder) if "safetensors" in name} == {"model.safetensors"}
+    assert other_weights(folder) == ["a.safetensors", "b.safetensors"]
+    (folder / "model.safetensors").unlink()
+    target, output = fetched(folder)
+    assert target.files == ["config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors"]
+    assert all((output / name).is_file() for name in target.files)
+    assert target.model["left_out"] == []
+
+
+def test_a_checkpoint_is_another_where_a_file_changes_that_decides_and_no_other(folder):
+    def seen():
+        return fingerprint_input(folder, ModelConfig(path=str(folder)), looked_at(folder))
+
+    before = seen()
+    put(folder, "trainer_state.json", {})
+    put(folder, "checkpoint-1000/config.json", {})
+    (folder / "optimizer.pt").write_bytes(b"1")
+    assert seen() == before
+    modules(folder, TRANSFORMER)
+    with_modules = seen()
+    assert with_modules != before
+    adapter(folder)
+    assert seen() not in (before, with_modules)

@@ -1,0 +1,126 @@
+import shutil
+
+import pytest
+from support.project import ROOT
+
+from clip_deploy.core.config import GROUPS, OnnxConfig, load_choice, load_params
+from clip_deploy.core.errors import ConfigError
+
+CONF = ROOT / "conf"
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+NEEDS_A_PATH = {("model", "local"), ("data", "image-folder"), ("data", "captions"), ("data", "hub")}
+
+
+@pytest.fixture
+def params(tmp_path):
+    """Edit a copy of params.yaml, then load it."""
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+
+    def load(old="", new=""):
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        return load_params(path, CONF)
+
+    return load
+
+
+def test_the_shipped_params_are_valid(params):
+    assert params().targets[0] == "torch-fp32"
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
+    if (group, name) in NEEDS_A_PATH:
+        with pytest.raises(ConfigError, match=r"local\.yaml|image-folder\.yaml|captions\.yaml|hub\.yaml"):
+            load_choice(CONF, group, name)
+    else:
+        load_choice(CONF, group, name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model: tiny-shapes", "model: tiny-shape", r"model is 'tiny-shape': accepted are .*tiny-shapes"),
+        ("data: shapes", "data: shape", r"data is 'shape': accepted are captions, hub, image-folder, shapes"),
+        ("gates: standard", "gates: strict", r"gates is 'strict': accepted are"),
+        ("  - ort-fp16\n", "  - ort-fp12\n", r"targets lists 'ort-fp12', which nothing builds: known are .*ort-fp16"),
+        ("precision: fp16}", "precision: fp12}", r"optimize\.ort-fp16\.precision.*fp12.*fp16"),
+        ("method: dynamic,", "method: magic,", r"quantize\.ort-int8-dynamic\.method.*magic.*static"),
+        (
+            "method: dynamic,",
+            "method: dynamic, symmetric: true,",
+            r"symmetric and smooth_quant belong to method static",
+        ),
+        ("method: dynamic,", "method: weight_only,", r"accuracy_budget chooses nodes for dynamic and static"),
+        (
+            "method: static ",
+            "method: static\n    smooth_quant: 2 ",
+            r"smooth_quant is 2\.0: accepted are null and 0",
+        ),
+        (
+            "{max_top1_drop: 1.0",
+            "{max_top1_drop: -1",
+            r"accuracy_budget\.max_top1_drop is -1\.0: accepted are 0 to 100",
+        ),
+        ("max_slow_down: 10", "max_slow_down: -1", r"gate\.max_slow_down is -1\.0: give 0 or more"),
+        ("max_slow_down: 10", "max_slow_dow: 10", r"unknown key gate\.max_slow_dow; accepted are required, max_top1"),
+        ("onnx-fp32, ort-fp32, ort", "onnx-fp32, onnx-fp32, ort", r"gate\.required lists a name twice: torch-fp32"),
+        ("  batch: 1 ", "  batch: 4 ", r"recommend\.batch is 4, and benchmark standard times 1, 8, 32: give one"),
+        ("max_size_mb: null", "max_size_mb: 0", r"recommend\.max_size_mb is 0\.0: give more than 0, or null"),
+        ("precision: fp16}", "precision: int8}", r"int8 is made by `quantize`; accepted are fp32, fp16, bf16"),
+        ("precision: fp16}", "precision: bf16}", r"ort-fp16 is bf16, in which ONNX Runtime has products on a GPU only"),
+        (
+            "precision: fp16}",
+            "precision: bf16, provider: tensorrt}",
+            r"bf16 is not for provider tensorrt; accepted are fp32, fp16",
+        ),
+        (
+            "torchscript-bf16: {precision: bf16}",
+            "torchscript-bf16: {precision: fp16}",
+            r"is fp16, which PyTorch computes slowly",
+        ),
+        (
+            "device: cpu",
+            "device: cuda",
+            r"device is cuda and export_torchscript.torch-int8 is int8, .*`python -m stages.device",
+        ),
+        ("device: cpu", "device: tpu", r"device: .*tpu.*cuda"),
+        (
+            "export_aoti: {}",
+            "export_aoti: {a: {precision: int8}}",
+            r"export_aoti: precision is int8; accepted are fp32",
+        ),
+        ("build_engine: {}", "build_engine: {a: {precision: bf16}}", r"precision is bf16; accepted are fp32, fp16"),
+        ("build_engine: {}", "build_engine: {a: {max_batch: 4}}", r"max_batch are 1, 8, 4: accepted are"),
+        ("build_engine: {}", "build_engine: {a: {min_batch: 0}}", r"max_batch are 0, 8, 256: accepted are"),
+        ("build_engine: {}", "build_engine: {ort-fp16: {}}", r"target 'ort-fp16' is built twice"),
+        ("  openvino-fp32: {precision: fp32}", "  openvino-fp32: {precision: fp16}", r"accepted are fp32, bf16, int8"),
+        ("  opset: 18", "  opsets: 18", r"unknown key onnx\.opsets; accepted are opset, exporter"),
+        ("seed: 0", "sede: 0", r"unknown key sede; accepted are model, data"),
+        ("  opset: 18", "  opset: eighteen", r"onnx\.opset: .*'eighteen'"),
+        ("  opset: 18", "  opset: 99", r"onnx\.opset is 99 with onnx\.exporter auto: .*dynamo writes 18 to"),
+        ("exporter: auto", "exporter: fancy", r"onnx\.exporter: .*fancy.*dynamo"),
+        ("source: onnx-fp32, precision: fp16", "source: nothing, precision: fp16", r"optimize\.ort-fp16\.source is"),
+        ("  - torch-fp32\n", "", r"targets must begin with torch-fp32"),
+        ("ort-fp16: {", "ort.fp16: {", r"names are made of a-z, 0-9 and -"),
+        ("model: tiny-shapes", "", r"model: .*[Mm]issing"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_accepted(params, old, new, message):
+    with pytest.raises(ConfigError, match=message):
+        params(old, new)
+
+
+def test_params_that_are_no_yaml_are_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text("model: [tiny")
+    with pytest.raises(ConfigError, match=r"params\.yaml is not valid YAML"):
+        load_params(tmp_path / "params.yaml", CONF)
+
+
+@pytest.mark.parametrize(
+    ("opset", "writer"), [(14, "torchscript"), (17, "torchscript"), (18, "dynamo"), (21, "dynamo")]
+)
+def test_the_exporter_follows_the_opset(opset, writer):
+    assert OnnxConfig(opset=opset).writer == writer

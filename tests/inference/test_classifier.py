@@ -1,0 +1,250 @@
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import grimp
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+from support.project import ROOT
+from support.targets import packed
+
+from clip_deploy.builders.onnx_export import export_onnx
+from clip_deploy.builders.processor_files import write_portable
+from clip_deploy.checkpoint.load import load_model, load_processor
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import OnnxConfig
+from clip_deploy.core.errors import DataError, DeployError, UnavailableError
+from clip_deploy.data import scenes
+from clip_deploy.inference.classifier import ZeroShotClassifier
+
+SCENES = [scenes.render("classifier", index, 5 * index) for index in range(6)]
+IMAGES = [image for image, _ in SCENES]
+TEXTS = ["a photo of a red circle", "a photo of a yellow star", "a blue square"]
+ALLOWED = {"numpy", "PIL", "tokenizers", "onnxruntime", "tqdm"}  # tokenizers brings tqdm
+ON_DEMAND = {"pyarrow", "ray", "pillow_heif"}  # for Parquet and object stores, for many machines, for HEIC
+
+
+@pytest.fixture(scope="module")
+def classifier(package):
+    return ZeroShotClassifier.open(package, threads=2)
+
+
+def expected_logits(checkpoint, images, texts, **options):
+    """What transformers itself makes of images and texts."""
+    batch = load_processor(checkpoint)(images=images, text=texts, return_tensors="pt", **options)
+    if "max_length" in options:
+        batch.pop("attention_mask", None)  # Gemma's tokenizer makes one; SigLIP was trained without
+    return load_model(checkpoint)(**batch).logits_per_image.detach()
+
+
+def test_probabilities_are_those_of_the_checkpoint_in_transformers_the_highest_first(classifier, checkpoint):
+    expected = expected_logits(checkpoint, IMAGES[:1], TEXTS, padding=True).softmax(dim=1)[0].numpy()
+    predictions = classifier.predict(IMAGES[0], TEXTS)
+    assert [text for text, _ in predictions] == [TEXTS[row] for row in np.argsort(-expected)]
+    assert np.allclose([probability for _, probability in predictions], sorted(expected, reverse=True), atol=1e-4)
+    assert sum(prediction.probability for prediction in predictions) == pytest.approx(1)
+
+
+def test_without_texts_the_packages_classes_answer_in_its_templates(classifier):
+    answers = [classifier.predict(image)[0].text for image in IMAGES]
+    assert len(classifier.predict(IMAGES[0])) == 48
+    assert sum(answer == scene.label for answer, (_, scene) in zip(answers, SCENES, strict=True)) >= 5
+
+
+def test_embeddings_are_the_checkpoints_of_unit_length_in_the_order_of_the_files(classifier, checkpoint, tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(6)]
+    for path, image in zip(paths, IMAGES, strict=True):
+        image.save(path)
+    pixels = load_processor(checkpoint).image_processor(IMAGES, return_tensors="pt")["pixel_values"]
+    expected = load_model(checkpoint).get_image_features(pixel_values=pixels).pooler_output.detach().numpy()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    found = classifier.embed_images(paths[::-1], batch_size=4)
+    assert found.dtype == np.float32
+    assert (found * expected[::-1]).sum(axis=1).min() > 0.9999
+
+
+def test_a_text_that_was_seen_is_not_encoded_again(package, tmp_path):
+    calls = []
+    classifier = ZeroShotClassifier.open(package, cache_folder=tmp_path)
+    classifier._encode_texts = lambda texts, encode=classifier._encode_texts: calls.append(texts) or encode(texts)
+    first = classifier.embed_texts([*TEXTS, TEXTS[0]])
+    assert np.array_equal(classifier.embed_texts(TEXTS), first[:3])
+    assert calls == [TEXTS]
+    again = ZeroShotClassifier.open(package, cache_folder=tmp_path)
+    again._encode_texts = None  # the disk has them
+    assert np.array_equal(again.embed_texts(TEXTS), first[:3])
+
+
+def test_an_image_that_cannot_be_read_is_named(classifier, tmp_path):
+    (tmp_path / "page.png").write_text("<html>")
+    with pytest.raises(DataError, match=r"page.png is no readable image"):
+        classifier.embed_images([IMAGES[0], tmp_path / "page.png"])
+    good, bad = classifier.embed_each([IMAGES[0], tmp_path / "page.png"])
+    assert good.shape == (64,)
+    assert isinstance(bad, DataError)
+
+
+@pytest.mark.parametrize(("texts", "said"), [([], "there are no texts"), (["a", ""], "text 2 of 2 is ''")])
+def test_texts_that_say_nothing_are_refused(classifier, texts, said):
+    with pytest.raises(DataError, match=said):
+        classifier.predict(IMAGES[0], texts)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_of_nothing_is_refused(classifier, batch_size):
+    with pytest.raises(DataError, match=rf"batch_size is {batch_size}: give 1 or more"):
+        classifier.embed_texts(TEXTS, batch_size)
+    with pytest.raises(DataError, match=rf"batch_size is {batch_size}: give 1 or more"):
+        classifier.embed_images(IMAGES, batch_size)
+
+
+@pytest.mark.parametrize("image", ["a.png", Path("a.png"), IMAGES[0]])
+def test_one_image_is_no_list_of_images(classifier, image):
+    with pytest.raises(DataError, match=r"images is a single one, .*: give a list of images"):
+        classifier.embed_images(image)
+    with pytest.raises(DataError, match=r"images is a single one"):
+        next(classifier.embed_each(image))
+
+
+def test_an_unknown_device_is_refused(package):
+    with pytest.raises(DeployError, match="device is 'tpu': accepted are cpu, cuda"):
+        ZeroShotClassifier.open(package, device="tpu")
+
+
+def test_a_missing_provider_is_refused_and_not_replaced(package, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UnavailableError, match=r"no CUDA provider: pip install onnxruntime-gpu"):
+        ZeroShotClassifier.open(package, device="cuda")
+
+
+@pytest.fixture
+def copy(package, tmp_path):
+    return shutil.copytree(package, tmp_path / "package")
+
+
+def test_a_file_that_is_not_the_one_that_was_judged_is_refused(copy):
+    (copy / "labels.json").write_text("{}")
+    with pytest.raises(DeployError, match=r"labels.json is not the file that was packaged"):
+        ZeroShotClassifier.open(copy)
+    (copy / "labels.json").unlink()
+    with pytest.raises(DeployError, match=r"labels.json is missing"):
+        ZeroShotClassifier.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ('{"format": 1, "unavailable": "no target passes"}', "holds nothing to ship: no target passes"),
+        ('{"format": 2}', "has no format 1, which this version reads"),
+        ("[]", "has no format 1"),
+        ("{", "is no package"),
+    ],
+)
+def test_what_is_no_package_is_refused(tmp_path, manifest, said):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(DeployError, match=said):
+        ZeroShotClassifier.open(tmp_path)
+
+
+def test_a_graph_that_preprocesses_takes_images_of_any_size(checkpoint, sets, tmp_path):
+    settings = OnnxConfig(preprocess=True, normalize=True)
+    target = tmp_path / "built" / "onnx-fp32"
+    build(target, lambda output: export_onnx(checkpoint, settings, output), Target("ort", "fp32"))
+    (tmp_path / "package").mkdir()
+    folder = packed(target, sets, tmp_path / "package")
+    assert not (folder / "preprocessor.json").exists()
+    sizes = [IMAGES[0], IMAGES[1].resize((90, 70)), IMAGES[2]]
+    found = ZeroShotClassifier.open(folder).embed_images(sizes)
+    pixels = load_processor(checkpoint).image_processor(sizes, return_tensors="pt")["pixel_values"]
+    expected = load_model(checkpoint).get_image_features(pixel_values=pixels).pooler_output.detach().numpy()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert (found * expected).sum(axis=1).min() > 0.999
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2"])
+def test_siglip_gives_each_text_a_probability_of_its_own_and_reads_capitals_as_small_letters(name, tmp_path, request):
+    siglip = request.getfixturevalue(name)
+    target, evaluation = tmp_path / "built" / "onnx-fp32", tmp_path / "evaluation"
+    build(target, lambda output: export_onnx(siglip, OnnxConfig(), output), Target("ort", "fp32"))
+    evaluation.mkdir()
+    pad = {"siglip": 1, "siglip2": 0}[name]  # </s> and <pad>
+    (evaluation / "manifest.json").write_text(json.dumps({"classes": [], "templates": [], "pad_token": pad}))
+    nothing = np.empty((0, 32), dtype=np.float32)
+    np.savez(evaluation / "reference.npz", images=nothing, captions=nothing, prompts=nothing)
+    for name in ("portable", "package"):
+        (tmp_path / name).mkdir()
+    write_portable(siglip, tmp_path / "portable")
+    classifier = ZeroShotClassifier.open(packed(target, tmp_path, tmp_path / "package"))
+    texts = ["A photo of a RED circle", "a star"]
+    lower = [text.lower() for text in texts]
+    expected = expected_logits(siglip, IMAGES[:1], lower, padding="max_length", max_length=16).sigmoid()[0].numpy()
+    found = dict(classifier.predict(IMAGES[0], texts))
+    assert np.allclose([found[text] for text in texts], expected, atol=1e-5)
+    with pytest.raises(DataError, match="no classes of its own: give texts"):
+        classifier.predict(IMAGES[0])
+
+
+def test_the_runtime_imports_nothing_but_its_four_packages():
+    graph = grimp.build_graph(
+        "clip_deploy", include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
+    )
+    modules = {"clip_deploy.__main__"} | graph.find_upstream_modules("clip_deploy.__main__")
+    outside = {module for module in modules if not module.startswith("clip_deploy")}
+    assert outside - set(sys.stdlib_module_names) == ALLOWED | ON_DEMAND
+    for module in modules - outside - {"clip_deploy"}:
+        path = ROOT.joinpath(*module.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        top = {
+            alias.name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert not top & ON_DEMAND, f"{module} needs {top & ON_DEMAND} to be imported"
+
+
+@pytest.mark.slow
+def test_a_package_runs_where_torch_and_transformers_never_were(package, tmp_path):
+    """In an environment with numpy, Pillow, tokenizers and onnxruntime alone, as a deployment would have."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "numpy", "pillow", "tokenizers", "onnxruntime"]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no package index: {done.stderr.strip().splitlines()[-1]}")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    IMAGES[0].save(pictures / "scene.png")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*arguments):
+        return subprocess.run([python, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+    for missing in ("torch", "transformers", "omegaconf", "onnx"):
+        assert "ModuleNotFoundError" in run("-c", f"import {missing}").stderr
+    predicted = run(
+        "-m", "clip_deploy", "predict", str(pictures / "scene.png"), "--package", str(package), "--top", "1"
+    )
+    assert predicted.stdout.endswith(f"  {SCENES[0][1].label}\n"), predicted.stderr
+    embedded = run("-m", "clip_deploy", "embed", str(pictures), str(tmp_path / "out"), "--package", str(package))
+    assert embedded.stderr == "error: Parquet needs pyarrow: pip install pyarrow\n"
+    found = run("-m", "clip_deploy", "search", str(pictures), "a red circle", "--package", str(package))
+    assert found.stdout.endswith("  scene.png\n")
+    with Image.open(pictures / "scene.png") as image:
+        assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize("version", ["1.20.1", "1.9.0", "0.99.0"])
+def test_a_runtime_that_computes_other_texts_is_refused(monkeypatch, tmp_path, version):
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    with pytest.raises(
+        DeployError, match=rf"onnxruntime is {version}: from 1\.21 on .* pip install 'onnxruntime>=1\.21'"
+    ):
+        ZeroShotClassifier.open(tmp_path)

@@ -1,0 +1,156 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from support.project import ROOT
+
+from stages.compare import main
+
+ROW = {
+    "status": "pass",
+    "vision_p50_ms": 3.0,
+    "text_p50_ms": 1.0,
+    "images_per_s": 1234.5,
+    "memory_mb": 60.0,
+    "size_mb": 4.0,
+    "cosine_min": 0.99991,
+}
+HARDWARE = {"cpu": "Xeon", "cores": 2, "gpus": []}
+SOFTWARE = {"python": "3.11.7", "torch": "2.13.0", "openvino": None}
+
+
+def reports(folder, metrics, hardware=HARDWARE, software=SOFTWARE):
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "environment.json").write_text(json.dumps({"hardware": hardware, "software": software}))
+    return str(folder)
+
+
+@pytest.fixture
+def a(tmp_path):
+    return reports(tmp_path / "a", {"torch-fp32": ROW, "ort-fp32": ROW, "trt-fp16": {"status": "unavailable"}})
+
+
+@pytest.fixture
+def b(tmp_path):
+    faster = {**ROW, "vision_p50_ms": 1.5, "text_p50_ms": 2.0, "status": "fail", "cosine_min": 0.9}
+    hardware = {"cpu": "EPYC", "cores": 16, "gpus": ["NVIDIA H100, 81559 MiB, 570.1"]}
+    software = {**SOFTWARE, "torch": "2.12.0", "openvino": "2026.4"}
+    return reports(tmp_path / "b", {"torch-fp32": faster, "trt-fp16": ROW, "tensorrt": ROW}, hardware, software)
+
+
+def test_both_machines_and_the_versions_that_differ_stand_above_the_table(a, b, capsys):
+    assert main([a, b]) == 0
+    assert capsys.readouterr().out.splitlines()[:6] == [
+        f"- **A**: {a}: Xeon, 2 cores, GPU: none",
+        f"- **B**: {b}: EPYC, 16 cores, GPU: NVIDIA H100, 81559 MiB, 570.1",
+        "- **Same machine**: no, another machine",
+        "- **Versions that differ, A / B**: torch 2.13.0 / 2.12.0, openvino - / 2026.4",
+        "- **Timings that decide nothing, A / B**: none / none",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("4f1b", "4f1b", "yes"),
+        ("4f1b", "90aa", "no, another machine of the same type"),
+        (None, "90aa", "not known: of one type, and without an id in environment.json"),
+        (None, None, "not known: of one type, and without an id in environment.json"),
+    ],
+)
+def test_two_machines_of_one_type_are_told_apart_by_their_ids(tmp_path, capsys, first, second, said):
+    folders = [
+        reports(tmp_path / name, {"torch-fp32": ROW}, {**HARDWARE, "machine": machine})
+        for name, machine in (("a", first), ("b", second))
+    ]
+    assert main(folders) == 0
+    assert f"- **Same machine**: {said}\n" in capsys.readouterr().out
+
+
+def test_a_timing_that_decides_nothing_has_no_ratio(a, tmp_path, capsys):
+    busy = {**ROW, "vision_p50_ms": None, "images_per_s": None, "timing": "undecided"}
+    assert main([a, reports(tmp_path / "busy", {"ort-fp32": busy})]) == 0
+    out = capsys.readouterr().out
+    assert "- **Timings that decide nothing, A / B**: none / ort-fp32\n" in out
+    assert "| `ort-fp32` | pass / pass | 3.00 / - | - | 1.00 / 1.00 | 1.00x | 1,234 / - | " in out
+
+
+def test_every_target_of_either_run_has_a_line(a, b, capsys):
+    main([a, b])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert lines == [
+        "| `torch-fp32` | pass / fail | 3.00 / 1.50 | 2.00x | 1.00 / 2.00 | 0.50x | 1,234 / 1,234 | 60.0 / 60.0 | "
+        "4.00 / 4.00 | 0.9999 / 0.9000 |",
+        "| `ort-fp32` | pass / - | 3.00 / - | - | 1.00 / - | - | 1,234 / - | 60.0 / - | 4.00 / - | 0.9999 / - |",
+        "| `trt-fp16` | unavailable / pass | - / 3.00 | - | - / 1.00 | - | - / 1,234 | - / 60.0 | - / 4.00 | "
+        "- / 0.9999 |",
+        "| `tensorrt` | - / pass | - / 3.00 | - | - / 1.00 | - | - / 1,234 | - / 60.0 | - / 4.00 | - / 0.9999 |",
+    ]
+
+
+def test_a_run_against_itself_differs_in_no_version(a, capsys):
+    assert main([a, a]) == 0
+    assert "- **Versions that differ, A / B**: none\n" in capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    """The exit code and the one line on standard error."""
+    code = main([str(argument) for argument in arguments])
+    written = capsys.readouterr()
+    assert written.out == ""
+    (line,) = written.err.splitlines()
+    return code, line
+
+
+GIVE = "give a reports folder, with metrics.json and environment.json as `dvc repro` writes them"
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_wrong_count_of_folders_is_answered_with_the_usage(a, count, capsys):
+    code, line = refused(capsys, *[a] * count)
+    assert code == 2
+    assert line == f"usage: python -m stages.compare REPORTS_A REPORTS_B: two folders are needed, {count} given"
+
+
+def test_a_missing_folder_is_named(a, tmp_path, capsys):
+    assert refused(capsys, a, tmp_path / "c") == (1, f"error: {tmp_path}/c: no such folder; {GIVE}")
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "environment.json"])
+def test_a_missing_file_is_named(a, b, tmp_path, name, capsys):
+    (tmp_path / "b" / name).unlink()
+    assert refused(capsys, a, b) == (1, f"error: {b} has no {name}; {GIVE}")
+
+
+def test_broken_json_is_named(a, b, tmp_path, capsys):
+    (tmp_path / "b" / "metrics.json").write_text('{"torch-fp32": {')
+    code, line = refused(capsys, a, b)
+    assert code == 1
+    assert line.startswith(f"error: cannot read {b}/metrics.json (Expecting property name")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.json", "[]"),
+        ("metrics.json", '{"torch-fp32": 3}'),
+        ("metrics.json", '{"torch-fp32": {"vision_p50_ms": "fast"}}'),
+        ("metrics.json", '{"torch-fp32": {"vision_p50_ms": NaN}}'),
+        ("environment.json", "[]"),
+        ("environment.json", '{"hardware": {"cpu": "Xeon"}, "software": {}}'),
+    ],
+)
+def test_json_of_another_kind_is_refused(a, b, tmp_path, name, content, capsys):
+    (tmp_path / "b" / name).write_text(content)
+    assert refused(capsys, a, b) == (1, f"error: {b}/{name} is JSON of another kind; {GIVE}")
+
+
+def test_the_shipped_report_can_be_compared_without_torch():
+    code = "import sys; from stages.compare import main; main(['reports'] * 2); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| `torch-fp32` | pass / pass | " in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"

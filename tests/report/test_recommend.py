@@ -1,0 +1,307 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from clip_deploy.core.artifact import TOWERS
+from clip_deploy.core.config import Device, RecommendConfig
+from clip_deploy.core.errors import ConfigError
+from clip_deploy.report import recommend as module
+from clip_deploy.report.markdown import markdown
+from clip_deploy.report.page import page
+from clip_deploy.report.recommend import shown
+from clip_deploy.report.rows import Row
+
+
+def timing(speedup, spread=0.02, **other):
+    return {
+        "p50_ms": 10 / speedup,
+        "p50_low_ms": 9.9 / speedup,
+        "p50_high_ms": 10.1 / speedup,
+        "calls": 200,
+        "throughput_per_s": 100 * speedup,
+        "speedup": speedup,
+        "speedup_low": speedup * (1 - spread),
+        "speedup_high": speedup * (1 + spread),
+        "reference_p50_ms": 10.0,
+        "unstable": False,
+        "undecided": False,
+        **other,
+    }
+
+
+def row(target, vision, text, **other):
+    towers = {"vision": {"1": timing(vision)}, "text": {"1": timing(text)}}
+    common = {
+        "runtime": "ort",
+        "files": {"vision.onnx": "0"},
+        "precision": "fp32",
+        "timings": towers,
+        "memory_mb": 50.0,
+        "size_mb": 300.0,
+        "zero_shot": {"top1": 90.0, "top1_drop": 0.0, "top1_drop_low": 0.0, "top1_drop_high": 0.0},
+        "cosine_min": {"vision": 0.999, "text": 0.998},
+    }
+    return Row(target, "pass", **{**common, **other})
+
+
+def drop(points):
+    return {"top1": 90 - points, "top1_drop": points, "top1_drop_low": 0.0, "top1_drop_high": 2.0}
+
+
+def recommend(rows, limits, together=None, unpackable=None):
+    """Pairs pass their gate together, and cost as much as both targets, unless `together` says what they do.
+
+    What ONNX Runtime runs can be packaged, unless `unpackable` says what cannot.
+    """
+    runtimes = {row.target: row.runtime for row in rows}
+
+    def elsewhere(name):
+        return None if runtimes[name] == "ort" else f"{name} runs with {runtimes[name]}"
+
+    def alike(vision, text):
+        assert vision is not text
+        return replace(vision, target=f"{vision.target} with {text.target}")
+
+    return module.recommend(rows, limits, together or alike, unpackable or elsewhere)
+
+
+REFERENCE = row("torch-fp32", 1.0, 1.0, runtime="eager")
+
+
+def test_the_fastest_that_passes_its_gate_wins_and_every_other_gets_its_reason():
+    rows = [
+        REFERENCE,
+        row("ort-fp32", 2.0, 2.0),
+        row("ort-int8", 3.0, 4.0, precision="int8"),
+        Row("trt-fp16", "unavailable", ["no GPU"]),
+        replace(row("ort-fp16", 9.0, 9.0), status="fail", reasons=["top-1 drop 7.00 points", "more"]),
+    ]
+    advice = recommend(rows, RecommendConfig())
+    assert advice.ship == advice.package == {"vision": "ort-int8", "text": "ort-int8"}
+    assert advice.losers == {
+        "torch-fp32": "slower than ort-int8 by 3.00x on vision, 4.00x on text",
+        "ort-fp32": "slower than ort-int8 by 1.50x on vision, 2.00x on text",
+        "trt-fp16": "unavailable: no GPU",
+        "ort-fp16": "gate failed: top-1 drop 7.00 points",
+    }
+    assert advice.note == "the recommended target is packaged"
+    assert advice.targets["ort-int8"]["files"] == {"vision.onnx": "0"}
+
+
+@pytest.mark.parametrize(
+    ("limits", "change", "reason"),
+    [
+        ({"max_size_mb": 300}, {"size_mb": 605.0}, "over max_size_mb: 605 > 300"),
+        ({"max_memory_mb": 50}, {"memory_mb": 72.0}, "over max_memory_mb: 72.0 > 50.0"),
+        ({"max_memory_mb": 50}, {"memory_mb": None}, "max_memory_mb: not measured"),
+        ({"max_memory_mb": 50}, {"device": "cuda", "gpu_memory_mb": 900.0}, "over max_memory_mb: 900 > 50.0"),
+        ({"max_top1_drop": 1.0}, {"zero_shot": drop(1.5)}, "over max_top1_drop: 1.50 > 1.0 points"),
+        ({"device": Device.cpu}, {"device": "cuda"}, "runs on cuda, recommend.device is cpu"),
+        ({"batch": 8}, {}, "not timed at batch 8"),
+        ({"max_p95_ms": 1.0}, {}, "max_p95_ms: 200 calls of the vision tower support no p95 (100 do)"),
+    ],
+)
+def test_a_limit_that_is_broken_is_the_reason(limits, change, reason):
+    fast = replace(row("ort-int8", 3.0, 4.0), **change)
+    advice = recommend([REFERENCE, fast], RecommendConfig(**limits))
+    assert advice.losers["ort-int8"] == reason
+
+
+def test_a_p95_is_held_against_its_limit_for_each_tower():
+    timings = {"vision": {"1": timing(3.0, p95_ms=0.9)}, "text": {"1": timing(4.0, p95_ms=1.25)}}
+    advice = recommend([replace(row("ort-int8", 1, 1), timings=timings)], RecommendConfig(max_p95_ms=1.0))
+    assert advice.losers == {"ort-int8": "over max_p95_ms: text 1.25 > 1.00"}
+    assert advice.ship == {}
+    assert advice.note.startswith("no target passes its gate and keeps the limits")
+
+
+def test_each_tower_gets_its_own_where_that_is_better():
+    advice = recommend([REFERENCE, row("a", 3.0, 1.5), row("b", 2.0, 4.0)], RecommendConfig())
+    assert advice.ship == {"vision": "a", "text": "b"}
+    assert advice.pairs == {
+        "a with b": {"towers": advice.ship, "precision": "fp32", "status": "pass", "reasons": []}  # judged once
+    }
+    assert set(advice.packaged) == {"a", "b"}
+    assert advice.losers["torch-fp32"] == "slower than a by 3.00x on vision; slower than b by 4.00x on text"
+
+
+PAIR_FAILED = "a for images with b for texts, the fastest for each tower, failed together: "
+
+
+@pytest.mark.parametrize(
+    ("change", "limits", "reason"),
+    [
+        ({"zero_shot": drop(1.5)}, {}, "over max_top1_drop: 1.50 > 1.0 points"),
+        ({"memory_mb": 110.0}, {"max_memory_mb": 100}, "over max_memory_mb: 110 > 100"),
+        ({"size_mb": 605.0}, {"max_size_mb": 500}, "over max_size_mb: 605 > 500"),
+        ({"status": "fail", "reasons": ["flips 9.00 % > 0.5 (gates.fp32.max_flips)"]}, {}, "flips 9.00 % > 0.5 (gates"),
+    ],
+)
+def test_a_pair_that_fails_together_gives_way_to_the_best_single_target_and_the_report_says_so(change, limits, reason):
+    rows = [REFERENCE, row("a", 3.0, 1.5), row("b", 2.0, 4.0)]
+    advice = recommend(rows, RecommendConfig(**limits), lambda vision, text: replace(vision, target="pair", **change))
+    assert advice.ship == advice.package == {"vision": "b", "text": "b"}
+    assert advice.pairs["a with b"]["status"] == "fail"
+    assert reason in advice.pairs["a with b"]["reasons"][0]
+    assert advice.losers["a"] == "a with b failed together; alone takes, of b's time, 0.67x on vision, 2.67x on text"
+    assert advice.alike == {}
+    report = markdown("title", rows, {}, shipping=shown(advice, rows))
+    assert "\n- Ship b: an image 5.00 ms, a text 2.50 ms" in report
+    assert f"\n- {PAIR_FAILED}{reason}" in report
+
+
+def test_the_pair_to_package_falls_back_to_what_can_be_packaged():
+    rows = [row("a", 3.0, 1.5), row("b", 2.0, 4.0), row("openvino", 2.9, 3.9, runtime="openvino")]
+    advice = recommend(rows, RecommendConfig(), lambda vision, text: replace(vision, zero_shot=drop(2.0)))
+    assert advice.ship == {"vision": "openvino", "text": "openvino"}
+    assert advice.package == {"vision": "b", "text": "b"}
+    assert "a with b" in advice.pairs
+
+
+def test_one_target_serves_both_towers_where_the_others_winner_cannot_be_told_apart_from_it():
+    advice = recommend([row("a", 3.0, 3.98), row("b", 2.0, 4.0)], RecommendConfig())
+    assert advice.ship == {"vision": "a", "text": "a"}
+    assert advice.alike == {"text": ["b"]}
+    assert "(not to be told apart on text: the intervals overlap)" in advice.losers["b"]
+
+
+def test_what_onnx_runtime_does_not_run_is_recommended_and_the_best_that_it_runs_is_packaged():
+    rows = [REFERENCE, row("openvino-int8", 5.0, 5.0, runtime="openvino"), row("ort-int8", 3.0, 4.0)]
+    advice = recommend(rows, RecommendConfig())
+    assert advice.ship["vision"] == "openvino-int8"
+    assert advice.package == {"vision": "ort-int8", "text": "ort-int8"}
+    assert advice.note == "openvino-int8 runs with openvino: packaged is the best that can be, ort-int8"
+    assert recommend(rows[:2], RecommendConfig()).package == {}
+    assert recommend(rows[:2], RecommendConfig()).note == (
+        "openvino-int8 is recommended, and nothing that is fit can be packaged: torch-fp32 runs with eager; "
+        "openvino-int8 runs with openvino"
+    )
+
+
+def shaky(target, speedup, **other):
+    found = row(target, speedup, speedup, **other)
+    found.timings["text"]["1"] |= {"unstable": True, "undecided": True}
+    return found
+
+
+def test_a_timing_that_a_busy_machine_spoilt_wins_nothing():
+    rows = [REFERENCE, shaky("ort-int8", 3552.0), row("ort-fp32", 2.0, 2.0)]
+    advice = recommend(rows, RecommendConfig())
+    assert advice.ship["vision"] == "ort-fp32"
+    assert advice.front == ["ort-fp32"]
+    assert advice.losers["ort-int8"] == "its timing decides nothing (~), time it again"
+    assert (
+        "Provisional: 1 of 3 timings decide nothing (~: ort-int8). Time them again on a quiet machine: "
+        "`dvc repro --force --single-item benchmark@torch-fp32 benchmark@ort-int8 && dvc repro`."
+    ) in shown(advice, rows)["facts"]
+
+
+def test_where_no_timing_decides_the_smallest_is_named_and_not_the_one_that_seemed_fastest():
+    rows = [shaky("ort-fp32", 775.0, size_mb=300.0), shaky("ort-int8", 2.0, size_mb=80.0)]
+    advice = recommend(rows, RecommendConfig())
+    assert advice.ship == advice.package == {"vision": "ort-int8", "text": "ort-int8"}
+    assert (advice.front, advice.alike) == ([], {})
+    assert advice.losers == {"ort-fp32": "its timing decides nothing (~), time it again"}
+    assert shown(advice, rows)["facts"][0] == (
+        "Ship ort-int8: no timing decides, so it is the one with the smallest files."
+    )
+
+
+def test_a_p95_that_decides_nothing_keeps_no_limit():
+    timings = {tower: {"1": timing(3.0, p95_ms=0.5, undecided=tower == "text")} for tower in TOWERS}
+    advice = recommend([replace(row("ort-int8", 1, 1), timings=timings)], RecommendConfig(max_p95_ms=1.0))
+    assert advice.losers == {"ort-int8": "max_p95_ms: its timing decides nothing (~), time it again"}
+
+
+NO_TOKENIZER = "SiglipTokenizer has no fast tokenizer: save the checkpoint with one (tokenizer.json)"
+
+
+def test_what_cannot_be_packaged_is_said_by_the_advice_and_not_found_out_by_the_package(kinds):
+    rows = [REFERENCE, row("ort-fp32", 2.0, 2.0)]
+    advice = recommend(rows, RecommendConfig(), unpackable=lambda name: NO_TOKENIZER)
+    note = f"ort-fp32 is recommended, and nothing that is fit can be packaged: {NO_TOKENIZER}"
+    assert (advice.ship["vision"], advice.package, advice.note) == ("ort-fp32", {}, note)
+    assert f"Package: {note}." in shown(advice, rows)["facts"]
+    kinds(
+        "28: a checkpoint whose tokenizer cannot be packaged",
+        before='the report said "the recommended target is packaged"; the package\'s manifest said `unavailable`',
+        now=note,
+    )
+
+
+DOUBT = "torch-fp32 itself answers no better than chance: 20 of 960 images right"
+
+
+def test_a_doubt_about_the_reference_comes_before_all_advice():
+    rows = [replace(REFERENCE, doubts=[DOUBT]), replace(row("ort-fp32", 2.0, 2.0), doubts=[DOUBT])]
+    advice = recommend(rows, RecommendConfig())
+    assert advice.doubts == [DOUBT]
+    shipping = shown(advice, rows)
+    assert shipping["facts"][:2] == [
+        f"{DOUBT}.",
+        "Ship ort-fp32: an image 5.00 ms, a text 5.00 ms (p50 of a call, batch 1).",
+    ]
+    lines = markdown("title", rows, {"Model": "tiny"}, shipping=shipping).splitlines()
+    assert lines[:4] == ["# title", "", f"**{DOUBT}.**", ""]
+    assert lines[lines.index("## Which one to ship") + 2] == f"- {DOUBT}."
+    assert json.loads(page("title", rows, {}).split('id="content">')[1].split("</script>")[0])["doubts"] == [DOUBT]
+
+
+def test_random_weights_are_held_to_no_top1():
+    wild = replace(row("ort-int8", 3.0, 3.0), zero_shot=drop(40.0), trained=False)
+    advice = recommend([wild], RecommendConfig())
+    assert advice.ship["vision"] == "ort-int8"
+    assert any("weights are random" in fact for fact in shown(advice, [wild])["facts"])
+
+
+def test_the_front_holds_what_no_other_beats_in_time_accuracy_and_size():
+    rows = [
+        row("small", 2.0, 2.0, size_mb=100.0, zero_shot=drop(0.5)),
+        row("exact", 1.5, 1.5, size_mb=400.0),
+        row("fast", 3.0, 3.0, size_mb=200.0, zero_shot=drop(0.9)),
+        row("beaten", 1.9, 1.9, size_mb=150.0, zero_shot=drop(0.6)),
+    ]
+    assert recommend(rows, RecommendConfig()).front == ["small", "exact", "fast"]
+
+
+def test_on_a_gpu_latency_decides_and_not_the_speedup_over_a_reference_that_was_slow_then():
+    a, b = (replace(row(name, 2.0, 2.0), device="cuda") for name in "ab")
+    a.timings["vision"]["1"] = timing(4.0, p50_ms=2.0, p50_low_ms=1.95, p50_high_ms=2.05)
+    b.timings["vision"]["1"] = timing(3.0, 0.9, p50_ms=1.0, p50_low_ms=0.95, p50_high_ms=1.05)
+    assert recommend([a, b], RecommendConfig()).ship["vision"] == "b"
+    assert list(recommend([a, b], RecommendConfig()).alike) == ["text"]
+    near = replace(b, target="near", timings={**b.timings, "vision": {"1": timing(3.0, p50_ms=1.06, p50_low_ms=1.04)}})
+    assert recommend([b, near], RecommendConfig()).alike["vision"] == ["near"]
+
+
+def test_the_report_and_its_page_say_which_one_to_ship():
+    rows = [REFERENCE, row("ort-int8", 3.0, 4.0)]
+    shipping = shown(recommend(rows, RecommendConfig()), rows)
+    text = markdown("title", rows, {}, shipping=shipping)
+    assert "## Which one to ship\n\n- Ship ort-int8: an image 3.33 ms, a text 2.50 ms (p50 of a call, batch 1)." in text
+    assert "| `torch-fp32` | slower than ort-int8 by 3.00x on vision, 4.00x on text |" in text
+    assert '"front": ["ort-int8"]' in page("title", rows, {}, shipping=shipping)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"batch": 0}, r"recommend.batch is 0: give one of benchmark.batch_sizes"),
+        ({"max_size_mb": -1.0}, r"recommend.max_size_mb is -1.0: give more than 0, or null"),
+        ({"max_top1_drop": 101.0}, r"recommend.max_top1_drop is 101.0: accepted are 0 to 100, and null"),
+    ],
+)
+def test_limits_out_of_range_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        RecommendConfig(**settings)
+
+
+def test_on_a_gpu_a_row_is_shaky_by_its_own_calls_and_not_by_the_references():
+    noisy = {"device": "cuda", "timings": {name: {"1": timing(9.0, unstable=True, p90_ms=1.2)} for name in TOWERS}}
+    spread = {"device": "cuda", "timings": {name: {"1": timing(9.5, p90_ms=9.0, undecided=True)} for name in TOWERS}}
+    reference = replace(REFERENCE, device="cuda")
+    rows = [reference, row("torch-fused-fp16", 1, 1, **noisy), row("ort-cuda-fp16", 1, 1, **spread)]
+    advice = recommend(rows, RecommendConfig())
+    assert set(advice.ship.values()) == {"torch-fused-fp16"}
+    assert "its timing decides nothing" in advice.losers["ort-cuda-fp16"]

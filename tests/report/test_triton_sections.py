@@ -1,0 +1,79 @@
+from clip_deploy.report.triton_sections import triton_sections
+
+RECORD = {
+    "status": "pass",
+    "reasons": [],
+    "server": {"numpy": "1.26.4", "nvidia_pytriton": "0.7.0"},
+    "backend": "python",
+    "threads": 2,
+    "load": [
+        {
+            "model": "clip_vision",
+            "note": "one image",
+            "protocol": "grpc",
+            "clients": 8,
+            "requests_per_s": 1234.5,
+            "windows_per_s": [1200.0, 1300.0, 1203.5],
+            "p50_ms": 5.25,
+            "p90_ms": 8.0,
+            "queue_ms": 0.5,
+            "mean_batch": 4.5,
+        },
+        {
+            "model": "clip_zero_shot",
+            "note": "one image file, 8 texts",
+            "protocol": "grpc",
+            "clients": 1,
+            "requests_per_s": 100.0,
+            "windows_per_s": [99.0, 100.0, 101.0],
+            "p50_ms": 10.0,
+            "queue_ms": 0.001,
+            "mean_batch": 1.0,
+        },
+    ],
+    "parity": {
+        "images, grpc": {"cosine_min": 0.99999951, "max_abs_diff": 0.00123},
+        "probabilities, grpc": {"files": 32, "same_answer_percent": 96.9, "max_abs_diff": 0.02},
+    },
+    "versions": [
+        {"step": "two", "ready": ["1", "2"], "answers": "2", "refused": "", "right": True, "sent": 40, "failed": 0},
+        {"step": "back", "ready": ["1"], "answers": "1", "refused": "", "right": False, "sent": 50, "failed": 3},
+    ],
+    "faults": [
+        {"fault": "noise", "answer": "400: a|b", "refused": True, "survived": True},
+        {"fault": "silence", "answer": "closed", "refused": None, "survived": True},
+    ],
+    "drift": {"dark": {"mmd2": 0.035, "threshold": 0.0021, "p_value": 0.001, "mean_cosine": 0.91, "drifted": True}},
+}
+
+
+def test_load_parity_versions_faults_and_drift_are_rows():
+    lines = triton_sections(RECORD)
+    assert "| `clip_vision` | one image | grpc | 8 | 1,234 [1,200, 1,300] | 5.25 / 8.00 / - | 0.500 | 4.50 |" in lines
+    assert "| images, grpc | 1.000000 | 0.0012 | - |" in lines
+    assert "| probabilities, grpc | - | 0.02 | 96.9 |" in lines
+    assert "| two | 1, 2 | version 2 | yes | 40 | 0 |" in lines
+    assert "| back | 1 | version 1 | **no** | 50 | 3 |" in lines
+    assert "| noise | 400: a\\|b | yes | yes |" in lines
+    assert "| silence | closed | - | yes |" in lines
+    assert "| dark | drift | 0.035 | 0.0021 | 0.001 | 0.910 |" in lines
+
+
+def test_the_ensembles_own_queue_and_batches_are_left_out():
+    (line,) = [line for line in triton_sections(RECORD) if line.startswith("| `clip_zero_shot`")]
+    assert line.endswith("| 10.0 / - / - | - | - |")
+
+
+def test_without_a_server_the_reason_stands_there():
+    lines = triton_sections({"status": "unavailable", "reasons": ["no Triton server: run `make triton-env`"]})
+    assert lines == ["## Served by Triton", "", "`unavailable`: no Triton server: run `make triton-env`", ""]
+
+
+def test_what_failed_is_named():
+    lines = triton_sections({**RECORD, "status": "fail", "reasons": ["back: 3 requests failed"]})
+    assert lines[2].startswith("**fail**: back: 3 requests failed (")
+
+
+def test_a_server_that_ended_at_its_start_has_its_reason():
+    lines = triton_sections({"status": "fail", "reasons": ["Triton ended with code 1: no such backend"]})
+    assert lines == ["## Served by Triton", "", "`fail`: Triton ended with code 1: no such backend", ""]

@@ -1,0 +1,461 @@
+import ast
+import importlib.util
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from PIL import Image
+from support.project import ROOT
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+from clip_deploy.builders.processor_files import write_preprocessor
+from clip_deploy.checkpoint.load import load_processor
+from clip_deploy.core.config import TritonConfig
+from clip_deploy.core.errors import ConfigError, DataError, DeployError
+from clip_deploy.core.manifest import PROVENANCE
+from clip_deploy.data.preprocessed import tokenize
+from clip_deploy.inference import images
+from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
+from clip_deploy.serving.repository import (
+    BACKENDS,
+    FLAGS,
+    MODELS,
+    preferred_sizes,
+    read_package,
+    tower_config,
+    write_repository,
+)
+from clip_deploy.serving.server import command, find_environment
+
+MODEL_NAMES = ["clip_preprocess", "clip_score", "clip_text", "clip_tokenize", "clip_vision", "clip_zero_shot"]
+ALLOWED = {"numpy", "onnxruntime", "tokenizers", "PIL", "triton_python_backend_utils", *sys.stdlib_module_names}
+IF_INSTALLED = {"pillow_heif"}
+TRITON = ROOT / "build" / "triton-venv"
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    """The text tower's curve falls after 8."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    curves = {"vision": {1: 100.0, 8: 300.0, 64: 400.0}, "text": {1: 1000.0, 8: 3000.0, 32: 2500.0}}
+    towers = {
+        tower: {str(batch): {"throughput_per_s": rate} for batch, rate in curve.items()}
+        for tower, curve in curves.items()
+    }
+    (folder / "onnx-fp32.json").write_text(json.dumps({"towers": towers}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repository(package, benchmark):
+    write_repository(package, benchmark, TritonConfig(), benchmark / "triton")
+    return benchmark / "triton"
+
+
+class Refusal(str):
+    """Triton's error: a text and a code."""
+
+    INVALID_ARG, INTERNAL = "INVALID_ARG", "INTERNAL"
+
+    def __new__(cls, text, code):
+        error = super().__new__(cls, text)
+        error.code = code
+        return error
+
+
+def given(request, name):
+    if name in request:
+        return SimpleNamespace(name=lambda: name, as_numpy=lambda: request[name])
+    return None
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Import one of the served models as Triton does, with a stand-in for the module that only the server has."""
+    stand_in = SimpleNamespace(
+        Tensor=lambda name, array: SimpleNamespace(name=name, array=array),
+        TritonError=Refusal,
+        InferenceResponse=lambda tensors=(), error=None: SimpleNamespace(tensors=list(tensors), error=error),
+        get_input_tensor_by_name=given,
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"served_{name}", MODELS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def started(program, repository, name):
+    """The program of one model of the repository, initialised as Triton does."""
+    folder = repository / "python" / f"clip_{name}"
+    model = program(name).TritonPythonModel()
+    text = (folder / "config.pbtxt").read_text()
+    found = re.findall(r'key: "(\w+)"\s+value \{\s+string_value: "([^"]*)"', text)
+    parameters = {key: {"string_value": value} for key, value in found}
+    outputs = re.findall(r'^output \{\n  name: "(\w+)"', text, re.MULTILINE)
+    config = {"parameters": parameters, "output": [{"name": output} for output in outputs]}
+    model.initialize(
+        {"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"},
+    )
+    return model
+
+
+def test_messages_lists_and_enums_are_written_as_text():
+    message = {"name": "a", "kind": Word("KIND_CPU"), "dims": [-1, 3], "on": True, "of": mapped({"x": {"y": 1}})}
+    assert pbtxt(message) == (
+        'name: "a"\nkind: KIND_CPU\ndims: [-1, 3]\non: true\nof {\n  key: "x"\n  value {\n    y: 1\n  }\n}\n'
+    )
+
+
+def test_every_backend_gets_all_models_in_numbered_versions(repository):
+    for backend in BACKENDS:
+        assert sorted(path.name for path in (repository / backend).iterdir()) == MODEL_NAMES
+        assert all((repository / backend / name / "1").is_dir() for name in MODEL_NAMES)
+    files = {path.name for path in (repository / "onnxruntime" / "clip_vision" / "1").iterdir()}
+    assert files == {"model.onnx"}
+    files = {path.name for path in (repository / "python" / "clip_vision" / "1").iterdir()}
+    assert files == {"model.onnx", "model.py"}
+
+
+def test_the_manifest_says_where_the_package_came_from(package, repository):
+    described, packaged = (json.loads((path / "manifest.json").read_text()) for path in (repository, package))
+    assert {name: described[name] for name in PROVENANCE} == {name: packaged[name] for name in PROVENANCE}
+
+
+def test_preferred_sizes_are_those_up_to_which_the_curve_rises(package, benchmark):
+    manifest = read_package(package)
+    assert preferred_sizes(manifest, "vision", benchmark, most=32) == [8]
+    assert preferred_sizes(manifest, "vision", benchmark, most=64) == [8, 64]
+    assert preferred_sizes(manifest, "text", benchmark, most=32) == [8]
+
+
+def test_without_a_curve_the_batcher_prefers_no_size(package, tmp_path):
+    manifest = read_package(package)
+    assert preferred_sizes(manifest, "vision", tmp_path, most=32) == []
+    batching = tower_config("vision", "python", manifest, [], TritonConfig())["dynamic_batching"]
+    assert "preferred_batch_size" not in batching
+
+
+def test_a_tower_for_the_gpu_gets_instances_there(package):
+    manifest = {**read_package(package), "device": "cuda"}
+    config = tower_config("vision", "onnxruntime", manifest, [8], TritonConfig(instances=2))
+    assert config["instance_group"] == [{"count": 2, "kind": "KIND_GPU"}]
+
+
+def test_a_tower_that_preprocesses_takes_images_of_any_size(package):
+    manifest = read_package(package)
+    manifest["towers"]["vision"]["image_input"] = "images"
+    config = tower_config("vision", "onnxruntime", manifest, [], TritonConfig())
+    assert config["input"] == [{"name": "images", "data_type": "TYPE_UINT8", "dims": [-1, -1, 3]}]
+
+
+def test_a_package_that_was_changed_is_refused(package, tmp_path):
+    folder = Path(shutil.copytree(package, tmp_path / "package"))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(DeployError, match=r"tokenizer\.json is missing or was changed"):
+        write_repository(folder, tmp_path, TritonConfig(), tmp_path / "triton")
+    assert not (tmp_path / "triton").exists()
+
+
+def test_where_nothing_was_packaged_the_repository_says_so(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "manifest.json").write_text('{"format": 1, "unavailable": "no target passed"}')
+    found = write_repository(tmp_path / "package", tmp_path, TritonConfig(), tmp_path / "triton")
+    assert found == {"unavailable": "nothing was packaged: no target passed"}
+    assert json.loads((tmp_path / "triton" / "manifest.json").read_text()) == found
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ConfigError, match=r"triton\.max_batch is 0: give 1 or more"):
+        TritonConfig(max_batch=0)
+    with pytest.raises(ConfigError, match="queue_delay_us is -1"):
+        TritonConfig(queue_delay_us=-1)
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*.py")), ids=lambda path: path.stem)
+def test_a_served_model_imports_only_what_a_server_has(path):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported <= ALLOWED | IF_INSTALLED
+
+
+PROCESSORS = [
+    CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}),
+    CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 49, "width": 64}),
+    SiglipImageProcessorPil(size={"height": 130, "width": 90}, resample=2),
+]
+
+
+@pytest.mark.parametrize("processor", PROCESSORS, ids=["crop", "crop that pads", "both sides"])
+@pytest.mark.parametrize("size", [(120, 160), (161, 120), (47, 48)])
+def test_served_preprocessing_gives_the_processors_pixels(program, processor, size, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    write_preprocessor(processor, list(size), tmp_path / "preprocessor.json")
+    pixels = program("preprocess").pixel_values(image, json.loads((tmp_path / "preprocessor.json").read_text()))
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    assert pixels.dtype == np.float32
+    assert np.abs(pixels - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_every_kind_of_image_is_read_as_what_opens_packages_reads_it(program, mode):
+    levels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(levels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(levels)
+    image, preprocess = image if mode == "I;16" else image.convert(mode), program("preprocess")
+    if mode == "P":
+        image.info["transparency"] = 3
+    try:
+        expected = images.rgb(image)
+    except DataError:
+        with pytest.raises(preprocess.RefusedError, match=f"mode {mode}"):
+            preprocess.rgb(image)
+    else:
+        assert np.array_equal(preprocess.rgb(image), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_as_what_opens_packages_turns_it(program, orientation):
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(
+        content, "jpeg", exif=exif
+    )
+    found = program("preprocess").decoded(content.getvalue())
+    assert found.size == ((20, 30) if orientation > 4 else (30, 20))
+    assert np.array_equal(found, images.decode(content.getvalue(), ""))
+
+
+def picture(size, kind="png", mode="RGB"):
+    content = io.BytesIO()
+    Image.new(mode, size).save(content, kind)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not an image", "not an image that can be decoded"),
+        (b"", "not an image that can be decoded"),
+        (picture((64, 64), "jpeg")[:-300], "not an image that can be decoded"),
+        (picture((10_000, 10_000), mode="1"), "10000 x 10000 pixels: at most 50000000"),
+        (b"\xff\xd8" + bytes(20_000_000), "20000002 bytes: at most 20000000"),
+        (picture((1, 1_000_000), mode="1"), "1 x 1000000 pixels: a side may be at most 500 times the other"),
+    ],
+    ids=["text", "empty", "truncated", "bomb", "large", "thin"],
+)
+def test_a_bad_image_gets_an_error_and_its_neighbour_an_answer(program, repository, content, message):
+    model = started(program, repository, "preprocess")
+    bad, good = (np.array([[file]], dtype=object) for file in (content, picture((60, 50), "jpeg")))
+    refused, answered = model.execute([{"encoded": bad}, {"encoded": good}])
+    assert message in refused.error
+    assert refused.error.code == "INVALID_ARG"
+    assert answered.tensors[0].array.shape == (1, 3, 48, 48)
+
+
+def test_a_server_refuses_the_same_thin_images_as_what_opens_packages(program):
+    assert program("preprocess").MOST_ASPECT == images.MOST_ASPECT
+
+
+def test_the_images_of_a_request_are_decoded_and_shrunk_one_by_one(program, repository, monkeypatch):
+    model, preprocess, steps = started(program, repository, "preprocess"), program("preprocess"), []
+    module = model.stacked.__func__.__globals__
+
+    def noted(name):
+        def run(*arguments):
+            steps.append(name)
+            return getattr(preprocess, name)(*arguments)
+
+        return run
+
+    for name in ("decoded", "pixel_values"):
+        monkeypatch.setitem(module, name, noted(name))
+    assert model.stacked([picture((60, 50))] * 3).shape == (3, 3, 48, 48)
+    assert steps == ["decoded", "pixel_values"] * 3
+
+
+def test_a_tower_that_preprocesses_gets_whole_images_of_one_size_up_to_a_bound(program, repository, monkeypatch):
+    model = started(program, repository, "preprocess")
+    model.settings, module = None, model.stacked.__func__.__globals__
+    monkeypatch.setitem(module, "MOST_PIXELS", 6000)
+    assert model.stacked([picture((60, 50))] * 2).shape == (2, 50, 60, 3)
+    with pytest.raises(module["RefusedError"], match="one request must have one size"):
+        model.stacked([picture((60, 50)), picture((50, 60))])
+    with pytest.raises(module["RefusedError"], match="more than 6000 pixels in all: send fewer"):
+        model.stacked([picture((60, 50))] * 3)
+
+
+def test_served_tokens_are_those_of_the_checkpoints_tokenizer(program, repository, checkpoint):
+    texts = ["a photo of a red circle", "blue", "x" * 500, "naïve 日本"]
+    model = started(program, repository, "tokenize")
+    ids, mask = model.tokens(texts)
+    expected = tokenize(load_processor(checkpoint), {"pad_to_context": False, "context_length": 32}, texts)
+    assert np.array_equal(ids, expected.input_ids)
+    assert np.array_equal(mask, expected.attention_mask)
+    assert model.tokens(["red"])[0].shape == (1, 8)  # a multiple of 8, so that more requests share a length
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(b"\xff", "not UTF-8"), (b"", "text 2 of 2 is empty"), (b" \n", "text 2 of 2 is empty")]
+)
+def test_a_text_that_is_not_utf8_or_says_nothing_is_refused(program, repository, text, message):
+    texts = np.array([[b"red"], [text]], dtype=object)
+    (answer,) = started(program, repository, "tokenize").execute([{"texts": texts}])
+    assert message in answer.error
+    assert answer.error.code == "INVALID_ARG"
+
+
+def test_scores_are_scaled_as_the_version_says(program, repository, package):
+    score, manifest = started(program, repository, "score"), read_package(package)
+    assert (score.scale, score.bias) == (manifest["logit_scale"], 0.0)
+    assert score.activation.__name__ == manifest["activation"]
+
+
+@pytest.mark.parametrize("count", [0, 33])
+def test_a_request_of_no_image_or_too_many_is_refused(program, repository, count):
+    model = started(program, repository, "preprocess")
+    (refused,) = model.execute([{"encoded": np.array([[picture((60, 50))]] * count, dtype=object)}])
+    assert refused.error == f"the request has {count} images: give 1 to 32"
+    assert refused.error.code == "INVALID_ARG"
+
+
+def test_tokens_that_come_with_images_pass_through(program, repository):
+    tokens = {name: np.array([[row, 2, 3]]) for row, name in enumerate(("input_ids", "attention_mask"))}
+    encoded = np.array([[picture((60, 50))]], dtype=object)
+    (answer,) = started(program, repository, "preprocess").execute([{"encoded": encoded, **tokens}])
+    assert [tensor.name for tensor in answer.tensors] == ["pixel_values", *tokens]
+    assert [tensor.array.tolist() for tensor in answer.tensors[1:]] == [array.tolist() for array in tokens.values()]
+
+
+def test_no_step_of_the_ensemble_that_can_refuse_runs_beside_another(repository):
+    """Triton 2.51 crashes where a step fails while the ensemble starts another."""
+    text = (repository / "python" / "clip_zero_shot" / "config.pbtxt").read_text()
+    known, waves = set(re.findall(r'^input \{\n  name: "(\w+)"', text, re.MULTILINE)), []
+    steps = {}
+    for step in text.split("  step {")[1:]:
+        inputs, outputs = step.split("output_map")[0], "".join(step.split("output_map")[1:])
+        name = re.search(r'model_name: "(\w+)"', step)[1]
+        steps[name] = [set(re.findall(r'value: "(\w+)"', part)) for part in (inputs, outputs)]
+    while steps:
+        ready = sorted(name for name, (inputs, _) in steps.items() if inputs <= known)
+        known |= {tensor for name in ready for tensor in steps.pop(name)[1]}
+        waves.append(ready)
+    assert waves == [["clip_tokenize"], ["clip_preprocess"], ["clip_text", "clip_vision"], ["clip_score"]]
+
+
+def test_scores_are_a_softmax_over_texts_or_a_sigmoid_of_each_pair(program):
+    score = program("score")
+    assert np.allclose(score.softmax(np.array([[0.0, np.log(3)]])), [[0.25, 0.75]])
+    assert np.allclose(score.sigmoid(np.array([[0.0, np.log(3)]])), [[0.5, 0.75]])
+    assert np.allclose(score.normalized(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]])
+
+
+def test_one_bad_request_does_not_fail_those_that_were_batched_with_it(program):
+    model = program("encoder").TritonPythonModel()
+    model.inputs, model.output = ["input_ids"], "text_embeds"
+
+    def run(_, fed):
+        if fed["input_ids"].max() > 700:
+            raise MemoryError("no memory")
+        if fed["input_ids"].max() > 600:
+            raise InvalidArgument("indices out of bounds")
+        return [fed["input_ids"].astype(np.float32)]
+
+    model.session = SimpleNamespace(run=run)
+    one, two, three, four = model.execute([{"input_ids": np.array([[number]])} for number in (1, 601, 3, 701)])
+    assert "out of bounds" in two.error
+    assert [two.error.code, four.error.code] == ["INVALID_ARG", "INTERNAL"]
+    assert [answer.tensors[0].array.tolist() for answer in (one, three)] == [[[1.0]], [[3.0]]]
+
+
+def documents(repository):
+    for path in sorted((repository / "deploy").glob("*.y*ml")):
+        yield from yaml.safe_load_all(path.read_text())
+
+
+def test_every_path_that_a_container_is_given_is_in_the_repository(repository):
+    kinds = {document.get("kind") for document in documents(repository)}
+    assert kinds == {"Deployment", "Service", "ServingRuntime", "InferenceService", None}
+    text = "\n".join(path.read_text() for path in (repository / "deploy").iterdir())
+    given = set(re.findall(r"(?:(?<!v2)/models/|pvc://[\w-]+/)(\w+)", text))
+    assert given == {"onnxruntime", "python"}
+    assert all((repository / name).is_dir() for name in given)
+    dockerfile = (repository / "deploy" / "Dockerfile").read_text()
+    assert all((repository / source).exists() for source in re.findall(r"^COPY (\S+)", dockerfile, re.MULTILINE))
+
+
+def test_every_server_runs_with_the_flags_of_the_one_that_was_checked(repository):
+    lists = [container["args"] for document in documents(repository) for container in find(document, "containers")]
+    lists.append(
+        json.loads(re.search("^CMD (.*)", (repository / "deploy" / "Dockerfile").read_text(), re.MULTILINE)[1])
+    )
+    lists.append(command(Path("models"), SimpleNamespace(triton=Path("triton")), {"http": 1, "grpc": 2, "metrics": 3}))
+    assert len(lists) == 4
+    for flags in lists:
+        assert [flag for flag in flags if flag in FLAGS] == list(FLAGS)
+        assert not [flag for flag in flags if "control" in flag and flag not in FLAGS]
+
+
+def test_containers_ask_for_a_gpu_only_where_the_package_needs_one(repository, package, benchmark, tmp_path):
+    assert "nvidia.com/gpu" not in (repository / "deploy" / "kubernetes.yaml").read_text()
+    manifest = json.loads((package / "manifest.json").read_text())
+    copy = Path(shutil.copytree(package, tmp_path / "package"))
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "device": "cuda"}))
+    write_repository(copy, benchmark, TritonConfig(), tmp_path / "triton")
+    limits = [
+        container["resources"]["limits"]
+        for document in documents(tmp_path / "triton")
+        for container in find(document, "containers")
+    ]
+    assert limits == [{"memory": "8Gi", "nvidia.com/gpu": 1}] * 2
+
+
+def find(document, key):
+    """Items of every list under `key`, at any depth."""
+    if not isinstance(document, dict):
+        return []
+    return [*document.get(key, []), *(item for value in document.values() for item in find(value, key))]
+
+
+CHECK = """
+import sys
+from pathlib import Path
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+for path in sys.argv[1:]:
+    text_format.Parse(Path(path).read_text(), model_config_pb2.ModelConfig())
+"""
+
+
+def test_tritons_own_schema_accepts_every_config(repository, tmp_path):
+    """tritonclient pins a protobuf of its own, so that it lives in the server's environment."""
+    try:
+        python = find_environment(TRITON).python
+    except DeployError as error:
+        pytest.skip(str(error))
+    wrong = tmp_path / "config.pbtxt"
+    wrong.write_text((repository / "python" / "clip_text" / "config.pbtxt").read_text() + 'colour: "red"\n')
+    configs = sorted(repository.glob("*/*/config.pbtxt"))
+    assert len(configs) == 12
+    assert check(python, *configs).returncode == 0
+    assert '"colour"' in check(python, wrong).stderr
+
+
+def check(python: Path, *configs: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([python, "-c", CHECK, *configs], capture_output=True, text=True, check=False)

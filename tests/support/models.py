@@ -1,0 +1,73 @@
+"""Small models with random weights, and their tokenizers."""
+
+from support.project import TINY
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_VISION = {"image_size": 32, "patch_size": 8, **SMALL}
+
+
+def small_siglip(words):
+    from transformers import SiglipConfig, SiglipModel
+
+    text = {"vocab_size": words, "max_position_embeddings": 16, "bos_token_id": None, "eos_token_id": 1, **SMALL}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=SMALL_VISION))
+
+
+def sentences():
+    """What the small tokenizers are trained on: English as the tests use it, and a little of other scripts."""
+    from clip_deploy.builders.processor_files import probe_texts
+    from clip_deploy.checkpoint.lint import SENTENCES
+    from clip_deploy.data.scenes import CLASSES
+
+    templates = ("a photo of a {}", "A Photo of a RED {}, large or small", "a drawing of two {}s left of a star")
+    return [*(template.format(name) for name in CLASSES for template in templates), *SENTENCES, *probe_texts()[:200]]
+
+
+def sentencepiece_model(kind="unigram"):
+    """The bytes of a spiece.model with SigLIP's special tokens."""
+    import io
+
+    import sentencepiece
+
+    texts = [text.lower() for text in sentences()]  # it was trained on what SiglipTokenizer hands it
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    model = io.BytesIO()
+    settings = {"model_type": kind, "vocab_size": 350, "num_threads": 1, "minloglevel": 2, **ids}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **settings)
+    return model.getvalue()
+
+
+def gemma_vocabulary():
+    """Tokens with their ids, and merges: BPE with bytes to fall back on, as Gemma's."""
+    import json
+
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(sentences(), trainers.BpeTrainer(vocab_size=900, special_tokens=special))
+    model = json.loads(made.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+def small_tokenizer(length):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(TINY / "tokenizer.json"), pad_token="<|endoftext|>", model_max_length=length
+    )
+
+
+def reference(model, processor, source):
+    """Save a checkpoint to `source` and fetch it as a target."""
+    from clip_deploy.checkpoint.fetch import fetch
+    from clip_deploy.core.artifact import Target, build
+    from clip_deploy.core.config import ModelConfig
+
+    model.save_pretrained(source)
+    processor.save_pretrained(source)
+    folder = source / "torch-fp32"
+    build(folder, lambda output: fetch(ModelConfig(path=str(source)), output), Target("eager", "fp32"))
+    return folder

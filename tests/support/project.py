@@ -1,0 +1,84 @@
+"""This repository, and a temporary copy of it in which the pipeline runs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = ROOT / "assets" / "tiny-shapes"
+COMMANDS = {"apply", "compare", "device", "drift", "gate", "publish", "verify", "why"}  # of stages/, run by hand
+
+
+@dataclass
+class Project:
+    """A copy of this repository with its own git and DVC, two rows less, small sets and short timings."""
+
+    path: Path
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+        bin_folder = str(Path(sys.executable).parent)
+        environment = {
+            **os.environ,
+            "PATH": bin_folder + os.pathsep + os.environ["PATH"],
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_AUTHOR_NAME": "test",
+            "GIT_AUTHOR_EMAIL": "test@example.com",
+            "GIT_COMMITTER_NAME": "test",
+            "GIT_COMMITTER_EMAIL": "test@example.com",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, env=environment, check=False)
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def repro(self, *arguments: str) -> set[str]:
+        """Run `dvc repro` and return the stages that ran, without probe, which always does."""
+        ran = re.findall(r"Running stage '([^']+)'", self.run("dvc", "repro", *arguments).stdout)
+        return set(ran) - {"probe"}
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        text = (self.path / name).read_text()
+        assert old in text, f"{name} has no {old!r}"
+        (self.path / name).write_text(text.replace(old, new))
+
+    def drop(self, target: str) -> None:
+        """Take a target out of params.yaml."""
+        path = self.path / "params.yaml"
+        lines = [line for line in path.read_text().splitlines() if not re.match(rf"  (- )?{target}(:|$)", line)]
+        path.write_text("\n".join(lines).replace(f"{target}, ", "") + "\n")
+
+    def copy(self, path: Path) -> "Project":
+        shutil.copytree(self.path, path, symlinks=True)
+        return Project(path)
+
+
+def new_project(path: Path) -> Project:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, path / name)
+    shutil.rmtree(path / "reports", ignore_errors=True)
+    (path / "dvc.lock").unlink(missing_ok=True)
+    project = Project(path)
+    for left_out in ("torchscript-bf16", "openvino-bf16"):
+        project.drop(left_out)
+    project.edit("conf/data/shapes.yaml", "evaluation_samples: 960", "evaluation_samples: 96")
+    project.edit("conf/data/shapes.yaml", "calibration_samples: 96", "calibration_samples: 16")
+    project.edit("params.yaml", "benchmark: standard", "benchmark: quick")
+    project.edit("conf/benchmark/quick.yaml", "batch_sizes: [1, 8]", "batch_sizes: [1]")
+    project.run("git", "init", "-q", "-b", "main")
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "Start")
+    return project

@@ -1,0 +1,298 @@
+import io
+import sys
+import time
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+from clip_deploy.builders.onnx_export import export_onnx
+from clip_deploy.checkpoint.load import load_processor
+from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, OnnxConfig
+from clip_deploy.core.errors import ConfigError, UnavailableError
+from clip_deploy.data.preprocessed import load_prepared
+from clip_deploy.onnx_graph.preprocessing import read_preprocessing
+from clip_deploy.timing import end_to_end, end_to_end_worker, input_pipelines
+from clip_deploy.timing.end_to_end import make_photos, measure_feeds, reference_embeddings, run_feed
+from clip_deploy.timing.end_to_end_worker import Job, bottleneck, judge, measure_feed, prefetched
+from clip_deploy.timing.input_pipelines import (
+    PilFeed,
+    TorchFeed,
+    check_feed,
+    decode_rgb,
+    open_feed,
+    orientation,
+    upright,
+)
+
+BENCHMARK = BenchmarkConfig(batch_sizes=[1, 4], threads=1, warmup=1, image_size=[120, 160])
+SETTINGS = EndToEndConfig(targets=["onnx-fp32"], images=6, workers=2, passes=3, seconds=0.02)
+
+
+@pytest.fixture(scope="module")
+def job(checkpoint, onnx_target, sets):
+    """The built-in model, fed by Pillow."""
+    processor = load_processor(checkpoint).image_processor
+    settings = read_preprocessing(processor)
+    jpegs = make_photos(load_prepared(sets / "evaluation").pixel_values, settings, [120, 160], 6, seed=0)
+    reference = reference_embeddings(onnx_target, processor, jpegs)
+    return Job("pil", onnx_target, settings, jpegs, reference, BENCHMARK, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("decode", "preprocess", "encode", "workers", "expected"),
+    [
+        (3.0, 1.0, 1.0, 2, "decode"),  # (3 + 1) / 2 = 2 ms an image, against 1
+        (1.0, 3.0, 1.0, 2, "preprocess"),
+        (3.0, 1.0, 1.0, 8, "encode"),  # (3 + 1) / 8 = 0.5 ms
+        (3.0, 1.0, 4.5, 1, "encode"),
+        (3.0, 1.0, 3.5, 1, "decode"),
+    ],
+)
+def test_the_bottleneck_is_the_part_with_the_lowest_rate(decode, preprocess, encode, workers, expected):
+    assert bottleneck(decode, preprocess, encode, workers) == expected
+
+
+def test_photos_have_the_size_asked_for_and_come_from_the_seed(job, sets):
+    pixels = load_prepared(sets / "evaluation").pixel_values
+    again, other = (make_photos(pixels, job.preprocessing, [120, 160], 6, seed) for seed in (0, 1))
+    assert again == job.jpegs
+    assert other != job.jpegs
+    assert len(set(job.jpegs)) == 6
+    assert [decode_rgb(jpeg).size for jpeg in job.jpegs] == [(160, 120)] * 6
+
+
+def test_a_photo_of_480_by_640_has_the_bytes_of_a_photograph(job, sets):
+    (photo,) = make_photos(load_prepared(sets / "evaluation").pixel_values, job.preprocessing, [480, 640], 1, seed=0)
+    assert 50_000 < len(photo) < 150_000
+
+
+def test_grey_jpegs_are_decoded_as_rgb():
+    content = io.BytesIO()
+    Image.new("L", (20, 10), 77).save(content, "jpeg")
+    image = decode_rgb(content.getvalue())
+    assert image.mode == "RGB"
+    assert image.getpixel((0, 0)) == (77, 77, 77)
+
+
+@pytest.mark.parametrize("lies", range(1, 9))
+def test_photographs_are_turned_upright_by_pillow_and_on_a_gpu(lies):
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x0112] = lies
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(
+        content, "jpeg", exif=exif
+    )
+    with Image.open(content) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))
+        raw = torch.tensor(np.asarray(stored)).permute(2, 0, 1)
+    assert orientation(content.getvalue()) == lies
+    assert np.array_equal(upright(raw, lies).permute(1, 2, 0), expected)
+    assert np.array_equal(decode_rgb(content.getvalue()), expected)
+
+
+@pytest.mark.gpu
+def test_nvjpeg_gives_the_pictures_that_pillow_gives_upright(job):
+    """A smooth picture: decoders differ by a few grey levels in their rounding and colour of pixels."""
+    pytest.importorskip("torchvision")
+    rows, columns = np.mgrid[0:40, 0:60]
+    picture = np.stack([rows * 4, columns * 3, rows + columns], axis=-1).astype(np.uint8)
+    photos = []
+    for lies in range(1, 9):
+        exif, content = Image.Exif(), io.BytesIO()
+        exif[0x0112] = lies
+        Image.fromarray(picture).save(content, "jpeg", exif=exif, quality=95)
+        photos.append(content.getvalue())
+    decoded = open_feed("nvjpeg", job.preprocessing, device_tensors=True).decode(photos)
+    for photo, image in zip(photos, decoded, strict=True):
+        expected = np.asarray(decode_rgb(photo)).astype(int)
+        assert np.abs(image.permute(1, 2, 0).cpu().numpy() - expected).mean() < 2
+
+
+def test_a_photograph_that_says_nothing_is_upright():
+    content = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(content, "jpeg")
+    assert orientation(content.getvalue()) == 1
+
+
+PROCESSORS = [
+    CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}),
+    CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 49, "width": 64}),
+    CLIPImageProcessorPil(do_resize=False, crop_size={"height": 50, "width": 51}),
+    SiglipImageProcessorPil(size={"height": 130, "width": 90}, resample=2),
+]
+
+
+@pytest.mark.parametrize("processor", PROCESSORS, ids=["crop", "crop that pads", "no resize", "both sides"])
+@pytest.mark.parametrize("size", [(120, 160), (161, 120), (47, 48)])
+def test_the_pil_feed_gives_the_pixels_of_the_processor(processor, size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    expected = processor([image], return_tensors="np")["pixel_values"]
+    actual = PilFeed(read_preprocessing(processor)).preprocess([image])
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS, ids=["crop", "crop that pads", "no resize", "both sides"])
+def test_the_torchvision_feed_is_close_to_the_processor(processor):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    settings = read_preprocessing(processor)
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 161, 3), dtype=np.uint8)).save(content, "jpeg")
+    feed = TorchFeed(settings, "cpu", False)
+    actual = feed.preprocess(feed.decode([content.getvalue()]))
+    expected = processor([decode_rgb(content.getvalue())], return_tensors="np")["pixel_values"]
+    assert actual.shape == expected.shape
+    assert (np.abs(actual - expected) / settings.scale.reshape(3, 1, 1)).mean() < 0.5  # grey levels
+
+
+def test_batches_come_in_the_order_of_the_photos_and_without_end(job):
+    feed = PilFeed(job.preprocessing)
+    expected = feed.preprocess(feed.decode(job.jpegs))
+    first, second = islice(prefetched(feed, job.jpegs, 4, workers=2), 2)
+    np.testing.assert_array_equal(first, expected[:4])
+    np.testing.assert_array_equal(second, expected[[4, 5, 0, 1]])
+
+
+def test_the_next_batch_is_made_while_the_encoder_works(job):
+    """Each side takes 0.05 s a batch; one after the other, the 4 batches would begin 0.35 s after the first job."""
+    made = []
+
+    class Slow(PilFeed):
+        def preprocess(self, images):
+            time.sleep(0.05)
+            made.append(len(images))
+            return super().preprocess(images)
+
+    inputs = prefetched(Slow(job.preprocessing), job.jpegs, 1, workers=1)
+    next(inputs)
+    before = len(made)
+    time.sleep(0.3)  # the encoder
+    assert len(made) > before
+    inputs.close()
+
+
+def test_the_pil_feed_is_measured_and_agrees_with_the_processor(job):
+    row = measure_feed(job)
+    assert row["status"] == "measured"
+    assert row["cosine_min"] == pytest.approx(1, abs=1e-6)
+    assert row["workers"] == 2
+    assert list(row["batches"]) == ["1", "4"]
+    assert row["best_batch"] in (1, 4)
+    for found in row["batches"].values():
+        assert 0 < found["images_per_s_low"] <= found["images_per_s"] <= found["images_per_s_high"]
+        assert min(found[f"{part}_ms"] for part in ("decode", "preprocess", "encode")) > 0
+        assert found["bottleneck"] in ("decode", "preprocess", "encode")
+
+
+def test_a_feed_with_other_pixels_is_marked_as_wrong(job):
+    negative = replace(job.preprocessing, scale=-job.preprocessing.scale, offset=-job.preprocessing.offset)
+    row = measure_feed(replace(job, preprocessing=negative))
+    assert row["status"] == "wrong"
+    assert row["reason"].endswith("< 0.99: the embeddings are not those of the checkpoint's own processor")
+    assert row["cosine_min"] < 0.99
+
+
+def test_the_limit_of_agreement_is_099():
+    assert judge(0.99) == {"status": "measured"}
+    assert judge(0.98999)["status"] == "wrong"
+
+
+def test_a_missing_library_keeps_the_rows(checkpoint, onnx_target, sets, monkeypatch):
+    monkeypatch.setattr(input_pipelines, "find_spec", lambda name: None)
+    prepared = load_prepared(sets / "evaluation")
+    record = measure_feeds(onnx_target, checkpoint, prepared, BENCHMARK, SETTINGS, seed=0)
+    assert list(record["feeds"]) == ["pil", "torchvision", "nvjpeg"]
+    assert record["feeds"]["pil"]["status"] == "measured"
+    missing = {"status": "unavailable", "reason": "torchvision is not installed (pip install torchvision)"}
+    assert record["feeds"]["torchvision"] == record["feeds"]["nvjpeg"] == missing
+    assert record["photos"]["count"] == 6
+    assert record["photos"]["height"] == 120
+
+
+def test_nvjpeg_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(input_pipelines, "find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UnavailableError, match="PyTorch sees no CUDA GPU"):
+        check_feed("nvjpeg")
+    check_feed("torchvision")
+
+
+def test_a_target_that_could_not_be_built_keeps_its_rows(checkpoint, sets, tmp_path):
+    def refuse(folder):
+        raise UnavailableError("no such library")
+
+    build(tmp_path / "target", refuse, Target("ort", "fp16"))
+    record = measure_feeds(
+        tmp_path / "target", checkpoint, load_prepared(sets / "evaluation"), BENCHMARK, SETTINGS, seed=0
+    )
+    unavailable = {"status": "unavailable", "reason": "no such library"}
+    assert record == {"feeds": dict.fromkeys(("pil", "torchvision", "nvjpeg"), unavailable)}
+
+
+def test_a_target_that_fails_in_front_of_its_feeds_keeps_its_rows(checkpoint, onnx_target, sets, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("of a library")
+
+    monkeypatch.setattr(end_to_end, "reference_embeddings", wrong)
+    record = measure_feeds(onnx_target, checkpoint, load_prepared(sets / "evaluation"), BENCHMARK, SETTINGS, seed=0)
+    assert {row["status"] for row in record["feeds"].values()} == {"unavailable"}
+    assert record["feeds"]["pil"]["reason"].startswith("RuntimeError: of a library (its traceback is in the terminal)")
+
+
+def test_a_process_that_fails_or_dies_is_reported_with_its_reason(job, monkeypatch, tmp_path):
+    row = run_feed(replace(job, folder=tmp_path / "nowhere"))
+    assert row["status"] == "unavailable"
+    assert "nowhere is not a built target" in row["reason"]
+    monkeypatch.setattr(end_to_end, "PROGRAM", (sys.executable, "-c", "import os; os.abort()"))
+    dead = {"status": "unavailable", "reason": "it stopped with exit code -6 while it was timed"}
+    assert run_feed(job) == dead
+
+
+def test_a_graph_that_preprocesses_is_fed_with_decoded_images(checkpoint, sets, tmp_path):
+    folder = tmp_path / "onnx-fp32"
+    settings = OnnxConfig(preprocess=True)
+    build(folder, lambda output: export_onnx(checkpoint, settings, output), Target("ort", "fp32"))
+    record = measure_feeds(folder, checkpoint, load_prepared(sets / "evaluation"), BENCHMARK, SETTINGS, seed=0)
+    assert list(record["feeds"]) == ["graph"]
+    assert record["feeds"]["graph"]["status"] == "measured"
+    assert record["feeds"]["graph"]["cosine_min"] > 0.999
+
+
+def test_an_encoder_that_takes_gpu_tensors_says_so_by_an_attribute(job, monkeypatch):
+    """Played on the CPU: what the feed is told, and what the row says."""
+    told = []
+
+    def opened(name, settings, device_tensors):
+        told.append(device_tensors)
+        feed = PilFeed(settings)
+        feed.whole_batches = True
+        return feed
+
+    monkeypatch.setattr(end_to_end_worker, "open_feed", opened)
+    through_host = measure_feed(job)
+    original = end_to_end_worker.open_encoder
+
+    def takes_tensors(folder, threads):
+        encoder = original(folder, threads)
+        encoder.takes_device_tensors = True
+        return encoder
+
+    monkeypatch.setattr(end_to_end_worker, "open_encoder", takes_tensors)
+    straight = measure_feed(job)
+    assert told == [False, True]
+    assert (through_host["through_host"], straight["through_host"]) == (True, False)
+    assert through_host["workers"] == straight["workers"] == 1  # one job is a whole batch
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ConfigError, match=r"end_to_end\.workers is 0: give 1 or more, or null"):
+        EndToEndConfig(workers=0)
+    with pytest.raises(ConfigError, match=r"end_to_end\.seconds is -1: it must be above 0"):
+        EndToEndConfig(seconds=-1)
+    with pytest.raises(ConfigError, match=r"end_to_end\.targets lists a name twice: a, a"):
+        EndToEndConfig(targets=["a", "a"])
