@@ -232,6 +232,7 @@ class GatesConfig:
     bf16: Gate = field(default_factory=Gate)
     int8: Gate = field(default_factory=Gate)
     above_chance: bool = False  # all fail where the reference itself is in doubt (chance.doubts)
+    fusions: bool = False  # a target fails whose fusions missed an operation of the model
     max_seconds: float = 1800  # a target whose check takes longer hung, and fails
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import Gate, GatesConfig
+from clip_deploy.core.fusions import ADVICE, missed
 
 LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
 MEASURED = ("shapes", "flips", "trained", "doubts")  # besides both towers' parity: what no record lacks that passed
@@ -31,6 +32,12 @@ def judge(record: dict[str, Any], gate: Gate, precision: str) -> list[str]:
 def doubted(record: dict[str, Any], gates: GatesConfig) -> list[Miss]:
     """What speaks against the reference itself, where gates.above_chance asks for it: no target is better than that."""
     return [Miss(doubt, "(gates.above_chance)") for doubt in record.get("doubts", []) if gates.above_chance]
+
+
+def unfused(record: dict[str, Any], gates: GatesConfig) -> list[Miss]:
+    """The operations that the target's fusions missed, where gates.fusions asks for all of them."""
+    found = missed(record.get("build", {})) if gates.fusions else []
+    return [Miss(f"{item}:", ADVICE, "(gates.fusions)") for item in found]
 
 
 def misses(record: dict[str, Any], gate: Gate, precision: str) -> list[Miss]:
@@ -75,7 +82,7 @@ def held(record: dict[str, Any], gates: GatesConfig) -> list[Miss]:
     record = numbers(record)
     whole = set(TOWERS) <= set(record.get("parity", {})) and set(MEASURED) <= set(record)
     found = misses(record, getattr(gates, record["precision"]), record["precision"]) if whole else []
-    found += doubted(record, gates)
+    found += doubted(record, gates) + unfused(record, gates)
     if found:
         return found
     status = record.get("status")

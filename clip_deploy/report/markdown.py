@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clip_deploy.core.config import REFERENCE
+from clip_deploy.core.fusions import ADVICE, KINDS
 from clip_deploy.report.decisive import BETWEEN_RUNS, again, undecided
 from clip_deploy.report.rows import Row, doubts
 from clip_deploy.report.tables import (
@@ -57,7 +58,7 @@ def markdown(
     lines += ["## Batch sizes", "", *_batch_tables(rows, batches)]
     lines += sections
     lines += _flow_section(flows)
-    lines += ["## Graphs", "", *_graph_table(rows), *_pixel_section(rows), *_head_section(rows)]
+    lines += ["## Graphs", "", *_graph_table(rows), *_fusion_section(rows), *_pixel_section(rows), *_head_section(rows)]
     lines += _search_section(rows)
     lines += ["## How it was made", "", *_build_table(rows), *HOW]
     return "\n".join(lines).rstrip() + "\n"
@@ -269,8 +270,6 @@ def _graph_table(rows: list[Row]) -> list[str]:
         "Operator sets",
         "Nodes",
         "Attention fused",
-        "SkipLayerNorm",
-        "GELU",
         "Inputs and outputs",
         "IR, producer",
     ]
@@ -285,13 +284,34 @@ def _graph_table(rows: list[Row]) -> list[str]:
                     ", ".join(f"{domain} {version}" for domain, version in graph["opsets"].items()),
                     str(graph["nodes"]),
                     f"{fusion['attention']}/{fusion['attention_expected']}",
-                    str(fusion["skip_layer_norm"]),
-                    str(fusion["gelu"]),
                     ", ".join(shapes).replace("'", ""),
                     f"{graph['ir_version']}, {graph['producer']}",
                 ]
             )
     return [*table(head, body), ""] if body else ["No ONNX target.", ""]
+
+
+def _fusion_section(rows: list[Row]) -> list[str]:
+    """What each target's fusions found of what its model computes; what they missed in bold."""
+    towers = [(row, tower, kinds) for row in rows for tower, kinds in row.fusions.items()]
+    shown = [kind for kind in KINDS if any(max(kinds.get(kind, [0])) for _, _, kinds in towers)]
+    body = [[f"`{row.target}` {tower}", *(_fused(kinds.get(kind)) for kind in shown)] for row, tower, kinds in towers]
+    head = ["Fused, of those in the model", *(KINDS[kind] for kind in shown)]
+    return [*table(head, body), "", FUSIONS, ""] if body else []
+
+
+FUSIONS = (
+    "Expected is what the PyTorch model computes in one call, counted when it was exported. "
+    f"Where fewer are fused, {ADVICE}; `fusions: true` in conf/gates/ makes it a failure."
+)
+
+
+def _fused(numbers: list[int] | None) -> str:
+    """Found of expected; nothing where the target does not ask for it or the model has none."""
+    if not numbers or not max(numbers):
+        return MISSING
+    found, expected = numbers
+    return f"{found}/{expected}" if found >= expected else f"**{found}/{expected}**"
 
 
 def _pixel_section(rows: list[Row]) -> list[str]:

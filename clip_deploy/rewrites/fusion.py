@@ -4,9 +4,11 @@ Each rewrite is checked: one that changes the outputs, or makes a graph that doe
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +19,7 @@ from onnxscript.rewriter.rules.common import gemm_to_matmul_add_rule
 
 from clip_deploy.core.config import OptimizeConfig, Precision
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.fusions import KINDS
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.ir_tools import array, initializer
 from clip_deploy.rewrites.attention import fuse_attention, replace_masks
@@ -35,6 +38,35 @@ Rewrite = Callable[[Path, Path], bool]
 Step = list[tuple[str, Rewrite]]  # alternatives, by name
 
 
+@dataclass
+class Fused:
+    """What became of a tower's rewrites.
+
+    Attributes:
+        undone: the steps that changed the outputs, with the tower's name.
+        found: how many operations of each kind that was asked for the graph has now, by the kinds of core.fusions.
+    """
+
+    undone: list[str]
+    found: dict[str, int]
+
+
+def facts_of(made: Mapping[str, Fused], operations: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """What a target's build says of its fusions, by tower: `rewrites_undone` and `fusions`, each where there is any.
+
+    Args:
+        made: by tower, what fuse returned.
+        operations: by tower, what there is to be found, as the export counted it on the PyTorch model.
+    """
+    undone = [step for tower in made.values() for step in tower.undone]
+    fusions = {
+        name: {kind: [found, operations[name][kind]] for kind, found in tower.found.items()}
+        for name, tower in made.items()
+        if tower.found
+    }
+    return ({"rewrites_undone": undone} if undone else {}) | ({"fusions": fusions} if fusions else {})
+
+
 def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = True) -> list[Step]:
     """The rewrites of a tower, step by step; of several in one step, the first that leaves the outputs is kept."""
     return [
@@ -45,9 +77,9 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = 
         ],
         [("gelu", partial(_edit, lambda model: fuse_gelu(model) > 0))],
         [("layer_norm", partial(_edit, lambda model: fuse_layer_norm(model) > 0))],
-        [("reshapes", partial(_edit, lambda model: drop_idle_reshapes(model) > 0))],
-        [("patches", partial(_edit, multiply_patches))],
-        [("early pooling", partial(_edit, pool_early))],
+        [("reshapes", partial(_edit, lambda model: drop_idle_reshapes(model) >= 0))],  # always: it simplifies as well
+        [("patch_embedding", partial(_edit, multiply_patches))],
+        [("early_pooling", partial(_edit, pool_early))],
         [("skip_layer_norm", partial(_edit, lambda model: fuse_skip_layer_norm(model) > 0))]
         if settings.skip_layer_norm
         else [],
@@ -55,8 +87,8 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = 
     ]
 
 
-def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list]) -> list[str]:
-    """Rewrite one tower, and return the steps that had to be undone.
+def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list]) -> Fused:
+    """Rewrite one tower, and say what was found and what had to be undone.
 
     Args:
         source: the graph as it was exported.
@@ -66,7 +98,8 @@ def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list
     """
     feeds = onnx_file.random_feeds(source, texts)
     expected = onnx_file.run(source, feeds)
-    undone = []
+    undone: list[str] = []
+    done: set[str] = set()
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         current = source
         for step in rewrites:
@@ -79,12 +112,15 @@ def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list
                 tried.append(name)
                 if _gives(expected, candidate, feeds):
                     kept = candidate
+                    done.add(name)
                     break
             if tried and kept is None:
                 undone.append(f"{output.stem}: {', '.join(tried)}")
             current = kept or current
         onnx_file.save(ir.load(current), output)
-    return undone
+    asked = [kind for kind in KINDS if any(kind == name for step in rewrites for name, _ in step)]
+    counts = onnx_file.describe(output)["fusion"]
+    return Fused(undone, {kind: counts.get(kind, int(kind in done)) for kind in asked})
 
 
 def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:

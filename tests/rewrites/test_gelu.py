@@ -1,9 +1,8 @@
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from support.graphs import kinds, result, written_out
 from transformers.activations import ACT2FN
 
 from clip_deploy.rewrites.gelu import fuse_gelu
@@ -11,22 +10,6 @@ from clip_deploy.rewrites.gelu import fuse_gelu
 FORMS = {"gelu": "Gelu", "gelu_python": "Gelu", "quick_gelu": "QuickGelu"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"), "FastGelu"
 )
-
-
-def written_out(function, path):
-    """A function of [rows, 8] as the TorchScript exporter writes it at opset 17."""
-    names = {"input_names": ["x"], "output_names": ["y"]}
-    torch.onnx.export(function, (torch.zeros(2, 8),), str(path), dynamo=False, opset_version=17, **names)
-    return ir.load(path)
-
-
-def result(model, given):
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": given})[0]
-
-
-def kinds(model):
-    return [node.op_type for node in model.graph if node.op_type != "Constant"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from test_gelu import kinds, result, written_out
+from support.graphs import kinds, result, written_out
 
 from clip_deploy.rewrites.layer_norm import fuse_layer_norm
 
