@@ -18,7 +18,7 @@ from clip_deploy.checkpoint.towers import split
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import DataConfig, Gate, GatesConfig, OnnxConfig, OptimizeConfig, Precision, QuantizeConfig
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.core.fusions import KINDS, print_missed
+from clip_deploy.core.fusions import ADVICE, KINDS, print_missed
 from clip_deploy.data.dataset import load
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
 from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
@@ -134,15 +134,11 @@ def test_packed_weights_are_constants(onnx_target, tmp_path):
 
 
 def test_skip_connections_are_fused_where_asked(onnx_target, tmp_path):
-    build_facts = [
-        fused(onnx_target, tmp_path / f"ort-{asked}", skip_layer_norm=asked).build for asked in (True, False)
-    ]
-    assert build_facts[0]["fusions"]["vision"]["skip_layer_norm"] == [
-        7,
-        7,
-    ]  # 4 layers, of which the first norm has none
-    assert build_facts[0]["fusions"]["text"]["skip_layer_norm"] == [4, 4]
-    assert "skip_layer_norm" not in build_facts[1]["fusions"]["vision"]
+    with_skips, without = (fused(onnx_target, tmp_path / f"{asked}", skip_layer_norm=asked) for asked in (True, False))
+    found = with_skips.build["fusions"]
+    assert found["vision"]["skip_layer_norm"] == [7, 7]  # 4 layers, of which the first norm follows none
+    assert found["text"]["skip_layer_norm"] == [4, 4]
+    assert "skip_layer_norm" not in without.build["fusions"]["vision"]
 
 
 def write_out(path):
@@ -172,7 +168,7 @@ def test_a_layer_norm_in_an_unknown_form_is_missed_said_shown_and_refused_by_the
     write_out(source / "vision.onnx")
     build_facts = fused(source, tmp_path / "ort-fp32").build
     assert build_facts["fusions"]["vision"]["layer_norm"] == [9, 10]
-    line = "vision: 9 of 10 LayerNormalization fused: another onnx.opset or onnx.exporter may write it in a form that is known"
+    line = f"vision: 9 of 10 LayerNormalization fused: {ADVICE}"
     print_missed("ort-fp32", build_facts)
     assert capsys.readouterr().out == f"ort-fp32: {line}\n"
     evaluation = load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz"
