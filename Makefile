@@ -60,7 +60,7 @@ repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/
 	dvc repro
 
 # An AGAINST that is set and empty, as of a variable that CI lacks, is refused: it would compare nothing.
-gate: $(VENV)/ready ## fail where a target of gate.required misses its gate; AGAINST=HEAD~1: or lost since that revision
+gate: $(VENV)/ready ## fail where a target of ci.required misses its gate; AGAINST=HEAD~1: or lost since that revision
 	@python -m stages.gate $(if $(filter undefined,$(origin AGAINST)),,--against '$(AGAINST)') $(ARGS)
 
 test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests

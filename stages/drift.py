@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_deploy.core.errors import DataError, DeployError, quiet_if_unread
+from clip_deploy.core.errors import DataError, DeployError, first_line, quiet_if_unread
 from clip_deploy.inference.storage import local, read_tables, shown, vectors
-from clip_deploy.serving.drift import compare
+from clip_deploy.serving.drift import measure_drift
 
 DRIFTED = 3
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         live, golden = (read_embeddings(name) for name in arguments)
-        drift = compare(live, golden)
+        drift = measure_drift(live, golden)
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -53,7 +53,7 @@ def read_embeddings(where: str) -> np.ndarray:
     except DeployError:
         raise
     except Exception as error:  # NumPy's and pyarrow's readers raise whatever their parsers meet
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"cannot read {shown(where)} ({reason}): give a .npy, a .npz with `images`, a folder of .npy, or Parquet "
             "with a column `embedding`"

@@ -1,7 +1,7 @@
-"""Fail, with exit code 1, where a target of gate.required misses its gate, has no result or a stale one.
+"""Fail, with exit code 1, where a target of ci.required misses its gate, has no result or a stale one.
 
     python -m stages.gate                        # or `make gate`: after `dvc repro`, as no stage of the pipeline
-    python -m stages.gate --against HEAD~1       # and where one lost more than gate.max_... since that git revision
+    python -m stages.gate --against HEAD~1       # and where one lost more than ci.max_... since that git revision
     python -m stages.gate --against HEAD~1 --allow-uncompared    # where the machine or a new target was meant to change
 
 Prints target, quantity, value and limit of every miss, or the verdicts where there is none.
@@ -16,18 +16,18 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from clip_deploy.core.config import GateConfig, GatesConfig
+from clip_deploy.core.config import CiConfig, GatesConfig
 from clip_deploy.core.errors import DeployError
-from clip_deploy.evaluate.gates import Miss
+from clip_deploy.evaluate.gates import GateFailure
 from clip_deploy.report.ci_gate import (
     AGAIN,
     Found,
     Reports,
     at_revision,
+    check_reports,
     check_required,
-    compare,
+    compare_revisions,
     in_folder,
-    judge,
     readable,
     refusals,
     time_again,
@@ -43,7 +43,7 @@ STATUS = [sys.executable, "-m", "dvc", "status", "--json"]
 
 @dataclass
 class Settings:
-    gate: GateConfig = MISSING
+    ci: CiConfig = MISSING
     gates: GatesConfig = MISSING
     targets: list[str] = field(default_factory=list)
     against: str | None = None  # a git revision
@@ -54,12 +54,12 @@ class Settings:
 
 @stage
 def gate(settings: Settings) -> None:
-    names, present = settings.gate.required, in_folder(settings.reports)
+    names, present = settings.ci.required, in_folder(settings.reports)
     check_required(names, settings.targets)
-    found = [stale(present), judge(names, present, settings.gates, settings.built)]
+    found = [stale(present), check_reports(names, present, settings.gates, settings.built)]
     if settings.against is not None:
         former = at_revision(settings.against, settings.reports)
-        lost, uncompared = compare(names, present, former, settings.gate)
+        lost, uncompared = compare_revisions(names, present, former, settings.ci)
         found.append(lost)
         if settings.allow_uncompared:
             print("".join(f"note: {name}: {miss}\n" for name, missed in uncompared.items() for miss in missed), end="")
@@ -94,7 +94,7 @@ def stale(present: Reports) -> Found:
         for name, what in inputs.items()
         if what != read.get(name)
     ]
-    return {name: [Miss("stale", what, AGAIN) for what in why] for name, why in found.items()}
+    return {name: [GateFailure("stale", what, AGAIN) for what in why] for name, why in found.items()}
 
 
 def in_words(what: str | dict[str, Any]) -> str:
@@ -111,7 +111,7 @@ def _changed(names: dict[str, Any]) -> list[str]:
 def for_hydra(words: list[str]) -> list[str]:
     """The flags as overrides: `--against HEAD~1` in the quotes that Hydra wants around a ~."""
     if many := [word for word in words if word in SWEEP]:
-        sys.exit(f"error: the gate judges one set of results and takes no {many[0]}: name all targets in gate.required")
+        sys.exit(f"error: the gate judges one set of results and takes no {many[0]}: name all targets in ci.required")
     words = ["allow_uncompared=true" if word == "--allow-uncompared" else word for word in words]
     if "--against" not in words:
         return words

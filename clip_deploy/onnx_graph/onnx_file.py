@@ -13,12 +13,12 @@ import onnx_ir as ir
 import onnxruntime
 
 from clip_deploy.core.environment import cores
-from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.errors import ConfigError, DeployError, first_line
 
 EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
 FUSED_ATTENTION = {"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"}
 GELU = {"Gelu", "QuickGelu", "FastGelu", "BiasGelu"}
-SHELL = ("preprocess/", "head/")  # how the names of nodes around a tower begin: shell.py
+PRE_POST_PREFIXES = ("preprocess/", "head/")  # how the names of nodes around a tower begin: pre_post.py
 RUNTIME = "com.microsoft"
 LAYER_NORM_OPSET = 17  # ONNX's own begins there; ONNX Runtime has one for all opsets, in ONNX's domain
 CONTRIB_VERSION = 1  # of com.microsoft, and of all other domains that are not ONNX's own
@@ -90,7 +90,7 @@ def check(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             onnx.checker.check_model(_unlinked(path, Path(folder)))
     except onnx.checker.ValidationError as error:
-        raise DeployError(f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}") from error
+        raise DeployError(f"onnx.checker refuses {path.name}: {first_line(error)}") from error
 
 
 def _unlinked(path: Path, folder: Path) -> Path:
@@ -123,7 +123,7 @@ def opset_in(model: onnx.ModelProto) -> int:
 def describe(path: Path) -> dict[str, Any]:
     """Graph information: IR and opset versions, producer, inputs and outputs with shapes, nodes, the tower's census."""
     model = onnx.load(path, load_external_data=False)
-    counts = Counter(node.op_type for node in model.graph.node if not node.name.startswith(SHELL))
+    counts = Counter(node.op_type for node in model.graph.node if not node.name.startswith(PRE_POST_PREFIXES))
     return {
         "ir_version": model.ir_version,
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
@@ -231,7 +231,7 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
     try:
         return open_session(path, severity=4).run(None, feeds)[0]  # the error below says it
     except Exception as error:  # ONNX Runtime's errors share no base class
-        raise DeployError(f"{path.name} does not run: {str(error).splitlines()[0]}") from error
+        raise DeployError(f"{path.name} does not run: {first_line(error)}") from error
 
 
 def random_feeds(path: Path, texts: dict[str, list], seed: int = 0) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from clip_deploy.report.tables import (
     table,
 )
 
-MOST_SENSITIVE = 5  # nodes named in the report; all are in reports/validate/
+SENSITIVE_SHOWN = 5  # nodes named in the report; all are in reports/validate/
 
 
 def markdown(
@@ -364,7 +364,7 @@ def _search_section(rows: list[Row]) -> list[str]:
         found = row.search
         left = f"{len(found['left_in_float'])} of {found['nodes']}"
         names = f": {', '.join(found['left_in_float'])}" if found["left_in_float"] else ""
-        worst = [f"{name} {value:.1e}" for name, value in list(found["sensitivity"].items())[:MOST_SENSITIVE]]
+        worst = [f"{name} {value:.1e}" for name, value in list(found["sensitivity"].items())[:SENSITIVE_SHOWN]]
         cost = f"{found['top1_drop']:.2f} points, {found['flips']:.2f} %"
         body.append([f"`{row.target}`", left + names, cost, ", ".join(worst)])
         points = [

@@ -27,7 +27,7 @@ from clip_deploy.rewrites.early_pooling import pool_early
 from clip_deploy.rewrites.gelu import fuse_gelu
 from clip_deploy.rewrites.half_precision import clamp_masks
 from clip_deploy.rewrites.layer_norm import fuse_layer_norm
-from clip_deploy.rewrites.patch_embedding import multiply_patches
+from clip_deploy.rewrites.patch_embedding import conv_to_matmul
 from clip_deploy.rewrites.reshapes import drop_idle_reshapes
 from clip_deploy.rewrites.skip_layer_norm import fuse_skip_layer_norm
 
@@ -78,7 +78,7 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = 
         [("gelu", partial(_edit, lambda model: fuse_gelu(model) > 0))],
         [("layer_norm", partial(_edit, lambda model: fuse_layer_norm(model) > 0))],
         [("reshapes", partial(_edit, lambda model: drop_idle_reshapes(model) >= 0))],  # always: it simplifies as well
-        [("patch_embedding", partial(_edit, multiply_patches))],
+        [("patch_embedding", partial(_edit, conv_to_matmul))],
         [("early_pooling", partial(_edit, pool_early))],
         [("skip_layer_norm", partial(_edit, lambda model: fuse_skip_layer_norm(model) > 0))]
         if settings.skip_layer_norm
@@ -128,7 +128,7 @@ def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:
     model = ir.load(source)
     simplify(model)
     rewrite(model, [gemm_to_matmul_add_rule])
-    _multiply_plainly(model.graph)
+    _gemm_to_matmul(model.graph)
     if not edit(model):
         return False
     simplify(model)
@@ -137,7 +137,7 @@ def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:
     return True
 
 
-def _multiply_plainly(graph: ir.Graph) -> None:
+def _gemm_to_matmul(graph: ir.Graph) -> None:
     """Gemm without bias to MatMul: dynamic quantisation knows the second only."""
     for node in list(graph):
         weight = array(node.inputs[1]) if node.op_type == "Gemm" and len(node.inputs) == 2 else None
@@ -145,8 +145,8 @@ def _multiply_plainly(graph: ir.Graph) -> None:
             continue
         if node.attributes.get_int("transB", 0):
             weight = np.ascontiguousarray(weight.T)
-        product = ir.node("MatMul", [node.inputs[0], initializer(graph, f"{node.outputs[0].name}_weight", weight)])
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [product], node.outputs, product.outputs)
+        matmul = ir.node("MatMul", [node.inputs[0], initializer(graph, f"{node.outputs[0].name}_weight", weight)])
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [matmul], node.outputs, matmul.outputs)
 
 
 def _gives(expected: np.ndarray, path: Path, feeds: dict[str, np.ndarray]) -> bool:

@@ -21,7 +21,7 @@ from clip_deploy.core.config import (
     AccuracyBudget,
     DataConfig,
     Device,
-    Gate,
+    GateLimits,
     GatesConfig,
     OnnxConfig,
     OptimizeConfig,
@@ -40,9 +40,9 @@ from clip_deploy.runtimes import open_encoder
 
 HERE = hardware()["instruction_sets"]  # INT8 made for another CPU saturates on one without VNNI
 GATES = GatesConfig(
-    fp32=Gate(min_cosine=0.9999, max_flips=0.2),
-    fp16=Gate(min_cosine=0.999, max_flips=2),
-    int8=Gate(min_cosine=0.95, max_top1_drop=4, max_flips=8),
+    fp32=GateLimits(min_cosine=0.9999, max_flips=0.2),
+    fp16=GateLimits(min_cosine=0.999, max_flips=2),
+    int8=GateLimits(min_cosine=0.95, max_top1_drop=4, max_flips=8),
 )
 LABELS = ["small red circle", "large blue square", "small green triangle"]
 TEMPLATE = "a photo of a {}"

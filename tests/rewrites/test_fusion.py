@@ -16,13 +16,21 @@ from clip_deploy.builders.quantize import quantize
 from clip_deploy.checkpoint.load import load_model, load_processor
 from clip_deploy.checkpoint.towers import split
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import DataConfig, Gate, GatesConfig, OnnxConfig, OptimizeConfig, Precision, QuantizeConfig
+from clip_deploy.core.config import (
+    DataConfig,
+    GateLimits,
+    GatesConfig,
+    OnnxConfig,
+    OptimizeConfig,
+    Precision,
+    QuantizeConfig,
+)
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.fusions import ADVICE, KINDS, print_missed
 from clip_deploy.data.dataset import load
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
 from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
-from clip_deploy.evaluate.gates import held
+from clip_deploy.evaluate.gates import failures_now
 from clip_deploy.evaluate.validation import validate
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.ir_tools import initializer
@@ -177,7 +185,7 @@ def test_a_layer_norm_in_an_unknown_form_is_missed_said_shown_and_refused_by_the
         ("pass", []),
         ("fail", [f"{line} (gates.fusions)"]),
     ]
-    assert [str(miss) for miss in held(records[0], GatesConfig(fusions=True))] == [f"{line} (gates.fusions)"]
+    assert [str(miss) for miss in failures_now(records[0], GatesConfig(fusions=True))] == [f"{line} (gates.fusions)"]
 
 
 def test_a_target_that_missed_nothing_keeps_the_gate(onnx_target, sets, tmp_path):
@@ -311,7 +319,7 @@ def test_towers_without_a_fused_attention_keep_the_gate_in_every_precision(unfus
         lambda folder: quantize(tmp_path / "ort-fp32", QuantizeConfig(), calibration, [], 0, folder),
         Target("ort", "int8"),
     )
-    gates = GatesConfig(*(Gate(min_cosine=limit) for limit in (0.9999, 0.999, 0.99, 0.9)))
+    gates = GatesConfig(*(GateLimits(min_cosine=limit) for limit in (0.9999, 0.999, 0.99, 0.9)))
     lowest = {}
     for target in ("onnx-fp32", "ort-fp32", "ort-fp16", "ort-int8-dynamic"):
         evaluation = sets / "evaluation"
