@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from clip_deploy.onnx_graph.ir_tools import array
-from clip_deploy.rewrites.attention import RUNTIME
+from clip_deploy.onnx_graph.onnx_file import RUNTIME
 
 Polynomial = dict[int, float]  # coefficients by power of x
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from clip_deploy.onnx_graph.ir_tools import array
-from clip_deploy.rewrites.attention import RUNTIME
+from clip_deploy.onnx_graph.onnx_file import RUNTIME
 
 SUM = 3  # which output of SkipLayerNormalization is the sum
 
