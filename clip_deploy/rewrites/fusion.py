@@ -28,7 +28,7 @@ from clip_deploy.rewrites.gelu import fuse_gelu
 from clip_deploy.rewrites.half_precision import clamp_masks
 from clip_deploy.rewrites.layer_norm import fuse_layer_norm
 from clip_deploy.rewrites.patch_embedding import conv_to_matmul
-from clip_deploy.rewrites.reshapes import drop_idle_reshapes
+from clip_deploy.rewrites.reshapes import drop_idle_reshapes, join_shapes
 from clip_deploy.rewrites.skip_layer_norm import fuse_skip_layer_norm
 
 FOLD_BYTES = 1 << 30  # weights are folded, whatever their size
@@ -77,7 +77,7 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = 
         ],
         [("gelu", partial(_edit, lambda model: fuse_gelu(model) > 0))],
         [("layer_norm", partial(_edit, lambda model: fuse_layer_norm(model) > 0))],
-        [("reshapes", partial(_edit, lambda model: drop_idle_reshapes(model) >= 0))],  # always: it simplifies as well
+        [("reshapes", partial(_edit, _simplify_shapes))],
         [("patch_embedding", partial(_edit, conv_to_matmul))],
         [("early_pooling", partial(_edit, pool_early))],
         [("skip_layer_norm", partial(_edit, lambda model: fuse_skip_layer_norm(model) > 0))]
@@ -134,6 +134,13 @@ def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:
     simplify(model)
     fold_constants(model, input_size_limit=FOLD_BYTES, output_size_limit=FOLD_BYTES)
     onnx_file.save(model, output)
+    return True
+
+
+def _simplify_shapes(model: ir.Model) -> bool:
+    """True in any case: _edit itself leaves a simpler graph."""
+    drop_idle_reshapes(model)
+    join_shapes(model)
     return True
 
 

@@ -1,8 +1,8 @@
-"""Drop reshapes that give the shape that is there, with the nodes that compute it."""
+"""Drop reshapes that give the shape that is there, and nodes that put a shape together from its own parts."""
 
 import onnx_ir as ir
 
-from clip_deploy.onnx_graph.ir_tools import array
+from clip_deploy.onnx_graph.ir_tools import array, made_by
 
 Size = int | str | tuple[ir.Value, int] | None  # a number, a named size, "as this value's axis", or unknown
 
@@ -17,6 +17,28 @@ def drop_idle_reshapes(model: ir.Model) -> int:
         ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
         model.graph.remove(node, safe=True)
     return len(idle)
+
+
+def join_shapes(model: ir.Model) -> int:
+    """Replace every Concat that puts all sizes of one tensor together again by its Shape, in place; return how many."""
+    joined = 0
+    for node in list(model.graph):
+        source = _whole_shape_of(node) if node.op_type == "Concat" else None
+        if source is not None:
+            shape = ir.node("Shape", [source])
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [shape], node.outputs, shape.outputs)
+            joined += 1
+    return joined
+
+
+def _whole_shape_of(concat: ir.Node) -> ir.Value | None:
+    """The tensor all of whose sizes a Concat holds."""
+    value = concat.inputs[0]
+    while (maker := made_by(value)) and maker.op_type in ("Unsqueeze", "Gather"):
+        value = maker.inputs[0]
+    source = maker.inputs[0] if maker is not None and maker.op_type == "Shape" else None
+    sizes = _joined(concat) if source is not None else None
+    return source if source is not None and sizes is not None and sizes == _sizes_of(source) else None
 
 
 def _is_idle(reshape: ir.Node) -> bool:

@@ -2,7 +2,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from clip_deploy.rewrites.reshapes import drop_idle_reshapes
+from clip_deploy.rewrites.reshapes import drop_idle_reshapes, join_shapes
 
 
 def graph(body, inputs="float[batch, sequence, 8] x, float[batch, sequence] mask", output="float[n, m, k] y"):
@@ -36,3 +36,14 @@ def test_a_reshape_to_the_shape_that_is_there_goes(name):
 @pytest.mark.parametrize("name", NEEDED)
 def test_a_reshape_that_may_change_the_shape_stays(name):
     assert drop_idle_reshapes(graph(NEEDED[name])) == 0
+
+
+WHOLE = "z = Constant<value_int = 0>() o = Constant<value_int = 1>() a = Constant<value_ints = [0]>() s = Shape(mask) "
+SIZES = "b = Gather(s, z) c = Gather(s, o) d = Unsqueeze(b, a) e = Unsqueeze(c, a) "
+
+
+@pytest.mark.parametrize(("order", "joined"), [("d, e", 1), ("e, d", 0), ("d, d", 0)])
+def test_sizes_that_are_put_together_as_they_were_are_the_shape_itself(order, joined):
+    model = graph(f"{WHOLE} {SIZES} t = Concat<axis = 0>({order}) r = Identity(t)", output="int64[2] y")
+    assert join_shapes(model) == joined
+    assert ("Concat" in [node.op_type for node in model.graph]) == (not joined)
