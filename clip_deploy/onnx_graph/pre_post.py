@@ -110,7 +110,7 @@ def attach(source: Path, pre_post: PrePost, output: Path) -> None:
 
 
 def _attach_postprocessing(graph: ir.Graph, pre_post: PrePost) -> None:
-    assert pre_post.embeds is not None  # put_on saw it
+    assert pre_post.embeds is not None  # attach saw it
     tower = graph.outputs[0]
     ir.convenience.replace_all_uses_with(pre_post.embeds, tower)
     graph.extend(pre_post.behind)

@@ -15,7 +15,7 @@ from clip_deploy.report.tables import number
 
 UNDECIDED = "its timing decides nothing (~), time it again"
 
-Together = Callable[[Row, Row], Row]  # what pair.judge_pair says of an image tower with another target's text tower
+Together = Callable[[Row, Row], Row]  # what tower_pair.pair_row says of an image tower with another target's text tower
 Unpackable = Callable[[str], str | None]  # why a target cannot be packaged, by package.unpackable
 
 

@@ -90,7 +90,7 @@ def to_float16(
 def to_bfloat16(path: Path, keep_fp32: Sequence[str] = ()) -> None:
     """Convert a graph's weights and computation to bfloat16 in place, which has float32's range; only GPUs run it.
 
-    `keep_fp32` is that of halve.
+    `keep_fp32` is that of to_float16.
     """
     model = _load(path)
     kept = onnx_file.kept_nodes(model, path.stem, keep_fp32)
@@ -108,7 +108,7 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 def _cast_down(model: onnx.ModelProto, path: Path, floats: set[str], in_fp32: set[str], dtype: ir.DataType) -> None:
-    """Write the graph to `path` with its float32 tensors in another type, but for these nodes' and _exact ones'."""
+    """Write the graph to `path` with its float32 tensors in another type, but those of `in_fp32` and _stays_float32."""
     lowered = ir.from_proto(model)
     graph = lowered.graph
     floats = floats | {name for name, value in graph.initializers.items() if value.dtype == ir.DataType.FLOAT}

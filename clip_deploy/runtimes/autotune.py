@@ -46,7 +46,8 @@ class TunedOperators(Operators):
             return super().attention(packed, heads, scale, causal)
         fit = [blocks for blocks in kernels.QUERIES if blocks[0] <= max(MIN_QUERIES, 2 * tokens)]
         ways = [partial(kernels.attention, blocks=blocks) for blocks in fit]
-        return self._choose(("attend", packed.shape, heads, causal), ways, packed, heads, scale or head**-0.5, causal)
+        key = ("attention", packed.shape, heads, causal)
+        return self._choose(key, ways, packed, heads, scale or head**-0.5, causal)
 
     def skip_layer_norm(
         self,

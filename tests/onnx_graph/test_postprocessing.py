@@ -123,8 +123,8 @@ def test_what_pytorch_runs_with_our_kernels_is_the_encoder_alone(exported, sets,
     steps = [step.call for step in GraphModule(ir.load(tmp_path / "vision.onnx")).steps]
     named = [getattr(call, "func", call).__name__ for call in steps]
     layers = target.model["towers"]["vision"]["layers"]
-    assert [named.count(name) for name in ("cut_patches", "attend")] == [1, layers - 1]  # the last takes one query
-    assert named.count("multiply_add_and_normalise") >= 2 * (layers - 1)
+    assert [named.count(name) for name in ("patchify", "attention")] == [1, layers - 1]  # the last takes one query
+    assert named.count("linear_skip_layer_norm") >= 2 * (layers - 1)
     assert not {"_quick_gelu", "_gelu", "_cast"} & set(named[:-1])
 
 
