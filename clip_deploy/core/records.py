@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from clip_deploy.core.parsing import FLAT
 
 Scalar = str | int | float | bool | None
-Fact = Scalar | list[str] | list[int] | dict[str, Scalar]
+Fact = Scalar | list[str] | list[int] | dict[str, Scalar] | dict[str, dict[str, list[int]]]
 Facts = dict[str, Fact]  # how a target was made, for the report
 Metrics = dict[str, str | float | None]  # of one target in metrics.json: None was measured and decides nothing
 

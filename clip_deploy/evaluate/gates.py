@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import GateLimits, GatesConfig
+from clip_deploy.core.fusions import ADVICE
+from clip_deploy.core.fusions import missed as missed_fusions
 from clip_deploy.core.records import Limit, Measured, Validation
 
 LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
@@ -35,6 +37,12 @@ def check_gate(found: Measured, trained: bool, gate: GateLimits, precision: str)
 def reference_failures(record: Validation, gates: GatesConfig) -> list[GateFailure]:
     """What speaks against the reference itself, where gates.above_chance asks for it: no target is better than that."""
     return [GateFailure(doubt, "(gates.above_chance)") for doubt in record.doubts or [] if gates.above_chance]
+
+
+def fusion_failures(record: Validation, gates: GatesConfig) -> list[GateFailure]:
+    """The operations that the target's fusions missed, where gates.fusions asks for all of them."""
+    found = missed_fusions(record.build) if gates.fusions else []
+    return [GateFailure(f"{item}:", ADVICE, "(gates.fusions)") for item in found]
 
 
 def gate_failures(found: Measured, trained: bool, gate: GateLimits, precision: str) -> list[GateFailure]:
@@ -86,7 +94,7 @@ def failures_now(record: Validation, gates: GatesConfig) -> list[GateFailure]:
     whole = found is not None and set(TOWERS) <= set(found.parity) and record.doubts is not None
     gate = gate_of(gates, record.precision)
     missed = gate_failures(found, record.trained, gate, record.precision) if found and whole else []
-    missed += reference_failures(record, gates)
+    missed += reference_failures(record, gates) + fusion_failures(record, gates)
     if missed:
         return missed
     if record.status != "pass":

@@ -25,7 +25,7 @@ from clip_deploy.evaluate.embeddings import (
     image_inputs,
     load_embeddings,
 )
-from clip_deploy.evaluate.gates import check_gate, gate_of, limits, reference_failures
+from clip_deploy.evaluate.gates import check_gate, fusion_failures, gate_of, limits, reference_failures
 from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
 
 FORMAT = 1  # of a target's manifest
@@ -103,7 +103,7 @@ def _judged(
     record = replace(record, measured=measured, placement=placed)
     if reasons := check_gate(measured, record.trained, gate, target.precision):
         record = replace(record, diagnosis=diagnosis(folder, encoder, prepared, reference, gate))
-    reasons = [*map(str, reference_failures(record, gates)), *reasons]
+    reasons = [*map(str, reference_failures(record, gates) + fusion_failures(record, gates)), *reasons]
     status = "fail" if reasons else "pass"
     return replace(record, status=status, reasons=reasons, limits=limits(measured, record.trained, gate))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.json_files import read_json
-from clip_deploy.core.parsing import read_record
+from clip_deploy.core.parsing import parse, read_record
 from clip_deploy.core.records import (
     Benchmark,
     Diagnosis,
@@ -25,6 +25,8 @@ from clip_deploy.core.records import (
     ZeroShot,
 )
 from clip_deploy.report.decisive import Judged, JudgedTimings, Timings, judged, undecided
+
+Fusions = dict[str, dict[str, list[int]]]  # by tower and kind: found, expected
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Row:
     flips: float | None = None  # percent
     attention: str = ""
     graphs: dict[str, Graph] = field(default_factory=dict)
+    fusions: Fusions = field(default_factory=dict)
     search: Search | None = None
     pixels: PixelParity | None = None
     classifier: HeadAgreement | None = None
@@ -106,6 +109,7 @@ def _row(target: str, checked: Validation, timed: Benchmark, timings: JudgedTimi
         flips=found.flips if found else None,
         attention=_attention(checked.graphs),
         graphs=checked.graphs,
+        fusions=_fusions(checked.build),
         search=checked.search,
         pixels=checked.pixels,
         classifier=found.classifier if found else None,
@@ -121,11 +125,17 @@ def _row(target: str, checked: Validation, timed: Benchmark, timings: JudgedTimi
     )
 
 
+def _fusions(build: Facts) -> Fusions:
+    found = build.get("fusions", {})
+    return parse(Fusions, found, "build.fusions")
+
+
 def _build(build: Facts) -> str:
     """How a target was made, in words."""
     if "note" in build:
         return str(build["note"])
-    return ", ".join(f"{key.replace('_', ' ')} {_word(value)}" for key, value in build.items())
+    told = {key: value for key, value in build.items() if key != "fusions"}  # which have a table of their own
+    return ", ".join(f"{key.replace('_', ' ')} {_word(value)}" for key, value in told.items())
 
 
 def _word(value: Fact) -> str:
