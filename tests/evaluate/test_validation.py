@@ -197,7 +197,7 @@ def test_whatever_a_check_raises_fails_its_own_row(onnx_target, sets, monkeypatc
     def wrong(*_):
         raise ZeroDivisionError("of a library")
 
-    monkeypatch.setattr(validation, "judge", wrong)
+    monkeypatch.setattr(validation, "check_gate", wrong)
     prepared, reference = load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz"
     record = validate_apart(onnx_target, prepared, reference, GATES, 0)
     assert record.status == "fail"
