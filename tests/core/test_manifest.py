@@ -4,9 +4,12 @@ import shutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.records import checked
 
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.files import sha256
+from clip_deploy.core.parsing import parse
+from clip_deploy.core.records import Validation
 from clip_deploy.evaluate.validation import manifest
 from stages.verify import main
 
@@ -18,7 +21,7 @@ FACTS = {"model": "tiny-shapes", "seed": 0, "versions": {"onnx": "1.23.2"}}
 def target(onnx_target, tmp_path):
     """A copy of the exported target, with a manifest beside it."""
     folder = shutil.copytree(onnx_target, tmp_path / "onnx-fp32")
-    record = {"status": "pass", "reasons": [], "precision": "fp32", "limits": LIMITS}
+    record = parse(Validation, checked(limits=LIMITS), "the record")
     text = json.dumps(manifest(folder, record, FACTS))
     (tmp_path / "onnx-fp32.manifest.json").write_text(text)
     return folder

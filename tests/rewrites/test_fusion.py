@@ -191,7 +191,7 @@ def test_a_layer_norm_in_an_unknown_form_is_missed_said_shown_and_refused_by_the
 def test_a_target_that_missed_nothing_keeps_the_gate(onnx_target, sets, tmp_path):
     fused(onnx_target, tmp_path / "ort-fp32")
     evaluation = load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz"
-    assert validate(tmp_path / "ort-fp32", *evaluation, GatesConfig(fusions=True), 0)["status"] == "pass"
+    assert validate(tmp_path / "ort-fp32", *evaluation, GatesConfig(fusions=True), 0).status == "pass"
 
 
 def test_half_precision_halves_the_file_and_says_what_stays_in_fp32(onnx_target, sets, tmp_path):
