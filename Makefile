@@ -16,6 +16,7 @@ $(VENV)/ready: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 TRITON := build/triton-venv
@@ -54,7 +55,7 @@ repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/
 
 # An AGAINST that is set and empty, as of a variable that CI lacks, is refused: it would compare nothing.
 gate: $(VENV)/ready ## fail where a target of gate.required misses its gate; AGAINST=HEAD~1: or lost since that revision
-	@python -m stages.gate $(if $(filter undefined,$(origin AGAINST)),,--against '$(AGAINST)') $(ARGS)
+	@python -m clip_deploy gate $(if $(filter undefined,$(origin AGAINST)),,--against '$(AGAINST)') $(ARGS)
 
 test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory triton-env || echo "no Triton server for this machine: its tests are skipped"

@@ -150,7 +150,7 @@ def diagnosis_lines(row: Row) -> list[str]:
     ]
     lines += found.get("notes", [])
     if any(drop["nodes"] for drop in found.get("drops", [])):
-        lines.append(f"`python -m stages.apply {row.target}` puts these nodes into params.yaml; then `dvc repro`")
+        lines.append(f"`clip-deploy apply {row.target}` puts these nodes into params.yaml; then `dvc repro`")
     return lines
 
 
