@@ -8,6 +8,7 @@ NNCF's accuracy control works on one model at a time: each tower is held to the 
 FP32, and validate judges both together.
 """
 
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -62,6 +63,8 @@ def export_openvino(source: Path, settings: OpenVinoConfig, calibration: Prepare
 
 
 def _imported(name: str) -> Any:
+    """Import a library of Intel's, without what sends statistics of its use to Google from the first import on."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return import_module(name)
     except ImportError as error:
