@@ -20,6 +20,7 @@ import numpy as np
 
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import AccuracyBudget, OpenVinoConfig, OptimizeConfig, Precision
+from clip_deploy.core.environment import hardware, has_vnni
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.preprocessed import Prepared, feeds
 from clip_deploy.evaluate.accuracy import losses
@@ -147,9 +148,15 @@ def _quantise(
     reference = Embeddings(**whole.embeddings("vision", calibration), **whole.embeddings("text", calibration))
     facts: dict[str, Any] = {"method": "NNCF", "calibration_images": len(calibration.pixel_values)}
     transformer = {"model_type": nncf.ModelType.TRANSFORMER}
-    plain = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1))
+    reduced = not has_vnni(hardware()["instruction_sets"])  # AVX2 adds u8 x s8 products in 16 bits, which saturate
+    facts["reduce_range"] = reduced
+    half = {"overflow_fix": nncf.OverflowFix.ENABLE} if reduced else {}
+    plain = nncf.AdvancedQuantizationParameters(
+        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1), **half
+    )
+    smooth = nncf.AdvancedQuantizationParameters(**half)
     fastest = {"preset": nncf.QuantizationPreset.PERFORMANCE, "advanced_parameters": plain, **transformer}
-    accurate = {"preset": nncf.QuantizationPreset.MIXED, **transformer}
+    accurate = {"preset": nncf.QuantizationPreset.MIXED, "advanced_quantization_parameters": smooth, **transformer}
     quantised = {}
     for name, model in models.items():
         data = nncf.Dataset(list(feeds(calibration.inputs(name, text_inputs), CALIBRATION_BATCH)))
