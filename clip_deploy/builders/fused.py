@@ -5,9 +5,6 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import onnxruntime.transformers.optimizer as transformer_optimizer
 
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, OptimizeConfig, Precision, Provider
@@ -17,7 +14,7 @@ from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.pre_post import PrePost, attach, detach
 from clip_deploy.rewrites.attention import fuse_packed_attention, replace_masks
 from clip_deploy.rewrites.early_pooling import float_argmax
-from clip_deploy.rewrites.fusion import Rewrite, Step, _edit, fuse, rewrites_of
+from clip_deploy.rewrites.fusion import Fused, Rewrite, Step, _edit, facts_of, fuse, rewrites_of
 from clip_deploy.rewrites.half_precision import SCAN_ROWS, to_bfloat16, to_float16
 
 RUNTIME_OF_PROVIDER = {Provider.own: "ort", Provider.tensorrt: "ort_tensorrt", Provider.torch: "fused"}
@@ -34,9 +31,8 @@ def optimize(
     target = read_target(source)
     if target.unavailable:
         raise UnavailableError(f"{source.name}: {target.unavailable}")
-    for name in ("onnxscript", transformer_optimizer.__name__):  # what cannot be folded, who made the graph
-        logging.getLogger(name).setLevel(logging.ERROR)
-    undone: list[str] = []
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # what cannot be folded
+    made: dict[str, Fused] = {}
     in_fp32: list[str] = []
     with tempfile.TemporaryDirectory(dir=output) as folder:
         for tower, shape in target.model["towers"].items():
@@ -51,7 +47,7 @@ def optimize(
                 rewrites = causal_only(rewrites)
             elif device is Device.cuda:
                 rewrites = for_cuda(rewrites, target.model["context_length"])
-            undone += fuse(bare, fused, rewrites, target.model["example_texts"])
+            made[tower] = fuse(bare, fused, rewrites, target.model["example_texts"])
             if settings.precision is Precision.fp16:
                 inputs = calibration.inputs(tower, target.model["text_inputs"])
                 kept = to_float16(fused, partial(feeds, inputs, SCAN_ROWS), settings.keep_fp32, device)
@@ -59,7 +55,7 @@ def optimize(
             elif settings.precision is Precision.bf16:
                 to_bfloat16(fused, settings.keep_fp32)
             attach(fused, pre_post, output / fused.name)
-    facts: dict[str, Any] = {"rewrites_undone": undone} if undone else {}
+    facts = facts_of(made, target.model["operations"])
     if settings.keep_fp32:
         facts["keep_fp32"] = settings.keep_fp32
     if settings.precision is Precision.fp16:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.export import Dim
 
 from clip_deploy.checkpoint.load import load_model, load_processor
+from clip_deploy.checkpoint.operations import count_operations
 from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs, split
 from clip_deploy.core.artifact import EMBEDS, Target, read_target
 from clip_deploy.core.config import OPSETS, OnnxConfig
@@ -40,7 +41,7 @@ def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
     pre_posts = _pre_posts(checkpoint, settings, model)
     model = {**model, **_known(settings)}
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        _export_towers(checkpoint, settings, model, Path(folder))
+        model["operations"] = _export_towers(checkpoint, settings, model, Path(folder))
         for name, pre_post in pre_posts.items():
             attach(Path(folder) / f"{name}.onnx", pre_post, output / f"{name}.onnx")
     return Target(
@@ -90,12 +91,17 @@ def _failed(writer: str, tower: str, error: Exception) -> str:
     )
 
 
-def _export_towers(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any], output: Path) -> None:
+def _export_towers(
+    checkpoint: Path, settings: OnnxConfig, model: dict[str, Any], output: Path
+) -> dict[str, dict[str, int]]:
+    """Write both towers, and return what each computes: what the fusions of its graph are held against."""
+    operations = {}
     inputs, axes = example_inputs(model), dynamic_axes(model)
     names = {"vision": ["pixel_values"], "text": model["text_inputs"]}
     write = WRITERS[settings.writer]
     for name, tower in split(load_model(checkpoint), inputs).items():
         path = output / f"{name}.onnx"
+        operations[name] = count_operations(tower, inputs[name])
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations and tracer warnings: validate checks other shapes
@@ -108,6 +114,7 @@ def _export_towers(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any]
                 f"{path.name} holds opset {written}, not the {settings.opset} asked for (exporter {settings.writer}): "
                 "set onnx.exporter or onnx.opset to a pair that PyTorch supports"
             )
+    return operations
 
 
 def _write_dynamo(

@@ -42,10 +42,9 @@ def export_openvino(source: Path, settings: OpenVinoConfig, calibration: Prepare
     target = read_target(source)
     if target.unavailable:
         raise UnavailableError(f"{source.name}: {target.unavailable}")
-    models, undone = _convert(openvino, source, target.model, output)
+    models, fusions = _convert(openvino, source, target.model, output)
     facts: dict[str, Any] = {name: target.build[name] for name in ("opset", "exporter")} | {"source": source.name}
-    if undone:
-        facts["rewrites_undone"] = undone
+    facts |= fusions
     if nncf is not None:
         models, made = _quantise(openvino, nncf, models, target.model, settings.accuracy_budget, calibration, seed)
         budget = {"accuracy_budget": asdict(settings.accuracy_budget)} if settings.accuracy_budget else {}
@@ -73,19 +72,24 @@ def _check_cpu(openvino: Any, precision: Precision) -> None:
         raise UnavailableError("OpenVINO finds no bfloat16 instructions on this CPU")
 
 
-def _convert(openvino: Any, source: Path, model: dict[str, Any], output: Path) -> tuple[dict[str, Any], list[str]]:
-    """Both towers, fused, as OpenVINO models; and the rewrites that had to be undone."""
+def _convert(openvino: Any, source: Path, model: dict[str, Any], output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both towers, fused, as OpenVINO models; and what was fused, for the target's build."""
     from clip_deploy.onnx_graph.pre_post import detach
-    from clip_deploy.rewrites.fusion import fuse, rewrites_of  # seconds, which a missing library need not take
+    from clip_deploy.rewrites.fusion import (  # seconds, which a missing library need not take
+        facts_of,
+        fuse,
+        rewrites_of,
+    )
 
-    models, undone = {}, []
+    models, made = {}, {}
     with tempfile.TemporaryDirectory(dir=output) as folder:
         for tower, shape in model["towers"].items():
             bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
             detach(source / fused.name, bare)
-            undone += fuse(bare, fused, rewrites_of(shape, OptimizeConfig(), packed=False), model["example_texts"])
+            rewrites = rewrites_of(shape, OptimizeConfig(), packed=False)
+            made[tower] = fuse(bare, fused, rewrites, model["example_texts"])
             models[tower] = _read(openvino, fused, ["pixel_values"] if tower == "vision" else model["text_inputs"])
-    return models, undone
+    return models, facts_of(made, model["operations"])
 
 
 def _read(openvino: Any, path: Path, inputs: list[str]) -> Any:

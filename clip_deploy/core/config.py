@@ -230,6 +230,7 @@ class GatesConfig:
     bf16: GateLimits = field(default_factory=GateLimits)
     int8: GateLimits = field(default_factory=GateLimits)
     above_chance: bool = False  # all fail where the reference itself is in doubt (chance.doubts)
+    fusions: bool = False  # a target fails whose fusions missed an operation of the model
     timeout_s: float = 1800  # a target whose check takes longer hung, and fails
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import GateLimits, GatesConfig
+from clip_deploy.core.fusions import ADVICE, missed
 
 LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
 MEASURED = ("shapes", "flips", "trained", "doubts")  # besides both towers' parity: what no record lacks that passed
@@ -31,6 +32,12 @@ def check_gate(record: dict[str, Any], gate: GateLimits, precision: str) -> list
 def reference_failures(record: dict[str, Any], gates: GatesConfig) -> list[GateFailure]:
     """What speaks against the reference itself, where gates.above_chance asks for it: no target is better than that."""
     return [GateFailure(doubt, "(gates.above_chance)") for doubt in record.get("doubts", []) if gates.above_chance]
+
+
+def fusion_failures(record: dict[str, Any], gates: GatesConfig) -> list[GateFailure]:
+    """The operations that the target's fusions missed, where gates.fusions asks for all of them."""
+    found = missed(record.get("build", {})) if gates.fusions else []
+    return [GateFailure(f"{item}:", ADVICE, "(gates.fusions)") for item in found]
 
 
 def gate_failures(record: dict[str, Any], gate: GateLimits, precision: str) -> list[GateFailure]:
@@ -79,7 +86,7 @@ def failures_now(record: dict[str, Any], gates: GatesConfig) -> list[GateFailure
     record = numbers(record)
     whole = set(TOWERS) <= set(record.get("parity", {})) and set(MEASURED) <= set(record)
     found = gate_failures(record, getattr(gates, record["precision"]), record["precision"]) if whole else []
-    found += reference_failures(record, gates)
+    found += reference_failures(record, gates) + fusion_failures(record, gates)
     if found:
         return found
     status = record.get("status")

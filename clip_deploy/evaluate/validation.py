@@ -23,7 +23,7 @@ from clip_deploy.evaluate.embeddings import (
     image_inputs,
     load_embeddings,
 )
-from clip_deploy.evaluate.gates import check_gate, limits, reference_failures
+from clip_deploy.evaluate.gates import check_gate, fusion_failures, limits, reference_failures
 from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
 
 FORMAT = 1  # of a target's manifest
@@ -75,7 +75,7 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
     reasons = check_gate(record, gate, target.precision)
     if reasons:
         record["diagnosis"] = diagnosis(folder, encoder, prepared, load_embeddings(reference), gate)
-    reasons = [*map(str, reference_failures(record, gates)), *reasons]
+    reasons = [*map(str, reference_failures(record, gates) + fusion_failures(record, gates)), *reasons]
     return record | {"status": "fail" if reasons else "pass", "reasons": reasons, "limits": limits(record, gate)}
 
 

@@ -19,6 +19,8 @@ EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
 FUSED_ATTENTION = {"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"}
 GELU = {"Gelu", "QuickGelu", "FastGelu", "BiasGelu"}
 PRE_POST_PREFIXES = ("preprocess/", "head/")  # how the names of nodes around a tower begin: pre_post.py
+RUNTIME = "com.microsoft"  # the domain of ONNX Runtime's own operators
+LAYER_NORM_OPSET = 17  # ONNX's own begins there; ONNX Runtime has one for all opsets, in ONNX's domain
 CONTRIB_VERSION = 1  # of com.microsoft, and of all other domains that are not ONNX's own
 LABELS = "labels"  # key of the classifier's labels, a JSON list, in the file's metadata_props
 
@@ -83,7 +85,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def check(path: Path) -> None:
-    """Raise DeployError where onnx.checker refuses the file; operators of ONNX Runtime's own domain are let pass."""
+    """Raise DeployError where onnx.checker refuses the file; operators of ONNX Runtime's own are let pass."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             onnx.checker.check_model(_unlinked(path, Path(folder)))
@@ -97,12 +99,24 @@ def _unlinked(path: Path, folder: Path) -> Path:
         if name.startswith(f"{path.name}."):
             with (folder / name).open("wb") as file:
                 file.truncate((path.parent / name).stat().st_size)  # takes no place on the disk
-    return Path(shutil.copyfile(path, folder / path.name))
+    copy = folder / path.name
+    model = onnx.load(path, load_external_data=False)
+    if opset_in(model) >= LAYER_NORM_OPSET:
+        return Path(shutil.copyfile(path, copy))
+    for node in model.graph.node:
+        if node.op_type == "LayerNormalization":
+            node.domain = RUNTIME
+    model.opset_import.append(onnx.helper.make_opsetid(RUNTIME, CONTRIB_VERSION))
+    onnx.save(model, copy)
+    return copy
 
 
 def opset_of(path: Path) -> int:
     """Version of the standard operator set that the file declares."""
-    model = onnx.load(path, load_external_data=False)
+    return opset_in(onnx.load(path, load_external_data=False))
+
+
+def opset_in(model: onnx.ModelProto) -> int:
     return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
@@ -122,11 +136,15 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def census(counts: Counter) -> dict[str, int]:
-    """Fused attentions, all attentions (one Softmax each where not fused), and the other fused operators."""
+    """Fused attentions, all attentions (one Softmax each where not fused), and the other fused operators.
+
+    layer_norm counts those of skip_layer_norm too.
+    """
     fused = sum(counts[name] for name in FUSED_ATTENTION)
     return {
         "attention": fused,
         "attention_expected": fused + counts["Softmax"],
+        "layer_norm": counts["LayerNormalization"] + counts["SkipLayerNormalization"],
         "skip_layer_norm": counts["SkipLayerNormalization"],
         "gelu": sum(counts[name] for name in GELU),
         "quantized_matmul": counts["MatMulInteger"] + counts["DynamicQuantizeMatMul"],

@@ -7,6 +7,7 @@ from typing import Any
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import REFERENCE
+from clip_deploy.core.fusions import ADVICE, KINDS
 from clip_deploy.report.contents import Block, Key, Report, Section, Table
 from clip_deploy.report.decisive import BETWEEN_RUNS, again, pace, undecided
 from clip_deploy.report.figures import accuracy_figure, sensitivity_figure, speed_figure, throughput_figure
@@ -348,8 +349,6 @@ def graph_section(report: Report) -> Section:
         "Operator sets",
         "Nodes",
         "Attention fused",
-        "SkipLayerNorm",
-        "GELU",
         "Inputs and outputs",
         "IR, producer",
     ]
@@ -364,13 +363,34 @@ def graph_section(report: Report) -> Section:
                     ", ".join(f"{domain} {version}" for domain, version in graph["opsets"].items()),
                     str(graph["nodes"]),
                     f"{fusion['attention']}/{fusion['attention_expected']}",
-                    str(fusion["skip_layer_norm"]),
-                    str(fusion["gelu"]),
                     ", ".join(shapes).replace("'", ""),
                     f"{graph['ir_version']}, {graph['producer']}",
                 ]
             )
     return Section("Graphs", [Table(head, body, left=len(head)) if body else "No ONNX target."])
+
+
+def fusion_section(report: Report) -> Section | None:
+    """What each target's fusions found of what its model computes; what they missed in bold."""
+    towers = [(row, tower, kinds) for row in report.rows for tower, kinds in row.fusions.items()]
+    shown = [kind for kind in KINDS if any(max(kinds.get(kind, [0])) for _, _, kinds in towers)]
+    body = [[f"`{row.target}` {tower}", *(_fused(kinds.get(kind)) for kind in shown)] for row, tower, kinds in towers]
+    head = ["Fused, of those in the model", *(KINDS[kind] for kind in shown)]
+    return Section("Fusions", [Table(head, body, left=1), FUSIONS]) if body else None
+
+
+FUSIONS = (
+    "Expected is what the PyTorch model computes in one call, counted when it was exported. "
+    f"Where fewer are fused, {ADVICE}; `fusions: true` in conf/gates/ makes it a failure."
+)
+
+
+def _fused(numbers: list[int] | None) -> str:
+    """Found of expected; nothing where the target does not ask for it or the model has none."""
+    if not numbers or not max(numbers):
+        return MISSING
+    found, expected = numbers
+    return f"{found}/{expected}" if found >= expected else f"**{found}/{expected}**"
 
 
 def pixel_section(report: Report) -> Section | None:
@@ -486,6 +506,7 @@ SECTIONS: Sequence[Callable[[Report], Section | None]] = (
     gpu_tutorial,
     triton_section,
     graph_section,
+    fusion_section,
     pixel_section,
     head_section,
     search_section,

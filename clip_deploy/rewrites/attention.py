@@ -12,8 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from clip_deploy.onnx_graph.ir_tools import array, initializer, made_by, only_user, permutation
-
-RUNTIME = "com.microsoft"
+from clip_deploy.onnx_graph.onnx_file import RUNTIME
 
 
 @dataclass

@@ -31,8 +31,8 @@ def fused(source, tower, output, on_gpu=False):
     rewrites = rewrites_of(model["towers"][tower], OptimizeConfig(skip_layer_norm=on_gpu))
     if on_gpu:
         rewrites = for_cuda(rewrites, model["context_length"])
-    undone = fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", rewrites, model["example_texts"])
-    assert undone == []
+    made = fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", rewrites, model["example_texts"])
+    assert made.undone == []
     return output / f"{tower}.onnx", model
 
 

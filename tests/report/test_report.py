@@ -85,6 +85,30 @@ def test_what_int8_leaves_in_float_and_its_curve_are_in_the_report(rows):
     ]
 
 
+def test_what_was_fused_is_shown_beside_what_there_is_and_what_was_missed_in_bold(rows):
+    rows[1].fusions = {
+        "vision": {"attention": [4, 4], "layer_norm": [9, 10], "skip_layer_norm": [0, 7], "patch_embedding": [1, 1]},
+        "text": {"attention": [2, 2], "layer_norm": [5, 5], "skip_layer_norm": [4, 4], "patch_embedding": [0, 0]},
+    }
+    lines = markdown(Report("title", rows)).splitlines()
+    start = lines.index(
+        "| Fused, of those in the model | attention | LayerNormalization | SkipLayerNormalization | patch embedding |"
+    )
+    assert lines[start + 2 : start + 4] == [
+        "| `ort-int8` vision | 4/4 | **9/10** | **0/7** | 1/1 |",
+        "| `ort-int8` text | 2/2 | 5/5 | 4/4 | - |",
+    ]
+    assert "`fusions: true` in conf/gates/" in lines[start + 5]
+
+
+def test_what_was_fused_has_a_table_of_its_own_and_no_place_in_how_a_target_was_made(tmp_path):
+    made = {"opset": 18, "fusions": {"vision": {"attention": [4, 4]}}}
+    write_json(tmp_path / "validate" / "ort-fp32.json", {**CHECKED, "build": made})
+    write_json(tmp_path / "benchmark" / "ort-fp32.json", TIMED)
+    (row,) = read_rows(["ort-fp32"], tmp_path / "validate", tmp_path / "benchmark")
+    assert (row.build, row.fusions) == ("opset 18", made["fusions"])
+
+
 @pytest.mark.parametrize(
     ("value", "written"),
     [(1.0, "1.00"), (0.19, "0.190"), (59.62, "59.6"), (369.4, "369"), (2633.4, "2,633"), (0, "0.00")],
