@@ -50,11 +50,18 @@ $(MOTO)/ready:
 	  responses==0.26.3 s3transfer==0.19.3 werkzeug==3.1.9 xmltodict==1.0.4
 	@touch $@
 
+# Other versions of ONNX Runtime, for the test that each leads to the same fused graph.
+RUNTIMES := build/onnxruntime-1.24.4/ready build/onnxruntime-1.30.0/ready
+$(RUNTIMES): build/onnxruntime-%/ready:
+	rm -rf build/onnxruntime-$*
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/onnxruntime-$* onnxruntime==$*
+	@touch $@
+
 repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/report.md
 	dvc repro
 
 # An AGAINST that is set and empty, as of a variable that CI lacks, is refused: it would compare nothing.
-gate: $(VENV)/ready ## fail where a target of gate.required misses its gate; AGAINST=HEAD~1: or lost since that revision
+gate: $(VENV)/ready ## fail where a target of ci.required misses its gate; AGAINST=HEAD~1: or lost since that revision
 	@python -m clip_deploy gate $(if $(filter undefined,$(origin AGAINST)),,--against '$(AGAINST)') $(ARGS)
 
 test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
@@ -62,6 +69,7 @@ test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory $(LANGUAGE)/ready || echo "no Triton language: the tests of our GPU kernels are skipped"
 	@$(MAKE) --no-print-directory $(RAY)/ready || echo "no Ray: the test of a cluster is skipped"
 	@$(MAKE) --no-print-directory $(MOTO)/ready || echo "no moto: the tests of an object store are skipped"
+	@$(MAKE) --no-print-directory $(RUNTIMES) || echo "no other ONNX Runtime: the tests of its versions are skipped"
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 reliability: $(VENV)/ready ## kill, starve and feed it nonsense, many times more than `test`; writes reports/reliability.md

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip_deploy.core.artifact import read_target
+from clip_deploy.core.errors import first_line
 from clip_deploy.core.files import write_text
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.torch_module import GraphModule, Operators
@@ -39,8 +40,8 @@ CALLS = 20  # of a turn without a CUDA graph
 class PyTorchAttention(TunedOperators):
     """Our kernels, but PyTorch's attention over queries, keys and values copied apart."""
 
-    def attend(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
-        return Operators.attend(self, packed, heads, scale, causal)
+    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+        return Operators.attention(self, packed, heads, scale, causal)
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def one_after_another() -> Iterator[None]:
 
 @contextmanager
 def sums_in_fp16() -> Iterator[None]:
-    """cuBLAS may add up products in FP16."""
+    """cuBLAS may add up in FP16."""
     torch.backends.cuda.matmul.allow_fp16_accumulation = True
     try:
         yield
@@ -137,7 +138,7 @@ def cells(choice: Choice, changed: GraphModule, shipped: GraphModule, batches: l
             with choice.within():
                 embeddings = changed(*given)
         except RuntimeError as error:  # a kernel that does not take these shapes or masks
-            return [*["-"] * 2 * len(batches), str(error).splitlines()[0][:80]]
+            return [*["-"] * 2 * len(batches), first_line(error)[:80]]
         lowest = min(lowest, F.cosine_similarity(embeddings, shipped(*given)).min().item())
         timed.append(ratios(choice, changed, given, shipped, given))
     return [*(cell for pair in timed for cell in pair), f"{lowest:.5f}"]

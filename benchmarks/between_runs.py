@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from statistics import median, quantiles
 
+from clip_deploy.core.config import REFERENCE
 from clip_deploy.core.files import write_text
 from clip_deploy.report.ci_gate import git
-from clip_deploy.report.markdown import REFERENCE
 from clip_deploy.report.tables import number, table
 
 WAITING = {REFERENCE, "torch-fp16", "torch-bf16", "torchscript-fp16", "onnx-fp32"}

@@ -19,6 +19,7 @@ from onnxruntime.quantization import quantize_dynamic, quantize_static
 from clip_deploy.builders.quantize import Reader, prepare, quantize
 from clip_deploy.core.artifact import Target, build, read_target, size_bytes
 from clip_deploy.core.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig
+from clip_deploy.core.errors import first_line
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared, load_prepared
 from clip_deploy.evaluate.accuracy import flips, zero_shot
@@ -93,7 +94,7 @@ def judged(folder: Path, evaluation: Prepared, reference: Embeddings) -> dict[st
     try:
         actual = encode_set(open_encoder(folder), evaluation)
     except Exception as error:  # the runtime's errors share no base class
-        return {"unavailable": str(error).splitlines()[0]}
+        return {"unavailable": first_line(error)}
     return {
         "left_in_float": len(target.search.get("left_in_float", [])),
         **zero_shot(actual, reference, evaluation, SEED),

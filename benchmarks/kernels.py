@@ -59,20 +59,20 @@ def timings(tower: str, batch: int) -> Iterator[list[str]]:
         ("second of MLP", 4 * width, width, None),
     ):
         given = (_random(count, depth), _random(wide, depth), _random(wide), activation)
-        ways = {str(tiles): partial(kernels.by_tiles, tiles=tiles) for tiles in (*kernels.LARGE, *kernels.SMALL)}
-        yield row(name, kernels.by_library, ways, given, 2 * count * depth * wide)
+        ways = {str(tiles): partial(kernels.triton_linear, tiles=tiles) for tiles in (*kernels.LARGE, *kernels.SMALL)}
+        yield row(name, kernels.cublas_linear, ways, given, 2 * count * depth * wide)
     packed = (_random(batch, tokens, 3 * width), heads, 64**-0.5, causal)
-    ways = {str(blocks): partial(kernels.attend, blocks=blocks) for blocks in kernels.QUERIES}
-    yield row("attention", LIBRARY.attend, ways, packed, 4 * count * tokens * width)
+    ways = {str(blocks): partial(kernels.attention, blocks=blocks) for blocks in kernels.QUERIES}
+    yield row("attention", LIBRARY.attention, ways, packed, 4 * count * tokens * width)
     summed = (_random(batch, tokens, width), _random(batch, tokens, width), *(_random(width) for _ in range(3)), 1e-5)
-    yield row("sum, LayerNormalization", _normalise_by_library, {"": kernels.add_and_normalise}, summed)
+    yield row("sum, LayerNormalization", _normalise_by_library, {"": kernels.skip_layer_norm}, summed)
     if tower == "vision":
         images = (torch.randn(batch, 3, 224, 224, device="cuda"), (32, 32), torch.float16)
-        yield row("cast, patches", LIBRARY.cut_patches, {"": kernels.cut_patches}, images)
+        yield row("cast, patches", LIBRARY.patchify, {"": kernels.patchify}, images)
 
 
 def _normalise_by_library(*given: Any) -> Any:
-    return LIBRARY.add_and_normalise(*given[:-1], epsilon=given[-1])
+    return LIBRARY.skip_layer_norm(*given[:-1], epsilon=given[-1])
 
 
 def _random(*shape: int) -> Tensor:

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from clip_deploy.core.config import typed
 from clip_deploy.core.environment import hardware, software
-from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.errors import ConfigError, DeployError, first_line
 from clip_deploy.core.files import write_text
 
 WARM_UP = 3  # calls that do not count
@@ -84,7 +84,7 @@ def profile(folder: Path, tower: str, settings: Settings) -> Profile:
         return readers[kind](folder / f"{tower}.{kind}", settings)
     except Exception as error:  # the runtimes' errors share no base class
         given = f"batch={settings.batch} tokens={settings.tokens}"
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"{folder.name}: the {tower} tower does not run at {given} ({reason}); try others") from error
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline import ROOT, copy_project, environment
-from clip_deploy.core.artifact import BESIDE
+from clip_deploy.core.artifact import MANIFEST_NAME
 from clip_deploy.core.files import sha256, write_text
 from clip_deploy.core.json_files import read_json, write_json
 
@@ -62,7 +62,7 @@ class Copy:
 
     def hashes(self) -> Hashes:
         """Of all that was built; what stands for a target that could not be is none of it."""
-        built, missing, end = self.path / "artifacts", self.unavailable(), BESIDE.format("")
+        built, missing, end = self.path / "artifacts", self.unavailable(), MANIFEST_NAME.format("")
         paths = [path for path in sorted(built.rglob("*")) if path.is_file()]
         paths = [path for path in paths if not missing.keys() & {path.parent.name, path.name.removesuffix(end)}]
         return {path.relative_to(built).as_posix(): sha256(path) for path in paths}

@@ -17,7 +17,7 @@ COMMANDS = {
     "publish": "Add Triton's models as the next version to a repository that is served, or take a version back.",
     "compare": "Put two machines, or two runs on one, side by side, as a Markdown table.",
     "why": "Say what `dvc repro` would run, and because of which change.",
-    "gate": "Fail where a target of gate.required misses its gate, has no result or a stale one.",
+    "gate": "Fail where a target of ci.required misses its gate, has no result or a stale one.",
     "apply": "Keep in FP32 what the diagnosis of a failed target names.",
     "package": "Put a target, with all that a deployment needs, into one folder.",
     "device": "Choose the device: put its targets, and how each is built, into params.yaml.",

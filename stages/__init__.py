@@ -32,7 +32,7 @@ except ModuleNotFoundError as missing:
         "or `source .venv/bin/activate` first"
     )
 
-from clip_deploy.core.artifact import BESIDE, MANIFEST, check_files, check_prepared
+from clip_deploy.core.artifact import MANIFEST, MANIFEST_NAME, check_files, check_prepared
 from clip_deploy.core.config import GROUPS, find_choice, read_yaml, sections, typed
 from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
 from clip_deploy.core.subprocesses import die_with_dvc
@@ -153,8 +153,8 @@ def _check_inputs(settings: Any) -> None:
         if (value / MANIFEST).is_file():
             check_files(value)
             continue
-        known = [value.with_name(BESIDE.format(value.name)), *sorted(value.glob(BESIDE.format("*")))]
-        folders = [path.with_name(path.name.removesuffix(BESIDE.format(""))) for path in known if path.is_file()]
+        known = [value.with_name(MANIFEST_NAME.format(value.name)), *sorted(value.glob(MANIFEST_NAME.format("*")))]
+        folders = [path.with_name(path.name.removesuffix(MANIFEST_NAME.format(""))) for path in known if path.is_file()]
         for folder in folders:
             if not (folder / MANIFEST).is_file():  # of a target, validate's is older than the target may be
                 check_prepared(folder)

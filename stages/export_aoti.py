@@ -6,8 +6,9 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.builders.aoti import export_aoti as export
-from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import AotiConfig, Device
+from clip_deploy.core.fusions import print_missed
 from clip_deploy.data.preprocessed import load_prepared
 from stages import stage
 
@@ -31,6 +32,7 @@ def export_aoti(settings: Settings) -> None:
         lambda folder: export(settings.source, precision, calibration, folder, device),
         Target("aoti", precision.value, device=device.value),
     )
+    print_missed(settings.target, read_target(settings.output).build)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.builders.openvino import export_openvino as export
-from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import OpenVinoConfig
+from clip_deploy.core.fusions import print_missed
 from clip_deploy.data.preprocessed import load_prepared
 from stages import stage
 
@@ -31,6 +32,7 @@ def export_openvino(settings: Settings) -> None:
         lambda folder: export(settings.source, chosen, calibration, settings.seed, folder),
         Target("openvino", chosen.precision.value),
     )
+    print_missed(settings.target, read_target(settings.output).build)
 
 
 if __name__ == "__main__":

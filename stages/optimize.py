@@ -5,10 +5,11 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.builders.fused import RUNTIMES
+from clip_deploy.builders.fused import RUNTIME_OF_PROVIDER
 from clip_deploy.builders.fused import optimize as fuse
-from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import Device, OptimizeConfig
+from clip_deploy.core.fusions import print_missed
 from clip_deploy.data.preprocessed import load_prepared
 from stages import stage
 
@@ -26,9 +27,10 @@ class Settings:
 @stage
 def optimize(settings: Settings) -> None:
     chosen = settings.optimize[settings.target]
-    fallback = Target(RUNTIMES[chosen.provider], chosen.precision.value, device=settings.device.value)
+    fallback = Target(RUNTIME_OF_PROVIDER[chosen.provider], chosen.precision.value, device=settings.device.value)
     calibration = load_prepared(settings.calibration)
     build(settings.output, lambda folder: fuse(settings.source, chosen, calibration, folder, settings.device), fallback)
+    print_missed(settings.target, read_target(settings.output).build)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from clip_deploy.core.config import GatesConfig, RecommendConfig
 from clip_deploy.core.json_files import write_json
 from clip_deploy.report.recommend import recommend as advise
 from clip_deploy.report.rows import read_rows
-from clip_deploy.report.tower_pair import judge_pair
+from clip_deploy.report.tower_pair import pair_row
 from stages import stage
 
 
@@ -34,7 +34,7 @@ class Settings:
 @stage
 def recommend(settings: Settings) -> None:
     rows = read_rows(settings.targets, settings.validation, settings.benchmark_results)
-    together = partial(judge_pair, built=settings.built, evaluation=settings.evaluation, gates=settings.gates)
+    together = partial(pair_row, built=settings.built, evaluation=settings.evaluation, gates=settings.gates)
     advice = advise(
         rows, settings.recommend, together, lambda name: unpackable(settings.built / name, settings.portable)
     )

@@ -8,11 +8,10 @@ from omegaconf import MISSING
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import EndToEndConfig
 from clip_deploy.core.json_files import read_json
-from clip_deploy.report.gpu_sections import gpu_sections
+from clip_deploy.report.contents import Report
 from clip_deploy.report.recommend import Recommendation, shown
 from clip_deploy.report.rows import doubts, read_flows, read_rows
-from clip_deploy.report.triton_sections import triton_sections
-from clip_deploy.report.write import write_report
+from clip_deploy.report.write import describe_inputs, describe_run, entitle, write_report
 from stages import stage
 
 
@@ -35,12 +34,19 @@ class Settings:
 @stage
 def report(settings: Settings) -> None:
     rows = read_rows(settings.targets, settings.validation, settings.benchmark_results)
-    flows = read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end")
     environment, evaluation = read_json(settings.environment), read_json(settings.evaluation / "manifest.json")
-    model, names = read_target(settings.checkpoint).model, {"model": settings.model_name, "data": settings.data_name}
-    sections = gpu_sections(rows) + triton_sections(read_json(settings.served))
-    advice = shown(Recommendation(**read_json(settings.recommendation)), rows)
-    write_report(rows, environment, model, evaluation, names, flows, settings.output, sections, advice)
+    model = read_target(settings.checkpoint).model
+    found = Report(
+        title=entitle(settings.model_name, environment, rows),
+        rows=rows,
+        about=describe_inputs(settings.model_name, model, settings.data_name, evaluation),
+        run=describe_run(environment, rows),
+        flows=read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end"),
+        shipping=shown(Recommendation(**read_json(settings.recommendation)), rows),
+        findings=model.get("findings", []),
+        served=read_json(settings.served),
+    )
+    write_report(found, settings.output)
     counts = f"{len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass"
     print(f"{settings.output / 'report.md'}: {'; '.join([*doubts(rows), counts])}")
 

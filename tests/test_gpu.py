@@ -20,7 +20,7 @@ from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import (
     BenchmarkConfig,
     Device,
-    Gate,
+    GateLimits,
     GatesConfig,
     OptimizeConfig,
     Precision,
@@ -37,7 +37,9 @@ from clip_deploy.timing import nvml as gpu
 from clip_deploy.timing.latency import _power, measure
 
 CUDA = Device.cuda
-GATES = GatesConfig(fp32=Gate(min_cosine=0.9999), fp16=Gate(min_cosine=0.999), bf16=Gate(min_cosine=0.99))
+GATES = GatesConfig(
+    fp32=GateLimits(min_cosine=0.9999), fp16=GateLimits(min_cosine=0.999), bf16=GateLimits(min_cosine=0.99)
+)
 
 
 def fused(precision):
@@ -132,7 +134,7 @@ def test_memory_and_power_of_the_gpu_are_measured(checkpoint, tmp_path):
         lambda output: export_torch(checkpoint, TorchConfig(Precision.fp16), CUDA, output),
         Target("eager", "fp16"),
     )
-    settings = BenchmarkConfig(batch_sizes=[1, 8], seconds=0.1, power_seconds=0.5)
+    settings = BenchmarkConfig(batch_sizes=[1, 8], seconds=0.1, power_s=0.5)
     record = measure(folder, folder, settings)
     assert record["gpu_memory_mb"] > 100
     assert record["power"]["mean_w"] > 20

@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.core.similarity import compare
+from clip_deploy.core.similarity import similarity
 from clip_deploy.report.decisive import WIDE
-from clip_deploy.timing.latency import LEAST_ROUNDS, Worker, calls_per_turn, speedup_interval
+from clip_deploy.timing.latency import MIN_ROUNDS, LatencyWorker, calls_per_turn, speedup_interval
 
 WARMUP = 3  # calls before the first turn
 LOWEST_COSINE = {"fp32": 0.9999, "bf16": 0.99, "int8": 0.99}  # ours win nothing below it; any peer is raced against
@@ -53,11 +53,11 @@ def race(contestants: list[Contestant], requests: list[dict], threads: int, seco
         seconds: time limit of the rounds of one request, all contestants together; at least 8 rounds are run.
         rounds: of one request, at most.
     """
-    workers: dict[str, Worker] = {}
+    workers: dict[str, LatencyWorker] = {}
     try:
         for one in contestants:
             if not one.unavailable:
-                workers[one.name] = Worker(one.folder, threads, one.program)
+                workers[one.name] = LatencyWorker(one.folder, threads, one.program)
                 _attempt(one, workers, workers[one.name].wait)
         entered = [one for one in contestants if one.name in workers]
         return [_run(request, entered, workers, seconds, rounds) for request in tqdm(requests, disable=None)]
@@ -66,7 +66,7 @@ def race(contestants: list[Contestant], requests: list[dict], threads: int, seco
             worker.close()
 
 
-def _attempt(one: Contestant, workers: dict[str, Worker], action) -> Any:
+def _attempt(one: Contestant, workers: dict[str, LatencyWorker], action) -> Any:
     """What `action` returns; None where the contestant failed, now or before."""
     if one.unavailable:
         return None
@@ -78,11 +78,13 @@ def _attempt(one: Contestant, workers: dict[str, Worker], action) -> Any:
         return None
 
 
-def _run(request: dict, contestants: list[Contestant], workers: dict[str, Worker], seconds: float, rounds: int) -> Case:
+def _run(
+    request: dict, contestants: list[Contestant], workers: dict[str, LatencyWorker], seconds: float, rounds: int
+) -> Case:
     case = Case(request)
     calls = {one.name: _attempt(one, workers, lambda one=one: _prepare(case, one, workers)) for one in contestants}
     rng, started = np.random.default_rng(0), monotonic()
-    while case.rounds < LEAST_ROUNDS or (case.rounds < rounds and monotonic() - started < seconds):
+    while case.rounds < MIN_ROUNDS or (case.rounds < rounds and monotonic() - started < seconds):
         for index in rng.permutation(len(contestants)):
             name = contestants[index].name
             ask = {"calls": calls[name]}
@@ -94,7 +96,7 @@ def _run(request: dict, contestants: list[Contestant], workers: dict[str, Worker
     return case
 
 
-def _prepare(case: Case, one: Contestant, workers: dict[str, Worker]) -> int:
+def _prepare(case: Case, one: Contestant, workers: dict[str, LatencyWorker]) -> int:
     """Give the inputs, keep the embeddings, and find how many calls fill a turn."""
     worker = workers[one.name]
     worker.ask({**case.request, **one.request})
@@ -155,7 +157,7 @@ def _cosine(case: Case, name: str, truth: str) -> float:
     """The lowest cosine of any row; NaN where `truth` failed."""
     if truth not in case.embeddings:
         return float("nan")
-    return float(compare(case.embeddings[name], case.embeddings[truth])["cosine_min"])
+    return float(similarity(case.embeddings[name], case.embeddings[truth])["cosine_min"])
 
 
 def lanes(one: Contestant, requests: list[dict]) -> list[Contestant]:

@@ -21,12 +21,12 @@ from torch.export import Dim
 from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, OptimizeConfig, Precision
-from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError, first_line
 from clip_deploy.data.preprocessed import Prepared, feeds
-from clip_deploy.onnx_graph.pre_post import take_off
+from clip_deploy.onnx_graph.pre_post import detach
 from clip_deploy.onnx_graph.torch_module import GraphModule
-from clip_deploy.rewrites.fusion import fuse, rewrites_of
-from clip_deploy.rewrites.half_precision import SCAN_ROWS, halve
+from clip_deploy.rewrites.fusion import Fused, facts_of, fuse, rewrites_of
+from clip_deploy.rewrites.half_precision import SCAN_ROWS, to_float16
 from clip_deploy.runtimes.pytorch import require
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -50,28 +50,28 @@ def export_aoti(
     target = read_target(source)
     if target.unavailable:
         raise UnavailableError(f"{source.name}: {target.unavailable}")
-    undone: list[str] = []
+    made: dict[str, Fused] = {}
     in_fp32: list[str] = []
     with _reported("a C++ file"):
         _check_compiler()
     with _cache_in(output):
         for tower, shape in target.model["towers"].items():
-            graph, missed, kept = _fused(source, tower, shape, target.model, precision, calibration, output, device)
-            undone += missed
+            graph, made[tower], kept = _fused(
+                source, tower, shape, target.model, precision, calibration, output, device
+            )
             in_fp32 += kept
-            floating = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+            dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
             with _reported(f"the {tower} tower"), torch.no_grad():
-                module = GraphModule(graph, floating).eval().to(device.value)
+                module = GraphModule(graph, dtype).eval().to(device.value)
                 _compile(_program(module, tower, target.model, device), output / f"{tower}.pt2", device)
-    facts = {"rewrites_undone": undone, "left_in_fp32": in_fp32}
+    facts = facts_of(made, target.model["operations"]) | ({"left_in_fp32": in_fp32} if in_fp32 else {})
     return Target(
         runtime="aoti",
         precision=precision.value,
         device=device.value,
         files=["vision.pt2", "text.pt2"],
         model={**target.model, "normalize": False, "classifier": None},
-        build={"compiler": f"AOTInductor, {NOTES[device]}", "source": source.name}
-        | {key: value for key, value in facts.items() if value},
+        build={"compiler": f"AOTInductor, {NOTES[device]}", "source": source.name, **facts},
     )
 
 
@@ -92,22 +92,22 @@ def _fused(
     calibration: Prepared,
     output: Path,
     device: Device,
-) -> tuple[ir.Model, list[str], list[str]]:
-    """One tower's fused graph, the rewrites that had to be undone, and the nodes that float16 leaves in float32."""
+) -> tuple[ir.Model, Fused, list[str]]:
+    """One tower's fused graph, what was fused, and the nodes that float16 leaves in float32."""
     settings = OptimizeConfig(precision=Precision.fp16 if precision is Precision.fp16 else Precision.fp32)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
-        take_off(source / fused.name, bare)
-        undone = fuse(bare, fused, rewrites_of(shape, settings), model["example_texts"])
+        detach(source / fused.name, bare)
+        made = fuse(bare, fused, rewrites_of(shape, settings), model["example_texts"])
         kept: dict[str, float] = {}
         if precision is Precision.fp16:
             inputs = calibration.inputs(tower, model["text_inputs"])
-            kept = halve(fused, partial(feeds, inputs, SCAN_ROWS), device=device)
+            kept = to_float16(fused, partial(feeds, inputs, SCAN_ROWS), device=device)
         graph = ir.load(fused)
         for value in graph.graph.initializers.values():  # the file goes with the folder
             if value.const_value is not None:
                 value.const_value = ir.tensor(value.const_value.numpy().copy())
-    return graph, undone, [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
+    return graph, made, [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def _reported(what: str) -> Iterator[None]:
     except Exception as error:  # PyTorch's compilers share no base class of errors
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise UnavailableError(f"AOTInductor does not compile {what}: {reason}") from error
 
 

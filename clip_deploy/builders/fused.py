@@ -5,22 +5,19 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import onnxruntime.transformers.optimizer as transformer_optimizer
 
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, OptimizeConfig, Precision, Provider
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.preprocessed import Prepared, feeds
 from clip_deploy.onnx_graph import onnx_file
-from clip_deploy.onnx_graph.pre_post import Shell, put_on, take_off
-from clip_deploy.rewrites.attention import replace_masks, take_in_products
-from clip_deploy.rewrites.early_pooling import find_in_float
-from clip_deploy.rewrites.fusion import Rewrite, Step, _edit, fuse, rewrites_of
-from clip_deploy.rewrites.half_precision import SCAN_ROWS, halve, to_bfloat16
+from clip_deploy.onnx_graph.pre_post import PrePost, attach, detach
+from clip_deploy.rewrites.attention import fuse_packed_attention, replace_masks
+from clip_deploy.rewrites.early_pooling import float_argmax
+from clip_deploy.rewrites.fusion import Fused, Rewrite, Step, _edit, facts_of, fuse, rewrites_of
+from clip_deploy.rewrites.half_precision import SCAN_ROWS, to_bfloat16, to_float16
 
-RUNTIMES = {Provider.own: "ort", Provider.tensorrt: "ort_tensorrt", Provider.torch: "fused"}
+RUNTIME_OF_PROVIDER = {Provider.own: "ort", Provider.tensorrt: "ort_tensorrt", Provider.torch: "fused"}
 
 
 def optimize(
@@ -34,45 +31,44 @@ def optimize(
     target = read_target(source)
     if target.unavailable:
         raise UnavailableError(f"{source.name}: {target.unavailable}")
-    for name in ("onnxscript", transformer_optimizer.__name__):  # what cannot be folded, who made the graph
-        logging.getLogger(name).setLevel(logging.ERROR)
-    undone: list[str] = []
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # what cannot be folded
+    made: dict[str, Fused] = {}
     in_fp32: list[str] = []
     with tempfile.TemporaryDirectory(dir=output) as folder:
         for tower, shape in target.model["towers"].items():
             bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
-            shell = take_off(source / fused.name, bare)
+            pre_post = detach(source / fused.name, bare)
             if settings.provider is Provider.torch:
-                shell = Shell()
+                pre_post = PrePost()
             rewrites = rewrites_of(shape, settings)
             if settings.provider is Provider.tensorrt:
                 rewrites = rewrites[-1:]  # masks alone: TensorRT reads no operators of ONNX Runtime's own
             elif settings.provider is Provider.torch:
-                rewrites = by_order(rewrites)
+                rewrites = causal_only(rewrites)
             elif device is Device.cuda:
                 rewrites = for_cuda(rewrites, target.model["context_length"])
-            undone += fuse(bare, fused, rewrites, target.model["example_texts"])
+            made[tower] = fuse(bare, fused, rewrites, target.model["example_texts"])
             if settings.precision is Precision.fp16:
                 inputs = calibration.inputs(tower, target.model["text_inputs"])
-                kept = halve(fused, partial(feeds, inputs, SCAN_ROWS), settings.keep_fp32, device)
+                kept = to_float16(fused, partial(feeds, inputs, SCAN_ROWS), settings.keep_fp32, device)
                 in_fp32 += [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
             elif settings.precision is Precision.bf16:
                 to_bfloat16(fused, settings.keep_fp32)
-            put_on(fused, shell, output / fused.name)
-    facts: dict[str, Any] = {"rewrites_undone": undone} if undone else {}
+            attach(fused, pre_post, output / fused.name)
+    facts = facts_of(made, target.model["operations"])
     if settings.keep_fp32:
         facts["keep_fp32"] = settings.keep_fp32
     if settings.precision is Precision.fp16:
         facts["left_in_fp32"] = in_fp32
     elif settings.precision is Precision.fp32 and settings.provider is Provider.own and device is Device.cuda:
-        facts["products"] = "may be in TF32, the provider's default for float32"
+        facts["matmuls"] = "may be in TF32, the provider's default for float32"
     if settings.provider is Provider.torch:
         bare_model = {**target.model, "normalize": False, "classifier": None}
         target = replace(target, image_input="pixel_values", model=bare_model)
         facts["kernels"] = "ours or the library's, the faster for each shape"
     return replace(
         target,
-        runtime=RUNTIMES[settings.provider],
+        runtime=RUNTIME_OF_PROVIDER[settings.provider],
         precision=settings.precision.value,
         device=device.value,
         files=onnx_file.files_of(output),
@@ -80,7 +76,7 @@ def optimize(
     )
 
 
-def by_order(rewrites: list[Step]) -> list[Step]:
+def causal_only(rewrites: list[Step]) -> list[Step]:
     """The same without a mask of padding where the order of tokens masks enough: a GPU's fastest kernels take none."""
     alone: Rewrite = partial(_edit, lambda model: replace_masks(model, causal=True, padding=False))
     first = [("causal mask alone", alone)]
@@ -88,10 +84,10 @@ def by_order(rewrites: list[Step]) -> list[Step]:
 
 
 def for_cuda(rewrites: list[Step], context: int) -> list[Step]:
-    """The same with what ONNX Runtime needs on a GPU: products inside attention, and no search in integers."""
-    held: Rewrite = partial(_edit, take_in_products)
+    """The same with what ONNX Runtime needs on a GPU: the packed matmul inside attention, and no search in integers."""
+    held: Rewrite = partial(_edit, fuse_packed_attention)
     return [
-        *by_order(rewrites),
+        *causal_only(rewrites),
         [("packed attention", held)],
-        [("end of text", partial(_edit, lambda model: find_in_float(model, context)))],
+        [("end of text", partial(_edit, lambda model: float_argmax(model, context)))],
     ]

@@ -14,14 +14,15 @@ from torch import nn
 from torch.export import Dim
 
 from clip_deploy.checkpoint.load import load_model, load_processor
+from clip_deploy.checkpoint.operations import count_operations
 from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs, split
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.artifact import EMBEDS, Target, read_target
 from clip_deploy.core.config import OPSETS, OnnxConfig
 from clip_deploy.core.errors import DeployError, UnavailableError, one_line
 from clip_deploy.onnx_graph import onnx_file
-from clip_deploy.onnx_graph.postprocessing import encode_labels, put_behind
-from clip_deploy.onnx_graph.pre_post import EMBEDS, Shell, put_on
-from clip_deploy.onnx_graph.preprocessing import IMAGES, PIXELS, preprocessing_shell
+from clip_deploy.onnx_graph.postprocessing import add_postprocessing, encode_labels
+from clip_deploy.onnx_graph.pre_post import PrePost, attach
+from clip_deploy.onnx_graph.preprocessing import IMAGES, PIXELS, preprocessing_nodes
 
 
 def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
@@ -37,12 +38,12 @@ def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
     """
     source = read_target(checkpoint)
     model = source.model
-    shells = _shells(checkpoint, settings, model)
+    pre_posts = _pre_posts(checkpoint, settings, model)
     model = {**model, **_known(settings)}
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        _export_towers(checkpoint, settings, model, Path(folder))
-        for name, shell in shells.items():
-            put_on(Path(folder) / f"{name}.onnx", shell, output / f"{name}.onnx")
+        model["operations"] = _export_towers(checkpoint, settings, model, Path(folder))
+        for name, pre_post in pre_posts.items():
+            attach(Path(folder) / f"{name}.onnx", pre_post, output / f"{name}.onnx")
     return Target(
         runtime="ort",
         precision="fp32",
@@ -66,17 +67,17 @@ def _known(settings: OnnxConfig) -> dict[str, Any]:
     return {"normalize": settings.normalize, "classifier": head}
 
 
-def _shells(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any]) -> dict[str, Shell]:
-    shells = {"vision": Shell(), "text": Shell()}
+def _pre_posts(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any]) -> dict[str, PrePost]:
+    pre_posts = {"vision": PrePost(), "text": PrePost()}
     labels = None
     if settings.preprocess:
-        shells["vision"] = preprocessing_shell(load_processor(checkpoint).image_processor, model["image_size"])
+        pre_posts["vision"] = preprocessing_nodes(load_processor(checkpoint).image_processor, model["image_size"])
     if settings.classifier:
         processor = load_processor(checkpoint)
         labels = encode_labels(load_model(checkpoint), processor, model, settings.classifier, settings.template)
-    put_behind(shells["vision"], "vision", settings.normalize, labels)
-    put_behind(shells["text"], "text", settings.normalize, None)
-    return shells
+    add_postprocessing(pre_posts["vision"], "vision", settings.normalize, labels)
+    add_postprocessing(pre_posts["text"], "text", settings.normalize, None)
+    return pre_posts
 
 
 def _failed(writer: str, tower: str, error: Exception) -> str:
@@ -90,12 +91,17 @@ def _failed(writer: str, tower: str, error: Exception) -> str:
     )
 
 
-def _export_towers(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any], output: Path) -> None:
+def _export_towers(
+    checkpoint: Path, settings: OnnxConfig, model: dict[str, Any], output: Path
+) -> dict[str, dict[str, int]]:
+    """Write both towers, and return what each computes: what the fusions of its graph are held against."""
+    operations = {}
     inputs, axes = example_inputs(model), dynamic_axes(model)
     names = {"vision": ["pixel_values"], "text": model["text_inputs"]}
     write = WRITERS[settings.writer]
     for name, tower in split(load_model(checkpoint), inputs).items():
         path = output / f"{name}.onnx"
+        operations[name] = count_operations(tower, inputs[name])
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations and tracer warnings: validate checks other shapes
@@ -108,6 +114,7 @@ def _export_towers(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any]
                 f"{path.name} holds opset {written}, not the {settings.opset} asked for (exporter {settings.writer}): "
                 "set onnx.exporter or onnx.opset to a pair that PyTorch supports"
             )
+    return operations
 
 
 def _write_dynamo(

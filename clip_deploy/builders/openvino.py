@@ -1,8 +1,8 @@
 """OpenVINO IR of both towers, read from our fused graphs; INT8 by NNCF.
 
 OpenVINO's own reading of a PyTorch tower computes the last layer for every token and QuickGELU in three nodes; from the
-fused graph it takes pooling, patches and activations as they are. Query, key and value keep a product each: its plugin
-cuts a packed INT8 product by copying it.
+fused graph it takes pooling, patches and activations as they are. Query, key and value keep a matmul each: its plugin
+cuts a packed INT8 matmul by copying it.
 
 NNCF's accuracy control works on one model at a time: each tower is held to the whole budget while the other stays in
 FP32, and validate judges both together.
@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.artifact import EMBEDS, Target, read_target
 from clip_deploy.core.config import AccuracyBudget, OpenVinoConfig, OptimizeConfig, Precision
 from clip_deploy.core.environment import hardware, has_vnni
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.preprocessed import Prepared, feeds
-from clip_deploy.evaluate.accuracy import losses
+from clip_deploy.evaluate.accuracy import accuracy_cost
 from clip_deploy.evaluate.embeddings import Embeddings, encode_images, encode_texts
+from clip_deploy.runtimes import text_feed
 
 INSTALL = "pip install '.[openvino]'"
 CALIBRATION_BATCH = 4
-OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
 
 
 def export_openvino(source: Path, settings: OpenVinoConfig, calibration: Prepared, seed: int, output: Path) -> Target:
@@ -44,10 +44,9 @@ def export_openvino(source: Path, settings: OpenVinoConfig, calibration: Prepare
     target = read_target(source)
     if target.unavailable:
         raise UnavailableError(f"{source.name}: {target.unavailable}")
-    models, undone = _convert(openvino, source, target.model, output)
+    models, fusions = _convert(openvino, source, target.model, output)
     facts: dict[str, Any] = {name: target.build[name] for name in ("opset", "exporter")} | {"source": source.name}
-    if undone:
-        facts["rewrites_undone"] = undone
+    facts |= fusions
     if nncf is not None:
         models, made = _quantise(openvino, nncf, models, target.model, settings.accuracy_budget, calibration, seed)
         budget = {"accuracy_budget": asdict(settings.accuracy_budget)} if settings.accuracy_budget else {}
@@ -77,19 +76,24 @@ def _check_cpu(openvino: Any, precision: Precision) -> None:
         raise UnavailableError("OpenVINO finds no bfloat16 instructions on this CPU")
 
 
-def _convert(openvino: Any, source: Path, model: dict[str, Any], output: Path) -> tuple[dict[str, Any], list[str]]:
-    """Both towers, fused, as OpenVINO models; and the rewrites that had to be undone."""
-    from clip_deploy.onnx_graph.pre_post import take_off
-    from clip_deploy.rewrites.fusion import fuse, rewrites_of  # seconds, which a missing library need not take
+def _convert(openvino: Any, source: Path, model: dict[str, Any], output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both towers, fused, as OpenVINO models; and what was fused, for the target's build."""
+    from clip_deploy.onnx_graph.pre_post import detach
+    from clip_deploy.rewrites.fusion import (  # seconds, which a missing library need not take
+        facts_of,
+        fuse,
+        rewrites_of,
+    )
 
-    models, undone = {}, []
+    models, made = {}, {}
     with tempfile.TemporaryDirectory(dir=output) as folder:
         for tower, shape in model["towers"].items():
             bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
-            take_off(source / fused.name, bare)
-            undone += fuse(bare, fused, rewrites_of(shape, OptimizeConfig(), packed=False), model["example_texts"])
+            detach(source / fused.name, bare)
+            rewrites = rewrites_of(shape, OptimizeConfig(), packed=False)
+            made[tower] = fuse(bare, fused, rewrites, model["example_texts"])
             models[tower] = _read(openvino, fused, ["pixel_values"] if tower == "vision" else model["text_inputs"])
-    return models, undone
+    return models, facts_of(made, model["operations"])
 
 
 def _read(openvino: Any, path: Path, inputs: list[str]) -> Any:
@@ -100,7 +104,7 @@ def _read(openvino: Any, path: Path, inputs: list[str]) -> Any:
         raise UnavailableError(f"OpenVINO does not convert the {path.stem} tower: {reason}") from error
     for port, name in zip(converted.inputs, inputs, strict=True):
         port.get_tensor().set_names({name})
-    converted.outputs[0].get_tensor().set_names({OUTPUTS[path.stem]})
+    converted.outputs[0].get_tensor().set_names({EMBEDS[path.stem]})
     return converted
 
 
@@ -116,8 +120,7 @@ class _Towers:
         return self.compiled["vision"]({"pixel_values": pixel_values})[0].copy()
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.compiled["text"]({name: given[name] for name in self.text_inputs})[0].copy()
+        return self.compiled["text"](text_feed(self.text_inputs, input_ids, attention_mask))[0].copy()
 
     def embeddings(self, tower: str, prepared: Prepared) -> dict[str, np.ndarray]:
         """What one tower gives for a prepared set, as fields of Embeddings."""
@@ -135,7 +138,7 @@ def _quantise(
     calibration: Prepared,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both towers in INT8, and how. The fastest arrangement is tried first: symmetric, without SmoothQuant's products.
+    """Both towers in INT8, and how. The fastest arrangement is tried first: symmetric, without SmoothQuant's scaling.
 
     Where that breaks the budget, NNCF's accuracy control searches from its most accurate one.
     """
@@ -148,7 +151,9 @@ def _quantise(
     reference = Embeddings(**whole.embeddings("vision", calibration), **whole.embeddings("text", calibration))
     facts: dict[str, Any] = {"method": "NNCF", "calibration_images": len(calibration.pixel_values)}
     transformer = {"model_type": nncf.ModelType.TRANSFORMER}
-    reduced = not has_vnni(hardware()["instruction_sets"])  # AVX2 adds u8 x s8 products in 16 bits, which saturate
+    reduced = not has_vnni(
+        hardware()["instruction_sets"]
+    )  # AVX2 adds u8 x s8 multiplications in 16 bits, which saturate
     facts["reduce_range"] = reduced
     half = {"overflow_fix": nncf.OverflowFix.ENABLE} if reduced else {}
     plain = nncf.AdvancedQuantizationParameters(
@@ -188,7 +193,7 @@ def _budget_spent(
 
     def spent(compiled: Any, _: Any) -> tuple[float, None]:
         own = _Towers({tower: compiled}, text_inputs).embeddings(tower, calibration)
-        loss = losses(replace(reference, **own), reference, calibration, seed)
+        loss = accuracy_cost(replace(reference, **own), reference, calibration, seed)
         limits = {"top1_drop": budget.max_top1_drop, "flips": budget.max_flips}
         return -max(max(loss[name], 0.0) / max(limit, 1e-6) for name, limit in limits.items()), None
 

@@ -18,7 +18,7 @@ from clip_deploy.core.json_files import read_json
 from clip_deploy.core.manifest import provenance
 from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER
 from clip_deploy.evaluate.embeddings import load_embeddings
-from clip_deploy.evaluate.gates import held
+from clip_deploy.evaluate.gates import failures_now
 
 FORMAT = 1  # of manifest.json
 RUNTIME = "ort"  # the one that needs neither torch nor a library of its own
@@ -128,7 +128,7 @@ def check_fit(name: str, advice: dict[str, Any], sources: Sources, gates: GatesC
     fit = [other for other, row in known.items() if row["status"] == "pass" and row["runtime"] == RUNTIME]
     others = [other for other in fit if other != name]
     way_out = f"fit are {', '.join(others)}" if others else "no other target is fit"
-    missed = "; ".join(map(str, held(record, gates)))
+    missed = "; ".join(map(str, failures_now(record, gates)))
     if missed or target["status"] != "pass":
         raise DeployError(f"{name} is not fit to ship: {missed or '; '.join(target['reasons'])}; {way_out}")
     if target["runtime"] != RUNTIME:

@@ -30,13 +30,13 @@ from clip_deploy.core.config import AccuracyBudget, Calibration, Quantization, Q
 from clip_deploy.core.environment import has_vnni
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.preprocessed import Prepared, feeds
-from clip_deploy.evaluate.accuracy import losses, within
+from clip_deploy.evaluate.accuracy import accuracy_cost, within_budget
 from clip_deploy.evaluate.embeddings import encode_set
 from clip_deploy.onnx_graph import onnx_file
-from clip_deploy.onnx_graph.pre_post import put_on, take_off
+from clip_deploy.onnx_graph.pre_post import attach, detach
 from clip_deploy.runtimes.ort import Encoder
 
-OPERATORS = ["MatMul", "Gather"]  # the fused graphs' products, patches included, and the embedding tables
+OPERATORS = ["MatMul", "Gather"]  # the fused graphs' matmuls, patches included, and the embedding tables
 OPTIONS = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
 BLOCK = 128  # weights that share a scale in weight_only
 METHODS = {
@@ -102,25 +102,27 @@ def _write_within(towers: "_Towers", budget: AccuracyBudget, seed: int) -> dict[
 
     def judged(left: int) -> dict[str, float]:
         towers.write(order[:left])
-        return losses(encode_set(towers.encoder(towers.small), towers.calibration), reference, towers.calibration, seed)
+        return accuracy_cost(
+            encode_set(towers.encoder(towers.small), towers.calibration), reference, towers.calibration, seed
+        )
 
     written = left = len(found.left_in_float)
     missed = left - 1  # the search found the budget missed there, or nothing is left out
     loss = judged(left)
-    while not within(loss, budget) and left < len(order):
+    while not within_budget(loss, budget) and left < len(order):
         missed, left = left, min(len(order), left + math.ceil(len(order) / 10))
         written, loss = left, judged(left)
     while left - missed > 1:
         written = (missed + left) // 2
         trial = judged(written)
-        missed, left, loss = (missed, written, trial) if within(trial, budget) else (written, left, loss)
+        missed, left, loss = (missed, written, trial) if within_budget(trial, budget) else (written, left, loss)
     if written != left:
         towers.write(order[:left])
     return {**asdict(found), "left_in_float": order[:left], **loss}
 
 
 class _Towers:
-    """The two towers on their way to INT8, without their shells: `work` holds them plain, `small` in INT8."""
+    """Both towers on their way to INT8, without pre- and post-processing: `work` holds them plain, `small` in INT8."""
 
     def __init__(
         self,
@@ -135,10 +137,10 @@ class _Towers:
         self.text_inputs, self.work, self.small = text_inputs, work, work / "int8"
         self.small.mkdir()
         self.plain = {tower: work / f"{tower}.onnx" for tower in ("vision", "text")}
-        self.shells = {}
+        self.pre_posts = {}
         for tower, path in self.plain.items():
             bare = work / f"{tower}-bare.onnx"
-            self.shells[tower] = take_off(source / path.name, bare)
+            self.pre_posts[tower] = detach(source / path.name, bare)
             prepare(bare, path)
             if settings.keep_fp32:
                 onnx_file.kept_nodes(onnx.load(path, load_external_data=False), tower, settings.keep_fp32)
@@ -156,8 +158,8 @@ class _Towers:
 
     def finish(self, output: Path) -> None:
         """Write the graphs of `small` into `output`, with what stands around them."""
-        for tower, shell in self.shells.items():
-            put_on(self.small / f"{tower}.onnx", shell, output / f"{tower}.onnx")
+        for tower, pre_post in self.pre_posts.items():
+            attach(self.small / f"{tower}.onnx", pre_post, output / f"{tower}.onnx")
 
     def encoder(self, folder: Path) -> Encoder:
         return Encoder(folder, Target("ort", "int8", model={"text_inputs": self.text_inputs}), None)
@@ -186,7 +188,7 @@ class _Towers:
 
 
 def reduces_range(choice: ReduceRange, instruction_sets: list[str]) -> bool:
-    """Whether weights get 7 bits: without VNNI, AVX2 adds u8 x s8 products in 16 bits, which saturate."""
+    """Whether weights get 7 bits: without VNNI, AVX2 adds u8 x s8 multiplications in 16 bits, which saturate."""
     if choice is ReduceRange.auto:
         return not has_vnni(instruction_sets)
     return choice is ReduceRange.always
@@ -228,7 +230,7 @@ def _static(
         extra_options={
             **OPTIONS,
             "ActivationSymmetric": settings.symmetric,
-            "OpTypesToExcludeOutputQuantization": OPERATORS,  # what follows a product computes in float anyhow
+            "OpTypesToExcludeOutputQuantization": OPERATORS,  # what follows a matmul computes in float anyhow
         },
     )
 
@@ -266,7 +268,7 @@ def prepare(source: Path, output: Path) -> None:
 
 
 def activation_ranges(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Scale and zero point of each product's input in a QDQ graph, by the product's name."""
+    """Scale and zero point of each matmul's input in a QDQ graph, by the matmul's name."""
     graph = onnx.load(path).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     made = {output: node for node in graph.node for output in node.output}

@@ -1,6 +1,6 @@
 """Which nodes INT8 hurts, and the fewest to leave in float so that an accuracy budget holds.
 
-Both towers run with a switch at each product: on, its input and weight are rounded as the quantiser rounds them.
+Both towers run with a switch at each matmul: on, its input and weight are rounded as the quantiser rounds them.
 One session for each tower serves every question: scanning all nodes costs one pass over a few rows for each.
 """
 
@@ -17,9 +17,10 @@ from tqdm import tqdm
 from clip_deploy.core.config import AccuracyBudget
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared
-from clip_deploy.evaluate.accuracy import losses, within
+from clip_deploy.evaluate.accuracy import accuracy_cost, within_budget
 from clip_deploy.evaluate.embeddings import encode_set
 from clip_deploy.onnx_graph import onnx_file
+from clip_deploy.runtimes import text_feed
 
 SCAN_ROWS = 16  # images, and texts, of the scan
 UNTOUCHED = {"top1_drop": 0.0, "flips": 0.0, "cosine": 1.0}
@@ -90,8 +91,7 @@ class Switched:
         return self._run("vision", {"pixel_values": images})
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self._run("text", {name: given[name] for name in self.text_inputs})
+        return self._run("text", text_feed(self.text_inputs, input_ids, attention_mask))
 
     def _run(self, tower: str, feeds: dict[str, np.ndarray]) -> np.ndarray:
         switches = {_switch(name): np.array(f"{tower}: {name}" in self.on) for name in self.switches[tower]}
@@ -193,15 +193,15 @@ def search(encoder: Switched, prepared: Prepared, budget: AccuracyBudget, seed: 
         count = len(order) - left
         if count not in known:
             encoder.on = set(order[left:])
-            known[count] = losses(encode_set(encoder, prepared), reference, prepared, seed)
+            known[count] = accuracy_cost(encode_set(encoder, prepared), reference, prepared, seed)
         return known[count]
 
     low, high = 0, len(order)  # `high` nodes left in float meet the budget
-    if within(loss(0), budget):
+    if within_budget(loss(0), budget):
         high = 0
     while low + 1 < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if within(loss(middle), budget) else (middle, high)
+        low, high = (low, middle) if within_budget(loss(middle), budget) else (middle, high)
     for share in CURVE:
         loss(round((1 - share) * len(order)))
     curve = [{"share": count / len(order), **point} for count, point in sorted(known.items())]

@@ -1,7 +1,7 @@
 """SmoothQuant: move the range of outlying activations into the weights behind (Xiao et al., 2022, arXiv:2211.10438).
 
-A LayerNormalization that feeds products only is divided, channel by channel, by what multiplies the rows of their
-weights: the product stays the same, and its input has no outliers left.
+A LayerNormalization that feeds matmuls only is divided, channel by channel, by what multiplies the rows of their
+weights: the result stays the same, and its input has no outliers left.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from onnxruntime.quantization import CalibrationDataReader
 
 from clip_deploy.onnx_graph import onnx_file
 
-LEAST = 1e-5  # of a channel's range
+MIN_SCALE = 1e-5  # of a channel's range
 
 
 def smooth(path: Path, share: float, reader: CalibrationDataReader) -> int:
@@ -28,12 +28,12 @@ def smooth(path: Path, share: float, reader: CalibrationDataReader) -> int:
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     groups = _groups(model.graph, set(weights))
     ranges = _ranges(model, [norm.output[0] for norm, _ in groups], reader)
-    for norm, products in groups:
-        rows = np.max([np.abs(numpy_helper.to_array(weights[node.input[1]])).max(axis=1) for node in products], axis=0)
-        factor = np.maximum(ranges[norm.output[0]], LEAST) ** share / np.maximum(rows, LEAST) ** (1 - share)
+    for norm, matmuls in groups:
+        rows = np.max([np.abs(numpy_helper.to_array(weights[node.input[1]])).max(axis=1) for node in matmuls], axis=0)
+        factor = np.maximum(ranges[norm.output[0]], MIN_SCALE) ** share / np.maximum(rows, MIN_SCALE) ** (1 - share)
         for index in range(1, len(norm.input)):
             _replace(model.graph, norm, index, numpy_helper.to_array(weights[norm.input[index]]) / factor)
-        for node in products:
+        for node in matmuls:
             _replace(model.graph, node, 1, numpy_helper.to_array(weights[node.input[1]]) * factor[:, None])
     used = {name for node in model.graph.node for name in node.input}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
@@ -45,7 +45,7 @@ def smooth(path: Path, share: float, reader: CalibrationDataReader) -> int:
 
 
 def _groups(graph: onnx.GraphProto, constants: set[str]) -> list[tuple[onnx.NodeProto, list[onnx.NodeProto]]]:
-    """Each LayerNormalization that only products with constant weights read, with those products."""
+    """Each LayerNormalization that only matmuls with constant weights read, with those matmuls."""
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:

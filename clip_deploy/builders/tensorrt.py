@@ -19,8 +19,8 @@ from clip_deploy.core.environment import gpus
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.preprocessed import Prepared, feeds
 from clip_deploy.onnx_graph import onnx_file
-from clip_deploy.onnx_graph.pre_post import take_off
-from clip_deploy.rewrites.half_precision import SCAN_ROWS, clamp_masks, halve
+from clip_deploy.onnx_graph.pre_post import detach
+from clip_deploy.rewrites.half_precision import SCAN_ROWS, clamp_masks, to_float16
 from clip_deploy.runtimes.tensorrt_library import INSTALL, is_rtx, load_tensorrt, log_of, validity
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -45,11 +45,11 @@ def build_engine(source: Path, settings: BuildEngineConfig, calibration: Prepare
     with tempfile.TemporaryDirectory(dir=output) as folder:
         for tower in target.model["towers"]:
             bare, graph = Path(folder) / f"bare-{tower}.onnx", Path(folder) / f"{tower}.onnx"
-            take_off(source / graph.name, bare)
+            detach(source / graph.name, bare)
             if settings.precision is Precision.fp32:
                 graph = bare
             else:
-                kept = _halve(bare, graph, calibration.inputs(tower, target.model["text_inputs"]))
+                kept = _to_float16(bare, graph, calibration.inputs(tower, target.model["text_inputs"]))
                 in_fp32 += [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
             _build(library, graph, settings, target.model["context_length"], output / f"{tower}.engine")
     facts = {name: target.build[name] for name in ("opset", "exporter")} | {"source": source.name, **validity(library)}
@@ -73,15 +73,15 @@ def _choices(library: Any, settings: BuildEngineConfig, model: dict[str, Any]) -
 def _precision(settings: BuildEngineConfig, in_fp32: list[str]) -> dict[str, Any]:
     if settings.precision is Precision.fp16:
         return {"left_in_fp32": in_fp32}
-    return {"products": "may be in TF32, TensorRT's default for float32"}
+    return {"matmuls": "may be in TF32, TensorRT's default for float32"}
 
 
-def _halve(bare: Path, half: Path, inputs: dict[str, Any]) -> dict[str, float]:
+def _to_float16(bare: Path, half: Path, inputs: dict[str, Any]) -> dict[str, float]:
     """Write the graph in float16, and return the nodes that stay in float32 with their largest values."""
     model = ir.load(bare)
     clamp_masks(model)
     onnx_file.save(model, half)
-    return halve(half, partial(feeds, inputs, SCAN_ROWS), device=Device.cuda)
+    return to_float16(half, partial(feeds, inputs, SCAN_ROWS), device=Device.cuda)
 
 
 def _build(library: Any, graph: Path, settings: BuildEngineConfig, context: int, output: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from clip_deploy.checkpoint.load import load_model
-from clip_deploy.checkpoint.towers import Rounded, example_inputs, split
+from clip_deploy.checkpoint.towers import CastWrapper, example_inputs, split
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, Precision
-from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError, first_line
 from clip_deploy.runtimes.pytorch import require
 
 NOTE = "torch.jit.trace, deprecated"
@@ -38,7 +38,7 @@ def export_torchscript(checkpoint: Path, precision: Precision, output: Path, dev
             if precision is Precision.int8:
                 tower = _quantized(tower)
             elif precision in HALVES:
-                tower = Rounded(tower, HALVES[precision]).eval()
+                tower = CastWrapper(tower, HALVES[precision]).eval()
             traced = _trace(tower.to(device.value), tuple(tensor.to(device.value) for tensor in inputs[name]))
         _save(traced, output / f"{name}.pt")
     return Target(
@@ -61,7 +61,7 @@ def _quantized(tower: nn.Module) -> nn.Module:
     try:
         return torch.ao.quantization.quantize_dynamic(tower, {nn.Linear}, dtype=torch.qint8)
     except RuntimeError as error:
-        raise UnavailableError(f"PyTorch has no INT8 kernels here: {str(error).splitlines()[0]}") from error
+        raise UnavailableError(f"PyTorch has no INT8 kernels here: {first_line(error)}") from error
 
 
 def _trace(tower: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.jit.ScriptModule:
@@ -69,7 +69,7 @@ def _trace(tower: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.jit.Scri
         with torch.inference_mode():
             return torch.jit.freeze(torch.jit.trace(tower, inputs, check_trace=False))
     except (RuntimeError, TypeError) as error:
-        raise UnavailableError(f"torch.jit.trace failed: {str(error).splitlines()[0]}") from error
+        raise UnavailableError(f"torch.jit.trace failed: {first_line(error)}") from error
 
 
 def _save(module: torch.jit.ScriptModule, path: Path) -> None:

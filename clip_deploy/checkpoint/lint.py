@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from clip_deploy.checkpoint.fetch import called
 from clip_deploy.checkpoint.layout import own_code
-from clip_deploy.checkpoint.load import CAPITALS, EXAMPLE_TEXTS, load_as_is, load_processor
+from clip_deploy.checkpoint.load import CAPITALS, EXAMPLE_TEXTS, load_processor, load_with_report
 from clip_deploy.checkpoint.verify import read_config, stated_settings, tower_settings
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import ModelConfig
@@ -80,7 +80,7 @@ OF_BOTH_KINDS = ("clip", "metaclip_2")
 SAME_FUNCTION = 1e-3  # the exact GELU and its tanh form differ by 5e-4 at most, QuickGELU by 2e-2
 
 INITIAL_SCALE = float(np.log(1 / 0.07))  # CLIP's temperature before training (arXiv:2103.00020, section 2.3)
-LARGEST_SCALE = 200.0  # training clips CLIP's at 100 (same section), fine-tuning may not; SigLIP's are 100 to 120
+MAX_SCALE = 200.0  # training clips CLIP's at 100 (same section), fine-tuning may not; SigLIP's are 100 to 120
 SIGMOID_LOSS = ("siglip", "siglip2")  # trained with a bias, and from another temperature
 ALIKE = 1e-6  # 1 - cosine: rounding moves it by 1e-7, and other texts in a model with random weights by 1e-3
 TWICE = 1000.0  # beyond it lies what was stored after exp and goes through exp again
@@ -199,7 +199,7 @@ class Opened:
 
     @cached_property
     def loaded(self) -> tuple["PreTrainedModel", dict[str, Any]]:
-        return load_as_is(self.folder)
+        return load_with_report(self.folder)
 
     @property
     def config(self) -> Any:
@@ -442,7 +442,7 @@ SENTENCES = (  # one after another says the same; a vocabulary of one language k
 )
 
 
-def words(opened: Opened) -> Iterator[Finding]:
+def unknown_words(opened: Opened) -> Iterator[Finding]:
     """Whether the tokenizer knows the words of texts."""
     tokenizer = opened.processor.tokenizer
     shares = [_unknown(tokenizer, text) for text in SENTENCES]
@@ -543,11 +543,11 @@ def scale(opened: Opened) -> Iterator[Finding]:
     stored = float(model.logit_scale.detach())
     factor = float(np.exp(np.float64(stored)))
     found = f"logit_scale is {stored:.4g}, so cosines are multiplied by {factor:.4g}"
-    expected = f"a factor from 1 to {LARGEST_SCALE:g}"
+    expected = f"a factor from 1 to {MAX_SCALE:g}"
     if not np.isfinite(factor) or factor > TWICE:
         consequence = "Probabilities would be 0, 1 or NaN: the factor itself was stored instead of its logarithm"
         yield Finding("logit-scale", ERROR, found, expected, consequence)
-    elif not 1 <= factor <= LARGEST_SCALE:
+    elif not 1 <= factor <= MAX_SCALE:
         consequence = "Ranks are right, probabilities are too sharp or too flat"
         yield Finding("logit-scale", WARNING, found, expected, consequence)
     elif opened.kind not in SIGMOID_LOSS and abs(stored - INITIAL_SCALE) < 1e-3:
@@ -742,7 +742,7 @@ CHECKS: tuple[Callable[[Opened], Iterator[Finding]], ...] = (
     end_of_text,
     padding,
     vocabulary,
-    words,
+    unknown_words,
     clip_texts,
     stated,
     context,

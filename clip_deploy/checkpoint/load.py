@@ -32,7 +32,7 @@ def load_model(folder: Path) -> "PreTrainedModel":
     return model.eval()
 
 
-def load_as_is(folder: Path) -> tuple["PreTrainedModel", dict[str, Any]]:
+def load_with_report(folder: Path) -> tuple["PreTrainedModel", dict[str, Any]]:
     """The model however it loads, and transformers' record: missing_keys, unexpected_keys, mismatched_keys."""
     return _load(folder, ignore_mismatched_sizes=True)
 

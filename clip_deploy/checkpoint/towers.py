@@ -39,16 +39,16 @@ class TextTower(nn.Module):
         return self.model.get_text_features(input_ids=input_ids, **masked).pooler_output
 
 
-class Rounded(nn.Module):
-    """A tower that computes in `floating` and takes and gives float32."""
+class CastWrapper(nn.Module):
+    """A tower that computes in `dtype` and takes and gives float32."""
 
-    def __init__(self, tower: nn.Module, floating: torch.dtype) -> None:
+    def __init__(self, tower: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.floating = floating
-        self.tower = tower.to(floating)
+        self.dtype = dtype
+        self.tower = tower.to(dtype)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        rounded = (value.to(self.floating) if value.is_floating_point() else value for value in inputs)
+        rounded = (value.to(self.dtype) if value.is_floating_point() else value for value in inputs)
         return self.tower(*rounded).float()
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.errors import DataError, DeployError, first_line
 from clip_deploy.inference.storage import local, read_tables, shown, vectors
-from clip_deploy.serving.drift import compare
+from clip_deploy.serving.drift import measure_drift
 
 DRIFTED = 3
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    drift = compare(read_embeddings(given.live), read_embeddings(given.golden))
+    drift = measure_drift(read_embeddings(given.live), read_embeddings(given.golden))
     print(
         f"{'drift' if drift.drifted else 'no drift'}: discrepancy {drift.mmd2:.2g}, threshold {drift.threshold:.2g}, "
         f"p {drift.p_value:.3f}; {drift.rows[0]} live rows, {drift.rows[1]} golden; cosine of the means "
@@ -45,7 +45,7 @@ def read_embeddings(where: str) -> np.ndarray:
     except DeployError:
         raise
     except Exception as error:  # NumPy's and pyarrow's readers raise whatever their parsers meet
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"cannot read {shown(where)} ({reason}): give a .npy, a .npz with `images`, a folder of .npy, or Parquet "
             "with a column `embedding`"

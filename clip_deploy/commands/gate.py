@@ -1,4 +1,4 @@
-"""Fail where a target of gate.required misses its gate, has no result or a stale one.
+"""Fail where a target of ci.required misses its gate, has no result or a stale one.
 
 It reads what `dvc repro` left, and prints target, quantity, value and limit of every miss, or the verdicts where there
 is none. The limits are those under `gate` in params.yaml and in conf/gates/.
@@ -16,16 +16,16 @@ from typing import Any
 from clip_deploy.commands.project import CONF, PARAMS, PROBED, check_project, probed
 from clip_deploy.core.config import Params, load_choice, load_params
 from clip_deploy.core.errors import DeployError
-from clip_deploy.evaluate.gates import Miss
+from clip_deploy.evaluate.gates import GateFailure
 from clip_deploy.report.ci_gate import (
     AGAIN,
     Found,
     Reports,
     at_revision,
+    check_reports,
     check_required,
-    compare,
+    compare_revisions,
     in_folder,
-    judge,
     readable,
     refusals,
     time_again,
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="REVISION",
-        help="a git revision: fail too where a target lost more than gate.max_... since its reports",
+        help="a git revision: fail too where a target lost more than ci.max_... since its reports",
     )
     parser.add_argument(
         "--allow-uncompared",
@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     check_project(PARAMS, CONF)
     params, present = load_params(PARAMS, CONF), in_folder(REPORTS)
-    names = params.gate.required
+    names = params.ci.required
     check_required(names, params.targets)
-    found = [stale(present), judge(names, present, load_choice(CONF, "gates", params.gates), BUILT)]
+    found = [stale(present), check_reports(names, present, load_choice(CONF, "gates", params.gates), BUILT)]
     if given.against is not None:
         found += _lost(given, params, present)
     if any(missed for part in found for missed in part.values()):
@@ -75,7 +75,7 @@ def run(given: argparse.Namespace) -> int:
 def _lost(given: argparse.Namespace, params: Params, present: Reports) -> list[Found]:
     """What the targets lost since a revision, and what cannot be told, if that is not allowed."""
     former = at_revision(given.against, REPORTS)
-    lost, uncompared = compare(params.gate.required, present, former, params.gate)
+    lost, uncompared = compare_revisions(params.ci.required, present, former, params.ci)
     if not given.allow_uncompared:
         return [lost, uncompared]
     print("".join(f"note: {name}: {miss}\n" for name, missed in uncompared.items() for miss in missed), end="")
@@ -102,7 +102,7 @@ def stale(present: Reports) -> Found:
         for name, what in inputs.items()
         if what != read.get(name)
     ]
-    return {name: [Miss("stale", what, AGAIN) for what in why] for name, why in found.items()}
+    return {name: [GateFailure("stale", what, AGAIN) for what in why] for name, why in found.items()}
 
 
 def in_words(what: str | dict[str, Any]) -> str:

@@ -17,8 +17,9 @@ from clip_deploy.core.errors import EVERY_ROW, ConfigError, DeployError, DiskErr
 from clip_deploy.core.files import disk_error_code, new_folder, sha256, write_text
 
 TOWERS = ("vision", "text")  # in this order everywhere
+EMBEDS = {"vision": "image_embeds", "text": "text_embeds"}  # the first output of each tower's graph
 MANIFEST = "target.json"
-BESIDE = "{}.manifest.json"  # of a folder: what it holds
+MANIFEST_NAME = "{}.manifest.json"  # of a folder: what it holds
 CACHE = ".dvc/cache/files/md5"
 
 
@@ -72,7 +73,7 @@ def check_files(folder: Path) -> None:
 
 def check_prepared(folder: Path) -> None:
     """The same of a folder of prepared data, by its manifest beside it."""
-    path = folder.with_name(BESIDE.format(folder.name))
+    path = folder.with_name(MANIFEST_NAME.format(folder.name))
     try:
         files = json.loads(path.read_text())["files"]
         found = differences(folder, files)
@@ -85,7 +86,7 @@ def check_prepared(folder: Path) -> None:
 def write_manifest(folder: Path) -> None:
     """Say beside a folder which files it holds."""
     text = json.dumps({"files": hashes(folder)}, indent=1)
-    write_text(folder.with_name(BESIDE.format(folder.name)), text + "\n")
+    write_text(folder.with_name(MANIFEST_NAME.format(folder.name)), text + "\n")
 
 
 def _damaged(folder: Path, path: Path, known: str) -> DiskError:

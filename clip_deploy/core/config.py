@@ -28,8 +28,8 @@ GROUPS = ("model", "data", "benchmark", "gates")  # folders under conf/
 OPSETS = {"torchscript": (14, 20), "dynamo": (18, 23)}  # what each exporter really writes (torch 2.13)
 ANTIALIAS_OPSET = 18  # ONNX's Resize has `antialias` from here on
 ALIAS = re.compile(r"(?:^|[\s\[{,:-])\*[^\s*]", re.MULTILINE)  # in YAML
-MOST_NODES = 100_000  # of a settings file with its aliases written out
-MOST_CLIENTS, MOST_WINDOW_S = 256, 60  # of a load test, which shares its machine with the server
+MAX_NODES = 100_000  # of a settings file with its aliases written out
+MAX_CLIENTS, MAX_WINDOW_S = 256, 60  # of a load test, which shares its machine with the server
 
 T = TypeVar("T")
 
@@ -141,10 +141,10 @@ class BenchmarkConfig:
     warmup: int = 5  # calls thrown away: allocators and thread pools settle
     iterations: int = 500  # timed calls per tower and batch size, at most
     seconds: float = 0.4  # time limit for them, each side; at least 5 rounds are run
-    power_seconds: float = 1.0  # on a GPU: how long its power is measured
+    power_s: float = 1.0  # on a GPU: how long its power is measured
     sequence_length: int | None = None  # tokens; null: the model's whole context
     image_size: list[int] = field(default_factory=lambda: [480, 640])  # height, width; for graphs that preprocess
-    answer_seconds: float = 1800  # a timed process that is silent for longer hung: opening and compiling count
+    timeout_s: float = 1800  # a timed process that is silent for longer hung: opening and compiling count
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
@@ -153,7 +153,7 @@ class BenchmarkConfig:
             raise ConfigError(
                 f"benchmark.image_size is {self.image_size}: give height and width in pixels, as [480, 640]"
             )
-        for name in ("threads", "iterations", "seconds", "power_seconds", "answer_seconds"):
+        for name in ("threads", "iterations", "seconds", "power_s", "timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"benchmark.{name} is {getattr(self, name)}: it must be above 0")
 
@@ -206,18 +206,16 @@ class TritonCheckConfig:
     seconds: float = 0.5  # of one window at one concurrency; at least three windows are measured
 
     def __post_init__(self) -> None:
-        if not self.concurrency or not all(1 <= clients <= MOST_CLIENTS for clients in self.concurrency):
+        if not self.concurrency or not all(1 <= clients <= MAX_CLIENTS for clients in self.concurrency):
             raise ConfigError(
-                f"triton_check.concurrency is {self.concurrency}: give one or more numbers from 1 to {MOST_CLIENTS}"
+                f"triton_check.concurrency is {self.concurrency}: give one or more numbers from 1 to {MAX_CLIENTS}"
             )
-        if not 0 < self.seconds <= MOST_WINDOW_S:
-            raise ConfigError(
-                f"triton_check.seconds is {self.seconds}: give a number above 0 and up to {MOST_WINDOW_S}"
-            )
+        if not 0 < self.seconds <= MAX_WINDOW_S:
+            raise ConfigError(f"triton_check.seconds is {self.seconds}: give a number above 0 and up to {MAX_WINDOW_S}")
 
 
 @dataclass
-class Gate:
+class GateLimits:
     """What a target of one precision class must reach to be fit for use."""
 
     min_cosine: float = 0.0  # lowest cosine of any row with the reference's, per tower
@@ -227,20 +225,21 @@ class Gate:
 
 @dataclass
 class GatesConfig:
-    fp32: Gate = field(default_factory=Gate)
-    fp16: Gate = field(default_factory=Gate)
-    bf16: Gate = field(default_factory=Gate)
-    int8: Gate = field(default_factory=Gate)
+    fp32: GateLimits = field(default_factory=GateLimits)
+    fp16: GateLimits = field(default_factory=GateLimits)
+    bf16: GateLimits = field(default_factory=GateLimits)
+    int8: GateLimits = field(default_factory=GateLimits)
     above_chance: bool = False  # all fail where the reference itself is in doubt (chance.doubts)
-    max_seconds: float = 1800  # a target whose check takes longer hung, and fails
+    fusions: bool = False  # a target fails whose fusions missed an operation of the model
+    timeout_s: float = 1800  # a target whose check takes longer hung, and fails
 
     def __post_init__(self) -> None:
-        if self.max_seconds <= 0:
-            raise ConfigError(f"gates.max_seconds is {self.max_seconds}: it must be above 0")
+        if self.timeout_s <= 0:
+            raise ConfigError(f"gates.timeout_s is {self.timeout_s}: it must be above 0")
 
 
 @dataclass
-class GateConfig:
+class CiConfig:
     """Which targets `make gate` insists on, and what they may lose against another revision."""
 
     required: list[str] = field(default_factory=list)
@@ -252,9 +251,9 @@ class GateConfig:
     def __post_init__(self) -> None:
         for name in ("max_top1_drop", "max_cosine_drop", "max_slow_down", "max_size_growth"):
             if not getattr(self, name) >= 0:
-                raise ConfigError(f"gate.{name} is {getattr(self, name)}: give 0 or more")
+                raise ConfigError(f"ci.{name} is {getattr(self, name)}: give 0 or more")
         if len(set(self.required)) < len(self.required):
-            raise ConfigError(f"gate.required lists a name twice: {', '.join(self.required)}")
+            raise ConfigError(f"ci.required lists a name twice: {', '.join(self.required)}")
 
 
 @dataclass
@@ -397,7 +396,7 @@ class OpenVinoConfig:
 
     def __post_init__(self) -> None:
         if self.precision is Precision.fp16:
-            raise ConfigError("export_openvino: precision fp16 has no products on a CPU; accepted are fp32, bf16, int8")
+            raise ConfigError("export_openvino: precision fp16 has no matmuls on a CPU; accepted are fp32, bf16, int8")
         if self.accuracy_budget is not None and self.precision is not Precision.int8:
             raise ConfigError(f"export_openvino: accuracy_budget belongs to int8, not to {self.precision.value}")
 
@@ -451,7 +450,7 @@ class Params:
     triton_check: TritonCheckConfig
     seed: int = 0
     recommend: RecommendConfig = field(default_factory=RecommendConfig)
-    gate: GateConfig = field(default_factory=GateConfig)
+    ci: CiConfig = field(default_factory=CiConfig)
 
     def __post_init__(self) -> None:
         built = [getattr(self, section) for section in BUILDERS]
@@ -497,7 +496,7 @@ def _misplaced(section: str, settings: Any, device: Device) -> str | None:
     if device is Device.cpu and section == "optimize" and settings.provider is not Provider.own:
         return f"has provider {settings.provider.value}, which runs on a GPU"
     if device is Device.cpu and section == "optimize" and settings.precision is Precision.bf16:
-        return "is bf16, in which ONNX Runtime has products on a GPU only"
+        return "is bf16, in which ONNX Runtime has matmuls on a GPU only"
     if device is Device.cuda and section in ("export_openvino", "quantize"):
         return "is made for a CPU"
     if device is Device.cuda and settings.precision is Precision.int8:
@@ -562,7 +561,7 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Raise ConfigError where aliases (*name) write out to more than MOST_NODES: nine lines can stand for billions."""
+    """Raise ConfigError where aliases (*name) write out to more than MAX_NODES: nine lines can stand for billions."""
     text = path.read_text(encoding="utf-8")
     if not ALIAS.search(text):
         return
@@ -575,8 +574,8 @@ def _refuse_bomb(path: Path) -> None:
             sizes[id(node)] = 1 + sum(size(part) for part in pairs)
         return sizes[id(node)]
 
-    if size(yaml.compose(text, yaml.SafeLoader)) > MOST_NODES:
-        raise ConfigError(f"{path} has aliases that write out to more than {MOST_NODES:,} entries: write them out")
+    if size(yaml.compose(text, yaml.SafeLoader)) > MAX_NODES:
+        raise ConfigError(f"{path} has aliases that write out to more than {MAX_NODES:,} entries: write them out")
 
 
 def typed(schema: type[T], content: DictConfig, where: str, prefix: str = "") -> T:

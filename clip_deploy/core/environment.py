@@ -42,6 +42,7 @@ LIBRARIES = {  # by the name that is imported (pillow aside): the distributions 
     "triton": ("triton",),
     "pynvml": ("nvidia-ml-py",),
     "markdown_it": ("markdown-it-py",),
+    "vl_convert": ("vl-convert-python",),
 }
 MEMORY = ".dvc/tmp/hashes-{}"  # of a local input's files, by its path; git ignores it
 INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")

@@ -34,16 +34,21 @@ class UnavailableError(DeployError):
 
 
 EVERY_ROW = (ConfigError, CheckpointError, DataError, DiskError)  # what concerns more than one target
-LONGEST = 400  # characters of another library's message in one of ours
+MAX_MESSAGE = 400  # characters of another library's message in one of ours
 
 
 def one_line(error: Exception) -> str:
     """What an exception says, in one line and in whole sentences; its class where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) <= LONGEST:
+    if len(text) <= MAX_MESSAGE:
         return text
-    end = max(text.rfind(mark, 0, LONGEST) for mark in (". ", "; ", ": "))
-    return text[:end] if end > LONGEST // 4 else f"{text[:LONGEST]}..."
+    end = max(text.rfind(mark, 0, MAX_MESSAGE) for mark in (". ", "; ", ": "))
+    return text[:end] if end > MAX_MESSAGE // 4 else f"{text[:MAX_MESSAGE]}..."
+
+
+def first_line(error: object) -> str:
+    """The first line of what an exception says; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def listed(lines: Sequence[str], most: int = 10) -> str:

@@ -14,9 +14,9 @@ from uuid import uuid4
 
 from clip_deploy.core.errors import EVERY_ROW, DiskError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ADVICE = {
-    **dict.fromkeys(FULL, "free some space (`dvc gc -w` drops artifacts that no commit here uses)"),
+    **dict.fromkeys(DISK_FULL_ERRNOS, "free some space (`dvc gc -w` drops artifacts that no commit here uses)"),
     errno.EFBIG: "raise the limit on a file's size (`ulimit -f`), or take another file system",
     errno.EROFS: "the file system is read-only: mount it writable or clone elsewhere",
     errno.EACCES: "make the folder writable for this user",
@@ -84,7 +84,7 @@ def disk_error_code(error: BaseException) -> int | None:
     own, causes = getattr(error, "errno", None), [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    full = [code for cause in causes for code in FULL if os.strerror(code) in str(cause)]
+    full = [code for cause in causes for code in DISK_FULL_ERRNOS if os.strerror(code) in str(cause)]
     return own if own in ADVICE else next(iter(full), None)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.core.artifact import BESIDE, Target, differences
+from clip_deploy.core.artifact import MANIFEST_NAME, Target, differences
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.json_files import read_json
 
@@ -58,7 +58,7 @@ def _are(entries: Any, **types: Any) -> bool:
 def find_manifest(folder: Path) -> Path:
     """A target's and that of prepared data lie beside their folders, and come first: what lies inside is their own."""
     whole = folder.resolve()  # of "." the name is wanted too
-    known = [whole.with_name(BESIDE.format(whole.name)), whole / INSIDE]
+    known = [whole.with_name(MANIFEST_NAME.format(whole.name)), whole / INSIDE]
     for path in known:
         if path.is_file():
             return path

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 
-def compare(actual: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+def similarity(actual: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     """Cosine of each row with the reference's row (lowest, 1st percentile, mean) and the largest absolute difference.
 
     Args:

@@ -23,7 +23,7 @@ class CrashError(DeployError):
     """The process ended without an answer, or gave none in time."""
 
 
-def call_in_child(function: Callable[..., Any], *arguments: Any, limit_s: float | None = None) -> Any:
+def call_in_child(function: Callable[..., Any], *arguments: Any, timeout_s: float | None = None) -> Any:
     """What `function(*arguments)` returns or raises, from a fork of this process; both must pickle.
 
     Where a platform cannot fork, it is called here, without a limit.
@@ -40,9 +40,9 @@ def call_in_child(function: Callable[..., Any], *arguments: Any, limit_s: float 
     child.start()
     sender.close()  # the child holds the only other end: its death is the end of the file
     try:
-        if not receiver.poll(limit_s):
+        if not receiver.poll(timeout_s):
             child.kill()
-            raise CrashError(hung(limit_s))
+            raise CrashError(hung(timeout_s))
         returned, answer = receiver.recv()
     except EOFError:
         child.join()
@@ -88,8 +88,8 @@ def _answer(sender: "Connection", function: Callable[..., Any], arguments: tuple
     sender.send(answer)
 
 
-def hung(limit_s: float | None) -> str:
-    return f"no answer within {limit_s:g} s: the process hung and was killed"
+def hung(timeout_s: float | None) -> str:
+    return f"no answer within {timeout_s:g} s: the process hung and was killed"
 
 
 def ending(code: int) -> str:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from clip_deploy.core.config import DataConfig
 from clip_deploy.core.environment import cores, located
-from clip_deploy.core.errors import DataError, listed
+from clip_deploy.core.errors import DataError, first_line, listed
 from clip_deploy.core.image_files import class_files
 from clip_deploy.data import scenes
 from clip_deploy.inference.images import decode, read_image
@@ -182,7 +182,7 @@ def _hub(data: DataConfig) -> tuple[list[Sample], list[str]]:
         name = str(local) if local.is_dir() else data.dataset_id
         table = load_dataset(name, revision=data.revision, split=data.split)
     except (OSError, ValueError, RuntimeError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         raise DataError(
             f"{what}, split {data.split!r} cannot be loaded: {line}; check the id, split and network"
         ) from error

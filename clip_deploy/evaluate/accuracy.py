@@ -102,7 +102,7 @@ def discordant(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:
     return int((before & ~after).sum()), int((~before & after).sum())
 
 
-def losses(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> dict[str, float]:
+def accuracy_cost(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> dict[str, float]:
     """Drop of top-1 in percentage points (0 without classes), percent of answers that flipped, and mean cosine."""
     drop = zero_shot(actual, reference, prepared, seed)["top1_drop"] if prepared.manifest["classes"] else 0.0
     cosines = [
@@ -112,5 +112,5 @@ def losses(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: 
     return {"top1_drop": drop, "flips": flips(actual, reference, prepared), "cosine": float(np.mean(cosines))}
 
 
-def within(loss: dict[str, float], budget: AccuracyBudget) -> bool:
+def within_budget(loss: dict[str, float], budget: AccuracyBudget) -> bool:
     return loss["top1_drop"] <= budget.max_top1_drop and loss["flips"] <= budget.max_flips

@@ -17,14 +17,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from clip_deploy.core.artifact import Target, read_target
-from clip_deploy.core.config import Gate
-from clip_deploy.core.errors import DeployError
+from clip_deploy.core.artifact import EMBEDS, Target, read_target
+from clip_deploy.core.config import GateLimits
+from clip_deploy.core.errors import DeployError, first_line
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared, Texts
 from clip_deploy.evaluate.embeddings import Embeddings
 from clip_deploy.onnx_graph import onnx_file
-from clip_deploy.onnx_graph.pre_post import EMBEDS, take_off
+from clip_deploy.onnx_graph.pre_post import detach
 
 ROWS = 8  # the worst ones
 NORMS = {"LayerNormalization", "SkipLayerNormalization"}
@@ -52,7 +52,9 @@ class Drop:
     nodes: list[str]
 
 
-def diagnose(folder: Path, prepared: Prepared, actual: Embeddings, reference: Embeddings, gate: Gate) -> dict[str, Any]:
+def diagnose(
+    folder: Path, prepared: Prepared, actual: Embeddings, reference: Embeddings, gate: GateLimits
+) -> dict[str, Any]:
     """Find, for each tower that missed its cosine (for both where none did), where it is lost.
 
     Args:
@@ -71,7 +73,7 @@ def diagnose(folder: Path, prepared: Prepared, actual: Embeddings, reference: Em
     for tower in missed or inputs:
         allowed = 1 - gate.min_cosine if missed else None
         with tempfile.TemporaryDirectory() as work:
-            pair = Pair(tower, folder.parent / target.build["source"], folder, target, Path(work))
+            pair = GraphPair(tower, folder.parent / target.build["source"], folder, target, Path(work))
             drop = pair.drop(inputs[tower], allowed)
         found["drops" if isinstance(drop, Drop) else "notes"].append(asdict(drop) if isinstance(drop, Drop) else drop)
     return found
@@ -169,8 +171,8 @@ class Both:
         return 1 - float(row_cosines(_rows(self.actual, tokens), _rows(self.expected, tokens)).min())
 
 
-class Pair:
-    """One tower of a target beside the same tower of its source, both without their shells.
+class GraphPair:
+    """One tower of a target beside the same tower of its source, both without pre- and post-processing.
 
     Half precision is named by the nodes of the target's own graph, INT8 by those of the source, as the settings are.
     """
@@ -258,7 +260,7 @@ class Pair:
         return [parts[index] for index in sorted(chosen)]
 
     def candidates(self, part: Part) -> list[str]:
-        """Nodes of a part that are not in FP32 yet: products and tables for INT8, all that computes in floats else."""
+        """Nodes of a part that are not in FP32 yet: matmuls and tables for INT8, all that computes in floats else."""
         kept = {*self.target.build.get("keep_fp32", []), *self.target.search.get("left_in_float", [])}
         kept |= {name.rsplit(" (", 1)[0] for name in self.target.build.get("left_in_fp32", [])}
         if self.target.precision == "fp32":
@@ -293,7 +295,7 @@ def label(part: Part) -> str:
 
 def _bare(path: Path, work: Path) -> onnx.ModelProto:
     """The tower alone, without the exporter's types, which are stale behind the fusions."""
-    take_off(path, work / "bare.onnx")
+    detach(path, work / "bare.onnx")
     model = onnx.load(work / "bare.onnx")
     del model.graph.value_info[:]
     return model
@@ -339,7 +341,7 @@ def _run(
         feeds = {given.name: inputs[given.name] for given in session.get_inputs()}
         return dict(zip(names, map(np.asarray, session.run(list(names), feeds)), strict=True))
     except Exception as error:  # ONNX Runtime's errors share no base class
-        raise DeployError(f"its graph cannot be opened up: {str(error).splitlines()[0]}") from error
+        raise DeployError(f"its graph cannot be opened up: {first_line(error)}") from error
 
 
 def _rows(values: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:

@@ -11,7 +11,7 @@ from clip_deploy.evaluate.validation import measure
 from clip_deploy.runtimes import open_encoder
 
 
-class Pair:
+class TowerPair:
     """The image tower of one encoder and the text tower of another."""
 
     def __init__(self, vision: Any, text: Any) -> None:
@@ -24,6 +24,6 @@ def measure_pair(folders: dict[str, Path], evaluation: Path) -> dict[str, Any]:
     target = read_target(folders["vision"])
     model = {key: value for key, value in target.model.items() if key != "classifier"}
     alone = replace(target, model=model)  # a head answers from images alone, and was judged
-    pair: Any = Pair(open_encoder(folders["vision"]), open_encoder(folders["text"]))
+    pair: Any = TowerPair(open_encoder(folders["vision"]), open_encoder(folders["text"]))
     reference = load_embeddings(evaluation / "reference.npz")
     return measure(pair, load_prepared(evaluation), reference, alone, seed=0)

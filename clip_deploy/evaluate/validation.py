@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from clip_deploy.core.artifact import Target, failure, hashes, read_target, size_bytes
-from clip_deploy.core.config import Gate, GatesConfig
-from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.config import GateLimits, GatesConfig
+from clip_deploy.core.errors import DeployError, UnavailableError, first_line
 from clip_deploy.core.files import sha256
 from clip_deploy.core.manifest import provenance
-from clip_deploy.core.similarity import compare, normalized, row_cosines
+from clip_deploy.core.similarity import normalized, row_cosines, similarity
 from clip_deploy.core.subprocesses import CrashError, call_in_child
 from clip_deploy.data.preprocessed import Images, Prepared
 from clip_deploy.evaluate import accuracy
@@ -23,7 +23,7 @@ from clip_deploy.evaluate.embeddings import (
     image_inputs,
     load_embeddings,
 )
-from clip_deploy.evaluate.gates import doubted, judge, limits
+from clip_deploy.evaluate.gates import check_gate, fusion_failures, limits, reference_failures
 from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
 
 FORMAT = 1  # of a target's manifest
@@ -33,7 +33,7 @@ BATCHES = (1, 3, 8)  # a batch size baked into a graph shows at one of them
 def validate_apart(folder: Path, prepared: Prepared, reference: Path, gates: GatesConfig, seed: int) -> dict[str, Any]:
     """As validate, in a process of its own: a runtime that crashes, hangs or eats all memory makes the target fail."""
     try:
-        return call_in_child(validate, folder, prepared, reference, gates, seed, limit_s=gates.max_seconds)
+        return call_in_child(validate, folder, prepared, reference, gates, seed, timeout_s=gates.timeout_s)
     except Exception as error:  # whatever a library raises is this row's result
         target, reason = read_target(folder), str(error) if isinstance(error, CrashError) else failure(error)
         return {"status": "fail", "reasons": [reason], "precision": target.precision, **_what(target)}
@@ -58,12 +58,12 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
         return record | {"status": "fail" if target.failed else "unavailable", "reasons": [str(error)]}
     except DeployError as error:
         return record | {"status": "fail", "reasons": [str(error)]}
-    gate: Gate = getattr(gates, target.precision)
+    gate: GateLimits = getattr(gates, target.precision)
     record |= {"size_mb": size_bytes(folder) / 1e6, "files": {name: sha256(folder / name) for name in target.files}}
     try:
         if any(name.endswith(".onnx") for name in target.files):
             record["graphs"] = graphs(folder, target.build["opset"])
-            record |= shell(folder, target, prepared)
+            record |= pixels(folder, target, prepared)
         record["doubts"] = doubts(load_embeddings(reference), prepared) if record["trained"] else []
         record |= measure(encoder, prepared, load_embeddings(reference), target, seed)
         if isinstance(encoder, PlacedEncoder) and target.device == "cuda":
@@ -72,10 +72,10 @@ def validate(folder: Path, prepared: Prepared, reference: Path, gates: GatesConf
         return record | {"reasons": [str(error)]}
     except DeployError as error:
         return record | {"status": "fail", "reasons": [str(error)]}
-    reasons = judge(record, gate, target.precision)
+    reasons = check_gate(record, gate, target.precision)
     if reasons:
         record["diagnosis"] = diagnosis(folder, encoder, prepared, load_embeddings(reference), gate)
-    reasons = [*map(str, doubted(record, gates)), *reasons]
+    reasons = [*map(str, reference_failures(record, gates) + fusion_failures(record, gates)), *reasons]
     return record | {"status": "fail" if reasons else "pass", "reasons": reasons, "limits": limits(record, gate)}
 
 
@@ -120,7 +120,9 @@ def graphs(folder: Path, opset: int) -> dict[str, Any]:
     return described
 
 
-def diagnosis(folder: Path, encoder: Encoder, prepared: Prepared, reference: Embeddings, gate: Gate) -> dict[str, Any]:
+def diagnosis(
+    folder: Path, encoder: Encoder, prepared: Prepared, reference: Embeddings, gate: GateLimits
+) -> dict[str, Any]:
     """Where the target loses what its gate asks for; a note where its graphs cannot be opened up."""
     from clip_deploy.evaluate.diagnosis import diagnose  # the targets of PyTorch need no onnx
 
@@ -130,7 +132,7 @@ def diagnosis(folder: Path, encoder: Encoder, prepared: Prepared, reference: Emb
         return {"reference": None, "drops": [], "notes": [f"no layer is named: {error}"]}
 
 
-def shell(folder: Path, target: Target, prepared: Prepared) -> dict[str, Any]:
+def pixels(folder: Path, target: Target, prepared: Prepared) -> dict[str, Any]:
     """What stands around the image tower, held against the checkpoint's own processor."""
     if target.image_input == "pixel_values" or prepared.images is None:
         return {}
@@ -147,12 +149,12 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
     except UnavailableError:
         raise
     except Exception as error:  # whatever the runtime raises is this row's result
-        raise DeployError(f"encoding failed: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
+        raise DeployError(f"encoding failed: {first_line(error)}") from error
     alike = normalized if target.model.get("normalize") else np.asarray  # lengths are compared where they are kept
     record: dict[str, Any] = {
         "parity": {
-            "vision": compare(actual.images, alike(reference.images)),
-            "text": compare(_texts(actual), alike(_texts(reference))),
+            "vision": similarity(actual.images, alike(reference.images)),
+            "text": similarity(_texts(actual), alike(_texts(reference))),
         },
         "shapes": shapes,
     }
@@ -160,7 +162,7 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
         lengths = np.linalg.norm(np.concatenate([actual.images, _texts(actual)]), axis=1)
         record["length_error"] = float(np.abs(lengths - 1).max())
     if target.model.get("classifier"):
-        record["classifier"] = head(encoder, prepared, reference, target.model["classifier"])
+        record["classifier"] = classifier(encoder, prepared, reference, target.model["classifier"])
     clean = Embeddings(*(np.nan_to_num(part) for part in (actual.images, actual.captions, actual.prompts)))
     if prepared.manifest["classes"]:
         record["zero_shot"] = accuracy.zero_shot(clean, reference, prepared, seed)
@@ -169,7 +171,7 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
     return record | {"flips": accuracy.flips(clean, reference, prepared), "evaluation": prepared.identity}
 
 
-def head(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: dict[str, Any]) -> dict[str, Any]:
+def classifier(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: dict[str, Any]) -> dict[str, Any]:
     """Share of images to which a zero-shot head gives the label that the untouched model gives.
 
     The set's prompts hold the labels' embeddings where its classes and templates do; else there is nothing to compare.

@@ -14,20 +14,19 @@ import onnxruntime
 from PIL import Image
 from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 
-from clip_deploy.core.artifact import real_graph
+from clip_deploy.core.artifact import EMBEDS, real_graph
 from clip_deploy.core.environment import cores
-from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.errors import DataError, DeployError, first_line
 from clip_deploy.core.files import sha256
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
-from clip_deploy.inference.embedding_sample import Sample
+from clip_deploy.inference.embedding_sample import EmbeddingSample
 from clip_deploy.inference.images import Preprocessor, read_image, rgb
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
 
 FORMAT = 1  # of manifest.json
-OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
 DEVICES = {"cpu": [CPU], "cuda": [CUDA, CPU]}  # ONNX Runtime's providers; what CUDA has no kernel for runs on the CPU
-OLDEST = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
+MIN_ONNXRUNTIME = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
 AHEAD = 2  # batches that are read and preprocessed while one is encoded
 
 Picture = Path | str | Image.Image | Callable[[], Image.Image]  # a call reads one as RGB, or raises DataError
@@ -59,7 +58,7 @@ class ZeroShotClassifier:
         threads: int | None,
         cache_size: int,
         cache_folder: Path | None,
-        sample: Sample | None,
+        sample: EmbeddingSample | None,
     ) -> None:
         self.manifest, self.device, self.sample = manifest, device, sample
         self.labels = json.loads((package / "labels.json").read_text(encoding="utf-8"))
@@ -72,7 +71,7 @@ class ZeroShotClassifier:
         tower = _fingerprint(manifest, ("text", "tokenizer"))
         self.cache = TextCache(tower, manifest["dimension"], cache_size, cache_folder)
         self.sessions = {
-            tower: _session(package / manifest["towers"][tower]["file"], device, threads) for tower in OUTPUTS
+            tower: _session(package / manifest["towers"][tower]["file"], device, threads) for tower in EMBEDS
         }
 
     @classmethod
@@ -110,7 +109,7 @@ class ZeroShotClassifier:
             raise DeployError(f"device is {chosen!r}: accepted are {', '.join(DEVICES)}")
         if threads is not None and threads < 1:
             raise DeployError(f"threads is {threads}: give 1 or more, or nothing for ONNX Runtime's default")
-        sample = Sample(Path(sample_folder), sample_share) if sample_folder else None
+        sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None
         if chosen == "cuda":
             load_cuda()
         return cls(folder, manifest, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None, sample)
@@ -225,12 +224,12 @@ class ZeroShotClassifier:
         return self._run("text", {name: tokens[name] for name in self.manifest["towers"]["text"]["inputs"]})
 
     def _run(self, tower: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        return _unit(self.sessions[tower].run([OUTPUTS[tower]], inputs)[0])
+        return _unit(self.sessions[tower].run([EMBEDS[tower]], inputs)[0])
 
 
 def _refuse_old_runtime(version: str) -> None:
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        least = ".".join(map(str, OLDEST))
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_ONNXRUNTIME:
+        least = ".".join(map(str, MIN_ONNXRUNTIME))
         raise DeployError(
             f"onnxruntime is {version}: from {least} on it computes fused texts right; "
             f"pip install 'onnxruntime>={least}'"
@@ -302,7 +301,7 @@ def _session(path: Path, device: str, threads: int | None) -> onnxruntime.Infere
     except DeployError:
         raise
     except Exception as error:  # a class of its own for each code, in a private module
-        raise DeployError(f"{path} does not load on {device}: {str(error).splitlines()[0]}") from error
+        raise DeployError(f"{path} does not load on {device}: {first_line(error)}") from error
     if session.get_providers()[0] != DEVICES[device][0]:
         raise DeployError(f"{path} does not load on {device}: ONNX Runtime fell back to {session.get_providers()[0]}")
     return session

@@ -77,7 +77,7 @@ class Summary:
 
 
 @dataclass
-class Job:
+class EmbedJob:
     """What every part of a run is made with, on whatever machine.
 
     Attributes:
@@ -101,7 +101,7 @@ class Package(Protocol):
 
 Header = dict[str, Any]  # a part's metadata, with its `rows`
 Plan = tuple[dict[int, Header], dict[int, Part], int]  # parts that are kept, parts to make, embeddings that are gone
-Make = Callable[[Job, dict[int, Part], Callable[[int], object]], Iterable[Header]]
+Make = Callable[[EmbedJob, dict[int, Part], Callable[[int], object]], Iterable[Header]]
 
 
 def embed_folder(classifier: ZeroShotClassifier, folder: Path, output: Path, settings: EmbedSettings) -> Summary:
@@ -126,7 +126,7 @@ def embed(package: Package, source: Source, output: str, settings: EmbedSettings
             be written.
     """
     remove_partial(output)
-    job = Job(output, _maker(package, source, settings), package.manifest["dimension"], settings)
+    job = EmbedJob(output, _maker(package, source, settings), package.manifest["dimension"], settings)
     present = {number: check_header(job, number) for number in _present(output)}
     plan = _resumed(job, source, present) if isinstance(source, Tables) else _updated(job, source, present)
     kept, missing, gone = plan
@@ -173,7 +173,7 @@ def _present(output: str) -> list[int]:
     return [int(number[1]) for number in numbers if number]
 
 
-def _resumed(job: Job, source: Tables, present: dict[int, Header]) -> Plan:
+def _resumed(job: EmbedJob, source: Tables, present: dict[int, Header]) -> Plan:
     """A table's parts stand for fixed rows: all that are there are kept, or none."""
     for number, header in present.items():
         if header["files"] != source.digest or number >= len(source.parts):
@@ -181,7 +181,7 @@ def _resumed(job: Job, source: Tables, present: dict[int, Header]) -> Plan:
     return present, {number: part for number, part in enumerate(source.parts) if number not in present}, 0
 
 
-def _updated(job: Job, source: Files, present: dict[int, Header]) -> Plan:
+def _updated(job: EmbedJob, source: Files, present: dict[int, Header]) -> Plan:
     """Drop from the parts of a folder what is gone or changed, and plan new parts for what is new or changed.
 
     What is new gets the lowest free numbers. So what a killed run left to do is divided as that run would have done it.
@@ -229,7 +229,7 @@ def _is_readable(picture: Picture) -> bool:
     return True
 
 
-def _cut(job: Job, number: int, header: Header, files: list[list]) -> Header:
+def _cut(job: EmbedJob, number: int, header: Header, files: list[list]) -> Header:
     """Write a part anew with some of its files, or remove it where none is left."""
     if len(files) == len(header["files"]):
         return header
@@ -246,7 +246,7 @@ def _cut(job: Job, number: int, header: Header, files: list[list]) -> Header:
     return header | {"rows": rows.num_rows}
 
 
-def check_header(job: Job, number: int, part: Part | None = None) -> Header:
+def check_header(job: EmbedJob, number: int, part: Part | None = None) -> Header:
     """Metadata of a part that is there. Raises DeployError where it is of something else, or not of `part`."""
     header = read_header(job.output, PART.format(number))
     if "source" not in header:
@@ -260,7 +260,7 @@ def check_header(job: Job, number: int, part: Part | None = None) -> Header:
     return header
 
 
-def _refused(job: Job, number: int, other: str) -> DeployError:
+def _refused(job: EmbedJob, number: int, other: str) -> DeployError:
     return DeployError(f"{shown(job.output)}/{PART.format(number)} was made with {other}: {WAY_OUT}")
 
 
@@ -274,14 +274,14 @@ def read_header(output: str, name: str) -> Header:
 
 
 def make_here(
-    classifier: ZeroShotClassifier, job: Job, missing: dict[int, Part], advance: Callable[[int], object]
+    classifier: ZeroShotClassifier, job: EmbedJob, missing: dict[int, Part], advance: Callable[[int], object]
 ) -> Iterator[Header]:
     for number, part in missing.items():
         yield make_part(classifier, job, number, part, advance)
 
 
 def make_part(
-    classifier: ZeroShotClassifier, job: Job, number: int, part: Part, advance: Callable[[int], object]
+    classifier: ZeroShotClassifier, job: EmbedJob, number: int, part: Part, advance: Callable[[int], object]
 ) -> Header:
     """Embed and write one part; `advance` is told how many images are done. The same part has the same bytes.
 
@@ -317,7 +317,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _table(made: list[tuple[str, np.ndarray]], header: Header, job: Job) -> Any:
+def _table(made: list[tuple[str, np.ndarray]], header: Header, job: EmbedJob) -> Any:
     pyarrow, _ = load_pyarrow()
     embeddings = np.array([embedding for _, embedding in made], dtype=np.float32).reshape(-1, job.dimension)
     flat = pyarrow.array(embeddings.astype(np.float16 if job.settings.float16 else np.float32).reshape(-1))

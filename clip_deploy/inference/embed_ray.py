@@ -17,9 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.errors import DataError, DeployError, first_line
 from clip_deploy.inference.classifier import ZeroShotClassifier, fingerprint, read_manifest
-from clip_deploy.inference.embed import PART, Header, Job, check_header, make_part
+from clip_deploy.inference.embed import PART, EmbedJob, Header, check_header, make_part
 from clip_deploy.inference.storage import Part, has_part, local
 
 REACH_S = 5  # what a connection to the cluster may take
@@ -91,10 +91,10 @@ class SharedAttempts:
         load_ray().get(self.actor.note.remote(number, doing))
 
 
-class Worker:
+class EmbedActor:
     """A process of the cluster that makes parts, one after the other."""
 
-    def __init__(self, package: Any, job: Job, attempts: Attempts | SharedAttempts) -> None:
+    def __init__(self, package: Any, job: EmbedJob, attempts: Attempts | SharedAttempts) -> None:
         self.package, self.job, self.attempts = package, job, attempts
         self.classifier: ZeroShotClassifier | None = None
 
@@ -133,7 +133,7 @@ class Worker:
 
 
 def make_on_ray(
-    package: Shipped, address: str, job: Job, missing: dict[int, Part], advance: Callable[[int], object]
+    package: Shipped, address: str, job: EmbedJob, missing: dict[int, Part], advance: Callable[[int], object]
 ) -> Iterator[Header]:
     """Make parts on a Ray cluster, as many at a time as it has CPUs (or GPUs) for, and yield their headers.
 
@@ -166,12 +166,12 @@ def make_on_ray(
         ray.shutdown()
 
 
-def _rows(ray: Any, package: Shipped, sent: Any, job: Job, missing: dict[int, Part]) -> Iterator[dict[str, str]]:
+def _rows(ray: Any, package: Shipped, sent: Any, job: EmbedJob, missing: dict[int, Part]) -> Iterator[dict[str, str]]:
     """One row a part, as they are done."""
     items = [{"number": number, "part": pickle.dumps(part)} for number, part in missing.items()]
     parts = ray.data.from_items(items, override_num_blocks=len(items))
     made = parts.map(
-        Worker,
+        EmbedActor,
         fn_constructor_args=(sent, job, SharedAttempts()),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=len(items)),
         num_cpus=package.threads,
@@ -189,7 +189,7 @@ def connect(address: str) -> Any:
         _reach(address)
         ray.init(address, runtime_env=code, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DeployError(f"no Ray cluster at {address} ({reason}): give auto, local or host:port") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False

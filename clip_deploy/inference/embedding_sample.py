@@ -13,7 +13,7 @@ from clip_deploy.core.errors import DataError
 ROWS = 50  # a file: a process that ends loses fewer
 
 
-class Sample:
+class EmbeddingSample:
     """Keeps a share of all embeddings, in .npy files [ROWS, dimension] that appear whole or not at all.
 
     Threads and processes may share a folder. A disk that fails ends the sampling, with a warning, and not the service.

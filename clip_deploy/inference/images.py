@@ -17,7 +17,7 @@ from clip_deploy.core.errors import DataError
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands: bytes 8 to 12 of a file
 # What Pillow's parser raises where EXIF is damaged.
 BROKEN_EXIF = (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
-MOST_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
+MAX_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
 UNBOUNDED = ("I", "F")  # Pillow's modes without a fixed range: black and white are a matter of opinion
 
 
@@ -72,7 +72,7 @@ def read_image(path: Path) -> Image.Image:
     What Pillow opens is read by its content, whatever its name; HEIC by pillow-heif, where that is installed. As in the
     checkpoints' own processors, what is transparent becomes white. 16 bits of grey become the upper 8.
 
-    Raises DataError naming a file that is none, is damaged, thinner than MOST_ASPECT, or has more than Pillow's
+    Raises DataError naming a file that is none, is damaged, thinner than MAX_ASPECT, or has more than Pillow's
     MAX_IMAGE_PIXELS.
     """
     return _read(path, path, lambda: _fault(path))
@@ -173,10 +173,9 @@ def rgb(image: Image.Image, turn: bool = False) -> Image.Image:
     most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
     if most and pixels > most:  # below twice as many, Pillow only warns
         raise DataError(f"has {pixels:,} pixels, more than {most:,}: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS")
-    if max(image.size) > MOST_ASPECT * min(image.size):
+    if max(image.size) > MAX_ASPECT * min(image.size):
         raise DataError(
-            f"is {image.width:,} x {image.height:,} pixels: a side may be at most {MOST_ASPECT} times the other; "
-            "crop it"
+            f"is {image.width:,} x {image.height:,} pixels: a side may be at most {MAX_ASPECT} times the other; crop it"
         )
     if image.mode in UNBOUNDED:
         raise DataError(f"has pixels of mode {image.mode}, whose range is unknown: save it with 8 bits a channel")

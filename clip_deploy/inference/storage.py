@@ -16,7 +16,7 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from clip_deploy.core.errors import DataError, DeployError, listed
+from clip_deploy.core.errors import DataError, DeployError, first_line, listed
 from clip_deploy.core.files import Stamp, disk_errors
 from clip_deploy.core.image_files import Listing, image_files, may_be_image, walk
 from clip_deploy.inference.classifier import Picture
@@ -432,7 +432,7 @@ def storage_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         raise DeployError(f"{name} cannot be read or written here ({reason}): check it, and run again") from error
 
 

@@ -13,12 +13,14 @@ import onnx_ir as ir
 import onnxruntime
 
 from clip_deploy.core.environment import cores
-from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.errors import ConfigError, DeployError, first_line
 
 EXTERNAL_BYTES = 1_800_000_000  # protobuf's limit is 2 GiB for the whole file
 FUSED_ATTENTION = {"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"}
 GELU = {"Gelu", "QuickGelu", "FastGelu", "BiasGelu"}
-SHELL = ("preprocess/", "head/")  # how the names of nodes around a tower begin: shell.py
+PRE_POST_PREFIXES = ("preprocess/", "head/")  # how the names of nodes around a tower begin: pre_post.py
+RUNTIME = "com.microsoft"  # the domain of ONNX Runtime's own operators
+LAYER_NORM_OPSET = 17  # ONNX's own begins there; ONNX Runtime has one for all opsets, in ONNX's domain
 CONTRIB_VERSION = 1  # of com.microsoft, and of all other domains that are not ONNX's own
 LABELS = "labels"  # key of the classifier's labels, a JSON list, in the file's metadata_props
 
@@ -83,12 +85,12 @@ def files_of(folder: Path) -> list[str]:
 
 
 def check(path: Path) -> None:
-    """Raise DeployError where onnx.checker refuses the file; operators of ONNX Runtime's own domain are let pass."""
+    """Raise DeployError where onnx.checker refuses the file; operators of ONNX Runtime's own are let pass."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             onnx.checker.check_model(_unlinked(path, Path(folder)))
     except onnx.checker.ValidationError as error:
-        raise DeployError(f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}") from error
+        raise DeployError(f"onnx.checker refuses {path.name}: {first_line(error)}") from error
 
 
 def _unlinked(path: Path, folder: Path) -> Path:
@@ -97,19 +99,31 @@ def _unlinked(path: Path, folder: Path) -> Path:
         if name.startswith(f"{path.name}."):
             with (folder / name).open("wb") as file:
                 file.truncate((path.parent / name).stat().st_size)  # takes no place on the disk
-    return Path(shutil.copyfile(path, folder / path.name))
+    copy = folder / path.name
+    model = onnx.load(path, load_external_data=False)
+    if opset_in(model) >= LAYER_NORM_OPSET:
+        return Path(shutil.copyfile(path, copy))
+    for node in model.graph.node:
+        if node.op_type == "LayerNormalization":
+            node.domain = RUNTIME
+    model.opset_import.append(onnx.helper.make_opsetid(RUNTIME, CONTRIB_VERSION))
+    onnx.save(model, copy)
+    return copy
 
 
 def opset_of(path: Path) -> int:
     """Version of the standard operator set that the file declares."""
-    model = onnx.load(path, load_external_data=False)
+    return opset_in(onnx.load(path, load_external_data=False))
+
+
+def opset_in(model: onnx.ModelProto) -> int:
     return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def describe(path: Path) -> dict[str, Any]:
     """Graph information: IR and opset versions, producer, inputs and outputs with shapes, nodes, the tower's census."""
     model = onnx.load(path, load_external_data=False)
-    counts = Counter(node.op_type for node in model.graph.node if not node.name.startswith(SHELL))
+    counts = Counter(node.op_type for node in model.graph.node if not node.name.startswith(PRE_POST_PREFIXES))
     return {
         "ir_version": model.ir_version,
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
@@ -122,11 +136,15 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def census(counts: Counter) -> dict[str, int]:
-    """Fused attentions, all attentions (one Softmax each where not fused), and the other fused operators."""
+    """Fused attentions, all attentions (one Softmax each where not fused), and the other fused operators.
+
+    layer_norm counts those of skip_layer_norm too.
+    """
     fused = sum(counts[name] for name in FUSED_ATTENTION)
     return {
         "attention": fused,
         "attention_expected": fused + counts["Softmax"],
+        "layer_norm": counts["LayerNormalization"] + counts["SkipLayerNormalization"],
         "skip_layer_norm": counts["SkipLayerNormalization"],
         "gelu": sum(counts[name] for name in GELU),
         "quantized_matmul": counts["MatMulInteger"] + counts["DynamicQuantizeMatMul"],
@@ -213,7 +231,7 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
     try:
         return open_session(path, severity=4).run(None, feeds)[0]  # the error below says it
     except Exception as error:  # ONNX Runtime's errors share no base class
-        raise DeployError(f"{path.name} does not run: {str(error).splitlines()[0]}") from error
+        raise DeployError(f"{path.name} does not run: {first_line(error)}") from error
 
 
 def random_feeds(path: Path, texts: dict[str, list], seed: int = 0) -> dict[str, np.ndarray]:

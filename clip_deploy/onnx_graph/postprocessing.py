@@ -8,16 +8,17 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from clip_deploy.core.artifact import EMBEDS
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.similarity import normalized
 from clip_deploy.data.preprocessed import tokenize
-from clip_deploy.onnx_graph.pre_post import BEHIND, EMBEDS, Nodes, Shell
+from clip_deploy.onnx_graph.pre_post import POSTPROCESSING_PREFIX, Nodes, PrePost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 PROBABILITIES = "probabilities"
-LEAST_NORM = 1e-12
+MIN_NORM = 1e-12
 
 
 @dataclass
@@ -72,25 +73,25 @@ def logit_bias(model: "PreTrainedModel") -> float | None:
     return None if bias is None else float(bias.detach())
 
 
-def put_behind(shell: Shell, tower: str, normalize: bool, labels: Labels | None) -> None:
-    """Add to the shell of a tower what its embeddings [batch, dimension] go through."""
+def add_postprocessing(pre_post: PrePost, tower: str, normalize: bool, labels: Labels | None) -> None:
+    """Add to the post-processing of a tower what its embeddings [batch, dimension] go through."""
     if not normalize and labels is None:
         return
-    nodes = Nodes(BEHIND)
-    shell.embeds = ir.Value(name="embeds")
-    squares = nodes.add("ReduceSum", [nodes.add("Mul", [shell.embeds, shell.embeds]), nodes.constant([1])])
-    norm = nodes.add("Max", [nodes.add("Sqrt", [squares]), nodes.constant(LEAST_NORM, np.float32)])
-    unit = _typed(nodes.add("Div", [shell.embeds, norm]), None)
-    shell.outputs = {EMBEDS[tower]: unit if normalize else shell.embeds}
+    nodes = Nodes(POSTPROCESSING_PREFIX)
+    pre_post.embeds = ir.Value(name="embeds")
+    squares = nodes.add("ReduceSum", [nodes.add("Mul", [pre_post.embeds, pre_post.embeds]), nodes.constant([1])])
+    norm = nodes.add("Max", [nodes.add("Sqrt", [squares]), nodes.constant(MIN_NORM, np.float32)])
+    unit = _typed(nodes.add("Div", [pre_post.embeds, norm]), None)
+    pre_post.outputs = {EMBEDS[tower]: unit if normalize else pre_post.embeds}
     if labels is not None:
         logits = nodes.add("MatMul", [unit, nodes.constant(labels.weights, np.float32)])
         if labels.bias is None:
             scores = nodes.add("Softmax", [logits], axis=-1)
         else:
             scores = nodes.add("Sigmoid", [nodes.add("Add", [logits, nodes.constant(labels.bias, np.float32)])])
-        shell.outputs[PROBABILITIES] = _typed(scores, len(labels.names))
-        shell.labels = json.dumps(labels.names, ensure_ascii=False)
-    shell.behind = nodes.made
+        pre_post.outputs[PROBABILITIES] = _typed(scores, len(labels.names))
+        pre_post.labels = json.dumps(labels.names, ensure_ascii=False)
+    pre_post.behind = nodes.made
 
 
 def _typed(value: ir.Value, columns: int | None) -> ir.Value:

@@ -1,7 +1,7 @@
 """What stands around a tower in its graph: preprocessing in front of it, normalisation and classifier behind it.
 
-Rewrites, half precision and quantisers see the tower alone: its shell is taken off before and put on again after, so
-that it stays as it was exported, in float32. Its nodes are known by their names.
+Rewrites, half precision and quantisers see the tower alone: pre- and post-processing is detached before and
+attached again after, so that it stays as it was exported, in float32. Its nodes are known by their names.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,11 @@ import onnx_ir as ir
 
 from clip_deploy.onnx_graph import onnx_file
 
-FRONT, BEHIND = onnx_file.SHELL
-EMBEDS = {"vision": "image_embeds", "text": "text_embeds"}  # first output of each tower's graph
+PREPROCESSING_PREFIX, POSTPROCESSING_PREFIX = onnx_file.PRE_POST_PREFIXES
 
 
 @dataclass
-class Shell:
+class PrePost:
     """Nodes for one graph, to be put on once.
 
     Attributes:
@@ -40,7 +39,7 @@ class Shell:
 
 
 class Nodes:
-    """Makes nodes of a shell, with its prefix in front of their names."""
+    """Makes nodes of pre- or post-processing, with their prefix in front of their names."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -56,66 +55,66 @@ class Nodes:
         return self.add("Constant", [], value=ir.tensor(np.array(content, dtype=dtype)))
 
 
-def take_off(source: Path, output: Path) -> Shell:
+def detach(source: Path, output: Path) -> PrePost:
     """Write the tower alone to `output`, and return what stood around it."""
     model = onnx_file.load(source)
-    shell = Shell(labels=model.metadata_props.pop(onnx_file.LABELS, None))
-    _take_front(model.graph, shell)
-    _take_behind(model.graph, shell)
+    pre_post = PrePost(labels=model.metadata_props.pop(onnx_file.LABELS, None))
+    _detach_preprocessing(model.graph, pre_post)
+    _detach_postprocessing(model.graph, pre_post)
     onnx_file.save(model, output)
-    return shell
+    return pre_post
 
 
-def _take_front(graph: ir.Graph, shell: Shell) -> None:
-    shell.front = [node for node in graph if str(node.name).startswith(FRONT)]
-    if not shell.front:
+def _detach_preprocessing(graph: ir.Graph, pre_post: PrePost) -> None:
+    pre_post.front = [node for node in graph if str(node.name).startswith(PREPROCESSING_PREFIX)]
+    if not pre_post.front:
         return
-    pixels = shell.front[-1].outputs[0]
+    pixels = pre_post.front[-1].outputs[0]
     bare = ir.Value(name=pixels.name, type=pixels.type, shape=pixels.shape)
-    graph.remove(shell.front)
+    graph.remove(pre_post.front)
     ir.convenience.replace_all_uses_with(pixels, bare)
-    shell.image = graph.inputs[0]
+    pre_post.image = graph.inputs[0]
     graph.inputs[0] = bare
 
 
-def _take_behind(graph: ir.Graph, shell: Shell) -> None:
-    shell.behind = [node for node in graph if str(node.name).startswith(BEHIND)]
-    if not shell.behind:
+def _detach_postprocessing(graph: ir.Graph, pre_post: PrePost) -> None:
+    pre_post.behind = [node for node in graph if str(node.name).startswith(POSTPROCESSING_PREFIX)]
+    if not pre_post.behind:
         return
-    graph.remove(shell.behind)
-    made = {output for node in shell.behind for output in node.outputs}
-    (tower,) = {value for node in shell.behind for value in node.inputs if value is not None and value not in made}
-    shell.embeds = ir.Value(name="embeds", type=tower.type, shape=tower.shape)
-    for node in shell.behind:
+    graph.remove(pre_post.behind)
+    made = {output for node in pre_post.behind for output in node.outputs}
+    (tower,) = {value for node in pre_post.behind for value in node.inputs if value is not None and value not in made}
+    pre_post.embeds = ir.Value(name="embeds", type=tower.type, shape=tower.shape)
+    for node in pre_post.behind:
         for index, value in enumerate(node.inputs):
             if value is tower:
-                node.replace_input_with(index, shell.embeds)
-    shell.outputs = {str(value.name): shell.embeds if value is tower else value for value in graph.outputs}
+                node.replace_input_with(index, pre_post.embeds)
+    pre_post.outputs = {str(value.name): pre_post.embeds if value is tower else value for value in graph.outputs}
     graph.outputs[:] = [tower]
-    tower.name = next(iter(shell.outputs))
+    tower.name = next(iter(pre_post.outputs))
 
 
-def put_on(source: Path, shell: Shell, output: Path) -> None:
-    """Write the tower in `source` with the shell around it to `output`, another file."""
+def attach(source: Path, pre_post: PrePost, output: Path) -> None:
+    """Write the tower in `source` with pre- and post-processing around it to `output`, another file."""
     model = ir.load(source)
     graph = model.graph
-    if shell.image is not None:
-        ir.convenience.replace_all_uses_with(graph.inputs[0], shell.front[-1].outputs[0])
-        graph.inputs[0] = shell.image
-        graph.insert_before(graph[0], shell.front)
-    if shell.embeds is not None:
-        _put_behind(graph, shell)
-    if shell.labels is not None:
-        model.metadata_props[onnx_file.LABELS] = shell.labels
+    if pre_post.image is not None:
+        ir.convenience.replace_all_uses_with(graph.inputs[0], pre_post.front[-1].outputs[0])
+        graph.inputs[0] = pre_post.image
+        graph.insert_before(graph[0], pre_post.front)
+    if pre_post.embeds is not None:
+        _attach_postprocessing(graph, pre_post)
+    if pre_post.labels is not None:
+        model.metadata_props[onnx_file.LABELS] = pre_post.labels
     onnx_file.save(model, output)
 
 
-def _put_behind(graph: ir.Graph, shell: Shell) -> None:
-    assert shell.embeds is not None  # put_on saw it
+def _attach_postprocessing(graph: ir.Graph, pre_post: PrePost) -> None:
+    assert pre_post.embeds is not None  # attach saw it
     tower = graph.outputs[0]
-    ir.convenience.replace_all_uses_with(shell.embeds, tower)
-    graph.extend(shell.behind)
-    outputs = {name: tower if value is shell.embeds else value for name, value in shell.outputs.items()}
+    ir.convenience.replace_all_uses_with(pre_post.embeds, tower)
+    graph.extend(pre_post.behind)
+    outputs = {name: tower if value is pre_post.embeds else value for name, value in pre_post.outputs.items()}
     graph.outputs[:] = list(outputs.values())
     tower.name = "tower_embeds"
     for name, value in outputs.items():

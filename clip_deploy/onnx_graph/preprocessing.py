@@ -20,13 +20,13 @@ import onnx_ir as ir
 from clip_deploy.core.errors import DataError, UnavailableError
 from clip_deploy.data.preprocessed import Prepared, batches
 from clip_deploy.onnx_graph import onnx_file
-from clip_deploy.onnx_graph.pre_post import FRONT, Nodes, Shell
+from clip_deploy.onnx_graph.pre_post import PREPROCESSING_PREFIX, Nodes, PrePost
 
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
 IMAGES, PIXELS = "images", "pixel_values"
-SCALE = f"{FRONT}grey_level"  # what one grey level is worth in pixel_values, by channel
+SCALE = f"{PREPROCESSING_PREFIX}grey_level"  # what one grey level is worth in pixel_values, by channel
 BATCH = 8  # images of one size in one call
 
 BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
@@ -56,7 +56,7 @@ class Preprocessing:
     offset: np.ndarray
 
 
-def preprocessing_shell(processor: "BaseImageProcessor", image_size: list[int]) -> Shell:
+def preprocessing_nodes(processor: "BaseImageProcessor", image_size: list[int]) -> PrePost:
     """Nodes that turn `images` (uint8 [batch, height, width, 3], RGB, of any size) into what the processor gives.
 
     Args:
@@ -70,9 +70,9 @@ def preprocessing_shell(processor: "BaseImageProcessor", image_size: list[int]) 
         settings = read_preprocessing(processor)
     except UnavailableError as error:
         raise _unavailable(str(error)) from error
-    shell = build_shell(settings, image_size)
+    pre_post = build_preprocessing(settings, image_size)
     _hold_against(processor, settings, image_size)
-    return shell
+    return pre_post
 
 
 def read_preprocessing(processor: "BaseImageProcessor", filters: Collection[int] = tuple(FILTERS)) -> Preprocessing:
@@ -117,9 +117,9 @@ def _middle(processor: "BaseImageProcessor", level: int) -> np.ndarray:
     return pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2].astype(np.float64)
 
 
-def build_shell(settings: Preprocessing, image_size: list[int]) -> Shell:
+def build_preprocessing(settings: Preprocessing, image_size: list[int]) -> PrePost:
     """The nodes of `settings`; pixel_values become float32 [batch, 3, *image_size]."""
-    nodes = Nodes(FRONT)
+    nodes = Nodes(PREPROCESSING_PREFIX)
     images = ir.Value(
         name=IMAGES, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(["batch", "height", "width", 3])
     )
@@ -134,7 +134,7 @@ def build_shell(settings: Preprocessing, image_size: list[int]) -> Shell:
     affine = nodes.add("Add", [nodes.add("Mul", [levels, scale]), offset])
     result = nodes.add("Reshape", [affine, nodes.constant([-1, 3, *image_size])])  # says the size to shape inference
     result.name, result.dtype, result.shape = PIXELS, ir.DataType.FLOAT, ir.Shape(["batch", 3, *image_size])
-    return Shell(front=nodes.made, image=images)
+    return PrePost(front=nodes.made, image=images)
 
 
 def _resized(nodes: Nodes, settings: Preprocessing, images: ir.Value, pixels: ir.Value) -> ir.Value:
@@ -185,10 +185,14 @@ def _cropped(nodes: Nodes, crop: list[int], pad: bool, pixels: ir.Value) -> ir.V
 
 def _hold_against(processor: "BaseImageProcessor", settings: Preprocessing, image_size: list[int]) -> None:
     """Raise UnavailableError where the nodes give other pixels of noise: the processor does what its options hide."""
-    shell = build_shell(settings, image_size)
-    assert shell.image is not None  # build_shell made it
+    pre_post = build_preprocessing(settings, image_size)
+    assert pre_post.image is not None  # build_preprocessing made it
     graph = ir.Graph(
-        [shell.image], [shell.front[-1].outputs[0]], nodes=shell.front, opset_imports={"": 18}, name="preprocess"
+        [pre_post.image],
+        [pre_post.front[-1].outputs[0]],
+        nodes=pre_post.front,
+        opset_imports={"": 18},
+        name="preprocess",
     )
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -236,7 +240,7 @@ def front_of(path: Path) -> tuple[ir.Model, np.ndarray]:
     """The preprocessing of a graph as a model of its own, images -> pixel_values, and its `scale`."""
     model = onnx_file.load(path)
     graph = model.graph
-    front = [node for node in graph if str(node.name).startswith(FRONT)]
+    front = [node for node in graph if str(node.name).startswith(PREPROCESSING_PREFIX)]
     scale = next(node for node in front if node.outputs[0].name == SCALE).attributes["value"].as_tensor().numpy()
     graph.remove(front)
     images = graph.inputs.pop(0)

@@ -1,6 +1,6 @@
 """A fused ONNX graph as a PyTorch module, so that PyTorch's compilers and kernels get the graph that others get.
 
-Products with their bias and activation become one step, and so do attention over a packed product and a sum with its
+Matmuls with their bias and activation become one step, and so do attention over a packed matmul and a sum with its
 normalisation: `operators` says what runs them. What an exporter computes of shapes is done on Python's integers,
 symbolic ones while torch.export traces, so that one program serves every batch.
 """
@@ -40,22 +40,22 @@ class Step:
 
 
 class Operators:
-    """What nearly all of a tower's time goes into, in PyTorch's own operators; `rows` are [batch, tokens, width]."""
+    """What nearly all of a tower's time goes into, in PyTorch's own operators; `hidden` is [batch, tokens, width]."""
 
     def linear(
-        self, rows: Tensor, weight: Tensor, bias: Tensor | None = None, activation: "Activation | None" = None
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, activation: "Activation | None" = None
     ) -> Tensor:
-        """rows @ weight.T + bias, then the activation; weight is [out, in]."""
-        product = F.linear(rows, weight, bias)
-        return product if activation is None else activation(product)
+        """hidden @ weight.T + bias, then the activation; weight is [out, in]."""
+        matmul = F.linear(hidden, weight, bias)
+        return matmul if activation is None else activation(matmul)
 
-    def attend(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
         """Attention over queries, keys and values, [batch, tokens, 3 * width]; gives [batch, tokens, width]."""
-        return _attention(*packed.chunk(3, -1), num_heads=heads, scale=scale, unidirectional=int(causal))
+        return _multi_head_attention(*packed.chunk(3, -1), num_heads=heads, scale=scale, unidirectional=int(causal))
 
-    def add_and_normalise(
+    def skip_layer_norm(
         self,
-        rows: Tensor,
+        hidden: Tensor,
         skip: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -63,13 +63,13 @@ class Operators:
         *,
         epsilon: float,
     ) -> tuple[Tensor, Tensor]:
-        """The sum of rows, skip and `added` [width], normalised, and the sum itself."""
-        total = rows + skip if added is None else rows + added + skip
+        """The sum of hidden, skip and `added` [width], layer-normalised, and the sum itself."""
+        total = hidden + skip if added is None else hidden + added + skip
         return F.layer_norm(total, weight.shape, weight, bias, epsilon), total
 
-    def multiply_add_and_normalise(
+    def linear_skip_layer_norm(
         self,
-        rows: Tensor,
+        hidden: Tensor,
         matrix: Tensor,
         addend: Tensor | None,
         skip: Tensor,
@@ -79,13 +79,13 @@ class Operators:
         *,
         epsilon: float,
     ) -> tuple[Tensor, Tensor]:
-        """`add_and_normalise` of the product rows @ matrix.T + addend."""
-        return self.add_and_normalise(self.linear(rows, matrix, addend), skip, weight, bias, added, epsilon=epsilon)
+        """`skip_layer_norm` of the matmul hidden @ matrix.T + addend."""
+        return self.skip_layer_norm(self.linear(hidden, matrix, addend), skip, weight, bias, added, epsilon=epsilon)
 
-    def cut_patches(self, pixels: Tensor, size: tuple[int, int], floating: torch.dtype) -> Tensor:
+    def patchify(self, pixels: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The image's patches of `size`, row by row: [batch, channels, height, width] to [batch, patches, values]."""
         tall, wide = size
-        grid = pixels.to(floating).unflatten(3, (-1, wide)).unflatten(2, (-1, tall))
+        grid = pixels.to(dtype).unflatten(3, (-1, wide)).unflatten(2, (-1, tall))
         return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
@@ -95,12 +95,10 @@ class GraphModule(nn.Module):
     Raises UnavailableError where the graph has an operator that is not known here.
     """
 
-    def __init__(
-        self, model: ir.Model, floating: torch.dtype = torch.float32, operators: Operators | None = None
-    ) -> None:
-        """`floating`: what float32 becomes inside the graph, its weights and casts included."""
+    def __init__(self, model: ir.Model, dtype: torch.dtype = torch.float32, operators: Operators | None = None) -> None:
+        """`dtype`: what float32 becomes inside the graph, its weights and casts included."""
         super().__init__()
-        self.floating = floating
+        self.dtype = dtype
         self.operators = operators or Operators()
         self.inputs = [value.name or "" for value in model.graph.inputs]
         self.output = model.graph.outputs[0].name or ""
@@ -116,7 +114,7 @@ class GraphModule(nn.Module):
                 self._hold(name, value.const_value.numpy())
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        values: dict[str, Any] = dict(zip(self.inputs, map(self._rounded, inputs), strict=True))
+        values: dict[str, Any] = dict(zip(self.inputs, map(self._cast_input, inputs), strict=True))
         values |= self.integers | {name: getattr(self, buffer) for name, buffer in self.weights.items()} | {"": None}
         with torch.device(inputs[0].device):  # of what the graph makes itself
             for step in self.steps:
@@ -124,8 +122,8 @@ class GraphModule(nn.Module):
                 values |= zip(step.outputs, made if isinstance(made, tuple | list) else (made,), strict=True)
         return values[self.output].float()
 
-    def _rounded(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.floating) if tensor.dtype is torch.float32 else tensor
+    def _cast_input(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.dtype is torch.float32 else tensor
 
     def _add(self, node: ir.Node) -> None:
         inputs = [value.name or "" if value is not None else "" for value in node.inputs]
@@ -135,41 +133,41 @@ class GraphModule(nn.Module):
         if node in self._folded:
             return
         if weight is not None and weight.ndim == 2:
-            self._add_product(node, weight)
+            self._add_linear(node, weight)
         elif node.op_type == "Constant":
             self._hold(outputs[0], attributes["value"].numpy())
-        elif node.op_type == "Transpose" and (cut := _cut_patches(node)):
-            source, size, patches, dtype = cut
-            floating = self.floating if dtype is torch.float32 else dtype
-            call = partial(self.operators.cut_patches, size=size, floating=floating)
+        elif node.op_type == "Transpose" and (patchified := _patchify(node)):
+            source, size, patches, dtype = patchified
+            dtype = self.dtype if dtype is torch.float32 else dtype
+            call = partial(self.operators.patchify, size=size, dtype=dtype)
             self.steps.append(Step(call, [source.name or ""], [patches.outputs[0].name or ""]))
             self._folded.add(patches)
         elif node.op_type == "Split" and (attention := self._packed_by(node)):
             heads, causal = attention.attributes.get_int("num_heads"), attention.attributes.get_int("unidirectional", 0)
             scale = attention.attributes.get_float("scale", 0.0)
-            call = partial(self.operators.attend, heads=heads, scale=scale, causal=bool(causal))
+            call = partial(self.operators.attention, heads=heads, scale=scale, causal=bool(causal))
             self.steps.append(Step(call, inputs[:1], [attention.outputs[0].name or ""]))
             self._folded.add(attention)
         elif node.op_type == "MultiHeadAttention":
-            if node in self._biases:  # its products add them
+            if node in self._biases:  # its matmuls add them
                 inputs[3] = ""
-            self.steps.append(Step(partial(_attention, **attributes), inputs, outputs))
+            self.steps.append(Step(partial(_multi_head_attention, **attributes), inputs, outputs))
         elif node.op_type == "SkipLayerNormalization":
             total = outputs[3] if len(outputs) > 3 else ""
-            self._add_sum(node, inputs, [outputs[0], total or f"{outputs[0]}_total"])
+            self._add_skip_layer_norm(node, inputs, [outputs[0], total or f"{outputs[0]}_total"])
         elif node.op_type == "Shape" and (cast := node.inputs[0].producer()) and cast.op_type == "Cast":
             self.steps.append(Step(partial(_shape, **attributes), [cast.inputs[0].name or ""], outputs))
         elif node.op_type == "Cast":
             dtype = DTYPES[ir.DataType(attributes["to"])]
-            dtype = self.floating if dtype is torch.float32 else dtype
+            dtype = self.dtype if dtype is torch.float32 else dtype
             self.steps.append(Step(partial(_cast, dtype=dtype), inputs, outputs))
         elif node.op_type in OPERATORS:
             self.steps.append(Step(partial(OPERATORS[node.op_type], **attributes), inputs, outputs))
         else:
             raise UnavailableError(f"the graph has {node.op_type}, which has no PyTorch counterpart here")
 
-    def _add_product(self, node: ir.Node, weight: np.ndarray) -> None:
-        """A product with its bias, and with the activation that alone reads it."""
+    def _add_linear(self, node: ir.Node, weight: np.ndarray) -> None:
+        """A matmul with its bias, and with the activation that alone reads it."""
         bias, output = self._biases.get(node, (None, node.outputs[0]))
         names = [
             self._hold(f"{node.name}_{part}", held) for part, held in (("w", weight.T), ("b", bias)) if held is not None
@@ -183,19 +181,19 @@ class GraphModule(nn.Module):
             self._folded.add(users[0])
         self.steps.append(Step(call, [node.inputs[0].name, *names], [output.name or ""]))
 
-    def _add_sum(self, node: ir.Node, inputs: list[str], outputs: list[str]) -> None:
-        """A sum that is normalised, with the product that it alone reads."""
+    def _add_skip_layer_norm(self, node: ir.Node, inputs: list[str], outputs: list[str]) -> None:
+        """A sum that is normalised, with the matmul that it alone reads."""
         epsilon = node.attributes.get_float("epsilon", 1e-5)
-        products = {step.outputs[0]: step for step in self.steps if step.call == self.operators.linear}
+        matmuls = {step.outputs[0]: step for step in self.steps if step.call == self.operators.linear}
         for summand, value in enumerate(node.inputs[:2]):
-            if value is not None and value.name in products and len(value.uses()) == 1:
-                product = products[value.name]
-                self.steps.remove(product)
-                inputs = [*product.inputs, *[""] * (3 - len(product.inputs)), inputs[1 - summand], *inputs[2:]]
-                call = partial(self.operators.multiply_add_and_normalise, epsilon=epsilon)
+            if value is not None and value.name in matmuls and len(value.uses()) == 1:
+                matmul = matmuls[value.name]
+                self.steps.remove(matmul)
+                inputs = [*matmul.inputs, *[""] * (3 - len(matmul.inputs)), inputs[1 - summand], *inputs[2:]]
+                call = partial(self.operators.linear_skip_layer_norm, epsilon=epsilon)
                 break
         else:
-            call = partial(self.operators.add_and_normalise, epsilon=epsilon)
+            call = partial(self.operators.skip_layer_norm, epsilon=epsilon)
         self.steps.append(Step(call, inputs, outputs))
 
     def _drop_unread(self) -> None:
@@ -208,7 +206,7 @@ class GraphModule(nn.Module):
         self.steps = kept[::-1]
 
     def _packed_by(self, split: ir.Node) -> ir.Node | None:
-        """The attention that takes all three parts of a packed product, with no mask but the order of tokens."""
+        """The attention that takes all three parts of a packed matmul, with no mask but the order of tokens."""
         users = {use.node for value in split.outputs for use in value.uses()}
         attention = users.pop() if len(users) == 1 else None
         if attention is None or attention not in self._biases or list(attention.inputs[:3]) != list(split.outputs):
@@ -223,7 +221,7 @@ class GraphModule(nn.Module):
             self.integers[name] = content
         else:
             self.weights[name] = f"constant_{len(self.weights)}"
-            self.register_buffer(self.weights[name], self._rounded(_tensor(content)))
+            self.register_buffer(self.weights[name], self._cast_input(_tensor(content)))
         return name
 
 
@@ -237,14 +235,14 @@ Biases = dict[ir.Node, tuple[np.ndarray | None, ir.Value]]
 
 
 def _biases(graph: ir.Graph) -> tuple[Biases, set[ir.Node]]:
-    """Products' biases with the value that each product then gives, and the additions that this makes needless.
+    """Matmuls' biases with the value that each matmul then gives, and the additions that this makes needless.
 
-    An attention whose biases its products take is among the keys.
+    An attention whose biases its matmuls take is among the keys.
     """
     found: Biases = {}
     needless: set[ir.Node] = set()
     for node in graph:
-        if node.op_type == "Add" and (pair := _product_and_bias(node)):
+        if node.op_type == "Add" and (pair := _matmul_and_bias(node)):
             found[pair[0]] = (pair[1], node.outputs[0])
             needless.add(node)
         elif node.op_type == "MultiHeadAttention" and (parts := _attention_biases(node)):
@@ -252,11 +250,11 @@ def _biases(graph: ir.Graph) -> tuple[Biases, set[ir.Node]]:
     return found, needless
 
 
-def _product_and_bias(add: ir.Node) -> tuple[ir.Node, np.ndarray] | None:
+def _matmul_and_bias(add: ir.Node) -> tuple[ir.Node, np.ndarray] | None:
     for given, other in (add.inputs, reversed(add.inputs)):
-        bias, product = array(other), given.producer() if given is not None else None
-        if bias is not None and bias.ndim == 1 and product is not None and _is_linear(product):
-            return product, bias
+        bias, matmul = array(other), given.producer() if given is not None else None
+        if bias is not None and bias.ndim == 1 and matmul is not None and _is_linear(matmul):
+            return matmul, bias
     return None
 
 
@@ -269,15 +267,15 @@ def _attention_biases(attention: ir.Node) -> Biases | None:
     found: Biases = {}
     for maker in dict.fromkeys(makers):
         assert maker is not None
-        product = maker.inputs[0].producer() if maker.op_type == "Split" and maker.inputs[0] is not None else maker
-        if product is None or not _is_linear(product) or not all(value in parts for value in maker.outputs):
+        matmul = maker.inputs[0].producer() if maker.op_type == "Split" and maker.inputs[0] is not None else maker
+        if matmul is None or not _is_linear(matmul) or not all(value in parts for value in maker.outputs):
             return None
-        found[product] = (np.concatenate([parts[value] for value in maker.outputs]), product.outputs[0])
+        found[matmul] = (np.concatenate([parts[value] for value in maker.outputs]), matmul.outputs[0])
     return found
 
 
-def _cut_patches(transpose: ir.Node) -> tuple[ir.Value, tuple[int, int], ir.Node, torch.dtype] | None:
-    """What patches.multiply_patches wrote: the image before any cast, a patch's size, the last node, its type."""
+def _patchify(transpose: ir.Node) -> tuple[ir.Value, tuple[int, int], ir.Node, torch.dtype] | None:
+    """What patch_embedding.conv_to_matmul wrote: the image before any cast, a patch's size, the last node, its type."""
     grid, patches = transpose.inputs[0].producer(), [use.node for use in transpose.outputs[0].uses()]
     shape = array(grid.inputs[1]) if grid is not None and grid.op_type == "Reshape" else None
     whole = shape is not None and len(patches) == 1 and patches[0].op_type == "Reshape"
@@ -295,7 +293,7 @@ def _is_linear(node: ir.Node) -> bool:
     return weight is not None and weight.ndim == 2 and len(node.outputs[0].uses()) == 1
 
 
-def _attention(
+def _multi_head_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -311,8 +309,8 @@ def _attention(
 
     Texts are padded behind their end: where tokens see only those before them, padding needs no mask.
     """
-    rows = (query, key, value) if bias is None else map(torch.add, (query, key, value), bias.chunk(3))
-    heads = [tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tokens in rows]
+    hidden = (query, key, value) if bias is None else map(torch.add, (query, key, value), bias.chunk(3))
+    heads = [tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tokens in hidden]
     mask = added
     if padding is not None and not unidirectional:
         seen = padding.bool()[:, None, None]
@@ -429,7 +427,7 @@ def _activate(tensor: Tensor, bias: Tensor | None = None, *, kind: str, **settin
     return Activation(kind, **settings)(tensor if bias is None else tensor + bias)
 
 
-def _normalise(
+def _layer_norm(
     tensor: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -481,7 +479,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Gather": _gather,
     "GatherND": _gather_rows,
     "Identity": lambda value: value,
-    "LayerNormalization": _normalise,
+    "LayerNormalization": _layer_norm,
     "LessOrEqual": partial(_pair, lambda first, second: first <= second),
     "MatMul": lambda first, second: first @ second,
     "Mod": partial(_pair, lambda first, second: first % second),

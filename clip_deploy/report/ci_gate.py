@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from clip_deploy.core.artifact import TOWERS
-from clip_deploy.core.config import REFERENCE, GateConfig, GatesConfig
+from clip_deploy.core.config import REFERENCE, CiConfig, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.json_files import read_json
 from clip_deploy.core.manifest import verify
-from clip_deploy.evaluate.gates import Miss, held, numbers
+from clip_deploy.evaluate.gates import GateFailure, failures_now, numbers
 from clip_deploy.report.decisive import Timings, again, judged
 from clip_deploy.report.decisive import undecided as undecided_of
 from clip_deploy.report.tables import number, table
@@ -32,7 +32,7 @@ DATA = (
     "data/portable",
 )  # what builds, checks and the package rest on
 Reports = Callable[[str], Any]  # a path below reports/ -> what the JSON file holds, None where there is none
-Found = dict[str, list[Miss]]  # by target
+Found = dict[str, list[GateFailure]]  # by target
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -108,43 +108,45 @@ def read_result(target: str, reports: Reports) -> Result:
 def check_required(names: list[str], targets: list[str]) -> None:
     """Raises ConfigError where a name is none of the table's rows, or there is no name at all."""
     if not names:
-        raise ConfigError(f"gate.required is empty, so nothing would be checked: name some of {', '.join(targets)}")
+        raise ConfigError(f"ci.required is empty, so nothing would be checked: name some of {', '.join(targets)}")
     if unknown := [name for name in names if name not in targets]:
         raise ConfigError(
-            f"gate.required lists {unknown[0]!r}, which is not among targets: {', '.join(targets)}; take it out of "
-            "gate.required, or put it into targets and `dvc repro`"
+            f"ci.required lists {unknown[0]!r}, which is not among targets: {', '.join(targets)}; take it out of "
+            "ci.required, or put it into targets and `dvc repro`"
         )
 
 
 @readable
-def judge(names: list[str], reports: Reports, gates: GatesConfig, built: Path) -> Found:
+def check_reports(names: list[str], reports: Reports, gates: GatesConfig, built: Path) -> Found:
     """All misses of the required targets, of what was packaged (under "package"), and of what they were judged on."""
-    found = {name: judge_target(name, reports, gates, built) for name in names}
-    data = {name: judge_data(built / name) for name in DATA}
-    return {**found, PACKAGE: judge_package(reports, built / PACKAGE), **data}
+    found = {name: check_target(name, reports, gates, built) for name in names}
+    data = {name: check_data(built / name) for name in DATA}
+    return {**found, PACKAGE: check_package_of(reports, built / PACKAGE), **data}
 
 
-def judge_target(target: str, reports: Reports, gates: GatesConfig, built: Path) -> list[Miss]:
+def check_target(target: str, reports: Reports, gates: GatesConfig, built: Path) -> list[GateFailure]:
     result = read_result(target, reports)
     if not result.checked:
-        return [Miss("validation", "no result", AGAIN)]
+        return [GateFailure("validation", "no result", AGAIN)]
     return [
-        *held(result.checked, gates),
+        *failures_now(result.checked, gates),
         *_timing(result.timed),
         *_files(result.checked.get("files", {}), built / target),
         *_reported(target, result.checked, reports),
     ]
 
 
-def _timing(timed: dict[str, Any]) -> list[Miss]:
+def _timing(timed: dict[str, Any]) -> list[GateFailure]:
     if not timed:
-        return [Miss("timing", "no result", AGAIN)]
+        return [GateFailure("timing", "no result", AGAIN)]
     if timed.get("status") != "measured":
-        return [Miss("timing", str(timed.get("status")), str(timed.get("reason", "")))]
-    missing = [Miss(f"{tower}: timing", "no result", AGAIN) for tower in TOWERS if not timed["towers"].get(tower)]
+        return [GateFailure("timing", str(timed.get("status")), str(timed.get("reason", "")))]
+    missing = [
+        GateFailure(f"{tower}: timing", "no result", AGAIN) for tower in TOWERS if not timed["towers"].get(tower)
+    ]
     speeds = {where: timing["speedup"] for where, timing in _timings(timed)}
     broken = [where for where, speed in speeds.items() if not isfinite(speed)]
-    return missing + [Miss(f"{where}: speed-up", "not a number", AGAIN) for where in broken]
+    return missing + [GateFailure(f"{where}: speed-up", "not a number", AGAIN) for where in broken]
 
 
 def _timings(timed: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
@@ -154,41 +156,41 @@ def _timings(timed: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
             yield f"{tower}, batch {batch}", timing
 
 
-def _files(judged: dict[str, str], folder: Path) -> list[Miss]:
+def _files(judged: dict[str, str], folder: Path) -> list[GateFailure]:
     """Whether the target's files are those that were judged, and no other lies among them."""
     try:
         manifest, found = verify(folder)
     except DeployError as error:
-        return [Miss("files", str(error))]
+        return [GateFailure("files", str(error))]
     if not judged or any(sha != _sha(manifest, name) for name, sha in judged.items()):
         found = [*found, "not those that were judged"]
-    return [Miss("files", difference, AGAIN) for difference in found]
+    return [GateFailure("files", difference, AGAIN) for difference in found]
 
 
-def _reported(target: str, checked: dict[str, Any], reports: Reports) -> list[Miss]:
+def _reported(target: str, checked: dict[str, Any], reports: Reports) -> list[GateFailure]:
     """Whether the report and the recommendation are of these results."""
     status = (reports("metrics.json") or {}).get(target, {}).get("status")
     advised = (reports("recommendation.json") or {}).get("targets", {}).get(target, {})
-    found = [] if status == checked.get("status") else [Miss("metrics.json", f"says {status}", AGAIN)]
+    found = [] if status == checked.get("status") else [GateFailure("metrics.json", f"says {status}", AGAIN)]
     same = advised.get("files") == checked.get("files", {})
-    return found if same else [*found, Miss("recommendation.json", "is of other files", AGAIN)]
+    return found if same else [*found, GateFailure("recommendation.json", "is of other files", AGAIN)]
 
 
-def judge_data(folder: Path) -> list[Miss]:
+def check_data(folder: Path) -> list[GateFailure]:
     """Whether prepared data are as `prepare` wrote them."""
     try:
         _, found = verify(folder)
     except DeployError as error:
         found = [str(error)]
-    return [Miss("files", difference, "run `dvc repro -f prepare`") for difference in found]
+    return [GateFailure("files", difference, "run `dvc repro -f prepare`") for difference in found]
 
 
-def judge_package(reports: Reports, folder: Path) -> list[Miss]:
+def check_package_of(reports: Reports, folder: Path) -> list[GateFailure]:
     """Whether all that was packaged passed its gate, byte for byte; nothing packaged is in order."""
     try:
         manifest, found = verify(folder)
     except DeployError as error:
-        return [Miss("files", str(error))]
+        return [GateFailure("files", str(error))]
     towers = manifest.get("towers", {})
     for tower in sorted({name.split(".")[0] for name in manifest.get("files", {}) if ".onnx" in name} | set(towers)):
         target = towers.get(tower, {}).get("target", "no target")
@@ -197,7 +199,7 @@ def judge_package(reports: Reports, folder: Path) -> list[Miss]:
         same = graphs and all(checked.get("files", {}).get(name) == _sha(manifest, name) for name in graphs)
         if checked.get("status") != "pass" or not same:
             found = [*found, f"{tower}: {target} did not pass as it is packaged"]
-    return [Miss("files", difference, AGAIN) for difference in found]
+    return [GateFailure("files", difference, AGAIN) for difference in found]
 
 
 def _sha(manifest: dict[str, Any], name: str) -> str | None:
@@ -208,12 +210,12 @@ def _sha(manifest: dict[str, Any], name: str) -> str | None:
 @readable
 def undecided(names: list[str], reports: Reports) -> dict[str, list[str]]:
     """By target, which of its timings decide nothing, as "vision, batch 8", and so can neither be lost nor kept."""
-    timings = _judged(names, reports)
+    timings = _checked(names, reports)
     found = {name: list(undecided_of(timings[name])) for name in names}
     return {name: where for name, where in found.items() if where}
 
 
-def _judged(names: list[str], reports: Reports) -> dict[str, Timings]:
+def _checked(names: list[str], reports: Reports) -> dict[str, Timings]:
     """The timings of these targets and of all others in the report, which says which of them ran on a busy machine."""
     known = dict.fromkeys([REFERENCE, *(reports("metrics.json") or {}), *names])
     results = {name: read_result(name, reports) for name in known}
@@ -222,7 +224,7 @@ def _judged(names: list[str], reports: Reports) -> dict[str, Timings]:
 
 
 @readable
-def compare(names: list[str], reports: Reports, former: Reports, limits: GateConfig) -> tuple[Found, Found]:
+def compare_revisions(names: list[str], reports: Reports, former: Reports, limits: CiConfig) -> tuple[Found, Found]:
     """What required targets lost since `former`, and what could not be compared.
 
     Raises DeployError where nothing could be.
@@ -232,28 +234,30 @@ def compare(names: list[str], reports: Reports, former: Reports, limits: GateCon
     if not known:
         raise DeployError("that revision has no result of any required target: name one in which `dvc repro` was run")
     unlike = list(changed(_hardware(former), _hardware(reports), "reports/environment.json"))
-    uncompared = {"machine": [Miss("timings", f"not compared, another machine: {line}", MEANT) for line in unlike]}
+    uncompared = {
+        "machine": [GateFailure("timings", f"not compared, another machine: {line}", MEANT) for line in unlike]
+    }
     spoiled, spoiled_before = undecided(known, reports), {} if unlike else undecided(known, former)
     lost: Found = {}
     for name, (now, before) in pairs.items():
         if name not in known:
-            uncompared[name] = [Miss("all", "not compared: that revision has no result of it", MEANT)]
+            uncompared[name] = [GateFailure("all", "not compared: that revision has no result of it", MEANT)]
             continue
         left_out = {*spoiled.get(name, []), *spoiled_before.get(name, [])}
         lost[name] = [*_larger(now, before, limits), *_less_alike(now, before, limits)]
         lost[name] += _less_accurate(now, before, limits) + ([] if unlike else _slower(now, before, limits, left_out))
-        uncompared[name] = [Miss(*said, MEANT) for said in _unlike(now, before, not unlike)]
+        uncompared[name] = [GateFailure(*said, MEANT) for said in _unlike(now, before, not unlike)]
         uncompared[name] += _undecided(name, spoiled, spoiled_before)
     return lost, uncompared
 
 
-def _undecided(name: str, spoiled: dict[str, list[str]], before: dict[str, list[str]]) -> Iterator[Miss]:
+def _undecided(name: str, spoiled: dict[str, list[str]], before: dict[str, list[str]]) -> Iterator[GateFailure]:
     """The timings of a target that decide nothing, now or at the former revision."""
     if where := spoiled.get(name):
-        yield Miss("timings", f"decide nothing: {'; '.join(where)}", f"{time_again(spoiled)}; {MEANT}")
+        yield GateFailure("timings", f"decide nothing: {'; '.join(where)}", f"{time_again(spoiled)}; {MEANT}")
     if where := before.get(name):
         way_out = "later revisions are held against the results that are committed now"
-        yield Miss("timings", f"decided nothing at that revision: {'; '.join(where)}", f"{way_out}; {MEANT}")
+        yield GateFailure("timings", f"decided nothing at that revision: {'; '.join(where)}", f"{way_out}; {MEANT}")
 
 
 def time_again(spoiled: dict[str, list[str]]) -> str:
@@ -275,25 +279,25 @@ def _unlike(now: Result, before: Result, same_machine: bool) -> Iterator[tuple[s
         yield "timings", f"not compared: not timed any more: {'; '.join(sorted(gone))}"
 
 
-def _larger(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+def _larger(now: Result, before: Result, limits: CiConfig) -> list[GateFailure]:
     size, former = now.checked.get("size_mb", nan), before.checked.get("size_mb", nan)
     if not isfinite(former) or size <= former * (1 + limits.max_size_growth / 100):
         return []
-    limit = f"> {former:.2f} MB by more than {limits.max_size_growth:g} % (gate.max_size_growth)"
-    return [Miss("size", f"{size:.2f} MB", limit)]
+    limit = f"> {former:.2f} MB by more than {limits.max_size_growth:g} % (ci.max_size_growth)"
+    return [GateFailure("size", f"{size:.2f} MB", limit)]
 
 
-def _less_alike(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+def _less_alike(now: Result, before: Result, limits: CiConfig) -> list[GateFailure]:
     found = []
     for tower, parity in before.checked["parity"].items():
         cosine, former = now.checked.get("parity", {}).get(tower, {}).get("cosine_min", nan), parity["cosine_min"]
         if not cosine >= former - limits.max_cosine_drop:
-            limit = f"< {former:.6f} by more than {limits.max_cosine_drop:g} (gate.max_cosine_drop)"
-            found.append(Miss(f"{tower}: cosine", f"{cosine:.6f}", limit))
+            limit = f"< {former:.6f} by more than {limits.max_cosine_drop:g} (ci.max_cosine_drop)"
+            found.append(GateFailure(f"{tower}: cosine", f"{cosine:.6f}", limit))
     return found
 
 
-def _less_accurate(now: Result, before: Result, limits: GateConfig) -> list[Miss]:
+def _less_accurate(now: Result, before: Result, limits: CiConfig) -> list[GateFailure]:
     """Top-1 itself on the same evaluation set; and its drop from torch-fp32, by the paired intervals."""
     former = before.checked.get("zero_shot")
     if not former or not before.checked.get("trained"):
@@ -302,14 +306,16 @@ def _less_accurate(now: Result, before: Result, limits: GateConfig) -> list[Miss
     found = []
     same_set = now.checked.get("evaluation") == before.checked.get("evaluation")
     if same_set and not present["top1"] >= former["top1"] - limits.max_top1_drop:
-        limit = f"< {former['top1']:.2f} % by more than {limits.max_top1_drop:g} points (gate.max_top1_drop)"
-        found.append(Miss("top-1", f"{present['top1']:.2f} %", limit))
+        limit = f"< {former['top1']:.2f} % by more than {limits.max_top1_drop:g} points (ci.max_top1_drop)"
+        found.append(GateFailure("top-1", f"{present['top1']:.2f} %", limit))
     if not present["top1_drop_low"] <= former["top1_drop_high"]:
-        found.append(Miss("top-1 drop", _interval(present, "top1_drop"), f"above {_interval(former, 'top1_drop')}"))
+        found.append(
+            GateFailure("top-1 drop", _interval(present, "top1_drop"), f"above {_interval(former, 'top1_drop')}")
+        )
     return found
 
 
-def _slower(now: Result, before: Result, limits: GateConfig, left_out: set[str]) -> list[Miss]:
+def _slower(now: Result, before: Result, limits: CiConfig, left_out: set[str]) -> list[GateFailure]:
     """Speed-ups whose interval lies wholly below the former one by more than the limit; on a GPU p50s, and above it."""
     if now.timed.get("threads") != before.timed.get("threads"):
         return []
@@ -325,8 +331,8 @@ def _slower(now: Result, before: Result, limits: GateConfig, left_out: set[str])
             kept = timing["speedup_high"] >= former["speedup_low"] * (1 - share)
         if not kept:
             name, show, side = ("p50 ms", _p50, "above") if on_gpu else ("speed-up", _speedup, "below")
-            limit = f"{side} {show(former)} by more than {limits.max_slow_down:g} % (gate.max_slow_down)"
-            found.append(Miss(f"{where}: {name}", show(timing), limit))
+            limit = f"{side} {show(former)} by more than {limits.max_slow_down:g} % (ci.max_slow_down)"
+            found.append(GateFailure(f"{where}: {name}", show(timing), limit))
     return found
 
 
@@ -345,7 +351,7 @@ def _interval(record: dict[str, float], key: str) -> str:
 def verdicts(names: list[str], reports: Reports) -> str:
     """The required targets that all passed, as a Markdown table."""
     head = ["Target", "Gate", "Lowest cosine", "Top-1 drop, points", "Flips %", "Image speed-up", "Text speed-up"]
-    timings = _judged(names, reports)
+    timings = _checked(names, reports)
     return "\n".join(table(head, [_verdict(name, read_result(name, reports), timings[name]) for name in names]))
 
 

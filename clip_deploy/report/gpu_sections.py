@@ -2,8 +2,9 @@
 
 from statistics import median
 
+from clip_deploy.report.contents import Report, Section, Table
 from clip_deploy.report.rows import Row
-from clip_deploy.report.tables import MISSING, number, stated, stated_throughput, table
+from clip_deploy.report.tables import MISSING, number, stated, stated_throughput
 
 # Latency in ms and GPU memory in GB at batch 1, as the tutorial that this project grew out of printed them for an RTX
 # 3090; it does not say which tower, which batch of texts or what of the way there and back it timed.
@@ -22,35 +23,37 @@ TIMED = (
 )
 
 
-def gpu_sections(rows: list[Row]) -> list[str]:
-    """Lines of Markdown; none where no row ran on a GPU."""
-    ran = [row for row in rows if row.device == "cuda" and row.timings]
-    if not ran:
-        return []
-    return [
-        "## On the GPU",
-        "",
-        TIMED + " Power is the whole GPU's while images are encoded without a pause at the named batch size.",
-        "",
-        *_usage(ran),
-        "",
-        "## Our graphs, torch.compile and TensorRT",
-        "",
-        f"The fastest row of each side that passes its gate, by p50 in this run. {_matrix_rate(ran)}",
-        "",
-        *_duels([row for row in ran if row.status == "pass"]),
-        "",
-        "## The tutorial's table",
-        "",
+def gpu_usage(report: Report) -> Section | None:
+    """Memory, power and the provider of every node, of the rows that ran on a GPU."""
+    said = TIMED + " Power is the whole GPU's while images are encoded without a pause at the named batch size."
+    return Section("On the GPU", [said, _usage(ran)]) if (ran := _ran(report)) else None
+
+
+def gpu_duels(report: Report) -> Section | None:
+    """Our fastest row beside the compilers', for each tower and batch size."""
+    if not (ran := _ran(report)):
+        return None
+    said = f"The fastest row of each side that passes its gate, by p50 in this run. {_matrix_rate(ran)}".rstrip()
+    return Section(
+        "Our graphs, torch.compile and TensorRT", [said, _duels([row for row in ran if row.status == "pass"])]
+    )
+
+
+def gpu_tutorial(report: Report) -> Section | None:
+    """What the tutorial printed, beside what was measured here."""
+    said = (
         "Latency at batch 1, beside what the tutorial printed for an RTX 3090 (another GPU, other weights, and what it "
-        "timed is not said): compare the order of the forms, not the milliseconds.",
-        "",
-        *_tutorial({row.target: row for row in rows}),
-        "",
-    ]
+        "timed is not said): compare the order of the forms, not the milliseconds."
+    )
+    rows = {row.target: row for row in report.rows}
+    return Section("The tutorial's table", [said, _tutorial(rows)]) if _ran(report) else None
 
 
-def _usage(rows: list[Row]) -> list[str]:
+def _ran(report: Report) -> list[Row]:
+    return [row for row in report.rows if row.device == "cuda" and row.timings]
+
+
+def _usage(rows: list[Row]) -> Table:
     head = [
         "Target",
         "Nodes by provider",
@@ -60,7 +63,7 @@ def _usage(rows: list[Row]) -> list[str]:
         "J per 1,000 images",
         "Clock MHz, before / after",
     ]
-    return table(head, [_usage_cells(row) for row in rows])
+    return Table(head, [_usage_cells(row) for row in rows])
 
 
 def _usage_cells(row: Row) -> list[str]:
@@ -89,12 +92,12 @@ def _matrix_rate(rows: list[Row]) -> str:
     if not rates:
         return ""
     return (
-        f"FP16 products of 8,192 x 8,192 matrices ran at {number(median(rates))} TFLOP/s here (median of the rows); "
+        f"FP16 matmuls of 8,192 x 8,192 matrices ran at {number(median(rates))} TFLOP/s here (median of the rows); "
         "the share of that is of the untouched model's work, whatever a target leaves out."
     )
 
 
-def _duels(rows: list[Row]) -> list[str]:
+def _duels(rows: list[Row]) -> Table:
     """Ours against the compilers', for each tower and batch size."""
     head = ["Tower", "Batch", "Ours", "ms", "torch.compile or TensorRT", "ms", "Ratio", "Ours, share of matrix rate"]
     body = []
@@ -115,7 +118,7 @@ def _duels(rows: list[Row]) -> list[str]:
                 _share(mine, ours.matrix_tflops) if ours and ours.matrix_tflops and "gflop" in mine else MISSING,
             ]
         )
-    return table(head, body)
+    return Table(head, body)
 
 
 def _fastest(rows: list[Row], names: tuple[str, ...], tower: str, batch: str) -> Row | None:
@@ -128,7 +131,7 @@ def _share(timing: dict[str, float], matrix_tflops: float) -> str:
     return f"{100 * timing['gflop'] / timing['p50_ms'] / matrix_tflops:.0f} %"  # GFLOP a millisecond are TFLOP/s
 
 
-def _tutorial(rows: dict[str, Row]) -> list[str]:
+def _tutorial(rows: dict[str, Row]) -> Table:
     head = [
         "Form",
         "Target",
@@ -155,4 +158,4 @@ def _tutorial(rows: dict[str, Row]) -> list[str]:
                 str(memory),
             ]
         )
-    return table(head, body)
+    return Table(head, body)

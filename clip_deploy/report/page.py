@@ -1,48 +1,93 @@
-"""The report as one page that stands alone."""
+"""The report's face for a browser: one page that stands alone."""
 
 import json
-from collections.abc import Sequence
+import re
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
-from typing import Any
 
+import vl_convert
 from markdown_it import MarkdownIt
 
 from clip_deploy.core.json_files import rounded
-from clip_deploy.report.markdown import _flow_facts, diagnosis_lines, timing_notes
-from clip_deploy.report.rows import Row, best_throughput, doubts
+from clip_deploy.report.contents import Block, Figure, Key, Report, Section, Table
+from clip_deploy.report.rows import doubts
+from clip_deploy.report.sections import sections
 
 PAGE = Path(__file__).with_name("report.html")
+VEGA_LITE = "6.1"  # of those in vl-convert: another one draws other bytes
+LONG = 30  # letters: such a cell is given room
+MARKDOWN = MarkdownIt("commonmark", {"html": False})
 
 
-def page(
-    title: str,
-    rows: list[Row],
-    facts: dict[str, str],
-    flows: Sequence[dict[str, Any]] = (),
-    shipping: dict[str, Any] | None = None,
-    findings: Sequence[dict[str, Any]] = (),
-    sections: Sequence[str] = (),
-) -> str:
-    """The report as one self-contained HTML page: no request leaves it; `sections` are lines of Markdown."""
-    content = {
-        "title": title,
-        "doubts": doubts(rows),
-        "facts": facts,
-        "rows": [
-            rounded({**asdict(row), "images_per_s": best_throughput(row, "vision"), "diagnosis": diagnosis_lines(row)})
-            for row in rows
-        ],
-        "notes": timing_notes(rows),
-        "flows": rounded(flows),
-        "flow_facts": "".join(_flow_facts(flows)),
-        "shipping": shipping or {"facts": [], "losers": {}, "front": []},
-        "findings": list(findings),
+def page(report: Report) -> str:
+    """All sections as one HTML page: no request leaves it. Its rows stand in it once more as JSON, for programs."""
+    parts = {
+        "TITLE": escape(report.title),
+        "DOUBTS": "".join(f'<p class="doubt">{MARKDOWN.renderInline(doubt)}.</p>\n' for doubt in doubts(report.rows)),
+        "SECTIONS": "\n".join(_section(section) for section in sections(report)),
+        "CONTENT": json.dumps(rounded({"rows": [asdict(row) for row in report.rows]})).replace("<", "\\u003c"),
     }
-    data = json.dumps(content).replace("<", "\\u003c")  # no row may close the script
-    return PAGE.read_text(encoding="utf-8").replace("__SECTIONS__", _rendered(sections)).replace("__CONTENT__", data)
+    return re.sub("__([A-Z]+)__", lambda found: parts[found[1]], PAGE.read_text(encoding="utf-8"))
 
 
-def _rendered(sections: Sequence[str]) -> str:
-    html = MarkdownIt("commonmark", {"html": False}).enable("table").render("\n".join(sections))
-    return html.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+def _section(section: Section) -> str:
+    name = re.sub("[^a-z0-9]+", "-", section.title.lower()).strip("-")
+    figures = [_figure(block) for block in section.blocks if isinstance(block, Figure)]
+    plots = ['<div class="plots">', *figures, "</div>"] if figures else []
+    blocks = [_block(block) for block in section.blocks if not isinstance(block, Figure)]
+    return "\n".join([f'<section id="{name}">', f"<h2>{escape(section.title)}</h2>", *blocks, *plots, "</section>"])
+
+
+def _block(block: Block) -> str:
+    return _table(block) if isinstance(block, Table) else MARKDOWN.render(str(block)).rstrip()
+
+
+def _table(table: Table) -> str:
+    """The rows that are there; those that are not are folded away, in a table of their own."""
+    places = [place for place in range(len(table.body)) if place not in table.folded]
+    shown = _rows(table, places) if places or not table.folded else ""
+    if not table.folded:
+        return shown
+    why = MARKDOWN.renderInline("; ".join(table.folded_as))
+    return f"{shown}\n<details><summary>{why}</summary>\n{_rows(table, table.folded)}\n</details>"
+
+
+def _rows(table: Table, places: list[int]) -> str:
+    heads = "".join(
+        f'<th scope="col"{_side(table, column)}>{_head(table, text)}</th>' for column, text in enumerate(table.head)
+    )
+    lines = [
+        "<tr>" + "".join(_cell(table, place, column) for column in range(len(table.head))) + "</tr>" for place in places
+    ]
+    kind = ' class="sortable"' if table.keys else ""
+    body = "\n".join(lines)
+    return f'<div class="scroll"><table{kind}><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _head(table: Table, text: str) -> str:
+    kept = re.sub(r"(?<=batch) (?=\d)| (?=%\])", "&nbsp;", escape(text))
+    return f"<button>{kept}</button>" if table.keys else kept
+
+
+def _cell(table: Table, place: int, column: int) -> str:
+    text = MARKDOWN.renderInline(table.body[place][column])
+    for written, shown in ((" [", " <small>["), ("]", "]</small>"), ("~ ", "~&nbsp;"), (" /", "&nbsp;/")):
+        text = text.replace(written, shown)
+    is_long = ' class="long"' if column and len(table.body[place][column]) > LONG else ""
+    key = _key(table.keys[place][column]) if table.keys else ""
+    return f"<td{_side(table, column) or is_long}{key}>{text}</td>"
+
+
+def _side(table: Table, column: int) -> str:
+    return ' class="number"' if column >= table.left else ""
+
+
+def _key(key: Key) -> str:
+    return "" if key is None else f' data-key="{escape(str(key))}"'
+
+
+def _figure(figure: Figure) -> str:
+    spec = {**figure.spec, "description": figure.description}
+    svg = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+    return f"<figure><figcaption>{escape(figure.caption)}</figcaption>{svg}</figure>"

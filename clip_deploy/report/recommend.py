@@ -15,7 +15,7 @@ from clip_deploy.report.tables import number
 
 UNDECIDED = "its timing decides nothing (~), time it again"
 
-Together = Callable[[Row, Row], Row]  # what pair.judge_pair says of an image tower with another target's text tower
+Together = Callable[[Row, Row], Row]  # what tower_pair.pair_row says of an image tower with another target's text tower
 Unpackable = Callable[[str], str | None]  # why a target cannot be packaged, by package.unpackable
 
 
@@ -268,7 +268,8 @@ def _targets(rows: list[Row]) -> dict[str, dict[str, Any]]:
 
 def shown(advice: Recommendation, rows: Sequence[Row]) -> dict[str, Any]:
     """What the report and its page show."""
-    return {"facts": facts(advice, rows), "losers": advice.losers, "front": advice.front}
+    said = {"facts": facts(advice, rows), "losers": advice.losers, "front": advice.front}
+    return {**said, "ship": advice.ship, "batch": advice.limits["batch"]}
 
 
 def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:

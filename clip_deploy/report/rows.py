@@ -30,6 +30,7 @@ class Row:
     flips: float | None = None
     attention: str = ""
     graphs: dict[str, Any] = field(default_factory=dict)
+    fusions: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # by tower and kind: found, expected
     search: dict[str, Any] = field(default_factory=dict)  # sensitivity.Search
     pixels: dict[str, float] = field(default_factory=dict)  # preprocessing.pixel_parity
     classifier: dict[str, Any] = field(default_factory=dict)  # validation.head
@@ -87,6 +88,7 @@ def _read_row(target: str, validation: Path, benchmark: Path) -> Row:
         flips=checked.get("flips"),
         attention=_attention(graphs),
         graphs=graphs,
+        fusions=checked["build"].get("fusions", {}),
         search=checked.get("search", {}),
         pixels=checked.get("pixels", {}),
         classifier=checked.get("classifier", {}),
@@ -106,7 +108,8 @@ def _build(build: dict[str, Any]) -> str:
     """How a target was made, in words."""
     if "note" in build:
         return build["note"]
-    return ", ".join(f"{key.replace('_', ' ')} {_word(value)}" for key, value in build.items())
+    told = {key: value for key, value in build.items() if key != "fusions"}  # which have a table of their own
+    return ", ".join(f"{key.replace('_', ' ')} {_word(value)}" for key, value in told.items())
 
 
 def _word(value: Any) -> str:

@@ -7,14 +7,14 @@ from clip_deploy.core.artifact import check_files, failure, read_target
 from clip_deploy.core.config import GatesConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.subprocesses import call_in_child
-from clip_deploy.evaluate.gates import judge
+from clip_deploy.evaluate.gates import check_gate
 from clip_deploy.evaluate.tower_pair import measure_pair
 from clip_deploy.report.rows import Row
 
 COARSENESS = ("fp32", "fp16", "bf16", "int8")  # a pair is held to the gate of its coarser target
 
 
-def judge_pair(vision: Row, text: Row, built: Path, evaluation: Path, gates: GatesConfig) -> Row:
+def pair_row(vision: Row, text: Row, built: Path, evaluation: Path, gates: GatesConfig) -> Row:
     """The row of a pair, from the rows of its two targets.
 
     Timings are each tower's own, size is that of the files which both towers need. Memory is the sum of both targets',
@@ -40,11 +40,11 @@ def judge_pair(vision: Row, text: Row, built: Path, evaluation: Path, gates: Gat
         size_mb=(tower_bytes(folders["vision"], "vision") + tower_bytes(folders["text"], "text")) / 1e6,
     )
     try:
-        record = call_in_child(measure_pair, folders, evaluation, limit_s=gates.max_seconds)
+        record = call_in_child(measure_pair, folders, evaluation, timeout_s=gates.timeout_s)
     except Exception as error:  # whatever a library raises is this row's result
         reason = str(error) if isinstance(error, DeployError) else failure(error)
         return replace(row, status="fail", reasons=[reason])
-    reasons = judge(record | {"trained": row.trained}, getattr(gates, precision), precision)
+    reasons = check_gate(record | {"trained": row.trained}, getattr(gates, precision), precision)
     status = "fail" if reasons else "pass"
     return replace(row, status=status, reasons=reasons, zero_shot=record.get("zero_shot", {}))
 

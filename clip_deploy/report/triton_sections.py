@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from clip_deploy.report.tables import MISSING, number, table
+from clip_deploy.report.contents import Report, Section, Table
+from clip_deploy.report.tables import MISSING, number
 
-TITLE = "## Served by Triton"
+TITLE = "Served by Triton"
 TIMED = (
     "perf_analyzer on the same machine and cores as the server: requests/s are means over three windows (lowest and "
     "highest window in brackets); latencies are the clients', the queue's is the server's own clock. A percentile is "
@@ -13,46 +14,44 @@ TIMED = (
 ENSEMBLE = "clip_zero_shot"  # its own queue and batches say nothing: those of its parts do
 
 
-def triton_sections(record: dict[str, Any]) -> list[str]:
-    """Lines of Markdown of what serving.check.check_served found."""
+def triton_section(report: Report) -> Section | None:
+    """What serving.check.check_served found."""
+    record = report.served
+    if record is None:
+        return None
     if "server" not in record:  # it never came so far
-        return [TITLE, "", f"`{record['status']}`: {'; '.join(record['reasons'])}", ""]
+        return Section(TITLE, [f"`{record['status']}`: {'; '.join(record['reasons'])}"])
     server = ", ".join(f"{name} {version}" for name, version in record["server"].items())
-    return [
-        TITLE,
-        "",
+    outcome = (
         f"**{record['status']}**: {'; '.join(record['reasons']) or 'all of the below'} ({server}; the repository for "
-        f"the {record['backend']} backend; {record['threads']} threads for each tower).",
-        "",
-        TIMED,
-        "",
-        *_load(record["load"]),
-        "",
-        "Held against the package's own graphs, run without a server on the same batches; only with several clients "
-        "does the server choose the batches, and dynamic INT8 takes its scales from a whole batch, padding included.",
-        "",
-        *_parity(record["parity"]),
-        "",
-        "Versions, changed while a client went on asking; version 2 has other weights, which negate image embeddings:",
-        "",
-        *_versions(record["versions"]),
-        "",
-        "Faults. Refused: a client's mistake, with HTTP's 400 or gRPC's INVALID_ARGUMENT. Survived: afterwards the "
-        "server is ready, and answers an image and a question to all models as before.",
-        "",
-        *_faults(record["faults"]),
-        "",
-        "Drift of image embeddings against the first half of the golden set, by their maximum mean discrepancy; the "
-        "threshold is that of 1 % of shuffles:",
-        "",
-        *_drift(record["drift"]),
-        "",
-    ]
+        f"the {record['backend']} backend; {record['threads']} threads for each tower)."
+    )
+    return Section(
+        TITLE,
+        [
+            outcome,
+            TIMED,
+            _load(record["load"]),
+            "Held against the package's own graphs, run without a server on the same batches; only with several "
+            "clients does the server choose the batches, and dynamic INT8 takes its scales from a whole batch, padding "
+            "included.",
+            _parity(record["parity"]),
+            "Versions, changed while a client went on asking; version 2 has other weights, which negate image "
+            "embeddings:",
+            _versions(record["versions"]),
+            "Faults. Refused: a client's mistake, with HTTP's 400 or gRPC's INVALID_ARGUMENT. Survived: afterwards the "
+            "server is ready, and answers an image and a question to all models as before.",
+            _faults(record["faults"]),
+            "Drift of image embeddings against the first half of the golden set, by their maximum mean discrepancy; "
+            "the threshold is that of 1 % of shuffles:",
+            _drift(record["drift"]),
+        ],
+    )
 
 
-def _load(rows: list[dict[str, Any]]) -> list[str]:
+def _load(rows: list[dict[str, Any]]) -> Table:
     head = ["Model", "Request", "Protocol", "Clients", "Requests/s", "p50 / p90 / p99 ms", "Queue ms", "Mean batch"]
-    return table(head, [_load_cells(row) for row in rows])
+    return Table(head, [_load_cells(row) for row in rows])
 
 
 def _load_cells(row: dict[str, Any]) -> list[str]:
@@ -70,19 +69,19 @@ def _load_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _parity(parities: dict[str, dict[str, Any]]) -> list[str]:
+def _parity(parities: dict[str, dict[str, Any]]) -> Table:
     head = ["What", "Lowest cosine", "Largest difference", "Same answer %"]
     body = []
     for name, parity in parities.items():
         cosine = f"{parity['cosine_min']:.6f}" if "cosine_min" in parity else MISSING
         difference, same = f"{parity['max_abs_diff']:.2g}", parity.get("same_answer_percent")
         body.append([name, cosine, difference, number(same)])
-    return table(head, body)
+    return Table(head, body)
 
 
-def _versions(steps: list[dict[str, Any]]) -> list[str]:
+def _versions(steps: list[dict[str, Any]]) -> Table:
     head = ["Step", "Versions that answer", "Without a version", "Each by its own weights", "Requests", "Failed"]
-    return table(
+    return Table(
         head,
         [
             [
@@ -98,13 +97,13 @@ def _versions(steps: list[dict[str, Any]]) -> list[str]:
     )
 
 
-def _faults(faults: list[dict[str, Any]]) -> list[str]:
-    return table(
+def _faults(faults: list[dict[str, Any]]) -> Table:
+    return Table(
         ["Fault", "Answer", "Refused", "Survived"],
         [
             [
                 fault["fault"],
-                fault["answer"].replace("|", "\\|"),
+                fault["answer"],
                 {True: "yes", False: "**no**", None: MISSING}[fault["refused"]],
                 "yes" if fault["survived"] else "**no**",
             ]
@@ -113,7 +112,7 @@ def _faults(faults: list[dict[str, Any]]) -> list[str]:
     )
 
 
-def _drift(found: dict[str, dict[str, Any]]) -> list[str]:
+def _drift(found: dict[str, dict[str, Any]]) -> Table:
     head = ["Live images", "Found", "Discrepancy", "Threshold", "p", "Cosine of the means"]
     body = [
         [
@@ -126,4 +125,4 @@ def _drift(found: dict[str, dict[str, Any]]) -> list[str]:
         ]
         for name, drift in found.items()
     ]
-    return table(head, body)
+    return Table(head, body)

@@ -1,7 +1,7 @@
 """Fuse attention: from the MatMul, Softmax and MatMul that any exporter writes to one MultiHeadAttention.
 
-Query, key and value of one input are projected by one packed MatMul in front of it, so that the products stay MatMul
-nodes, which every quantiser knows. (com.microsoft.Attention holds its product inside: it stays in float32 when a graph
+Query, key and value of one input are projected by one packed MatMul in front of it, so that they stay MatMul
+nodes, which every quantiser knows. (com.microsoft.Attention holds its matmul inside: it stays in float32 when a graph
 is quantised, and where it does not, QAttention is slower.) ONNX Runtime's own fusions find no attention of transformers
 5, onnxscript's only those of the dynamo exporter.
 """
@@ -12,8 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from clip_deploy.onnx_graph.ir_tools import array, initializer, made_by, only_user, permutation
-
-RUNTIME = "com.microsoft"
+from clip_deploy.onnx_graph.onnx_file import RUNTIME
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Match:
 def fuse_attention(model: ir.Model, heads: int, packed: bool = True) -> int:
     """Replace every attention of a tower with `heads` heads, in place; return how many were replaced.
 
-    `packed`: with one product for query, key and value where all three read one input.
+    `packed`: with one matmul for query, key and value where all three read one input.
     """
     fused = 0
     for node in list(model.graph):
@@ -71,37 +70,37 @@ def replace_masks(model: ir.Model, causal: bool, padding: bool = True) -> bool:
     return True
 
 
-def take_in_products(model: ir.Model) -> bool:
-    """Let each attention hold its packed product: com.microsoft.Attention for MatMul, Split and MultiHeadAttention.
+def fuse_packed_attention(model: ir.Model) -> bool:
+    """Let each attention hold its packed matmul: com.microsoft.Attention for MatMul, Split and MultiHeadAttention.
 
-    On a GPU that spares copying the product's three parts; on a CPU, and for INT8, it is the slower form.
+    On a GPU that spares copying the matmul's three parts; on a CPU, and for INT8, it is the slower form.
     """
     graph = model.graph
-    found = [(node, held) for node in graph if (held := _packed_product(node)) is not None]
-    for node, (product, split) in found:
+    found = [(node, held) for node in graph if (held := _packed_matmul(node)) is not None]
+    for node, (matmul, split) in found:
         mask, added = ([*node.inputs, *[None] * 3])[4:6]
         attention = ir.Node(
             RUNTIME,
             "Attention",
-            [product.inputs[0], product.inputs[1], node.inputs[3], mask, None, added],
+            [matmul.inputs[0], matmul.inputs[1], node.inputs[3], mask, None, added],
             node.attributes.values(),
             name=node.name,
         )
         attention.outputs[0].name = f"{node.outputs[0].name}_packed"
         ir.convenience.replace_nodes_and_values(graph, node, [node], [attention], node.outputs, attention.outputs)
-        graph.remove([split, product], safe=True)
+        graph.remove([split, matmul], safe=True)
     return bool(found)
 
 
-def _packed_product(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+def _packed_matmul(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     """The MatMul and the Split that give an attention its three inputs, and nothing else."""
     if node.op_type != "MultiHeadAttention" or len(node.inputs) < 4 or node.inputs[3] is None:
         return None
     split = made_by(node.inputs[0])
-    product = made_by(split.inputs[0]) if split is not None and split.op_type == "Split" else None
-    if split is None or product is None or product.op_type != "MatMul" or list(node.inputs[:3]) != list(split.outputs):
+    matmul = made_by(split.inputs[0]) if split is not None and split.op_type == "Split" else None
+    if split is None or matmul is None or matmul.op_type != "MatMul" or list(node.inputs[:3]) != list(split.outputs):
         return None
-    return (product, split) if all(len(value.uses()) == 1 for value in (*split.outputs, *product.outputs)) else None
+    return (matmul, split) if all(len(value.uses()) == 1 for value in (*split.outputs, *matmul.outputs)) else None
 
 
 def _match(node: ir.Node) -> Match | None:
@@ -115,8 +114,8 @@ def _match(node: ir.Node) -> Match | None:
 
 def _match_softmax(softmax: ir.Node) -> Match | None:
     probabilities = _without_nan_guard(softmax.outputs[0])
-    product = only_user(probabilities, "MatMul")
-    if product is None or product.inputs[0] is not probabilities:
+    matmul = only_user(probabilities, "MatMul")
+    if matmul is None or matmul.inputs[0] is not probabilities:
         return None
     scores, mask = _split_mask(made_by(softmax.inputs[0]))
     scores, scale = _split_scale(scores)
@@ -125,8 +124,8 @@ def _match_softmax(softmax: ir.Node) -> Match | None:
     query, query_scale = _split_scale(made_by(scores.inputs[0]))
     key, key_scale = _split_scale(made_by(scores.inputs[1]))
     queries = _from_heads(query) or _from_constant_heads(scores.inputs[0])
-    rows = (queries, _from_transposed_heads(key), _from_heads(made_by(product.inputs[1])))
-    return _whole(rows, mask, scale * query_scale * key_scale, _to_rows(product.outputs[0]))
+    tokens = (queries, _from_transposed_heads(key), _from_heads(made_by(matmul.inputs[1])))
+    return _whole(tokens, mask, scale * query_scale * key_scale, _to_tokens(matmul.outputs[0]))
 
 
 def _match_standard(attention: ir.Node) -> Match | None:
@@ -137,16 +136,16 @@ def _match_standard(attention: ir.Node) -> Match | None:
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         mask = _additive(mask)
     query, key, value = (_from_heads(made_by(item)) for item in attention.inputs[:3])
-    return _whole((query, key, value), mask, settings.get_float("scale", 0.0), _to_rows(attention.outputs[0]))
+    return _whole((query, key, value), mask, settings.get_float("scale", 0.0), _to_tokens(attention.outputs[0]))
 
 
 def _whole(
-    rows: tuple[ir.Value | None, ir.Value | None, ir.Value | None],
+    tokens: tuple[ir.Value | None, ir.Value | None, ir.Value | None],
     mask: ir.Value | None,
     scale: float,
     output: ir.Value | None,
 ) -> Match | None:
-    query, key, value = rows
+    query, key, value = tokens
     if query is None or key is None or value is None or output is None:
         return None
     return Match(query, key, value, mask, scale, output)
@@ -205,27 +204,27 @@ def _projection(value: ir.Value) -> tuple[ir.Value, np.ndarray, np.ndarray] | No
     node = made_by(value)
     if node is None:
         return None
-    bias, product = None, node
+    bias, matmul = None, node
     if node.op_type == "Add":
         constants = [item for item in node.inputs if array(item) is not None]
         others = [item for item in node.inputs if array(item) is None]
         if len(constants) != 1:
             return None
-        bias, product = array(constants[0]), made_by(others[0])
-    if product is None or product.op_type != "MatMul" or product.inputs[0] is None:
+        bias, matmul = array(constants[0]), made_by(others[0])
+    if matmul is None or matmul.op_type != "MatMul" or matmul.inputs[0] is None:
         return None
-    weight = array(product.inputs[1])
+    weight = array(matmul.inputs[1])
     if weight is None or weight.ndim != 2 or (bias is not None and bias.ndim != 1):
         return None
-    return product.inputs[0], weight, np.zeros(weight.shape[1], weight.dtype) if bias is None else bias
+    return matmul.inputs[0], weight, np.zeros(weight.shape[1], weight.dtype) if bias is None else bias
 
 
 def _from_heads(node: ir.Node | None) -> ir.Value | None:
     """The [batch, sequence, width] behind [batch, heads, sequence, head width]."""
     if node is None or permutation(node) != [0, 2, 1, 3]:
         return None
-    rows = made_by(node.inputs[0])
-    return rows.inputs[0] if rows is not None and rows.op_type == "Reshape" else None
+    tokens = made_by(node.inputs[0])
+    return tokens.inputs[0] if tokens is not None and tokens.op_type == "Reshape" else None
 
 
 def _from_constant_heads(value: ir.Value | None) -> ir.Value | None:
@@ -234,8 +233,8 @@ def _from_constant_heads(value: ir.Value | None) -> ir.Value | None:
     if value is None or value.graph is None or heads is None or heads.ndim != 4:
         return None
     batch, _, sequence, _ = heads.shape
-    rows = heads.transpose(0, 2, 1, 3).reshape(batch, sequence, -1)
-    return initializer(value.graph, f"{value.name}_rows", np.ascontiguousarray(rows))
+    tokens = heads.transpose(0, 2, 1, 3).reshape(batch, sequence, -1)
+    return initializer(value.graph, f"{value.name}_rows", np.ascontiguousarray(tokens))
 
 
 def _from_transposed_heads(node: ir.Node | None) -> ir.Value | None:
@@ -243,8 +242,8 @@ def _from_transposed_heads(node: ir.Node | None) -> ir.Value | None:
     if node is None:
         return None
     if permutation(node) == [0, 2, 3, 1]:  # TorchScript exporter
-        rows = made_by(node.inputs[0])
-        return rows.inputs[0] if rows is not None and rows.op_type == "Reshape" else None
+        tokens = made_by(node.inputs[0])
+        return tokens.inputs[0] if tokens is not None and tokens.op_type == "Reshape" else None
     if permutation(node) == [0, 1, 3, 2]:
         return _from_heads(made_by(node.inputs[0]))
     if node.op_type == "Reshape":  # dynamo exporter: heads and batch are one axis while it transposes
@@ -256,7 +255,7 @@ def _from_transposed_heads(node: ir.Node | None) -> ir.Value | None:
     return None
 
 
-def _to_rows(heads: ir.Value) -> ir.Value | None:
+def _to_tokens(heads: ir.Value) -> ir.Value | None:
     """The [batch, sequence, width] that is made of [batch, heads, sequence, head width]."""
     while reshape := only_user(heads, "Reshape"):  # the TorchScript exporter reshapes to the shape that it has
         heads = reshape.outputs[0]

@@ -2,7 +2,7 @@
 
 A tower keeps one row of its last layer, that of the class token or of the end of the text. Only keys and values need
 the other rows, so the pooling moves up in front of the last layer's query, and all that follows it runs on one token:
-for ViT-B/32 7 % of all products, for a tower of two layers 40 %.
+for ViT-B/32 7 % of all matmuls, for a tower of two layers 40 %.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def pool_early(model: ir.Model) -> bool:
     return True
 
 
-def find_in_float(model: ir.Model, longest: int) -> bool:
+def float_argmax(model: ir.Model, longest: int) -> bool:
     """Search for the end of a text in float32: ONNX Runtime's CUDA provider has no ArgMax of integers.
 
     Of equal tokens the first must win, which ArgMax leaves open there: a falling ramp decides.
@@ -101,7 +101,7 @@ def _gather_by_token(graph: ir.Graph, attention: ir.Node) -> None:
 
 
 def _projected_from(keys: ir.Value | None) -> ir.Value | None:
-    """The tokens behind keys: of the same batch and length, without keeping a product alive that gives queries too."""
+    """The tokens behind keys: of the same batch and length, without keeping a matmul alive that gives queries too."""
     value = keys
     for kind in ("Split", "Add", "MatMul"):
         maker = value.producer() if value is not None else None
@@ -203,20 +203,20 @@ class _Moved:
         return self.insert("MultiHeadAttention", inputs[:5], like=node)
 
     def _projected(self, node: ir.Node) -> list[ir.Value | None]:
-        """Query of the pooled token, keys and values of all; a packed product is cut in two."""
+        """Query of the pooled token, keys and values of all; a packed matmul is cut in two."""
         query, key, value = node.inputs[:3]
         split = query.producer() if query is not None else None
         if split is None or split.op_type != "Split":
             return [self.pooled(query), key, value]
-        product = split.inputs[0].producer() if split.inputs[0] is not None else None
-        weight, widths = array(product.inputs[1]) if product else None, array(split.inputs[1])
-        if product is None or weight is None or widths is None:
+        matmul = split.inputs[0].producer() if split.inputs[0] is not None else None
+        weight, widths = array(matmul.inputs[1]) if matmul else None, array(split.inputs[1])
+        if matmul is None or weight is None or widths is None:
             return [None, key, value]
         width = int(widths[0])
         first = self.constant(np.ascontiguousarray(weight[:, :width]))
         rest = self.constant(np.ascontiguousarray(weight[:, width:]))
-        row = self.insert("MatMul", [self.pooled(product.inputs[0]), first])
-        both = self.insert("MatMul", [product.inputs[0], rest])
+        row = self.insert("MatMul", [self.pooled(matmul.inputs[0]), first])
+        both = self.insert("MatMul", [matmul.inputs[0], rest])
         parts = ir.node("Split", [both, self.constant(widths[1:])], {"axis": -1}, num_outputs=2)
         parts.outputs[0].name, parts.outputs[1].name = "pooled_k", "pooled_v"
         self.graph.insert_before(self.pooling, parts)

@@ -1,18 +1,17 @@
-"""Fused graphs: our own attention, patches and pooling, and ONNX Runtime's optimizer for GELU and LayerNormalization.
+"""Fused graphs: attention, GELU, LayerNormalization, skip connections, patches and pooling, each found by ourselves.
 
 Each rewrite is checked: one that changes the outputs, or makes a graph that does not run, is undone and named.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime.transformers.optimizer as transformer_optimizer
-from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxscript.optimizer import fold_constants
 from onnxscript.optimizer import optimize as simplify
 from onnxscript.rewriter import rewrite
@@ -20,18 +19,52 @@ from onnxscript.rewriter.rules.common import gemm_to_matmul_add_rule
 
 from clip_deploy.core.config import OptimizeConfig, Precision
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.fusions import KINDS
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.ir_tools import array, initializer
 from clip_deploy.rewrites.attention import fuse_attention, replace_masks
 from clip_deploy.rewrites.early_pooling import pool_early
+from clip_deploy.rewrites.gelu import fuse_gelu
 from clip_deploy.rewrites.half_precision import clamp_masks
-from clip_deploy.rewrites.patch_embedding import multiply_patches
+from clip_deploy.rewrites.layer_norm import fuse_layer_norm
+from clip_deploy.rewrites.patch_embedding import conv_to_matmul
+from clip_deploy.rewrites.reshapes import drop_idle_reshapes, join_shapes
+from clip_deploy.rewrites.skip_layer_norm import fuse_skip_layer_norm
 
 FOLD_BYTES = 1 << 30  # weights are folded, whatever their size
 TOLERANCE = 1e-4  # largest difference that a rewrite may make, relative to the output's largest value
 
 Rewrite = Callable[[Path, Path], bool]
 Step = list[tuple[str, Rewrite]]  # alternatives, by name
+
+
+@dataclass
+class Fused:
+    """What became of a tower's rewrites.
+
+    Attributes:
+        undone: the steps that changed the outputs, with the tower's name.
+        found: how many operations of each kind that was asked for the graph has now, by the kinds of core.fusions.
+    """
+
+    undone: list[str]
+    found: dict[str, int]
+
+
+def facts_of(made: Mapping[str, Fused], operations: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """What a target's build says of its fusions, by tower: `rewrites_undone` and `fusions`, each where there is any.
+
+    Args:
+        made: by tower, what fuse returned.
+        operations: by tower, what there is to be found, as the export counted it on the PyTorch model.
+    """
+    undone = [step for tower in made.values() for step in tower.undone]
+    fusions = {
+        name: {kind: [found, operations[name][kind]] for kind, found in tower.found.items()}
+        for name, tower in made.items()
+        if tower.found
+    }
+    return ({"rewrites_undone": undone} if undone else {}) | ({"fusions": fusions} if fusions else {})
 
 
 def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = True) -> list[Step]:
@@ -42,16 +75,20 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = 
             ("causal mask", partial(_edit, lambda model: replace_masks(model, causal=True))),
             ("padding mask", partial(_edit, lambda model: replace_masks(model, causal=False))),
         ],
-        [("onnxruntime", partial(_rewrite_onnxruntime, False))],
-        [("patches", partial(_edit, multiply_patches))],
-        [("early pooling", partial(_edit, pool_early))],
-        [("skip", partial(_rewrite_onnxruntime, True))] if settings.skip_layer_norm else [],
+        [("gelu", partial(_edit, lambda model: fuse_gelu(model) > 0))],
+        [("layer_norm", partial(_edit, lambda model: fuse_layer_norm(model) > 0))],
+        [("reshapes", partial(_edit, _simplify_shapes))],
+        [("patch_embedding", partial(_edit, conv_to_matmul))],
+        [("early_pooling", partial(_edit, pool_early))],
+        [("skip_layer_norm", partial(_edit, lambda model: fuse_skip_layer_norm(model) > 0))]
+        if settings.skip_layer_norm
+        else [],
         [("masks", partial(_edit, clamp_masks))] if settings.precision is Precision.fp16 else [],
     ]
 
 
-def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list]) -> list[str]:
-    """Rewrite one tower, and return the steps that had to be undone.
+def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list]) -> Fused:
+    """Rewrite one tower, and say what was found and what had to be undone.
 
     Args:
         source: the graph as it was exported.
@@ -61,7 +98,8 @@ def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list
     """
     feeds = onnx_file.random_feeds(source, texts)
     expected = onnx_file.run(source, feeds)
-    undone = []
+    undone: list[str] = []
+    done: set[str] = set()
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         current = source
         for step in rewrites:
@@ -74,12 +112,15 @@ def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list
                 tried.append(name)
                 if _gives(expected, candidate, feeds):
                     kept = candidate
+                    done.add(name)
                     break
             if tried and kept is None:
                 undone.append(f"{output.stem}: {', '.join(tried)}")
             current = kept or current
         onnx_file.save(ir.load(current), output)
-    return undone
+    asked = [kind for kind in KINDS if any(kind == name for step in rewrites for name, _ in step)]
+    counts = onnx_file.describe(output)["fusion"]
+    return Fused(undone, {kind: counts.get(kind, int(kind in done)) for kind in asked})
 
 
 def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:
@@ -87,7 +128,7 @@ def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:
     model = ir.load(source)
     simplify(model)
     rewrite(model, [gemm_to_matmul_add_rule])
-    _multiply_plainly(model.graph)
+    _gemm_to_matmul(model.graph)
     if not edit(model):
         return False
     simplify(model)
@@ -96,7 +137,14 @@ def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:
     return True
 
 
-def _multiply_plainly(graph: ir.Graph) -> None:
+def _simplify_shapes(model: ir.Model) -> bool:
+    """True in any case: _edit itself leaves a simpler graph."""
+    drop_idle_reshapes(model)
+    join_shapes(model)
+    return True
+
+
+def _gemm_to_matmul(graph: ir.Graph) -> None:
     """Gemm without bias to MatMul: dynamic quantisation knows the second only."""
     for node in list(graph):
         weight = array(node.inputs[1]) if node.op_type == "Gemm" and len(node.inputs) == 2 else None
@@ -104,24 +152,8 @@ def _multiply_plainly(graph: ir.Graph) -> None:
             continue
         if node.attributes.get_int("transB", 0):
             weight = np.ascontiguousarray(weight.T)
-        product = ir.node("MatMul", [node.inputs[0], initializer(graph, f"{node.outputs[0].name}_weight", weight)])
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [product], node.outputs, product.outputs)
-
-
-def _rewrite_onnxruntime(skip_layer_norm: bool, source: Path, output: Path) -> bool:
-    """GELU in its forms, LayerNormalization from its parts, and skip connections with the LayerNormalization behind."""
-    options = FusionOptions("clip")
-    options.enable_attention = False
-    options.enable_bias_gelu = False  # it takes Gelu's tanh approximation (opset 20 and up) for the exact function
-    options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = skip_layer_norm
-    fused = transformer_optimizer.optimize_model(
-        str(source), model_type="clip", optimization_options=options, opt_level=0
-    )
-    inputs = onnx.load(source, load_external_data=False).graph.input
-    del fused.model.graph.input[:]  # it drops one that nothing reads; the encoder's callers still give it
-    fused.model.graph.input.extend(inputs)
-    onnx_file.save(ir.from_proto(fused.model), output)
-    return True
+        matmul = ir.node("MatMul", [node.inputs[0], initializer(graph, f"{node.outputs[0].name}_weight", weight)])
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [matmul], node.outputs, matmul.outputs)
 
 
 def _gives(expected: np.ndarray, path: Path, feeds: dict[str, np.ndarray]) -> bool:

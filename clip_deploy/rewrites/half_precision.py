@@ -21,12 +21,12 @@ from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.ir_tools import initializer
 
 HEADROOM = 2.0  # what a deployment's inputs may exceed those of the calibration set by
-LARGEST = float(np.finfo(np.float16).max) / HEADROOM
-HIDDEN = -1e4  # a masked score: its softmax is 0 in any precision
+MAX_FLOAT16 = float(np.finfo(np.float16).max) / HEADROOM
+MASKED_SCORE = -1e4  # a masked score: its softmax is 0 in any precision
 MASKS_BELOW = -1e30  # no trained constant is that low
 
-FIXED = {"Range", "Resize"}  # their inputs are float32, or ONNX Runtime's kernels are
-TELLING = {"Shape", "Size", "IsNaN", "IsInf"}  # of a float what any precision tells
+FLOAT32_INPUT_OPS = {"Range", "Resize"}  # their inputs are float32, or ONNX Runtime's kernels are
+DTYPE_FREE_OPS = {"Shape", "Size", "IsNaN", "IsInf"}  # of a float what any precision tells
 
 SCAN_ROWS = 8  # calibration inputs to run at a time
 
@@ -38,25 +38,27 @@ def clamp_masks(model: ir.Model) -> bool:
     found = False
     for node in model.graph:
         for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.TENSOR and _hides(attribute.as_tensor()):
+            if attribute.type == ir.AttributeType.TENSOR and _is_mask(attribute.as_tensor()):
                 node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _clamped(attribute.as_tensor()))
                 found = True
     for value in model.graph.initializers.values():
-        if value.const_value is not None and _hides(value.const_value):
+        if value.const_value is not None and _is_mask(value.const_value):
             value.const_value = _clamped(value.const_value)
             found = True
     return found
 
 
-def _hides(tensor: ir.TensorProtocol) -> bool:
+def _is_mask(tensor: ir.TensorProtocol) -> bool:
     return tensor.dtype == ir.DataType.FLOAT and tensor.size > 0 and float(tensor.numpy().min()) < MASKS_BELOW
 
 
 def _clamped(tensor: ir.TensorProtocol) -> ir.Tensor:
-    return ir.Tensor(np.maximum(tensor.numpy(), np.float32(HIDDEN)), name=tensor.name)
+    return ir.Tensor(np.maximum(tensor.numpy(), np.float32(MASKED_SCORE)), name=tensor.name)
 
 
-def halve(path: Path, batches: Batches, keep_fp32: Sequence[str] = (), device: Device = Device.cpu) -> dict[str, float]:
+def to_float16(
+    path: Path, batches: Batches, keep_fp32: Sequence[str] = (), device: Device = Device.cpu
+) -> dict[str, float]:
     """Convert a graph's weights and computation to float16 in place; its inputs and outputs stay float32.
 
     A node stays in float32 where one of its tensors comes within HEADROOM of float16's largest value. For that the
@@ -78,7 +80,7 @@ def halve(path: Path, batches: Batches, keep_fp32: Sequence[str] = (), device: D
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         largest = ranges(model, path.stem, batches, Path(folder), device)
     overflowing = _overflowing(model.graph, largest | {item.name: _magnitude(item) for item in model.graph.initializer})
-    _lower(model, path, set(largest), {*overflowing, *kept}, ir.DataType.FLOAT16)
+    _cast_down(model, path, set(largest), {*overflowing, *kept}, ir.DataType.FLOAT16)
     session = _open(path, device)
     for feeds in batches():
         _refuse_non_finite(session.run(None, feeds), path.stem, "FP16")
@@ -88,14 +90,14 @@ def halve(path: Path, batches: Batches, keep_fp32: Sequence[str] = (), device: D
 def to_bfloat16(path: Path, keep_fp32: Sequence[str] = ()) -> None:
     """Convert a graph's weights and computation to bfloat16 in place, which has float32's range; only GPUs run it.
 
-    `keep_fp32` is that of halve.
+    `keep_fp32` is that of to_float16.
     """
     model = _load(path)
     kept = onnx_file.kept_nodes(model, path.stem, keep_fp32)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         floats = set(onnx_file.float_tensors(model, Path(folder)))
     folded = {node.name for node in model.graph.node if node.op_type == "Expand"}  # by the CPU, which has it in FP32
-    _lower(model, path, floats, {*folded, *kept}, ir.DataType.BFLOAT16)
+    _cast_down(model, path, floats, {*folded, *kept}, ir.DataType.BFLOAT16)
 
 
 def _load(path: Path) -> onnx.ModelProto:
@@ -105,12 +107,12 @@ def _load(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _lower(model: onnx.ModelProto, path: Path, floats: set[str], in_fp32: set[str], dtype: ir.DataType) -> None:
-    """Write the graph to `path` with its float32 tensors in another type, but for these nodes' and _exact ones'."""
+def _cast_down(model: onnx.ModelProto, path: Path, floats: set[str], in_fp32: set[str], dtype: ir.DataType) -> None:
+    """Write the graph to `path` with its float32 tensors in another type, but those of `in_fp32` and _stays_float32."""
     lowered = ir.from_proto(model)
     graph = lowered.graph
     floats = floats | {name for name, value in graph.initializers.items() if value.dtype == ir.DataType.FLOAT}
-    whole = in_fp32 | _exact(graph, floats)
+    whole = in_fp32 | _stays_float32(graph, floats)
     cast_to: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def cast(value: ir.Value, to: ir.DataType, node: ir.Node) -> ir.Value:
@@ -145,10 +147,10 @@ def _lower(model: onnx.ModelProto, path: Path, floats: set[str], in_fp32: set[st
     onnx_file.save(lowered, path)
 
 
-def _exact(graph: ir.Graph, floats: set[str]) -> set[str]:
+def _stays_float32(graph: ir.Graph, floats: set[str]) -> set[str]:
     """Nodes with floats that an integer or a truth value is computed from, and those whose type is fixed."""
-    exact = {node for node in graph if node.op_type in FIXED}
-    stack = [node for node in graph if node.op_type not in TELLING and not _gives(node, floats)]
+    exact = {node for node in graph if node.op_type in FLOAT32_INPUT_OPS}
+    stack = [node for node in graph if node.op_type not in DTYPE_FREE_OPS and not _gives(node, floats)]
     while stack:
         node = stack.pop()
         if node not in exact and any(value is not None and value.name in floats for value in node.inputs):
@@ -223,7 +225,7 @@ def _overflowing(graph: onnx.GraphProto, largest: dict[str, float]) -> dict[str,
     found = {}
     for node in graph.node:
         value = max((largest.get(name, 0.0) for name in (*node.input, *node.output)), default=0.0)
-        if not value <= LARGEST:
+        if not value <= MAX_FLOAT16:
             found[node.name] = value
     return found
 

@@ -1,6 +1,6 @@
-"""Patch embedding as a product: a convolution whose stride is its kernel cuts the image into patches and projects each.
+"""Patch embedding as a matmul: a convolution whose stride is its kernel cuts the image into patches and projects each.
 
-As MatMul it costs the same in float32, and it is quantised like every other product.
+As MatMul it costs the same in float32, and it is quantised like every other matmul.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import onnx_ir as ir
 from clip_deploy.onnx_graph.ir_tools import array, initializer
 
 
-def multiply_patches(model: ir.Model) -> bool:
+def conv_to_matmul(model: ir.Model) -> bool:
     """Replace the convolution that cuts patches by a MatMul, in place; False where there is none."""
     graph = model.graph
     for conv in list(graph):
@@ -56,11 +56,11 @@ def _replace(graph: ir.Graph, conv: ir.Node, tokens: ir.Node, weight: np.ndarray
         "patches": [-1, rows * columns, channels * tall * wide],
     }
     constants = {name: initializer(graph, f"patch_{name}", np.array(shape)) for name, shape in shapes.items()}
-    product = initializer(graph, "patch_weight", np.ascontiguousarray(weight.reshape(width, -1).T))
+    matmul = initializer(graph, "patch_weight", np.ascontiguousarray(weight.reshape(width, -1).T))
     grid = ir.node("Reshape", [conv.inputs[0], constants["grid"]])
     cut = ir.node("Transpose", [grid.outputs[0]], {"perm": [0, 2, 4, 1, 3, 5]})
     patches = ir.node("Reshape", [cut.outputs[0], constants["patches"]])
-    nodes = [grid, cut, patches, ir.node("MatMul", [patches.outputs[0], product])]
+    nodes = [grid, cut, patches, ir.node("MatMul", [patches.outputs[0], matmul])]
     if len(conv.inputs) > 2:
         nodes.append(ir.node("Add", [nodes[-1].outputs[0], conv.inputs[2]]))
     for node in nodes:

@@ -1,16 +1,17 @@
 """One module for each format, all behind the same two verbs. A new runtime is a new file here, named in RUNTIMES."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from clip_deploy.core.artifact import Target, read_target
-from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.errors import DeployError, UnavailableError, first_line
 
+T = TypeVar("T")
 RUNTIMES = ("eager", "compiled", "torchscript", "aoti", "fused", "ort", "ort_tensorrt", "openvino", "tensorrt")
 
 
@@ -83,5 +84,11 @@ def open_encoder(folder: Path, threads: int | None = None, device: str | None = 
     except UnavailableError:
         raise
     except Exception as error:  # the runtimes' errors share no base class
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise DeployError(f"{folder.name} does not load: {reason}") from error
+
+
+def text_feed(names: Sequence[str], input_ids: T, attention_mask: T) -> dict[str, T]:
+    """Of the two, both [batch, sequence], what a text tower takes, by its inputs' names and in their order."""
+    given = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return {name: given[name] for name in names}

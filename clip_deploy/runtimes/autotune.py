@@ -15,10 +15,10 @@ from torch import Tensor
 from clip_deploy.onnx_graph.torch_module import Activation, Operators
 from clip_deploy.runtimes import kernels
 
-SHORTEST = 16  # a block of queries that the tensor cores take
-FEW_ROWS = 256  # of a product, which then has too few large tiles for all multiprocessors
-MANY_ROWS = 1024  # of a product, which then needs no parts of its depth to fill them
-LONGEST = 128  # tokens that our attention takes; longer sequences go to PyTorch's kernels
+MIN_QUERIES = 16  # a block of queries that the tensor cores take
+FEW_ROWS = 256  # of a matmul, which then has too few large tiles for all multiprocessors
+MANY_ROWS = 1024  # of a matmul, which then needs no parts of its depth to fill them
+MAX_TOKENS = 128  # tokens that our attention takes; longer sequences go to PyTorch's kernels
 HEADS = (16, 32, 64, 128)  # widths of a head that the tensor cores take
 CALLS, TRIES = 8, 9  # of each way that is timed: calls in a CUDA graph, and replays, whose median counts
 
@@ -30,27 +30,28 @@ class TunedOperators(Operators):
         self.fastest: dict[tuple, Callable[..., Any]] = {}  # by operator and shapes
 
     def linear(
-        self, rows: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None
     ) -> Tensor:
-        if rows.dtype is torch.float32 or rows.shape[-1] % 8 or weight.shape[0] % 8:
-            return super().linear(rows, weight, bias, activation)
-        flat = rows.reshape(-1, rows.shape[-1])
-        key = ("linear", flat.shape, weight.shape, bias is None, activation, rows.dtype)
-        product = self._choose(key, _ways_to_multiply(len(flat), activation), flat, weight, bias, activation)
-        return product.view(*rows.shape[:-1], weight.shape[0])
+        if hidden.dtype is torch.float32 or hidden.shape[-1] % 8 or weight.shape[0] % 8:
+            return super().linear(hidden, weight, bias, activation)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        key = ("linear", flat.shape, weight.shape, bias is None, activation, hidden.dtype)
+        output = self._choose(key, _linear_candidates(len(flat), activation), flat, weight, bias, activation)
+        return output.view(*hidden.shape[:-1], weight.shape[0])
 
-    def attend(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
         _, tokens, width = packed.shape
         head = width // 3 // heads
-        if packed.dtype is torch.float32 or tokens > LONGEST or head not in HEADS:
-            return super().attend(packed, heads, scale, causal)
-        fit = [blocks for blocks in kernels.QUERIES if blocks[0] <= max(SHORTEST, 2 * tokens)]
-        ways = [partial(kernels.attend, blocks=blocks) for blocks in fit]
-        return self._choose(("attend", packed.shape, heads, causal), ways, packed, heads, scale or head**-0.5, causal)
+        if packed.dtype is torch.float32 or tokens > MAX_TOKENS or head not in HEADS:
+            return super().attention(packed, heads, scale, causal)
+        fit = [blocks for blocks in kernels.QUERIES if blocks[0] <= max(MIN_QUERIES, 2 * tokens)]
+        ways = [partial(kernels.attention, blocks=blocks) for blocks in fit]
+        key = ("attention", packed.shape, heads, causal)
+        return self._choose(key, ways, packed, heads, scale or head**-0.5, causal)
 
-    def add_and_normalise(
+    def skip_layer_norm(
         self,
-        rows: Tensor,
+        hidden: Tensor,
         skip: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -58,13 +59,13 @@ class TunedOperators(Operators):
         *,
         epsilon: float,
     ) -> tuple[Tensor, Tensor]:
-        if not rows.is_contiguous() or not skip.is_contiguous() or rows.shape != skip.shape:
-            return super().add_and_normalise(rows, skip, weight, bias, added, epsilon=epsilon)
-        return kernels.add_and_normalise(rows, skip, weight, bias, added, epsilon)
+        if not hidden.is_contiguous() or not skip.is_contiguous() or hidden.shape != skip.shape:
+            return super().skip_layer_norm(hidden, skip, weight, bias, added, epsilon=epsilon)
+        return kernels.skip_layer_norm(hidden, skip, weight, bias, added, epsilon)
 
-    def multiply_add_and_normalise(
+    def linear_skip_layer_norm(
         self,
-        rows: Tensor,
+        hidden: Tensor,
         matrix: Tensor,
         addend: Tensor | None,
         skip: Tensor,
@@ -74,18 +75,18 @@ class TunedOperators(Operators):
         *,
         epsilon: float,
     ) -> tuple[Tensor, Tensor]:
-        one_by_one = partial(super().multiply_add_and_normalise, epsilon=epsilon)
-        (wide, deep), count = matrix.shape, rows.numel() // rows.shape[-1]
+        one_by_one = partial(super().linear_skip_layer_norm, epsilon=epsilon)
+        (wide, deep), count = matrix.shape, hidden.numel() // hidden.shape[-1]
         fit = [(tiles, parts) for tiles, parts in kernels.SPLIT if deep % (tiles.k * parts) == 0]
         both = addend is not None and added is not None
-        if rows.dtype is torch.float32 or wide % 8 or count > MANY_ROWS or both or not skip.is_contiguous():
-            return one_by_one(rows, matrix, addend, skip, weight, bias, added)
+        if hidden.dtype is torch.float32 or wide % 8 or count > MANY_ROWS or both or not skip.is_contiguous():
+            return one_by_one(hidden, matrix, addend, skip, weight, bias, added)
         ways = [one_by_one, *(partial(_in_parts, epsilon=epsilon, tiles=tiles, parts=parts) for tiles, parts in fit)]
-        key = ("sum", count, matrix.shape, addend is None, added is None, rows.dtype)
-        return self._choose(key, ways, rows, matrix, addend, skip, weight, bias, added)
+        key = ("sum", count, matrix.shape, addend is None, added is None, hidden.dtype)
+        return self._choose(key, ways, hidden, matrix, addend, skip, weight, bias, added)
 
-    def cut_patches(self, pixels: Tensor, size: tuple[int, int], floating: torch.dtype) -> Tensor:
-        return kernels.cut_patches(pixels, size, floating)
+    def patchify(self, pixels: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return kernels.patchify(pixels, size, dtype)
 
     def _choose(self, key: tuple, ways: Sequence[Callable[..., Any]], *given: Any) -> Any:
         """Call the fastest way for these shapes; time all where they are new."""
@@ -115,7 +116,7 @@ def median_ms(way: Callable[..., Any], given: tuple[Any, ...]) -> float:
 
 
 def _in_parts(
-    rows: Tensor,
+    hidden: Tensor,
     matrix: Tensor,
     addend: Tensor | None,
     skip: Tensor,
@@ -128,10 +129,10 @@ def _in_parts(
     parts: int,
 ) -> tuple[Tensor, Tensor]:
     held = addend if added is None else added
-    return kernels.multiply_add_and_normalise(rows, matrix, skip, weight, bias, held, epsilon, tiles, parts)
+    return kernels.linear_skip_layer_norm(hidden, matrix, skip, weight, bias, held, epsilon, tiles, parts)
 
 
-def _ways_to_multiply(rows: int, activation: Activation | None) -> list[Callable[..., Tensor]]:
+def _linear_candidates(hidden: int, activation: Activation | None) -> list[Callable[..., Tensor]]:
     """cuBLAS is taken unasked where there are many rows and nothing to fuse."""
-    tiles = kernels.SMALL if rows <= FEW_ROWS else kernels.LARGE if activation else ()
-    return [kernels.by_library, *(partial(kernels.by_tiles, tiles=item) for item in tiles)]
+    tiles = kernels.SMALL if hidden <= FEW_ROWS else kernels.LARGE if activation else ()
+    return [kernels.cublas_linear, *(partial(kernels.triton_linear, tiles=item) for item in tiles)]

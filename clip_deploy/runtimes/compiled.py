@@ -7,13 +7,13 @@ import torch
 from clip_deploy.core.artifact import Target
 from clip_deploy.runtimes import eager, pytorch
 
-MOST_SHAPES = 64  # dynamo gives up at 8
+MAX_SHAPES = 64  # dynamo gives up at 8
 
 
 class Encoder(eager.Encoder):
     graphs = True
 
     def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
-        torch._dynamo.config.recompile_limit = MOST_SHAPES
+        torch._dynamo.config.recompile_limit = MAX_SHAPES
         towers = super().load(folder, target)
         return {name: torch.compile(tower, dynamic=False) for name, tower in towers.items()}

@@ -5,18 +5,18 @@ from pathlib import Path
 import torch
 
 from clip_deploy.checkpoint.load import load_model
-from clip_deploy.checkpoint.towers import ImageTower, Rounded, TextTower
+from clip_deploy.checkpoint.towers import CastWrapper, ImageTower, TextTower
 from clip_deploy.core.artifact import Target
 from clip_deploy.runtimes import pytorch
 
-FLOATING = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Encoder(pytorch.Encoder):
     def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
-        torch.backends.cudnn.allow_tf32 = False  # so that convolutions are as exact as products are by default
-        model, floating = load_model(folder).to(target.device), FLOATING[target.precision]
-        return {name: Rounded(tower(model), floating).eval() for name, tower in TOWERS.items()}
+        torch.backends.cudnn.allow_tf32 = False  # so that convolutions are as exact as matmuls are by default
+        model, dtype = load_model(folder).to(target.device), DTYPES[target.precision]
+        return {name: CastWrapper(tower(model), dtype).eval() for name, tower in TOWERS.items()}
 
 
 TOWERS = {"vision": ImageTower, "text": TextTower}

@@ -10,7 +10,7 @@ from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.torch_module import GraphModule
 from clip_deploy.runtimes import pytorch
 
-FLOATING = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}  # a graph in FP16 says so itself
+DTYPES = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}  # a graph in FP16 says so itself
 
 
 class Encoder(pytorch.Encoder):
@@ -23,7 +23,7 @@ class Encoder(pytorch.Encoder):
             raise UnavailableError(f"{error.name} is not installed: it comes with PyTorch for CUDA") from error
         operators = TunedOperators()
         return {
-            tower: GraphModule(onnx_file.load(folder / f"{tower}.onnx"), FLOATING[target.precision], operators).to(
+            tower: GraphModule(onnx_file.load(folder / f"{tower}.onnx"), DTYPES[target.precision], operators).to(
                 target.device
             )
             for tower in ("vision", "text")

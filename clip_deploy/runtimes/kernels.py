@@ -1,8 +1,8 @@
 """Kernels for NVIDIA GPUs, in Triton (https://triton-lang.org), for what the libraries leave in several passes.
 
-An encoder's products are short (a width of 512 to 1,024), so what stands between them, reading and writing every row,
+An encoder's matmuls are short (a width of 512 to 1,024), so what stands between them, reading and writing every row,
 takes long beside them. One kernel multiplies, adds the bias and applies the activation; one attends straight from the
-packed product; one adds the skip connection and normalises; one cuts an image into patches.
+packed matmul; one adds the skip connection and normalises; one cuts an image into patches.
 
 Kernels of a few microseconds follow one another faster where the next is started while the last one runs and waits for
 it on the GPU (programmatic dependent launch, from Hopper on: DEPENDENT). Each waits before it touches memory.
@@ -45,8 +45,8 @@ def _take_turn(DEPENDENT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def _product(
-    rows,
+def _matmul(
+    hidden,
     weight,
     output,
     bias,
@@ -63,7 +63,7 @@ def _product(
     PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """output [M, N] = activation(rows [M, K] @ weight [N, K].T + bias), by programs that take tile after tile.
+    """output [M, N] = activation(hidden [M, K] @ weight [N, K].T + bias), by programs that take tile after tile.
 
     Where K is cut into PARTS, the sums over each stand below one another, in rows of whole tiles.
     """
@@ -78,7 +78,7 @@ def _product(
         column = tile % (GROUP * across) // height * BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(steps):
-            left = rows.load([row, (part * steps + step) * BLOCK_K])
+            left = hidden.load([row, (part * steps + step) * BLOCK_K])
             right = weight.load([column, (part * steps + step) * BLOCK_K])
             total = tl.dot(left, right.T, total)
         if HAS_BIAS:
@@ -88,7 +88,7 @@ def _product(
 
 
 @triton.jit
-def _cut(
+def _patchify(
     pixels,
     patches,
     across,
@@ -121,7 +121,7 @@ def _activate(values, count, alpha, KIND: tl.constexpr, BLOCK: tl.constexpr, DEP
 
 
 @triton.jit
-def _attend(
+def _attention(
     packed,
     output,
     tokens,
@@ -167,13 +167,13 @@ def _attend(
 
 
 @triton.jit
-def _add_and_normalise(
-    rows,
+def _skip_layer_norm(
+    hidden,
     skip,
     added,
     gain,
     shift,
-    normalised,
+    normalized,
     total,
     width,
     apart,
@@ -184,14 +184,14 @@ def _add_and_normalise(
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One row: the sum of the PARTS of `rows`, `apart` from each other, of skip and of what is added, normalised."""
+    """One row: the sum of the PARTS of `hidden`, `apart` from each other, of skip and of what is added, normalised."""
     _take_turn(DEPENDENT)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     place = tl.program_id(0).to(tl.int64) * width + columns
-    x = tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
-        x += tl.load(rows + part * apart + place, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(hidden + part * apart + place, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(skip + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_ADDED:
         x += tl.load(added + columns, mask=inside, other=0.0).to(tl.float32)
@@ -201,12 +201,12 @@ def _add_and_normalise(
     x *= tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_SHIFT:
         x += tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normalised + place, x.to(normalised.dtype.element_ty), mask=inside)
+    tl.store(normalized + place, x.to(normalized.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut: a program's tile, and how it is pipelined."""
+    """How a matmul is tiled: a program's tile, and how it is pipelined."""
 
     m: int
     n: int
@@ -227,7 +227,7 @@ LARGE = (
     Tiles(64, 128, 64, 3, 4, 2),
 )
 SMALL = (Tiles(64, 128, 64, 4, 4), Tiles(64, 64, 128, 4, 4), Tiles(64, 32, 128, 5, 4), Tiles(64, 16, 128, 6, 4))
-SPLIT = [(tiles, parts) for tiles in SMALL[:3] for parts in (2, 4)]  # a product's depth in parts
+SPLIT = [(tiles, parts) for tiles in SMALL[:3] for parts in (2, 4)]  # a matmul's depth, split in parts
 GROUP = 8  # rows of tiles that are taken together
 QUERIES = (
     (16, 64, 1),
@@ -239,26 +239,28 @@ QUERIES = (
 )  # block of queries, of keys, warps
 
 
-def by_library(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+def cublas_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
     """cuBLAS, and a pass for the activation behind it."""
     if activation is not None and _form(activation) == "tanh" and bias is not None:
-        return torch._addmm_activation(bias, rows, weight.T, use_gelu=True)
-    product = F.linear(rows, weight, bias)
+        return torch._addmm_activation(bias, hidden, weight.T, use_gelu=True)
+    output = F.linear(hidden, weight, bias)
     if activation is not None:
         block = 2048
-        grid = (triton.cdiv(product.numel(), block),)
-        _activate[grid](product, product.numel(), activation.alpha, _form(activation), block, **_launch())
-    return product
+        grid = (triton.cdiv(output.numel(), block),)
+        _activate[grid](output, output.numel(), activation.alpha, _form(activation), block, **_launch())
+    return output
 
 
-def by_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None, tiles: Tiles) -> Tensor:
-    """One kernel for product, bias and activation."""
-    output = torch.empty(len(rows), len(weight), dtype=rows.dtype, device=rows.device)
-    return _multiply(rows, weight, bias, activation, tiles, output)
+def triton_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None, tiles: Tiles
+) -> Tensor:
+    """One kernel for matmul, bias and activation."""
+    output = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    return _launch_matmul(hidden, weight, bias, activation, tiles, output)
 
 
-def _multiply(
-    rows: Tensor,
+def _launch_matmul(
+    hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     activation: Activation | None,
@@ -266,11 +268,11 @@ def _multiply(
     output: Tensor,
     parts: int = 1,
 ) -> Tensor:
-    (count, depth), width = rows.shape, len(weight)
+    (count, depth), width = hidden.shape, len(weight)
     items = triton.cdiv(count, tiles.m) * triton.cdiv(width, tiles.n) * parts
     programs = min(tiles.together * _multiprocessors(), items)
-    _product[(programs,)](
-        TensorDescriptor.from_tensor(rows, [tiles.m, tiles.k]),
+    _matmul[(programs,)](
+        TensorDescriptor.from_tensor(hidden, [tiles.m, tiles.k]),
         TensorDescriptor.from_tensor(weight, [tiles.n, tiles.k]),
         TensorDescriptor.from_tensor(output, [tiles.m, tiles.n]),
         bias,
@@ -310,32 +312,32 @@ def _multiprocessors() -> int:
     return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 4
 
 
-def attend(packed: Tensor, heads: int, scale: float, causal: bool, blocks: tuple[int, int, int]) -> Tensor:
+def attention(packed: Tensor, heads: int, scale: float, causal: bool, blocks: tuple[int, int, int]) -> Tensor:
     batch, tokens, width = packed.shape
     output = torch.empty(batch, tokens, width // 3, dtype=packed.dtype, device=packed.device)
     queries, keys, warps = blocks
     grid = (triton.cdiv(tokens, queries), batch * heads)
     head = width // 3 // heads
-    _attend[grid](
+    _attention[grid](
         packed, output, tokens, scale * LOG2_E, heads, head, causal, queries, keys, num_warps=warps, **_launch()
     )
     return output
 
 
-def cut_patches(pixels: Tensor, size: tuple[int, int], floating: torch.dtype) -> Tensor:
+def patchify(pixels: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     images, channels, height, width = pixels.shape
     tall, wide = size
     count, long = height // tall * (width // wide), channels * tall * wide
-    patches = torch.empty(images, count, long, dtype=floating, device=pixels.device)
+    patches = torch.empty(images, count, long, dtype=dtype, device=pixels.device)
     block = triton.next_power_of_2(long)
-    _cut[(count, images)](
+    _patchify[(count, images)](
         pixels.contiguous(), patches, width // wide, channels, tall, wide, block, num_warps=8, **_launch()
     )
     return patches
 
 
-def multiply_add_and_normalise(
-    rows: Tensor,
+def linear_skip_layer_norm(
+    hidden: Tensor,
     weight: Tensor,
     skip: Tensor,
     gain: Tensor,
@@ -345,16 +347,16 @@ def multiply_add_and_normalise(
     tiles: Tiles,
     parts: int,
 ) -> tuple[Tensor, Tensor]:
-    """The product's depth is cut into parts, for more programs where there are few rows; what normalises sums them."""
-    flat = rows.reshape(-1, rows.shape[-1])
+    """The matmul's depth is split in parts, for more programs where there are few rows; what normalises sums them."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
     height = triton.cdiv(len(flat), tiles.m) * tiles.m
-    sums = torch.empty(parts * height, len(weight), dtype=torch.float32, device=rows.device)
-    _multiply(flat, weight, None, None, tiles, sums, parts)
-    return add_and_normalise(sums, skip, gain, shift, added, epsilon, parts)
+    sums = torch.empty(parts * height, len(weight), dtype=torch.float32, device=hidden.device)
+    _launch_matmul(flat, weight, None, None, tiles, sums, parts)
+    return skip_layer_norm(sums, skip, gain, shift, added, epsilon, parts)
 
 
-def add_and_normalise(
-    rows: Tensor,
+def skip_layer_norm(
+    hidden: Tensor,
     skip: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -362,19 +364,19 @@ def add_and_normalise(
     epsilon: float,
     parts: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """The normalised sum, and the sum; where `rows` are `parts` below one another, of all of them."""
+    """The normalised sum, and the sum; where `hidden` is `parts` below one another, of all of them."""
     width = skip.shape[-1]
-    normalised, total = torch.empty_like(skip), torch.empty_like(skip)
-    _add_and_normalise[(skip.numel() // width,)](
-        rows,
+    normalized, total = torch.empty_like(skip), torch.empty_like(skip)
+    _skip_layer_norm[(skip.numel() // width,)](
+        hidden,
         skip,
         added,
         weight,
         bias,
-        normalised,
+        normalized,
         total,
         width,
-        rows.numel() // parts,
+        hidden.numel() // parts,
         epsilon,
         parts,
         added is not None,
@@ -383,4 +385,4 @@ def add_and_normalise(
         num_warps=4,
         **_launch(),
     )
-    return normalised, total
+    return normalized, total

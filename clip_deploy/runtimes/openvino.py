@@ -6,6 +6,7 @@ import numpy as np
 import openvino
 
 from clip_deploy.core.artifact import Target
+from clip_deploy.runtimes import text_feed
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}  # left to itself the plugin takes bf16 where the CPU has it, as for INT8's rest
 
@@ -30,5 +31,5 @@ class Encoder:
         return self.vision.infer({"pixel_values": images}, share_inputs=True)[0].copy()
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.text.infer({name: given[name] for name in self.text_inputs}, share_inputs=True)[0].copy()
+        feed = text_feed(self.text_inputs, input_ids, attention_mask)
+        return self.text.infer(feed, share_inputs=True)[0].copy()

@@ -13,12 +13,13 @@ import numpy as np
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 from clip_deploy.core.artifact import Target, real_graph
-from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.errors import UnavailableError, first_line
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
+from clip_deploy.runtimes import text_feed
 
-MOST_SESSIONS = 16  # shapes kept on a GPU, each with its own copy of the weights
+MAX_SESSIONS = 16  # shapes kept on a GPU, each with its own copy of the weights
 
-Provider = tuple[str, dict[str, str]]
+ProviderOptions = tuple[str, dict[str, str]]
 
 
 class Encoder:
@@ -47,8 +48,7 @@ class Encoder:
         return self.sessions["vision"].run(["probabilities"], {self.image_input: images})[0]
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self._run("text", [given[name] for name in self.text_inputs])
+        return self._run("text", list(text_feed(self.text_inputs, input_ids, attention_mask).values()))
 
     def bind(self, tower: str, arrays: list[np.ndarray]) -> Callable[[], object]:
         """A call on inputs that are on the GPU already; ONNX Runtime waits for the result itself."""
@@ -66,7 +66,7 @@ class Encoder:
             return self._fixed(tower, arrays).encode(arrays)
         return self.sessions[tower].run(None, dict(zip(self.names[tower], arrays, strict=True)))[0]
 
-    def open(self, tower: str, provider: Provider, shape: dict[str, int] | None = None) -> InferenceSession:
+    def open(self, tower: str, provider: ProviderOptions, shape: dict[str, int] | None = None) -> InferenceSession:
         with real_graph(self.folder / f"{tower}.onnx") as path:
             return InferenceSession(path, self.options(shape), providers=[provider])
 
@@ -87,7 +87,7 @@ class Encoder:
     def _fixed(self, tower: str, arrays: list[np.ndarray]) -> "FixedCall":
         key = (tower, *(array.shape for array in arrays))
         if key not in self.fixed:
-            if len(self.fixed) == MOST_SESSIONS:
+            if len(self.fixed) == MAX_SESSIONS:
                 self.fixed.pop(next(iter(self.fixed)))
             sizes = {"text": ["sequence"], "vision": ["height", "width"] if self.image_input == "images" else []}
             axes = dict(zip(["batch", *sizes[tower]], arrays[0].shape, strict=False))
@@ -111,7 +111,7 @@ class FixedCall:
             self.session, self.graph = open_session(True), True
         except Exception as error:  # a class of its own for each code, in a private module
             if "NOT_IMPLEMENTED" in str(error):
-                raise UnavailableError(f"ONNX Runtime has no kernel for it: {str(error).splitlines()[0]}") from error
+                raise UnavailableError(f"ONNX Runtime has no kernel for it: {first_line(error)}") from error
             if "graph capture" not in str(error):
                 raise
             self.session, self.graph = open_session(False), False  # for a node that the GPU cannot run

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from clip_deploy.core.artifact import Target
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.runtimes import text_feed
 
-MOST_GRAPHS = 16  # shapes whose CUDA graphs are kept; each holds its own activations
+MAX_GRAPHS = 16  # shapes whose CUDA graphs are kept; each holds its own activations
 WARM_UP = 3  # calls before a capture: libraries choose kernels and take their workspaces
 
 Tower = Callable[..., Tensor]
@@ -82,8 +83,7 @@ class Encoder(ABC):
         return self._encode("vision", [images])
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self._encode("text", [given[name] for name in self.text_inputs])
+        return self._encode("text", list(text_feed(self.text_inputs, input_ids, attention_mask).values()))
 
     @torch.inference_mode()
     def bind(self, tower: str, arrays: list[np.ndarray]) -> Callable[[], object]:
@@ -114,7 +114,7 @@ class Encoder(ABC):
     def _graph(self, tower: str, tensors: list[Tensor]) -> Graph:
         key = (tower, *(tensor.shape for tensor in tensors))
         if key not in self.captured:
-            if len(self.captured) == MOST_GRAPHS:
+            if len(self.captured) == MAX_GRAPHS:
                 self.captured.pop(next(iter(self.captured)))
             self.captured[key] = capture(self.towers[tower], [tensor.to(self.device).clone() for tensor in tensors])
         return self.captured[key]

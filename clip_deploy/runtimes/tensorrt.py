@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_deploy.core.artifact import Target
+from clip_deploy.core.artifact import EMBEDS, Target
 from clip_deploy.core.errors import DeployError
 from clip_deploy.runtimes import pytorch
 from clip_deploy.runtimes.tensorrt_library import is_rtx, load_tensorrt, log_of, validity
-
-OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
 
 
 class Encoder(pytorch.Encoder):
@@ -21,7 +19,7 @@ class Encoder(pytorch.Encoder):
         library = load_tensorrt()
         refuse_elsewhere(folder.name, target.build, validity(library))
         inputs = {"vision": ["pixel_values"], "text": self.text_inputs}
-        return {tower: Engine(library, folder, tower, inputs[tower]) for tower in OUTPUTS}
+        return {tower: Engine(library, folder, tower, inputs[tower]) for tower in EMBEDS}
 
 
 def refuse_elsewhere(name: str, built: dict[str, str], here: dict[str, str]) -> None:
@@ -37,7 +35,7 @@ class Engine:
     """One tower: called with its inputs on the GPU, it gives float32 [batch, dimension] there, on torch's stream."""
 
     def __init__(self, library: Any, folder: Path, tower: str, inputs: list[str]) -> None:
-        self.target, self.inputs, self.output = folder.name, inputs, OUTPUTS[tower]
+        self.target, self.inputs, self.output = folder.name, inputs, EMBEDS[tower]
         self.log = log_of(library)
         self.runtime = library.Runtime(self.log)
         self.engine = self.runtime.deserialize_cuda_engine((folder / f"{tower}.engine").read_bytes())
@@ -65,7 +63,7 @@ class Engine:
             for name, shape in zip(self.inputs, shapes, strict=True):
                 if not context.set_input_shape(name, shape):
                     raise DeployError(f"{name} of shape {list(shape)}: {self.log.first_error()}")
-            if len(self.contexts) == pytorch.MOST_GRAPHS:
+            if len(self.contexts) == pytorch.MAX_GRAPHS:
                 self.contexts.pop(next(iter(self.contexts)))
             self.contexts[shapes] = context
         return self.contexts[shapes]

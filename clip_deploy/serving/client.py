@@ -26,7 +26,7 @@ from clip_deploy.serving.triton_client import (
     SAME_ANSWER,
     TIMEOUT_S,
     Client,
-    Job,
+    ClientJob,
     ask,
     cosine,
     embed_images,
@@ -43,7 +43,7 @@ ENDPOINTS = ("/v2/health/live", "/v2/health/ready", *(f"/v2/models/{model}/ready
 
 
 def main(folder: Path) -> None:
-    job = Job(**json.loads((folder / "job.json").read_text()), inputs=dict(np.load(folder / "inputs.npz")))
+    job = ClientJob(**json.loads((folder / "job.json").read_text()), inputs=dict(np.load(folder / "inputs.npz")))
     from clip_deploy.serving.faults import provoke
 
     arrays: dict[str, np.ndarray] = {}
@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
     (folder / "answers.json").write_text(json.dumps(record))
 
 
-def golden(job: Job, protocol: str) -> dict[str, np.ndarray]:
+def golden(job: ClientJob, protocol: str) -> dict[str, np.ndarray]:
     """Both towers' embeddings of the golden set, and the ensemble's probabilities of image files with texts."""
     client = Client(job, protocol)
     found = {
@@ -68,7 +68,7 @@ def golden(job: Job, protocol: str) -> dict[str, np.ndarray]:
     return found
 
 
-def encode_together(job: Job) -> np.ndarray:
+def encode_together(job: ClientJob) -> np.ndarray:
     """The first batch again, image by image from several clients at once: the server batches them with one another."""
     images = job.batches("images")[0]
     found: dict[int, np.ndarray] = {}
@@ -82,7 +82,7 @@ def encode_together(job: Job) -> np.ndarray:
     return np.concatenate([found[row] for row in range(len(images))])
 
 
-def health(job: Job) -> dict[str, int]:
+def health(job: ClientJob) -> dict[str, int]:
     """HTTP status of each endpoint that a probe asks."""
     answers = {}
     for path in ENDPOINTS:
@@ -103,7 +103,7 @@ class Traffic:
         sent, failed: requests since the last `restart`; error: what the last that failed met.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ClientJob) -> None:
         self.job, self.ended = job, threading.Event()
         self.sent, self.failed, self.error = 0, 0, ""
         self.thread = threading.Thread(target=self._send, daemon=True)
@@ -136,7 +136,7 @@ class Traffic:
                 self.sent += 1
 
 
-def change_versions(job: Job) -> list[dict[str, Any]]:
+def change_versions(job: ClientJob) -> list[dict[str, Any]]:
     """Add version 2, have a broken version 3 refused, go back to version 1; all of it while clients go on asking."""
     repository, url = Path(job.repository), f"http://127.0.0.1:{job.ports['http']}"
     add, both = partial(publish, served=repository, url=url), ["1", "2"]
@@ -152,7 +152,7 @@ def change_versions(job: Job) -> list[dict[str, Any]]:
 class Asked:
     """One image and one question, asked again at every step."""
 
-    def __init__(self, job: Job, traffic: Traffic) -> None:
+    def __init__(self, job: ClientJob, traffic: Traffic) -> None:
         self.traffic = traffic
         self.job, self.client, self.image = job, Client(job, "http"), job.batches("images")[0][:1]
         first = embed_images(self.client, job, self.image)

@@ -12,8 +12,8 @@ import numpy as np
 from clip_deploy.core.errors import DataError
 from clip_deploy.core.similarity import normalized
 
-LEAST_ROWS = 20  # of each side: below, even a plain drift goes unseen
-MOST_ROWS = 1000  # of each side: the kernel has the square of both together
+MIN_ROWS = 20  # of each side: below, even a plain drift goes unseen
+MAX_ROWS = 1000  # of each side: the kernel has the square of both together
 SHUFFLES = 999
 LEVEL = 0.01  # share of undrifted samples that are called drifted
 
@@ -38,10 +38,10 @@ class Drift:
     drifted: bool
 
 
-def compare(live: np.ndarray, golden: np.ndarray, seed: int = 0) -> Drift:
+def measure_drift(live: np.ndarray, golden: np.ndarray, seed: int = 0) -> Drift:
     """Hold live embeddings against the golden set's; both [rows, dimension], of any length.
 
-    Beyond MOST_ROWS of either, rows are drawn by `seed`.
+    Beyond MAX_ROWS of either, rows are drawn by `seed`.
 
     Raises DataError where there are too few rows, other dimensions, or NaN.
     """
@@ -68,11 +68,11 @@ def compare(live: np.ndarray, golden: np.ndarray, seed: int = 0) -> Drift:
 
 
 def _sample(rows: np.ndarray, name: str, rng: np.random.Generator) -> np.ndarray:
-    if rows.ndim != 2 or len(rows) < LEAST_ROWS:
-        raise DataError(f"{name} embeddings have shape {list(rows.shape)}: give at least {LEAST_ROWS} rows")
+    if rows.ndim != 2 or len(rows) < MIN_ROWS:
+        raise DataError(f"{name} embeddings have shape {list(rows.shape)}: give at least {MIN_ROWS} rows")
     if not np.isfinite(rows).all():
         raise DataError(f"{name} embeddings hold NaN or infinities: the server is wrong, whatever its traffic")
-    drawn = rows if len(rows) <= MOST_ROWS else rows[rng.choice(len(rows), MOST_ROWS, replace=False)]
+    drawn = rows if len(rows) <= MAX_ROWS else rows[rng.choice(len(rows), MAX_ROWS, replace=False)]
     return normalized(drawn)
 
 

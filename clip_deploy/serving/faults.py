@@ -25,7 +25,7 @@ from clip_deploy.serving.triton_client import (
     SAME_ANSWER,
     TIMEOUT_S,
     Client,
-    Job,
+    ClientJob,
     cosine,
     embed_images,
     question,
@@ -60,7 +60,7 @@ for thread in threads:
 """
 
 
-def provoke(job: Job) -> list[dict[str, Any]]:
+def provoke(job: ClientJob) -> list[dict[str, Any]]:
     """Each fault, and what came of it.
 
     Returns rows of: fault; answer; refused: whether a mistake was refused as one (None where it is no mistake);
@@ -86,13 +86,13 @@ def provoke(job: Job) -> list[dict[str, Any]]:
     return record
 
 
-def asked(job: Job) -> tuple[np.ndarray, np.ndarray | None]:
+def asked(job: ClientJob) -> tuple[np.ndarray, np.ndarray | None]:
     """An embedding, and what all models together make of a file and texts."""
     client = Client(job, "http")
     return embed_images(client, job, job.batches("images")[0][:1]), question(client, job)
 
 
-def answers_as_before(job: Job, expected: tuple[np.ndarray, np.ndarray | None]) -> bool:
+def answers_as_before(job: ClientJob, expected: tuple[np.ndarray, np.ndarray | None]) -> bool:
     try:
         ready = Client(job, "http").inner.is_model_ready("clip_zero_shot")
         (image, answer), (image_before, before) = asked(job), expected
@@ -102,7 +102,7 @@ def answers_as_before(job: Job, expected: tuple[np.ndarray, np.ndarray | None]) 
     return ready and alike and (answer is None or before is None or bool(np.abs(answer - before).max() < SAME_ANSWER))
 
 
-def post(job: Job, path: str, body: bytes, headers: dict[str, str] | None = None) -> str:
+def post(job: ClientJob, path: str, body: bytes, headers: dict[str, str] | None = None) -> str:
     """Status and body's beginning of a request that no client library would send."""
     lines = {"Host": "127.0.0.1", "Content-Length": str(len(body)), "Connection": "close", **(headers or {})}
     head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
@@ -119,71 +119,71 @@ def post(job: Job, path: str, body: bytes, headers: dict[str, str] | None = None
 VISION = "/v2/models/clip_vision/infer"
 
 
-def no_json(job: Job) -> str:
+def no_json(job: ClientJob) -> str:
     return post(job, VISION, b"{")
 
 
-def lying_header(job: Job) -> str:
+def lying_header(job: ClientJob) -> str:
     return post(job, VISION, b"{}", {"Inference-Header-Content-Length": "1000000000"})
 
 
-def unknown_model(job: Job) -> str:
+def unknown_model(job: ClientJob) -> str:
     return post(job, "/v2/models/none/infer", b"{}")
 
 
-def wrong_type(job: Job) -> str:
+def wrong_type(job: ClientJob) -> str:
     return vision(job, job.batches("images")[0][:1].astype(np.float64))
 
 
-def wrong_shape(job: Job) -> str:
+def wrong_shape(job: ClientJob) -> str:
     return vision(job, job.batches("images")[0][:1, :1])
 
 
-def wide_batch(job: Job) -> str:
+def wide_batch(job: ClientJob) -> str:
     image = job.batches("images")[0][:1]
     return vision(job, np.repeat(image, job.max_batch + 1, axis=0))
 
 
-def vision(job: Job, images: np.ndarray) -> str:
+def vision(job: ClientJob, images: np.ndarray) -> str:
     found = embed_images(Client(job, "http"), job, images)
     return f"answered: {list(found.shape)}"
 
 
-def large_body(job: Job) -> str:
+def large_body(job: ClientJob) -> str:
     return post(job, VISION, b'{"inputs": "' + b"x" * LARGE_BYTES)
 
 
-def unknown_token(job: Job) -> str:
+def unknown_token(job: ClientJob) -> str:
     inputs = {name: job.batches(name)[0][:1].copy() for name in job.text_inputs}
     inputs["input_ids"][:] = 10**9
     return f"answered: {list(Client(job, 'grpc').infer('clip_text', inputs).as_numpy('text_embeds').shape)}"
 
 
-def long_text(job: Job) -> str:
+def long_text(job: ClientJob) -> str:
     return zero_shot(job, file(job), [b"red " * 250_000, b"blue"])
 
 
-def no_text(job: Job) -> str:
+def no_text(job: ClientJob) -> str:
     return zero_shot(job, file(job), [])
 
 
-def empty_text(job: Job) -> str:
+def empty_text(job: ClientJob) -> str:
     return zero_shot(job, file(job), [b"red", b" "])
 
 
-def not_utf8(job: Job) -> str:
+def not_utf8(job: ClientJob) -> str:
     return zero_shot(job, file(job), [b"\xff\xfe"])
 
 
-def no_image(job: Job) -> str:
+def no_image(job: ClientJob) -> str:
     return zero_shot(job, b"no image", [b"red"])
 
 
-def truncated_image(job: Job) -> str:
+def truncated_image(job: ClientJob) -> str:
     return zero_shot(job, file(job)[:-200], [b"red"])
 
 
-def many_mistakes(job: Job) -> str:
+def many_mistakes(job: ClientJob) -> str:
     """Files that are none beside good ones: a step of the ensemble fails while others begin."""
     outcomes: Counter[str] = Counter()
 
@@ -199,23 +199,23 @@ def many_mistakes(job: Job) -> str:
     return ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
 
 
-def large_file(job: Job) -> str:
+def large_file(job: ClientJob) -> str:
     return zero_shot(job, file(job) + bytes(25_000_000), [b"red"])
 
 
-def bomb(job: Job) -> str:
+def bomb(job: ClientJob) -> str:
     return zero_shot(job, png(BOMB_SIDE, BOMB_SIDE), [b"red"])
 
 
-def thin_image(job: Job) -> str:
+def thin_image(job: ClientJob) -> str:
     return zero_shot(job, png(1, THIN_LENGTH), [b"red"])
 
 
-def file(job: Job) -> bytes:
+def file(job: ClientJob) -> bytes:
     return job.inputs["files"][0][: job.inputs["lengths"][0]].tobytes()
 
 
-def zero_shot(job: Job, content: bytes, texts: list[bytes]) -> str:
+def zero_shot(job: ClientJob, content: bytes, texts: list[bytes]) -> str:
     inputs = {
         "encoded": np.array([[content]], dtype=object),
         "texts": np.array(texts, dtype=object).reshape(-1, 1),
@@ -236,7 +236,7 @@ def png(width: int, height: int) -> bytes:
     return content.getvalue()
 
 
-def killed_client(job: Job) -> str:
+def killed_client(job: ClientJob) -> str:
     """A process with four requests under way ends without a farewell."""
     images = np.repeat(job.batches("images")[0][:1], job.max_batch, axis=0)
     with tempfile.NamedTemporaryFile(suffix=".npy") as held:
@@ -254,7 +254,7 @@ def killed_client(job: Job) -> str:
     return "killed"
 
 
-def half_a_request(job: Job) -> str:
+def half_a_request(job: ClientJob) -> str:
     """The connection ends in the middle of the body that the header announced."""
     head = f"POST {VISION} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", job.ports["http"]), timeout=TIMEOUT_S) as connection:
@@ -262,21 +262,21 @@ def half_a_request(job: Job) -> str:
     return "connection closed"
 
 
-def idle_connections(job: Job) -> str:
+def idle_connections(job: ClientJob) -> str:
     held = [socket.create_connection(("127.0.0.1", job.ports["http"]), timeout=TIMEOUT_S) for _ in range(IDLE)]
     for connection in held:
         connection.close()
     return f"{IDLE} opened and closed"
 
 
-def noise_on_grpc(job: Job) -> str:
+def noise_on_grpc(job: ClientJob) -> str:
     with socket.create_connection(("127.0.0.1", job.ports["grpc"]), timeout=TIMEOUT_S) as connection:
         connection.sendall(np.random.default_rng(0).bytes(4096))
         connection.recv(4096)
     return "connection closed"
 
 
-FAULTS: dict[str, Callable[[Job], str]] = {
+FAULTS: dict[str, Callable[[ClientJob], str]] = {
     "a body that is no JSON": no_json,
     "a header that announces 1 GB of JSON": lying_header,
     "a body of 64 MB": large_body,

@@ -16,7 +16,7 @@ from clip_deploy.inference.images import Preprocessor, decode
 
 BATCH = 32  # images or texts in one call, at most
 FILES = 32  # image files that the ensemble is asked about
-MOST_LABELS = 64  # that it chooses among
+MAX_LABELS = 64  # that it chooses among
 ENLARGED = (3, 2)  # the files' width and height over the golden images': they are resized and cropped again
 QUALITY = 95  # of the JPEG files
 DARK = 0.35  # of the light: a camera whose pictures have become dark, the drift that must be found
@@ -92,7 +92,7 @@ def label_inputs(package: Path, prepared: Prepared) -> dict[str, np.ndarray]:
     found = read_json(package / "labels.json")
     if not found["classes"]:
         return {}
-    names, step = found["classes"][:MOST_LABELS], len(found["templates"])
+    names, step = found["classes"][:MAX_LABELS], len(found["templates"])
     rows = slice(0, len(names) * step, step)
     return {
         "labels": np.array([found["templates"][0].format(name) for name in names]),

@@ -77,8 +77,8 @@ def _measure(
     command += ["--measurement-interval", str(round(settings.seconds * 1000)), "--max-trials", str(WINDOWS)]
     command += ["--stability-percentage", str(ACCEPTED_PERCENT), "-v", "-f", str(folder / "latency.csv")]
     before = counters(server, work.model)
-    limit_s = LIMIT_S + WINDOWS * settings.seconds
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=limit_s, check=False)
+    timeout_s = LIMIT_S + WINDOWS * settings.seconds
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout_s, check=False)
     after = counters(server, work.model)
     try:
         (row,) = csv.DictReader((folder / "latency.csv").read_text().splitlines())

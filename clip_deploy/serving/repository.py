@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import hashes
+from clip_deploy.core.artifact import EMBEDS, hashes
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import DeployError, DiskError, UnavailableError
 from clip_deploy.core.files import new_folder, sha256, write_text
@@ -31,7 +31,6 @@ from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
 BACKENDS = ("onnxruntime", "python")  # a repository for each
 MODELS = Path(__file__).with_name("models")
 DEPLOY = Path(__file__).with_name("deploy")
-EMBEDS = {"vision": "image_embeds", "text": "text_embeds"}  # the towers' outputs
 KEPT_VERSIONS = 2  # served side by side: the new one and the one to go back to
 VERSION = "1"  # publish.py adds others
 IMAGE_TYPES = {"pixel_values": "TYPE_FP32", "images": "TYPE_UINT8"}

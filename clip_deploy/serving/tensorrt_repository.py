@@ -18,7 +18,7 @@ from clip_deploy.core.files import new_folder, sha256, write_text
 from clip_deploy.core.json_files import read_json
 from clip_deploy.core.manifest import PROVENANCE
 from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER
-from clip_deploy.evaluate.gates import held
+from clip_deploy.evaluate.gates import failures_now
 from clip_deploy.serving.repository import (
     EMBEDS,
     described,
@@ -99,7 +99,7 @@ def _manifest(
 def _check(target: Target, built: Path, record: dict[str, Any], gates: GatesConfig, engine: BuildEngineConfig) -> None:
     if target.unavailable:
         raise UnavailableError(f"{built.name}: {target.unavailable}")
-    if missed := held(record, gates):
+    if missed := failures_now(record, gates):
         raise UnavailableError(f"{built.name} is not fit to ship: {'; '.join(map(str, missed))}")
     if not target.build["library"].startswith(LOADED):
         raise UnavailableError(

@@ -12,6 +12,8 @@ import tritonclient.grpc as grpc
 import tritonclient.http as http
 from tritonclient.utils import np_to_triton_dtype
 
+from clip_deploy.core.errors import first_line
+
 TIMEOUT_S = 60.0  # of one request
 SAME = 0.99  # cosine of one image's embeddings, whoever was batched with it: of the two versions it is -1
 SAME_ANSWER = 0.01  # largest difference of one question's probabilities
@@ -19,7 +21,7 @@ PROTOCOLS: dict[str, ModuleType] = {"http": http, "grpc": grpc}
 
 
 @dataclass
-class Job:
+class ClientJob:
     """Where the server is and what its towers take.
 
     Attributes:
@@ -49,7 +51,7 @@ class Job:
 class Client:
     """One protocol's client: arrays in, arrays out. Use it in one thread."""
 
-    def __init__(self, job: Job, protocol: str) -> None:
+    def __init__(self, job: ClientJob, protocol: str) -> None:
         self.library, address = PROTOCOLS[protocol], f"127.0.0.1:{job.ports[protocol]}"
         limits = {"connection_timeout": TIMEOUT_S, "network_timeout": TIMEOUT_S} if protocol == "http" else {}
         self.inner = self.library.InferenceServerClient(address, **limits)
@@ -68,16 +70,16 @@ class Client:
         return response["model_version"] if self.protocol == "http" else response.model_version
 
 
-def embed_images(client: Client, job: Job, images: np.ndarray) -> np.ndarray:
+def embed_images(client: Client, job: ClientJob, images: np.ndarray) -> np.ndarray:
     return client.infer("clip_vision", {job.image_input: images}).as_numpy("image_embeds")
 
 
-def embed_texts(client: Client, job: Job, batch: int) -> np.ndarray:
+def embed_texts(client: Client, job: ClientJob, batch: int) -> np.ndarray:
     inputs = {name: job.batches(name)[batch] for name in job.text_inputs}
     return client.infer("clip_text", inputs).as_numpy("text_embeds")
 
 
-def ask(client: Client, job: Job, row: int) -> np.ndarray:
+def ask(client: Client, job: ClientJob, row: int) -> np.ndarray:
     """Probabilities [1, labels] of one image file; files are uint8 rows, padded, behind their lengths."""
     content = job.inputs["files"][row][: job.inputs["lengths"][row]].tobytes()
     texts = np.array([[label.encode()] for label in job.inputs["labels"]], dtype=object)
@@ -93,7 +95,7 @@ def together(calls: list[Callable[[], None]]) -> None:
         thread.join()
 
 
-def question(client: Client, job: Job) -> np.ndarray | None:
+def question(client: Client, job: ClientJob) -> np.ndarray | None:
     """Probabilities of one image file among the labels; None where the data have fewer than two."""
     return ask(client, job, 0) if len(job.inputs.get("labels", ())) > 1 else None
 
@@ -104,7 +106,7 @@ def cosine(one: np.ndarray, other: np.ndarray) -> float:
 
 def short(error: Exception) -> str:
     """The first line of what the server said, without this machine's paths and addresses."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    line = first_line(error)
     line = re.sub(
         r" at 0x[0-9a-f]+", "", re.sub(r"(/[\w.+-]+){3,}", "...", line.replace("[request id: <id_unknown>] ", ""))
     )

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import onnx
 
-from clip_deploy.core.artifact import failure, hashes
+from clip_deploy.core.artifact import EMBEDS, failure, hashes
 from clip_deploy.core.config import TritonCheckConfig
 from clip_deploy.core.environment import located
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import write_text
-from clip_deploy.core.similarity import compare
+from clip_deploy.core.similarity import similarity
 from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.serving import drift
 from clip_deploy.serving.golden import TEXTS, encode_offline, golden_inputs, stored
 from clip_deploy.serving.load_test import Work, measure_load, read_metrics
-from clip_deploy.serving.repository import EMBEDS, read_package
+from clip_deploy.serving.repository import read_package
 from clip_deploy.serving.server import Environment, Server, find_environment, load_model, model_config, serve, versions
 
 ROOT = Path(__file__).resolve().parents[2]  # the client's program is imported from here
@@ -31,10 +31,10 @@ BACKEND = "python"  # the only one that this server has
 REQUESTS = 16  # distinct ones under load
 LABELS = 8  # of one zero-shot question under load
 CLIENT_S = 600.0  # until the client's program must have ended
-LEAST_COSINE = 0.9999  # with the offline artifact, on the same inputs in the same batches
-LEAST_TOGETHER = 0.99  # where the server chose the batches: dynamic INT8 takes its scale from the whole batch
-LEAST_SENT = 50  # requests while versions come or go: the client waits for as many
-LEAST_AGREEMENT = 95.0  # percent of the files whose most probable text is the same
+MIN_COSINE = 0.9999  # with the offline artifact, on the same inputs in the same batches
+MIN_TOGETHER = 0.99  # where the server chose the batches: dynamic INT8 takes its scale from the whole batch
+MIN_SENT = 50  # requests while versions come or go: the client waits for as many
+MIN_AGREEMENT = 95.0  # percent of the files whose most probable text is the same
 
 
 def check_served(
@@ -60,7 +60,7 @@ def check_served(
     except Exception as error:  # whatever the server and its client do is this check's result
         return {"status": "fail", "reasons": [failure(error)]}
     record |= {"parity": parities(answers, offline), "drift": drifts(answers, seed)}
-    reasons = judge(record)
+    reasons = check_answers(record)
     return {
         "status": "fail" if reasons else "pass",
         "reasons": reasons,
@@ -169,13 +169,13 @@ def parities(answers: dict[str, np.ndarray], offline: dict[str, np.ndarray]) -> 
     found = {}
     for protocol in ("http", "grpc"):
         for name in ("images", "texts"):
-            found[f"{name}, {protocol}"] = compare(answers[f"{protocol}_{name}"], offline[name])
+            found[f"{name}, {protocol}"] = similarity(answers[f"{protocol}_{name}"], offline[name])
         if "probabilities" in offline:
             found[f"probabilities, {protocol}"] = agreement(
                 answers[f"{protocol}_probabilities"], offline["probabilities"]
             )
     together = answers["together"]
-    found["images, one by one from several clients"] = compare(together, offline["images"][: len(together)])
+    found["images, one by one from several clients"] = similarity(together, offline["images"][: len(together)])
     return found
 
 
@@ -192,26 +192,26 @@ def drifts(answers: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, Any
     images, moved = answers["grpc_images"], answers["grpc_moved"]
     golden, live = images[: -len(moved)], images[-len(moved) :]
     return {
-        "golden images, the other half": asdict(drift.compare(live, golden, seed)),
-        "the same, darkened": asdict(drift.compare(moved, golden, seed)),
+        "golden images, the other half": asdict(drift.measure_drift(live, golden, seed)),
+        "the same, darkened": asdict(drift.measure_drift(moved, golden, seed)),
     }
 
 
-def judge(record: dict[str, Any]) -> list[str]:
+def check_answers(record: dict[str, Any]) -> list[str]:
     """What went wrong; nothing where the repository is fit to serve."""
     wrong = []
     for name, parity in record["parity"].items():
-        least = LEAST_TOGETHER if "several clients" in name else LEAST_COSINE
+        least = MIN_TOGETHER if "several clients" in name else MIN_COSINE
         if "cosine_min" in parity and not parity["cosine_min"] > least:
             wrong.append(f"{name}: lowest cosine with the offline artifact is {parity['cosine_min']:.6f}")
-        if parity.get("same_answer_percent", 100.0) < LEAST_AGREEMENT:
+        if parity.get("same_answer_percent", 100.0) < MIN_AGREEMENT:
             wrong.append(f"{name}: {parity['same_answer_percent']:.0f} % of the answers are the offline artifact's")
     for fault in record["faults"]:
         wrong += [] if fault["survived"] else [f"after {fault['fault']} the server was not as before"]
         wrong += [f"{fault['fault']} was not refused as a client's mistake"] if fault["refused"] is False else []
     for step in record["versions"]:
         wrong += [f"{step['step']}: {step['failed']} requests failed ({step['error']})"] if step["failed"] else []
-        wrong += [] if step["sent"] >= LEAST_SENT else [f"{step['step']}: only {step['sent']} requests were sent"]
+        wrong += [] if step["sent"] >= MIN_SENT else [f"{step['step']}: only {step['sent']} requests were sent"]
         wrong += [] if step["as_expected"] else [f"{step['step']}: versions {', '.join(step['ready'])} answer"]
         wrong += [] if step["right"] else [f"{step['step']}: an answer is not of the version that gave it"]
     wrong += [f"{path} answers {status}" for path, status in record["health"].items() if status != 200]

@@ -21,7 +21,7 @@ from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.evaluate.embeddings import encode_images
 from clip_deploy.onnx_graph.preprocessing import Preprocessing, read_preprocessing
 from clip_deploy.runtimes import open_encoder
-from clip_deploy.timing.end_to_end_worker import Job
+from clip_deploy.timing.end_to_end_worker import FeedJob
 from clip_deploy.timing.input_pipelines import FEEDS, check_feed, decode_rgb
 from clip_deploy.timing.latency import ALLOCATOR, thread_variables
 
@@ -65,7 +65,7 @@ def _first_job(
     benchmark: BenchmarkConfig,
     settings: EndToEndConfig,
     seed: int,
-) -> tuple[Job, dict[str, Any]]:
+) -> tuple[FeedJob, dict[str, Any]]:
     """The photos, and the embeddings that the checkpoint's processor makes of them, for the first feed."""
     if target.unavailable:
         raise UnavailableError(target.unavailable)
@@ -77,7 +77,7 @@ def _first_job(
     height, width = benchmark.image_size
     kilobytes = sum(map(len, jpegs)) / len(jpegs) / 1e3
     photos = {"count": len(jpegs), "height": height, "width": width, "quality": QUALITY, "kilobytes": kilobytes}
-    return Job(FEEDS[target.image_input][0], folder, preprocessing, jpegs, reference, benchmark, settings), photos
+    return FeedJob(FEEDS[target.image_input][0], folder, preprocessing, jpegs, reference, benchmark, settings), photos
 
 
 def make_photos(
@@ -121,7 +121,7 @@ def reference_embeddings(folder: Path, processor: "BaseImageProcessor", jpegs: l
     return encode_images(open_encoder(folder), pixels)
 
 
-def run_feed(job: Job) -> dict[str, Any]:
+def run_feed(job: FeedJob) -> dict[str, Any]:
     """One feed in a process of its own: with a server's allocator, and nothing that another one left behind."""
     try:
         check_feed(job.feed)

@@ -24,7 +24,7 @@ import numpy as np
 
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
 from clip_deploy.core.errors import DeployError
-from clip_deploy.core.similarity import compare
+from clip_deploy.core.similarity import similarity
 from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.data.preprocessed import batches
 from clip_deploy.runtimes import Encoder, open_encoder
@@ -34,12 +34,12 @@ from clip_deploy.timing.latency_worker import answer_stream, reason, timed
 if TYPE_CHECKING:
     from clip_deploy.onnx_graph.preprocessing import Preprocessing
 
-LEAST_COSINE = 0.99  # below it a feed gives other pixels than the checkpoint's processor: its speed decides nothing
-LEAST_CALLS = 3  # of each part alone
+MIN_COSINE = 0.99  # below it a feed gives other pixels than the checkpoint's processor: its speed decides nothing
+MIN_CALLS = 3  # of each part alone
 
 
 @dataclass
-class Job:
+class FeedJob:
     """One feed into one target.
 
     Attributes:
@@ -69,7 +69,7 @@ def main() -> None:
         print(json.dumps(row), file=answers)
 
 
-def measure_feed(job: Job) -> dict[str, Any]:
+def measure_feed(job: FeedJob) -> dict[str, Any]:
     """Time the flow at every batch size, and each of its parts alone.
 
     Returns:
@@ -79,11 +79,11 @@ def measure_feed(job: Job) -> dict[str, Any]:
     """
     encoder = open_encoder(job.folder, job.benchmark.threads)
     feed = open_feed(job.feed, job.preprocessing, getattr(encoder, "takes_device_tensors", False))
-    cosine = compare(_embeddings(feed, encoder, job.jpegs), job.reference)["cosine_min"]
+    cosine = similarity(_embeddings(feed, encoder, job.jpegs), job.reference)["cosine_min"]
     workers = 1 if feed.whole_batches else job.settings.workers or job.benchmark.threads
     found = {batch: measure_batch(feed, encoder, job, batch, workers) for batch in job.benchmark.batch_sizes}
     return {
-        **judge(cosine),
+        **check_embeddings(cosine),
         "cosine_min": cosine,
         "workers": workers,
         "through_host": feed.whole_batches and not getattr(encoder, "takes_device_tensors", False),
@@ -92,12 +92,12 @@ def measure_feed(job: Job) -> dict[str, Any]:
     }
 
 
-def judge(cosine: float) -> dict[str, str]:
+def check_embeddings(cosine: float) -> dict[str, str]:
     """Status of a feed by the lowest cosine of its embeddings with those of the checkpoint's own processor."""
-    if cosine >= LEAST_COSINE:
+    if cosine >= MIN_COSINE:
         return {"status": "measured"}
     why = "the embeddings are not those of the checkpoint's own processor"
-    return {"status": "wrong", "reason": f"cosine {cosine:.4f} < {LEAST_COSINE}: {why}"}
+    return {"status": "wrong", "reason": f"cosine {cosine:.4f} < {MIN_COSINE}: {why}"}
 
 
 def _embeddings(feed: Feed, encoder: Encoder, jpegs: list[bytes]) -> np.ndarray:
@@ -105,7 +105,7 @@ def _embeddings(feed: Feed, encoder: Encoder, jpegs: list[bytes]) -> np.ndarray:
     return np.concatenate([encoder.encode_images(feed.preprocess(feed.decode(part))) for part in parts])
 
 
-def measure_batch(feed: Feed, encoder: Encoder, job: Job, batch: int, workers: int) -> dict[str, Any]:
+def measure_batch(feed: Feed, encoder: Encoder, job: FeedJob, batch: int, workers: int) -> dict[str, Any]:
     """The flow at one batch size, and its parts with the machine to themselves.
 
     Returns:
@@ -178,7 +178,7 @@ def alone_ms(call: Callable[[Any], Any], arguments: Sequence[Any], seconds: floa
     start = perf_counter()
     for argument in cycle(arguments):
         times.append(timed(lambda argument=argument: call(argument), perf_counter))  # type: ignore[misc]
-        if len(times) >= LEAST_CALLS and perf_counter() - start > seconds:
+        if len(times) >= MIN_CALLS and perf_counter() - start > seconds:
             break
     return float(np.median(times))
 

@@ -28,8 +28,8 @@ from clip_deploy.timing import nvml
 
 ROUND_MS = 20.0  # each side's turn lasts about so long
 LONG_MS = 100.0  # a call so long warms the caches for itself; a turn of shorter ones begins with one not counted
-LEAST_ROUNDS = 8  # turns of each side; with fewer than 6, no interval covers 95 % (speedup_interval)
-LEAST_BLOCKS = 10  # of turns, where there are so many: fewer are longer, and less alike, but find less
+MIN_ROUNDS = 8  # turns of each side; with fewer than 6, no interval covers 95 % (speedup_interval)
+MIN_BLOCKS = 10  # of turns, where there are so many: fewer are longer, and less alike, but find less
 BEYOND = 5  # a percentile is stated where at least so many calls lie beyond it
 CONFIDENCE = 0.95
 PROGRAM = (sys.executable, "-m", "clip_deploy.timing.latency_worker")
@@ -47,7 +47,7 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> dict[st
         (where the number of calls supports them), calls, throughput_per_s (images or texts), speedup over the reference
         with its 95 % interval speedup_low, speedup_high, the reference's reference_p50_ms beside it; and memory_mb
         (peak resident memory above the empty interpreter at the smallest batch) and size_mb. On a GPU also
-        gpu_memory_mb (of the process, at the smallest batch), power (see _power), matrix_tflops (what FP16 products
+        gpu_memory_mb (of the process, at the smallest batch), power (see _power), matrix_tflops (what FP16 matmuls
         reach there) and with each timing gflop, the reference's work. Where the target preprocesses its images,
         preprocessed_size says how large they were, [height, width]; the reference gets pixel_values in any case.
         `{"status": "unavailable", "reason": ...}` where the target cannot run here.
@@ -81,12 +81,12 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> dict[st
         return {"status": "unavailable", "reason": failure(error)}
 
 
-def _worker(folder: Path, settings: BenchmarkConfig) -> "Worker":
-    return Worker(folder, settings.threads, limit_s=settings.answer_seconds)
+def _worker(folder: Path, settings: BenchmarkConfig) -> "LatencyWorker":
+    return LatencyWorker(folder, settings.threads, timeout_s=settings.timeout_s)
 
 
 def _measure_towers(
-    target: "Worker", other: "Worker", described: Target, settings: BenchmarkConfig
+    target: "LatencyWorker", other: "LatencyWorker", described: Target, settings: BenchmarkConfig
 ) -> tuple[dict[str, Any], dict[str, float]]:
     requests = [
         _request(tower, batch, described, settings) for batch in settings.batch_sizes for tower in ("vision", "text")
@@ -118,7 +118,7 @@ def _megabytes(answer: dict[str, int | None]) -> dict[str, float]:
 
 
 def _power(
-    target: "Worker", described: Target, sizes: dict[str, Any], settings: BenchmarkConfig, clock: int | None
+    target: "LatencyWorker", described: Target, sizes: dict[str, Any], settings: BenchmarkConfig, clock: int | None
 ) -> dict[str, Any]:
     """Images encoded without a pause at the best batch size: what the whole GPU takes, by NVML's counter of energy.
 
@@ -129,7 +129,7 @@ def _power(
     target.ask(_request("vision", int(batch), described, settings))
     target.ask({"calls": max(1, settings.warmup)})
     started, before = monotonic(), nvml.energy_j()
-    calls = target.ask({"seconds": settings.power_seconds})["calls"]
+    calls = target.ask({"seconds": settings.power_s})["calls"]
     seconds, after = monotonic() - started, nvml.energy_j()
     if before is None or after is None:
         return {}
@@ -143,12 +143,14 @@ def _power(
     }
 
 
-def _measure_one(target: "Worker", other: "Worker", request: dict, settings: BenchmarkConfig) -> dict[str, Any]:
+def _measure_one(
+    target: "LatencyWorker", other: "LatencyWorker", request: dict, settings: BenchmarkConfig
+) -> dict[str, Any]:
     for worker in (target, other):
         worker.ask(request)
     work = {"gflop": other.ask({"flop": True})["flop"] / 1e9} if request["device"] == "cuda" else {}
     calls = {worker: calls_per_turn(worker, settings.warmup) for worker in (target, other)}
-    turns: dict[Worker, list[list[float]]] = {target: [], other: []}
+    turns: dict[LatencyWorker, list[list[float]]] = {target: [], other: []}
     started = monotonic()
     while True:
         pair = (target, other) if len(turns[target]) % 2 else (other, target)
@@ -157,11 +159,11 @@ def _measure_one(target: "Worker", other: "Worker", request: dict, settings: Ben
             turns[worker].append(times[1:] if len(times) > 1 else times)  # the first call warms the caches again
         count = sum(map(len, turns[target]))
         over = monotonic() - started > 2 * settings.seconds or count >= settings.iterations
-        if over and len(turns[target]) >= LEAST_ROUNDS:
+        if over and len(turns[target]) >= MIN_ROUNDS:
             return {**summarize(turns[target], turns[other], request["batch"]), **work}
 
 
-def calls_per_turn(worker: "Worker", warmup: int) -> int:
+def calls_per_turn(worker: "LatencyWorker", warmup: int) -> int:
     """Warm up, and find how many calls fill a turn: one of them is not counted."""
     typical = float(np.median(worker.ask({"calls": max(1, warmup)})["ms"]))
     return 1 if typical > LONG_MS else 1 + math.ceil(ROUND_MS / typical)
@@ -207,7 +209,7 @@ def median_interval(found: np.ndarray) -> tuple[float, float, float]:
     """Median over blocks of turns of what was found in each, a positive number, and its 95 % interval.
 
     What slows a turn often lasts for several, which then are less news than they seem: so turns are taken together in
-    blocks of an odd number, as long as LEAST_BLOCKS allow, and a block counts as the median of its turns. The interval
+    blocks of an odd number, as long as MIN_BLOCKS allow, and a block counts as the median of its turns. The interval
     is that of the sign test over the blocks, which holds for any distribution, interpolated between two of them to
     reach 95 % (Hettmansperger and Sheather, Statistics & Probability Letters 4 (1986) 75-79). Five blocks or fewer are
     too few for 95 %: their whole range is returned, which covers in 1 - 2 / 2^blocks of cases.
@@ -222,7 +224,7 @@ def median_interval(found: np.ndarray) -> tuple[float, float, float]:
 
 def blocks(found: np.ndarray) -> list[np.ndarray]:
     """Consecutive turns, an odd number in most blocks: the median of two is their mean, which one stall moves."""
-    size = max(1, len(found) // LEAST_BLOCKS)
+    size = max(1, len(found) // MIN_BLOCKS)
     return np.array_split(found, len(found) // (size - 1 + size % 2))
 
 
@@ -246,7 +248,7 @@ def thread_variables(threads: int) -> dict[str, str]:
     return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
-class Worker:
+class LatencyWorker:
     """A worker process, stopped except while it answers.
 
     `program` is a Python and its arguments that answers as latency_worker does; it is killed where an answer takes
@@ -254,9 +256,9 @@ class Worker:
     """
 
     def __init__(
-        self, folder: Path, threads: int, program: Sequence[str] = PROGRAM, limit_s: float | None = None
+        self, folder: Path, threads: int, program: Sequence[str] = PROGRAM, timeout_s: float | None = None
     ) -> None:
-        self.name, self.limit_s, self.late = folder.name, limit_s, False
+        self.name, self.timeout_s, self.late = folder.name, timeout_s, False
         self.process = subprocess.Popen(
             [*program, str(folder), str(threads)],
             stdin=subprocess.PIPE,
@@ -291,7 +293,7 @@ class Worker:
         return answer
 
     def _line(self) -> str:
-        watch = Timer(self.limit_s, self._end_late) if self.limit_s else None
+        watch = Timer(self.timeout_s, self._end_late) if self.timeout_s else None
         if watch:
             watch.start()
         try:
@@ -305,7 +307,7 @@ class Worker:
         self.process.kill()
 
     def _died(self) -> DeployError:
-        how = hung(self.limit_s) if self.late else f"the process {ending(self.process.wait())}"
+        how = hung(self.timeout_s) if self.late else f"the process {ending(self.process.wait())}"
         return UnavailableError(f"{self.name}, while it was timed: {how}")
 
     def _signal(self, name: str) -> None:
@@ -316,7 +318,7 @@ class Worker:
         self.process.kill()
         self.process.communicate()
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> "LatencyWorker":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,7 +8,7 @@ Reads one JSON request a line from standard input and answers with one JSON line
     {"rows": true}                      run once and answer the embeddings
     {"seconds": 1.0}                    run for so long and answer the number of calls
     {"flop": true}                      count the call's floating-point operations; PyTorch only
-    {"matrix_rate": true}               time matrix products on the GPU and answer TFLOP/s; PyTorch only
+    {"matrix_rate": true}               time matmuls on the GPU and answer TFLOP/s; PyTorch only
     {"memory": true}                    peak memory above the empty interpreter and this process's on the GPU, in bytes
 What fails is answered as {"error": reason}.
 """
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.subprocesses import die_with_parent
+from clip_deploy.runtimes import text_feed
 from clip_deploy.timing import nvml
 
 if TYPE_CHECKING:
@@ -121,8 +122,8 @@ def prepare_call(encoder: "Encoder", request: dict) -> Callable[[], object]:
         arrays, encode = [images], partial(encoder.encode_images, images)
     else:
         ids = rng.choice(np.array(request["words"], dtype=np.int64), (request["batch"], request["tokens"]))
-        given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        arrays, encode = [given[name] for name in encoder.text_inputs], partial(encoder.encode_texts, *given.values())
+        texts = ids, np.ones_like(ids)
+        arrays, encode = list(text_feed(encoder.text_inputs, *texts).values()), partial(encoder.encode_texts, *texts)
     if request.get("device", "cpu") == "cuda":
         return _on_device(cast("DeviceEncoder", encoder), request["tower"], arrays)
     return encode

@@ -16,7 +16,7 @@ from benchmarks.peers.table import duel_rows, markdown, reasons, rows
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import read_yaml
 from clip_deploy.core.errors import ConfigError, UnavailableError
-from clip_deploy.timing.latency import LEAST_ROUNDS
+from clip_deploy.timing.latency import MIN_ROUNDS
 
 OURS = (sys.executable, "-m", "benchmarks.peers.worker")
 
@@ -76,7 +76,7 @@ def test_contestants_take_turns_and_are_held_against_the_same_two(fake, inputs):
     assert found["basis"]["cosine_min"] == pytest.approx(1)
     assert found["slow"]["cosine_min"] < 0.999
     # seconds=0 still runs the fewest rounds that are judged
-    assert {row["rounds"] for row in found.values()} == {LEAST_ROUNDS}
+    assert {row["rounds"] for row in found.values()} == {MIN_ROUNDS}
 
 
 def test_a_ratio_above_one_is_slower_and_drift_cancels_in_it():

@@ -7,12 +7,12 @@ from support.project import ROOT
 
 from clip_deploy.builders.aoti import export_aoti
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import Gate, GatesConfig, Precision
+from clip_deploy.core.config import GateLimits, GatesConfig, Precision
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import validate
 
-GATES = GatesConfig(fp32=Gate(min_cosine=0.9999))
+GATES = GatesConfig(fp32=GateLimits(min_cosine=0.9999))
 
 
 @pytest.fixture(scope="module")

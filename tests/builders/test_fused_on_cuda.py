@@ -23,7 +23,7 @@ def test_what_tensorrt_reads_holds_no_operator_of_onnx_runtimes_own(onnx_target,
 
 def test_float32_on_cuda_says_that_products_are_in_tf32(onnx_target, sets, tmp_path):
     target = optimize(onnx_target, OptimizeConfig(), load_prepared(sets / "calibration"), tmp_path, Device.cuda)
-    assert "TF32" in target.build["products"]
+    assert "TF32" in target.build["matmuls"]
 
 
 def test_a_missing_tensorrt_is_named(monkeypatch):

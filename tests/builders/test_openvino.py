@@ -7,7 +7,7 @@ from clip_deploy.builders import openvino as openvino_export
 from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.openvino import export_openvino
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import AccuracyBudget, Gate, GatesConfig, OnnxConfig, OpenVinoConfig, Precision
+from clip_deploy.core.config import AccuracyBudget, GateLimits, GatesConfig, OnnxConfig, OpenVinoConfig, Precision
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import validate
@@ -15,9 +15,9 @@ from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.runtimes import open_encoder
 
 GATES = GatesConfig(
-    fp32=Gate(min_cosine=0.9999),
-    bf16=Gate(min_cosine=0.99, max_flips=5),
-    int8=Gate(min_cosine=0.9, max_top1_drop=3, max_flips=8),
+    fp32=GateLimits(min_cosine=0.9999),
+    bf16=GateLimits(min_cosine=0.99, max_flips=5),
+    int8=GateLimits(min_cosine=0.9, max_top1_drop=3, max_flips=8),
 )
 
 

@@ -8,7 +8,7 @@ from support.targets import advice, records
 from clip_deploy.builders.package import Sources, unpackable, write_package
 from clip_deploy.builders.processor_files import write_portable
 from clip_deploy.core.artifact import read_target
-from clip_deploy.core.config import Gate, GatesConfig
+from clip_deploy.core.config import GateLimits, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import sha256
 
@@ -98,7 +98,7 @@ def test_what_did_not_pass_its_gate_as_it_is_now_is_refused_whatever_was_recomme
     """As where the check ran again by itself, or its limits were raised, and `recommend` has not seen it."""
     path = sources.validation / "onnx-fp32.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    gates = GatesConfig(fp32=Gate(min_cosine=0.99, max_top1_drop=1.0, max_flips=1.0))
+    gates = GatesConfig(fp32=GateLimits(min_cosine=0.99, max_top1_drop=1.0, max_flips=1.0))
     known = advice(sources.built, package=dict.fromkeys(("vision", "text"), "onnx-fp32"))
     for wanted in ("onnx-fp32", "recommended"):
         with pytest.raises(DeployError, match=said):
@@ -165,7 +165,7 @@ def test_two_targets_are_packaged_tower_by_tower_with_what_was_found_of_the_pair
     towers = {"vision": "ort-fp32", "text": "onnx-fp32"}
     found = {"towers": towers, "precision": "fp32", "status": "pass", "reasons": []}
     known = advice(sources.built, package=towers, pairs={"ort-fp32 with onnx-fp32": found})
-    gates = GatesConfig(fp32=Gate(min_cosine=0.999, max_top1_drop=5, max_flips=5))
+    gates = GatesConfig(fp32=GateLimits(min_cosine=0.999, max_top1_drop=5, max_flips=5))
     manifest = write_package(known, "recommended", sources, gates, FACTS, tmp_path)
     assert {tower: chosen["target"] for tower, chosen in manifest["towers"].items()} == towers
     assert sha256(tmp_path / "vision.onnx") == known["targets"]["ort-fp32"]["files"]["vision.onnx"]

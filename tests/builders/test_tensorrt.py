@@ -10,14 +10,14 @@ from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.tensorrt import build_engine, shapes_of
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import BuildEngineConfig, Gate, GatesConfig, OnnxConfig, OptimizeConfig, Precision
+from clip_deploy.core.config import BuildEngineConfig, GateLimits, GatesConfig, OnnxConfig, OptimizeConfig, Precision
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import validate
 from clip_deploy.runtimes import open_encoder, tensorrt_library
 from clip_deploy.runtimes.tensorrt_library import is_rtx, load_tensorrt
 
-GATES = GatesConfig(fp32=Gate(min_cosine=0.9999), fp16=Gate(min_cosine=0.999, max_top1_drop=2, max_flips=5))
+GATES = GatesConfig(fp32=GateLimits(min_cosine=0.9999), fp16=GateLimits(min_cosine=0.999, max_top1_drop=2, max_flips=5))
 H200 = "NVIDIA H200, 143771 MiB, 580.95.05"
 H100 = "NVIDIA H100 80GB HBM3, 81559 MiB, 580.95.05"
 

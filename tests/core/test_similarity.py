@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from clip_deploy.core.similarity import compare, normalized
+from clip_deploy.core.similarity import normalized, similarity
 
 
 def test_equal_embeddings_have_cosine_one_whatever_their_length():
     rows = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
-    result = compare(rows * 3, rows)
+    result = similarity(rows * 3, rows)
     assert result["cosine_min"] == pytest.approx(1)
     assert result["finite"]
 
@@ -16,7 +16,7 @@ def test_one_bad_row_shows():
     rows = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
     turned = rows.copy()
     turned[17] = -turned[17]
-    result = compare(turned, rows)
+    result = similarity(turned, rows)
     assert result["cosine_min"] == pytest.approx(-1)
     assert result["cosine_mean"] == pytest.approx(1 - 2 / 200)
 
@@ -26,7 +26,7 @@ def test_nan_and_infinity_are_found():
     broken = rows.copy()
     broken[1, 0] = np.nan
     broken[2] = np.inf
-    result = compare(broken, rows)
+    result = similarity(broken, rows)
     assert not result["finite"]
     assert result["cosine_min"] == pytest.approx(0)
 

@@ -14,7 +14,7 @@ from clip_deploy.data.dataset import load
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
 from clip_deploy.evaluate.chance import chance, closeness, doubts, most_by_chance
 from clip_deploy.evaluate.embeddings import Embeddings, encode_set, load_embeddings, save_embeddings
-from clip_deploy.evaluate.gates import held
+from clip_deploy.evaluate.gates import failures_now
 from clip_deploy.evaluate.validation import validate
 from clip_deploy.runtimes import open_encoder
 
@@ -101,7 +101,7 @@ def test_a_reference_at_chance_is_said_and_fails_every_target_where_the_gates_as
         [f"{at_chance} (gates.above_chance)", f"{one_embedding} (gates.above_chance)"],
     )
     assert "diagnosis" not in refused  # no layer is to blame
-    assert [miss.quantity for miss in held(json.loads(json.dumps(record)), GatesConfig(above_chance=True))] == [
+    assert [miss.quantity for miss in failures_now(json.loads(json.dumps(record)), GatesConfig(above_chance=True))] == [
         at_chance,
         one_embedding,
     ]

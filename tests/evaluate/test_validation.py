@@ -18,16 +18,16 @@ from clip_deploy.builders.package import Sources, write_package
 from clip_deploy.builders.quantize import quantize
 from clip_deploy.builders.torchscript import export_torchscript
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import Gate, GatesConfig, OptimizeConfig, Precision, QuantizeConfig
+from clip_deploy.core.config import GateLimits, GatesConfig, OptimizeConfig, Precision, QuantizeConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate import validation
-from clip_deploy.evaluate.gates import judge
+from clip_deploy.evaluate.gates import check_gate
 from clip_deploy.evaluate.validation import validate, validate_apart
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.onnx_graph import onnx_file
 
-GATES = GatesConfig(fp32=Gate(min_cosine=0.9999, max_top1_drop=0.1, max_flips=0.5))
+GATES = GatesConfig(fp32=GateLimits(min_cosine=0.9999, max_top1_drop=0.1, max_flips=0.5))
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ FAULTS = {
 @pytest.mark.parametrize("said", FAULTS)
 def test_a_runtime_that_crashes_or_hangs_fails_and_leaves_the_pipeline_alone(said, onnx_target, sets, monkeypatch):
     monkeypatch.setattr(validation, "open_encoder", FAULTS[said])
-    prepared, gates = load_prepared(sets / "evaluation"), GatesConfig(max_seconds=2)
+    prepared, gates = load_prepared(sets / "evaluation"), GatesConfig(timeout_s=2)
     record = validate_apart(onnx_target, prepared, sets / "evaluation" / "reference.npz", gates, 0)
     assert record["status"] == "fail"
     (reason,) = record["reasons"]
@@ -168,8 +168,8 @@ def test_a_runtime_that_crashes_or_hangs_fails_and_leaves_the_pipeline_alone(sai
 
 
 def test_a_time_limit_must_be_above_zero():
-    with pytest.raises(ConfigError, match=r"gates\.max_seconds is 0"):
-        GatesConfig(max_seconds=0)
+    with pytest.raises(ConfigError, match=r"gates\.timeout_s is 0"):
+        GatesConfig(timeout_s=0)
 
 
 def test_random_weights_are_held_to_the_cosine_only():
@@ -179,9 +179,9 @@ def test_random_weights_are_held_to_the_cosine_only():
         "zero_shot": {"top1_drop": 9.0},
         "flips": 50.0,
     }
-    gate = Gate(min_cosine=0.9, max_top1_drop=1.5, max_flips=8)
-    assert judge({**record, "trained": False}, gate, "int8") == []
-    assert judge({**record, "trained": True}, gate, "int8") == [
+    gate = GateLimits(min_cosine=0.9, max_top1_drop=1.5, max_flips=8)
+    assert check_gate({**record, "trained": False}, gate, "int8") == []
+    assert check_gate({**record, "trained": True}, gate, "int8") == [
         "top-1 drop 9.00 points > 1.5 (gates.int8.max_top1_drop)",
         "flips 50.00 % > 8 (gates.int8.max_flips)",
     ]

@@ -13,8 +13,8 @@ from clip_deploy.__main__ import main
 from clip_deploy.core.errors import DeployError
 from clip_deploy.data import scenes
 from clip_deploy.inference.classifier import ZeroShotClassifier
-from clip_deploy.inference.embed import PART, EmbedSettings, Job, embed
-from clip_deploy.inference.embed_ray import TRIES, Attempts, Shipped, Worker, connect
+from clip_deploy.inference.embed import PART, EmbedJob, EmbedSettings, embed
+from clip_deploy.inference.embed_ray import TRIES, Attempts, EmbedActor, Shipped, connect
 from clip_deploy.inference.storage import open_source
 
 IMAGES, PART_SIZE = 240, 8
@@ -136,7 +136,7 @@ def test_a_part_that_is_tried_again_is_kept_as_it_is_and_told_again(package, few
     rows = []
 
     def make(job, missing, advance):
-        worker = Worker(None, job, Attempts())
+        worker = EmbedActor(None, job, Attempts())
         worker.classifier = classifier
         for number, part in missing.items():
             rows.append(worker({"number": number, "part": pickle.dumps(part)}))
@@ -155,7 +155,7 @@ def test_an_image_that_a_worker_does_not_see_stops_the_run_and_is_not_left_out(p
     (few / "3.png").unlink()
 
     def make(job, missing, advance):
-        worker = Worker(None, job, Attempts())
+        worker = EmbedActor(None, job, Attempts())
         worker.classifier = classifier
         row = worker({"number": 0, "part": pickle.dumps(missing[0])})
         assert row["header"] == ""
@@ -204,10 +204,10 @@ class DeathError(BaseException):
 
 def test_what_ended_every_process_that_tried_it_is_named_with_what_was_done_last(package, few, tmp_path, monkeypatch):
     source, attempts = open_source(str(few), 10, shared=True), Attempts()
-    job = Job(str(tmp_path / "out"), {}, 64, EmbedSettings(4, 10))
+    job = EmbedJob(str(tmp_path / "out"), {}, 64, EmbedSettings(4, 10))
 
     def tried():
-        worker = Worker(None, job, attempts)
+        worker = EmbedActor(None, job, attempts)
         worker.classifier = ZeroShotClassifier.open(package, threads=1)
         return worker({"number": 0, "part": pickle.dumps(source.parts[0])})["error"]
 

@@ -21,7 +21,7 @@ from clip_deploy.core.config import (
     AccuracyBudget,
     DataConfig,
     Device,
-    Gate,
+    GateLimits,
     GatesConfig,
     OnnxConfig,
     OptimizeConfig,
@@ -40,9 +40,9 @@ from clip_deploy.runtimes import open_encoder
 
 HERE = hardware()["instruction_sets"]  # INT8 made for another CPU saturates on one without VNNI
 GATES = GatesConfig(
-    fp32=Gate(min_cosine=0.9999, max_flips=0.2),
-    fp16=Gate(min_cosine=0.999, max_flips=2),
-    int8=Gate(min_cosine=0.95, max_top1_drop=4, max_flips=8),
+    fp32=GateLimits(min_cosine=0.9999, max_flips=0.2),
+    fp16=GateLimits(min_cosine=0.999, max_flips=2),
+    int8=GateLimits(min_cosine=0.95, max_top1_drop=4, max_flips=8),
 )
 LABELS = ["small red circle", "large blue square", "small green triangle"]
 TEMPLATE = "a photo of a {}"
@@ -123,8 +123,8 @@ def test_what_pytorch_runs_with_our_kernels_is_the_encoder_alone(exported, sets,
     steps = [step.call for step in GraphModule(ir.load(tmp_path / "vision.onnx")).steps]
     named = [getattr(call, "func", call).__name__ for call in steps]
     layers = target.model["towers"]["vision"]["layers"]
-    assert [named.count(name) for name in ("cut_patches", "attend")] == [1, layers - 1]  # the last takes one query
-    assert named.count("multiply_add_and_normalise") >= 2 * (layers - 1)
+    assert [named.count(name) for name in ("patchify", "attention")] == [1, layers - 1]  # the last takes one query
+    assert named.count("linear_skip_layer_norm") >= 2 * (layers - 1)
     assert not {"_quick_gelu", "_gelu", "_cast"} & set(named[:-1])
 
 

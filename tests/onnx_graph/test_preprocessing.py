@@ -12,7 +12,7 @@ from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import (
     Device,
-    Gate,
+    GateLimits,
     GatesConfig,
     OnnxConfig,
     OptimizeConfig,
@@ -28,14 +28,19 @@ from clip_deploy.data.preprocessed import load_prepared, write_prepared
 from clip_deploy.evaluate.embeddings import encode_images, encode_set, save_embeddings
 from clip_deploy.evaluate.validation import validate
 from clip_deploy.onnx_graph import onnx_file
-from clip_deploy.onnx_graph.pre_post import put_on, take_off
-from clip_deploy.onnx_graph.preprocessing import build_shell, grey_levels, preprocessing_shell, read_preprocessing
+from clip_deploy.onnx_graph.pre_post import attach, detach
+from clip_deploy.onnx_graph.preprocessing import (
+    build_preprocessing,
+    grey_levels,
+    preprocessing_nodes,
+    read_preprocessing,
+)
 from clip_deploy.runtimes import open_encoder
 from clip_deploy.timing.latency_worker import prepare_call
 
 SIZES = [(64, 64), (48, 48), (131, 97), (97, 131), (33, 50), (70, 200)]  # height, width: smaller, larger and odd
 GATES = GatesConfig(
-    *(Gate(min_cosine=cosine, max_flips=flips) for cosine, flips in ((0.9999, 1), (0.999, 1), (0.9, 9)))
+    *(GateLimits(min_cosine=cosine, max_flips=flips) for cosine, flips in ((0.9999, 1), (0.999, 1), (0.9, 9)))
 )
 
 
@@ -76,7 +81,7 @@ def levels(processor, size):
     settings = read_preprocessing(processor)
     images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
     expected = processor(list(images), return_tensors="np", input_data_format="channels_last")["pixel_values"]
-    shell = build_shell(settings, list(expected.shape[-2:]))
+    shell = build_preprocessing(settings, list(expected.shape[-2:]))
     graph = ir.Graph([shell.image], [shell.front[-1].outputs[0]], nodes=shell.front, opset_imports={"": 18}, name="g")
     model = ir.to_proto(ir.Model(graph, ir_version=10))
     onnx.checker.check_model(model, full_check=True)
@@ -128,7 +133,7 @@ def test_bilinear_differs_by_two_levels_at_most():
 )
 def test_an_option_that_onnx_cannot_express_is_named(processor, message):
     with pytest.raises(UnavailableError) as error:
-        preprocessing_shell(processor, [224, 224])
+        preprocessing_nodes(processor, [224, 224])
     assert message in str(error.value)
 
 
@@ -138,7 +143,7 @@ def test_a_processor_that_does_more_than_its_options_say_is_refused():
             return super().resize(image, *args, **kwargs)[..., ::-1]
 
     with pytest.raises(UnavailableError, match="Mirrored does something else besides"):
-        preprocessing_shell(Mirrored(), [224, 224])
+        preprocessing_nodes(Mirrored(), [224, 224])
 
 
 def test_old_opsets_are_refused_with_the_way_out():
@@ -161,11 +166,11 @@ def test_any_exporter_and_opset_from_18_on_will_do(siglip, tmp_path, settings):
 
 
 def test_taking_the_shell_off_gives_the_tower_back(whole, onnx_target, tmp_path):
-    shell = take_off(whole / "vision.onnx", tmp_path / "bare.onnx")
+    shell = detach(whole / "vision.onnx", tmp_path / "bare.onnx")
     feeds = onnx_file.random_feeds(onnx_target / "vision.onnx", {})
     expected = onnx_file.run(onnx_target / "vision.onnx", feeds)
     assert np.array_equal(onnx_file.run(tmp_path / "bare.onnx", feeds), expected)
-    put_on(tmp_path / "bare.onnx", shell, tmp_path / "again.onnx")
+    attach(tmp_path / "bare.onnx", shell, tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == (whole / "vision.onnx").read_bytes()
 
 

@@ -13,7 +13,7 @@ from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.torch_module import GraphModule
 from clip_deploy.rewrites.fusion import fuse, rewrites_of
-from clip_deploy.rewrites.half_precision import halve, to_bfloat16
+from clip_deploy.rewrites.half_precision import to_bfloat16, to_float16
 
 
 @pytest.fixture(scope="module", params=[17, 18, 23])
@@ -31,8 +31,8 @@ def fused(source, tower, output, on_gpu=False):
     rewrites = rewrites_of(model["towers"][tower], OptimizeConfig(skip_layer_norm=on_gpu))
     if on_gpu:
         rewrites = for_cuda(rewrites, model["context_length"])
-    undone = fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", rewrites, model["example_texts"])
-    assert undone == []
+    made = fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", rewrites, model["example_texts"])
+    assert made.undone == []
     return output / f"{tower}.onnx", model
 
 
@@ -70,7 +70,7 @@ def test_a_graph_in_float16_stays_in_float16(onnx_target, sets, tower, tmp_path)
     path, model = fused(onnx_target, tower, tmp_path)
     inputs = load_prepared(sets / "calibration").inputs(tower, model["text_inputs"])
     feeds = {name: array[:4].copy() for name, array in inputs.items()}
-    halve(path, lambda: [feeds])
+    to_float16(path, lambda: [feeds])
     module = GraphModule(ir.load(path)).eval()
     assert {buffer.dtype for buffer in module.buffers() if buffer.is_floating_point()} == {torch.float16}
     with torch.inference_mode():

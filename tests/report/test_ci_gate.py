@@ -14,16 +14,24 @@ from support.project import ROOT
 
 from clip_deploy.commands.gate import in_words
 from clip_deploy.core.artifact import hashes, write_manifest
-from clip_deploy.core.config import Gate, GateConfig, GatesConfig
+from clip_deploy.core.config import CiConfig, GateLimits, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.files import sha256
 from clip_deploy.core.json_files import rounded
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import manifest, validate
-from clip_deploy.report.ci_gate import at_revision, check_required, compare, judge, refusals, undecided, verdicts
+from clip_deploy.report.ci_gate import (
+    at_revision,
+    check_reports,
+    check_required,
+    compare_revisions,
+    refusals,
+    undecided,
+    verdicts,
+)
 
 TARGET = "onnx-fp32"
-GATES = GatesConfig(fp32=Gate(min_cosine=0.9999, max_top1_drop=0.1, max_flips=0.5))
+GATES = GatesConfig(fp32=GateLimits(min_cosine=0.9999, max_top1_drop=0.1, max_flips=0.5))
 TIMING = {"speedup": 3.0, "speedup_low": 2.9, "speedup_high": 3.1, "reference_p50_ms": 1.48}
 TIMED = {"status": "measured", "threads": 2, "towers": {"vision": {"1": TIMING}, "text": {"1": TIMING}}}
 NOTHING_PACKAGED = {"unavailable": "nothing is fit"}
@@ -80,7 +88,7 @@ def deliver(artifacts, folder, checked):
 
 def missed(reports, artifacts):
     """What shuts the gate, as "target: quantity value limit"."""
-    found = judge([TARGET], reports.get, GATES, artifacts)
+    found = check_reports([TARGET], reports.get, GATES, artifacts)
     return [f"{name}: {miss}" for name, misses in found.items() for miss in misses]
 
 
@@ -221,7 +229,7 @@ def test_a_seeded_regression_is_caught_by_the_real_validation(sound, check, arti
     deliver(artifacts, artifacts / TARGET, checked)
     reports = reports_of(checked)
     assert [line for line in missed(reports, artifacts) if ": cosine" in line and "(gates.fp32.min_cosine)" in line]
-    lost, uncompared = compare([TARGET], reports.get, reports_of(sound).get, GateConfig())
+    lost, uncompared = compare_revisions([TARGET], reports.get, reports_of(sound).get, CiConfig())
     assert {miss.quantity for miss in lost[TARGET]} >= {"vision: cosine", "top-1"}
     assert not any(uncompared.values())
     assert f"| `{TARGET}` | vision: cosine | " in refusals([lost])
@@ -230,8 +238,8 @@ def test_a_seeded_regression_is_caught_by_the_real_validation(sound, check, arti
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ([], "gate.required is empty, so nothing would be checked: name some of torch-fp32, ort-fp32"),
-        (["ort-fp31"], "gate.required lists 'ort-fp31', which is not among targets: torch-fp32, ort-fp32; take it out"),
+        ([], "ci.required is empty, so nothing would be checked: name some of torch-fp32, ort-fp32"),
+        (["ort-fp31"], "ci.required lists 'ort-fp31', which is not among targets: torch-fp32, ort-fp32; take it out"),
     ],
 )
 def test_a_gate_that_would_check_nothing_or_what_is_unknown_is_refused(names, said):
@@ -245,7 +253,7 @@ def lost_since(sound, change, former=None, slow_down=10):
     change(now)
     if former:
         former(before)
-    lost, uncompared = compare([TARGET], now.get, before.get, GateConfig(max_slow_down=slow_down))
+    lost, uncompared = compare_revisions([TARGET], now.get, before.get, CiConfig(max_slow_down=slow_down))
     return [str(miss) for miss in lost[TARGET]], [str(miss) for missed in uncompared.values() for miss in missed]
 
 
@@ -276,13 +284,13 @@ TOP1 = answered(top1=92.0, top1_drop=0.1, top1_drop_low=-0.2, top1_drop_high=0.4
 @pytest.mark.parametrize(
     ("change", "former", "said"),
     [
-        (checked(size_mb=4.3), checked(size_mb=4.0), "size 4.30 MB > 4.00 MB by more than 5 % (gate.max_size_growth)"),
+        (checked(size_mb=4.3), checked(size_mb=4.0), "size 4.30 MB > 4.00 MB by more than 5 % (ci.max_size_growth)"),
         (
             checked(parity={"vision": {"cosine_min": 0.99}}),
             None,
             "vision: cosine 0.990000 < 1.000000 by more",
         ),
-        (answered(top1=91.4), TOP1, "top-1 91.40 % < 92.00 % by more than 0.5 points (gate.max_top1_drop)"),
+        (answered(top1=91.4), TOP1, "top-1 91.40 % < 92.00 % by more than 0.5 points (ci.max_top1_drop)"),
         (
             answered(top1=92.0, top1_drop=0.6, top1_drop_low=0.5, top1_drop_high=0.7),
             TOP1,
@@ -291,7 +299,7 @@ TOP1 = answered(top1=92.0, top1_drop=0.1, top1_drop_low=-0.2, top1_drop_high=0.4
         (
             timed(speedup=2.5, speedup_low=2.4, speedup_high=2.6),
             None,
-            "text, batch 1: speed-up 2.50 [2.40, 2.60] below 3.00 [2.90, 3.10] by more than 10 % (gate.max_slow_down)",
+            "text, batch 1: speed-up 2.50 [2.40, 2.60] below 3.00 [2.90, 3.10] by more than 10 % (ci.max_slow_down)",
         ),
     ],
 )
@@ -324,7 +332,7 @@ def test_on_a_gpu_p50_decides_and_not_a_reference_that_waits_for_python(sound, l
     before = timed(p50_ms=2.0, p50_low_ms=1.9, p50_high_ms=2.1)
     slower = timed(p50_ms=2.5, p50_low_ms=low, p50_high_ms=2.6, speedup=1.0, speedup_low=0.9, speedup_high=1.1)
     lost = lost_since({**sound, "device": "cuda"}, slower, before)[0]
-    found = f"vision, batch 1: p50 ms 2.5 [{low}, 2.6] above 2 [1.9, 2.1] by more than 10 % (gate.max_slow_down)"
+    found = f"vision, batch 1: p50 ms 2.5 [{low}, 2.6] above 2 [1.9, 2.1] by more than 10 % (ci.max_slow_down)"
     assert any(line.startswith(found) for line in lost) == is_lost
     assert not any("speed-up" in line for line in lost)
 
@@ -340,9 +348,9 @@ def test_a_report_of_another_shape_never_passes_and_gives_no_traceback(sound, ar
     except DeployError as error:
         assert "a report is not as this version writes it" in str(error)  # noqa: PT017
     with contextlib.suppress(DeployError):
-        compare([TARGET], (reports_of(sound) | {name: content}).get, reports_of(sound).get, GateConfig())
+        compare_revisions([TARGET], (reports_of(sound) | {name: content}).get, reports_of(sound).get, CiConfig())
     with contextlib.suppress(DeployError):
-        compare([TARGET], reports_of(sound).get, (reports_of(sound) | {name: content}).get, GateConfig())
+        compare_revisions([TARGET], reports_of(sound).get, (reports_of(sound) | {name: content}).get, CiConfig())
 
 
 MEANT = "--allow-uncompared lets it pass"
@@ -441,7 +449,7 @@ def test_all_targets_that_were_spoiled_are_timed_again_by_one_command(sound):
             reports[f"benchmark/{name}.json"] = copy.deepcopy(TIMED)
     for name in ("a", "b"):
         now[f"benchmark/{name}.json"]["towers"]["text"]["1"] |= {"speedup_high": 9.0}
-    _, uncompared = compare([TARGET, "a", "b"], now.get, before.get, GateConfig())
+    _, uncompared = compare_revisions([TARGET, "a", "b"], now.get, before.get, CiConfig())
     command = "`dvc repro --force --single-item benchmark@torch-fp32 benchmark@a benchmark@b && dvc repro`"
     assert {name: len(misses) for name, misses in uncompared.items()} == {"machine": 0, TARGET: 0, "a": 1, "b": 1}
     assert all(command in uncompared[name][0].limit for name in ("a", "b"))
@@ -479,7 +487,7 @@ def test_another_number_of_threads_is_a_miss_of_its_own(sound):
 def test_a_target_that_the_revision_has_not_is_a_miss_of_its_own(sound):
     now, before = reports_of(sound), reports_of(sound)
     now["validate/new.json"], now["benchmark/new.json"] = now[f"validate/{TARGET}.json"], TIMED
-    lost, uncompared = compare([TARGET, "new"], now.get, before.get, GateConfig())
+    lost, uncompared = compare_revisions([TARGET, "new"], now.get, before.get, CiConfig())
     assert list(lost) == [TARGET]
     assert [str(miss) for miss in uncompared["new"]] == [f"all not compared: that revision has no result of it {MEANT}"]
 
@@ -500,7 +508,7 @@ def test_a_batch_size_that_is_not_timed_any_more_is_a_miss_of_its_own(sound):
 
 def test_a_revision_without_results_is_refused(sound):
     with pytest.raises(DeployError, match="has no result of any required target"):
-        compare([TARGET], reports_of(sound).get, {}.get, GateConfig())
+        compare_revisions([TARGET], reports_of(sound).get, {}.get, CiConfig())
 
 
 @pytest.fixture
@@ -620,7 +628,7 @@ def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes):
     assert {target for target, *_ in rows} == {"`ort-fp16`"}
     limits = [limit for _, quantity, _, limit in rows if quantity == "vision: cosine"]
     assert limits[0].startswith("< 0.999 (gates.fp16.min_cosine)")
-    assert limits[1] == "< 1.000000 by more than 0.001 (gate.max_cosine_drop)"
+    assert limits[1] == "< 1.000000 by more than 0.001 (ci.max_cosine_drop)"
     for row in rows:
         outcomes.regression(*row, code)
     project.edit("params.yaml", "opset: 18", "opset: 20")

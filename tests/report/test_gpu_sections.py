@@ -1,6 +1,8 @@
-from clip_deploy.report.gpu_sections import gpu_sections
+from clip_deploy.report.contents import Report
+from clip_deploy.report.gpu_sections import gpu_duels, gpu_tutorial, gpu_usage
+from clip_deploy.report.markdown import markdown
 from clip_deploy.report.rows import Row
-from clip_deploy.report.write import fastest
+from clip_deploy.report.sections import fastest
 
 TIMING = {
     "p50_ms": 0.5,
@@ -15,6 +17,10 @@ TIMING = {
 }
 
 
+def written(rows):
+    return markdown(Report("title", rows)).splitlines()
+
+
 def row(target, **facts):
     timings = {tower: {"1": TIMING} for tower in ("vision", "text")}
     return Row(target=target, status="pass", device="cuda", timings=timings, size_mb=300.0, **facts)
@@ -26,7 +32,7 @@ def test_nodes_on_the_cpu_are_marked_and_power_is_stated():
         "text": {"nodes": {"CUDAExecutionProvider": 543, "CPUExecutionProvider": 1}, "graph": False},
     }
     power = {"batch": 256, "mean_w": 512.25, "j_per_1000_images": 14.0, "clock_mhz": [345, 1980]}
-    lines = gpu_sections([row("ort-cuda-fp16", placement=placed, power=power, gpu_memory_mb=812.0)])
+    lines = written([row("ort-cuda-fp16", placement=placed, power=power, gpu_memory_mb=812.0)])
     assert (
         "| `ort-cuda-fp16` | vision 131 CUDA; text 543 CUDA, **1 CPU** | vision yes, text no | 812 | 512 (256) | 14.0 "
         "| 345 / 1,980 |"
@@ -34,7 +40,7 @@ def test_nodes_on_the_cpu_are_marked_and_power_is_stated():
 
 
 def test_the_tutorials_table_says_what_was_not_measured():
-    lines = gpu_sections([row("torch-fp32", gpu_memory_mb=1500.0)])
+    lines = written([row("torch-fp32", gpu_memory_mb=1500.0)])
     assert "| PyTorch FP32 | `torch-fp32` | 0.500 | 0.500 | 2,000 | 1.50 | 300 | 20 | 2.5 |" in lines
     assert "| ONNX and TensorRT | `trt-fp16` (not measured here) | - | - | - | - | - | 8 | 1.5 |" in lines
 
@@ -53,13 +59,13 @@ def test_our_fastest_row_stands_beside_the_compilers():
         timed("trt-fp16", 9.0),
         timed("ort-trt-fp16", 5.0, status="fail"),
     ]
-    lines = gpu_sections(rows)
+    lines = written(rows)
     assert "| vision | 256 | `aoti-fp16` | 6.00 | `torch-compile-fp16` | 8.00 | 0.75 | 51 % |" in lines
     assert any("ran at 750 TFLOP/s here (median of the rows)" in line for line in lines)
 
 
 def test_one_side_alone_has_no_ratio():
-    lines = gpu_sections([timed("trt-fp16", 9.0)])
+    lines = written([timed("trt-fp16", 9.0)])
     assert "| text | 256 | - | - | `trt-fp16` | 9.00 | - | - |" in lines
 
 
@@ -67,9 +73,12 @@ def test_on_a_gpu_the_fastest_row_has_the_lowest_latency():
     slow, fast = timed("torch-fp32", 8.0), timed("aoti-fp16", 6.0)
     for timing in slow.timings.values():
         timing["256"]["speedup"] = 9.0
-    assert fastest([slow, fast]) == "aoti-fp16 (vision, 6.00 ms), aoti-fp16 (text, 6.00 ms)"
+    assert {tower: row.target for tower, row in fastest([slow, fast], 256).items()} == {
+        "vision": "aoti-fp16",
+        "text": "aoti-fp16",
+    }
 
 
 def test_without_a_row_on_a_gpu_there_is_no_section():
-    assert gpu_sections([Row(target="torch-fp32", status="pass")]) == []
-    assert gpu_sections([Row(target="torch-fp16", status="unavailable", device="cuda")]) == []
+    for row in (Row(target="torch-fp32", status="pass"), Row(target="torch-fp16", status="unavailable", device="cuda")):
+        assert [build(Report("title", [row])) for build in (gpu_usage, gpu_duels, gpu_tutorial)] == [None] * 3

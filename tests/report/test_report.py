@@ -1,18 +1,15 @@
 import json
-import re
-import shutil
-import subprocess
 
 import pytest
 
+from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.json_files import write_json
+from clip_deploy.report.contents import Report
 from clip_deploy.report.markdown import markdown
-from clip_deploy.report.page import page
 from clip_deploy.report.rows import metrics, plots, read_rows
+from clip_deploy.report.sections import fastest, fastest_fact
 from clip_deploy.report.tables import number
-from clip_deploy.report.write import fastest
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TIMING = {
     "p50_ms": 2.0,
     "calls": 20,
@@ -79,13 +76,37 @@ def test_what_int8_leaves_in_float_and_its_curve_are_in_the_report(rows):
             {"share": 1.0, "top1_drop": 9, "flips": 12.5, "cosine": 0.75},
         ],
     }
-    text = markdown("tiny on a CPU", rows, {"Model": "tiny"})
+    text = markdown(Report("tiny on a CPU", rows))
     assert "| `ort-int8` | 1 of 20: vision: MatMul_7 | 0.50 points, 1.00 % | vision: MatMul_7 2.5e-01" in text
     assert "0 %: 0.00 % (1.00000), 100 %: 12.50 % (0.75000)" in text
     assert plots(rows)["sensitivity"] == [
         {"target": "ort-int8", "share_percent": 0, "flips_percent": 0, "cosine": 1.0},
         {"target": "ort-int8", "share_percent": 100, "flips_percent": 12.5, "cosine": 0.75},
     ]
+
+
+def test_what_was_fused_is_shown_beside_what_there_is_and_what_was_missed_in_bold(rows):
+    rows[1].fusions = {
+        "vision": {"attention": [4, 4], "layer_norm": [9, 10], "skip_layer_norm": [0, 7], "patch_embedding": [1, 1]},
+        "text": {"attention": [2, 2], "layer_norm": [5, 5], "skip_layer_norm": [4, 4], "patch_embedding": [0, 0]},
+    }
+    lines = markdown(Report("title", rows)).splitlines()
+    start = lines.index(
+        "| Fused, of those in the model | attention | LayerNormalization | SkipLayerNormalization | patch embedding |"
+    )
+    assert lines[start + 2 : start + 4] == [
+        "| `ort-int8` vision | 4/4 | **9/10** | **0/7** | 1/1 |",
+        "| `ort-int8` text | 2/2 | 5/5 | 4/4 | - |",
+    ]
+    assert "`fusions: true` in conf/gates/" in lines[start + 5]
+
+
+def test_what_was_fused_has_a_table_of_its_own_and_no_place_in_how_a_target_was_made(tmp_path):
+    made = {"opset": 18, "fusions": {"vision": {"attention": [4, 4]}}}
+    write_json(tmp_path / "validate" / "ort-fp32.json", {**CHECKED, "build": made})
+    write_json(tmp_path / "benchmark" / "ort-fp32.json", TIMED)
+    (row,) = read_rows(["ort-fp32"], tmp_path / "validate", tmp_path / "benchmark")
+    assert (row.build, row.fusions) == ("opset 18", made["fusions"])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +118,7 @@ def test_numbers_have_three_digits(value, written):
 
 
 def test_every_configured_target_has_a_row_in_order_and_no_other_has(rows):
-    text = markdown("title", rows, {})
+    text = markdown(Report("title", rows))
     table = [line.split(" | ")[0:2] for line in text.splitlines() if line.startswith("| `")][:3]
     assert table == [["| `torch-fp32`", "pass"], ["| `ort-int8`", "**fail**"], ["| `trt-fp16`", "**unavailable**"]]
     assert "removed" not in text
@@ -120,49 +141,6 @@ def test_plots_are_flat_rows(rows):
     assert {row["target"] for row in flat["latency"]} == {"torch-fp32", "ort-int8"}
 
 
-def test_the_page_stands_alone_and_no_text_closes_its_script(rows):
-    rows[1].reasons = ["</script><script>alert(1)</script>"]
-    html = page("title", rows, {"Model": "<b>"}, sections=["## Served", "", "| a |", "| ---: |", "| `<i>` |"])
-    assert "</script><script>alert" not in html
-    assert "<h2>Served</h2>" in html
-    assert "<code>&lt;i&gt;</code>" in html
-    assert "http://" not in html.replace("http://www.w3.org", "")
-    assert "https://" not in html
-    data = html.split('id="content">')[1].split("</script>")[0]
-    assert json.loads(data)["rows"][1]["reasons"] == ["</script><script>alert(1)</script>"]
-
-
-def drawn(page, folder):
-    """The page as Chromium makes it."""
-    (folder / "page.html").write_text(page)
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", "--dump-dom"]
-    return subprocess.run([*command, f"file://{folder}/page.html"], capture_output=True, text=True, check=True).stdout
-
-
-def plot(page, name, folder):
-    return drawn(page, folder).split(f'id="{name}"')[1].split("</svg>")[0]
-
-
-def labels(page, name, folder):
-    """Of the vertical axis of a plot."""
-    return re.findall(r'text-anchor="end">([^<]*)<', plot(page, name, folder))
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium that draws the page")
-@pytest.mark.parametrize(
-    ("cosines", "expected"),
-    [
-        ([1.0, 0.9998678], ["0.99990", "0.99995", "1.00000"]),
-        ([1.0, 0.75], ["0.8", "0.9", "1.0"]),
-        ([1.0, 0.99999], ["0.999995", "1.000000"]),
-    ],
-)
-def test_no_two_labels_of_an_axis_are_the_same(rows, tmp_path, cosines, expected):
-    curve = [{"share": share, "flips": 0, "cosine": cosine} for share, cosine in zip((0.0, 1.0), cosines, strict=True)]
-    rows[1].search = {"left_in_float": [], "nodes": 20, "curve": curve, "sensitivity": {}}
-    assert labels(page("title", rows, {}), "sensitivity", tmp_path) == expected
-
-
 def written(folder, timed, checked=CHECKED):
     """The rows of targets by their benchmark's records, the reference among them."""
     for name, record in {"torch-fp32": REFERENCE, **timed}.items():
@@ -182,8 +160,8 @@ DRIFTED = {**TIMING, "speedup": 3552.0, "speedup_low": 3551.0, "speedup_high": 3
 def test_speed_ups_of_a_busy_machine_are_marked_and_win_nothing(tmp_path):
     timed = {name: with_vision(**{"1": timing}) for name, timing in {"a": WIDE, "b": DRIFTED, "c": TIMING}.items()}
     rows = written(tmp_path, timed)
-    text = markdown("title", rows, {"Fastest": fastest(rows)})
-    assert "c (vision, 1.50x [1.40, 1.60])" in text
+    text = markdown(Report("title", rows))
+    assert fastest(rows, 1)["vision"].target == "c"
     assert "| `a` | pass | ~ 90.0 | ~ 600.00x [20.00, 700.00] | 2.00 | 1.50x [1.40, 1.60] | ~ 500 |" in text
     assert "~ 3552.00x" in text
     assert (
@@ -220,19 +198,6 @@ def test_a_timing_that_decides_nothing_is_null_in_the_metrics_and_in_every_plot(
     )
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium that draws the page")
-def test_the_page_marks_what_decides_nothing_and_draws_none_of_it(tmp_path):
-    rows = written(tmp_path, {"busy": with_vision(**{"1": DRIFTED, "8": TIMING}), "quiet": TIMED})
-    rows[0].doubts = ["torch-fp32 itself answers no better than chance"]
-    html = drawn(page("title", rows, {"Model": "tiny"}), tmp_path)
-    assert "~ 3552.00x" in html
-    assert html.index("<li>torch-fp32 itself answers no better than chance</li>") < html.index("<dt>Model</dt>")
-    points = re.findall(r"<title>(\S+): ([^<]*)</title>", html.split('id="accuracy"')[1].split("</figure>")[0])
-    assert points == [("torch-fp32", "3.00, 90.0"), ("quiet", "2.00, 90.0")]
-    points = re.findall(r"<title>(\S+): ([^<]*)</title>", html.split('id="throughput"')[1].split("</figure>")[0])
-    assert [point for name, point in points if name == "busy"] == ["8.00, 500"]
-
-
 def test_the_best_of_all_batch_sizes_is_not_known_where_one_of_them_decides_nothing(tmp_path):
     rows = written(tmp_path, {"a": with_vision(**{"1": TIMING, "8": {**DRIFTED, "throughput_per_s": 3.0}})})
     found = metrics(rows)["a"]
@@ -266,7 +231,7 @@ def test_on_a_gpu_a_batch_is_judged_by_what_the_reference_did_there_or_at_a_larg
         timing = row.timing("vision", batch)
         assert (timing["speedup_low"], timing["speedup_high"]) == pytest.approx((1.4 / spread, 1.6 * spread))
         assert (timing["p50_low_ms"], timing["p50_high_ms"]) == pytest.approx((1.9 / 1.03, 2.1 * 1.03), rel=1e-3)
-    (marked,) = [line for line in markdown("title", rows, {}).splitlines() if line.startswith("- ~")]
+    (marked,) = [line for line in markdown(Report("title", rows)).splitlines() if line.startswith("- ~")]
     assert "wait for Python" in marked
     assert "by p50" in marked
     assert "busy" not in marked
@@ -287,8 +252,10 @@ def test_on_a_gpu_a_row_whose_own_calls_differ_is_undecided_whatever_its_speed_u
     assert (found["torch-fp16"]["vision_p50_ms"], found["torch-fp16"]["timing"]) == (None, "undecided")
     assert found["torch-fp16"]["vision_speedup"] == 1.5
     assert found["ort-cuda-fp16"]["vision_p50_ms"] == 2.0
-    assert fastest(rows) == "ort-cuda-fp16 (vision, 2.00 ms), ort-cuda-fp16 (text, 2.00 ms)"
-    assert "- ~ marks timings that decide nothing (torch-fp16): their own calls differ" in markdown("title", rows, {})
+    assert {tower: row.target for tower, row in fastest(rows, 1).items()} == dict.fromkeys(TOWERS, "ort-cuda-fp16")
+    assert "- ~ marks timings that decide nothing (torch-fp16): their own calls differ" in markdown(
+        Report("title", rows)
+    )
 
 
 FLOW = {
@@ -321,13 +288,11 @@ FLOW = {
 
 
 def test_the_way_from_jpeg_to_embedding_has_a_row_for_each_feed(rows):
-    text = markdown("title", rows, {}, flows=[FLOW])
+    text = markdown(Report("title", rows, flows=[FLOW]))
     assert "32 JPEGs of 480 x 640 pixels, quality 90, 82.0 kB each" in text
     assert "| `ort-fp32`, pil | measured | 400 [390, 410] | 8 | 3.00 | 1.50 | 0.500 | decode | 1.0000 | 2 |" in text
     assert "| `ort-fp32`, nvjpeg | **unavailable** | - | - | - | - | - | - | - | - |" in text
     assert "- `ort-fp32` nvjpeg unavailable: PyTorch sees no <GPU>" in text
-    data = page("title", rows, {}, [FLOW]).split('id="content">')[1].split("</script>")[0]
-    assert json.loads(data)["flows"][0]["feeds"]["nvjpeg"]["reason"] == "PyTorch sees no <GPU>"
 
 
 def test_a_feed_with_wrong_embeddings_is_marked_beside_its_speed(rows):
@@ -337,14 +302,14 @@ def test_a_feed_with_wrong_embeddings_is_marked_beside_its_speed(rows):
         "reason": "cosine 0.5000 < 0.99: other pixels",
         "cosine_min": 0.5,
     }
-    text = markdown("title", rows, {}, [{**FLOW, "feeds": {"nvjpeg": {**wrong, "through_host": True}}}])
+    text = markdown(Report("title", rows, flows=[{**FLOW, "feeds": {"nvjpeg": {**wrong, "through_host": True}}}]))
     assert "| `ort-fp32`, nvjpeg | **wrong** | 400 [390, 410] |" in text
     assert "- `ort-fp32` nvjpeg wrong: cosine 0.5000 < 0.99: other pixels" in text
     assert "- `ort-fp32` nvjpeg: the encoder takes no GPU tensors, so pixels go through the host" in text
 
 
 def test_without_feeds_the_report_has_no_such_section(rows):
-    assert "From JPEG" not in markdown("title", rows, {}, [])
+    assert "From JPEG" not in markdown(Report("title", rows, flows=[]))
 
 
 FINDING = {
@@ -357,17 +322,43 @@ FINDING = {
 }
 
 
+def shipping(vision, text, batch=1, **losers):
+    return {"facts": [], "losers": losers, "front": [], "ship": {"vision": vision, "text": text}, "batch": batch}
+
+
+def test_the_fastest_row_that_is_not_shipped_has_the_word_why(tmp_path):
+    rows = written(tmp_path, {"a": TIMED, "b": {**TIMED, "towers": {"vision": {"1": ALONE}, "text": {"1": TIMING}}}})
+    found = "Fastest that passes its gate: a (vision, 1.50x [1.40, 1.60]), a (text, 1.50x [1.40, 1.60])"
+    assert fastest_fact(rows, shipping("a", "a", b="slower")) == f"{found}."
+    assert fastest_fact(rows, shipping("b", "b", a="over max_size_mb: 3.90 > 3.00")) == (
+        f"{found}; a is not the one to ship: over max_size_mb: 3.90 > 3.00."
+    )
+    assert fastest_fact(rows, shipping("a", "b")).endswith(
+        "; a is not the one to ship: it ships for the other tower alone."
+    )
+
+
+def test_without_a_row_that_passes_none_is_the_fastest(rows):
+    for row in rows:
+        row.status = "fail"
+    assert fastest_fact(rows, shipping("", "")) == "Fastest that passes its gate: none."
+
+
+def test_the_fastest_is_sought_at_the_batch_size_that_is_asked_for(tmp_path):
+    slow = with_vision(**{"1": ALONE, "8": {**TIMING, "speedup": 9.0, "speedup_low": 8.9, "speedup_high": 9.1}})
+    rows = written(tmp_path, {"a": with_vision(**{"1": TIMING, "8": TIMING}), "b": slow})
+    assert [fastest(rows, batch)["vision"].target for batch in (1, 8)] == ["a", "b"]
+
+
 def test_what_was_found_in_the_checkpoint_and_allowed_is_in_the_report(rows):
-    text = markdown("title", rows, {}, findings=[FINDING, {**FINDING, "severity": "warning", "allowed": False}])
+    text = markdown(Report("title", rows, findings=[FINDING, {**FINDING, "severity": "warning", "allowed": False}]))
     row = "text_config.eos_token_id is 585 | the tokenizer's 586 | All texts would look the same |"
     assert f"| `eos-token` | **error**, allowed by `model.allow` | {row}" in text
     assert f"| `eos-token` | warning | {row}" in text
-    data = page("title", rows, {}, findings=[FINDING]).split('id="content">')[1].split("</script>")[0]
-    assert json.loads(data)["findings"] == [FINDING]
 
 
 def test_without_findings_the_report_has_no_such_section(rows):
-    assert "## Checkpoint" not in markdown("title", rows, {})
+    assert "## Checkpoint" not in markdown(Report("title", rows))
 
 
 def test_a_failed_target_has_its_layer_and_the_command_that_mends_it_below(rows):
@@ -380,12 +371,10 @@ def test_a_failed_target_has_its_layer_and_the_command_that_mends_it_below(rows)
         "nodes": ["vision: MatMul_39", "vision: MatMul_42"],
     }
     rows[1].diagnosis = {"reference": "onnx-fp32", "drops": [drop], "notes": []}
-    lines = markdown("title", rows, {}).splitlines()
+    lines = markdown(Report("title", rows)).splitlines()
     place = lines.index("- `ort-int8` fail: 2.0 % flipped > 1")
     assert lines[place + 1 : place + 3] == [
         "  - vision: against onnx-fp32, cosine falls first in encoder.layers.2.self_attn (1.000000 to 0.967700, "
         "most behind MatMul_42); to keep in FP32: vision: MatMul_39, vision: MatMul_42",
         "  - `clip-deploy apply ort-int8` puts these nodes into params.yaml; then `dvc repro`",
     ]
-    data = page("title", rows, {}).split('id="content">')[1].split("</script>")[0]
-    assert json.loads(data)["rows"][1]["diagnosis"] == [line[4:] for line in lines[place + 1 : place + 3]]

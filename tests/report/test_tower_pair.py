@@ -3,15 +3,15 @@ from dataclasses import replace
 
 import pytest
 
-from clip_deploy.core.config import Gate, GatesConfig, RecommendConfig
+from clip_deploy.core.config import GateLimits, GatesConfig, RecommendConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.files import sha256
 from clip_deploy.report import tower_pair
 from clip_deploy.report.recommend import recommend, refusal
 from clip_deploy.report.rows import Row
-from clip_deploy.report.tower_pair import judge_pair
+from clip_deploy.report.tower_pair import pair_row
 
-EASY = GatesConfig(fp32=Gate(min_cosine=0.999, max_top1_drop=5, max_flips=5))
+EASY = GatesConfig(fp32=GateLimits(min_cosine=0.999, max_top1_drop=5, max_flips=5))
 
 
 def timing(speedup):
@@ -45,7 +45,7 @@ def rows(built):
 
 @pytest.fixture
 def judged(built, sets):
-    return lambda vision, text, gates=EASY: judge_pair(vision, text, built, sets / "evaluation", gates)
+    return lambda vision, text, gates=EASY: pair_row(vision, text, built, sets / "evaluation", gates)
 
 
 def test_two_targets_that_agree_pass_together_with_each_towers_own_time_and_size(rows, judged, built):
@@ -63,7 +63,7 @@ def test_a_pair_is_held_to_the_coarser_gate_and_to_the_limits(rows, judged):
     assert advice.ship == advice.package == {"vision": "onnx-fp32", "text": "onnx-fp32"}
     assert advice.pairs["ort-fp32 with onnx-fp32"]["reasons"] == ["over max_memory_mb: 120 > 100"]
     coarser = replace(rows[1], precision="int8")
-    failed = judged(rows[0], coarser, GatesConfig(int8=Gate(min_cosine=1.1)))
+    failed = judged(rows[0], coarser, GatesConfig(int8=GateLimits(min_cosine=1.1)))
     assert (failed.status, failed.precision) == ("fail", "int8")
     assert "< 1.1 (gates.int8.min_cosine)" in failed.reasons[0]
 

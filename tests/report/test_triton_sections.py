@@ -1,4 +1,5 @@
-from clip_deploy.report.triton_sections import triton_sections
+from clip_deploy.report.contents import Report
+from clip_deploy.report.markdown import markdown
 
 RECORD = {
     "status": "pass",
@@ -47,8 +48,14 @@ RECORD = {
 }
 
 
+def written(record):
+    """The section's lines."""
+    text = markdown(Report("title", [], served=record))
+    return text.split("## Served by Triton\n\n")[1].split("\n\n## ")[0].splitlines()
+
+
 def test_load_parity_versions_faults_and_drift_are_rows():
-    lines = triton_sections(RECORD)
+    lines = written(RECORD)
     assert "| `clip_vision` | one image | grpc | 8 | 1,234 [1,200, 1,300] | 5.25 / 8.00 / - | 0.500 | 4.50 |" in lines
     assert "| images, grpc | 1.000000 | 0.0012 | - |" in lines
     assert "| probabilities, grpc | - | 0.02 | 96.9 |" in lines
@@ -60,20 +67,20 @@ def test_load_parity_versions_faults_and_drift_are_rows():
 
 
 def test_the_ensembles_own_queue_and_batches_are_left_out():
-    (line,) = [line for line in triton_sections(RECORD) if line.startswith("| `clip_zero_shot`")]
+    (line,) = [line for line in written(RECORD) if line.startswith("| `clip_zero_shot`")]
     assert line.endswith("| 10.0 / - / - | - | - |")
 
 
 def test_without_a_server_the_reason_stands_there():
-    lines = triton_sections({"status": "unavailable", "reasons": ["no Triton server: run `make triton-env`"]})
-    assert lines == ["## Served by Triton", "", "`unavailable`: no Triton server: run `make triton-env`", ""]
+    lines = written({"status": "unavailable", "reasons": ["no Triton server: run `make triton-env`"]})
+    assert lines == ["`unavailable`: no Triton server: run `make triton-env`"]
 
 
 def test_what_failed_is_named():
-    lines = triton_sections({**RECORD, "status": "fail", "reasons": ["back: 3 requests failed"]})
-    assert lines[2].startswith("**fail**: back: 3 requests failed (")
+    lines = written({**RECORD, "status": "fail", "reasons": ["back: 3 requests failed"]})
+    assert lines[0].startswith("**fail**: back: 3 requests failed (")
 
 
 def test_a_server_that_ended_at_its_start_has_its_reason():
-    lines = triton_sections({"status": "fail", "reasons": ["Triton ended with code 1: no such backend"]})
-    assert lines == ["## Served by Triton", "", "`fail`: Triton ended with code 1: no such backend", ""]
+    lines = written({"status": "fail", "reasons": ["Triton ended with code 1: no such backend"]})
+    assert lines == ["`fail`: Triton ended with code 1: no such backend"]

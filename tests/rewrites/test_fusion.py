@@ -2,6 +2,7 @@ import shutil
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -15,13 +16,24 @@ from clip_deploy.builders.quantize import quantize
 from clip_deploy.checkpoint.load import load_model, load_processor
 from clip_deploy.checkpoint.towers import split
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import DataConfig, Gate, GatesConfig, OnnxConfig, OptimizeConfig, Precision, QuantizeConfig
+from clip_deploy.core.config import (
+    DataConfig,
+    GateLimits,
+    GatesConfig,
+    OnnxConfig,
+    OptimizeConfig,
+    Precision,
+    QuantizeConfig,
+)
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.fusions import ADVICE, KINDS, print_missed
 from clip_deploy.data.dataset import load
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
 from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
+from clip_deploy.evaluate.gates import failures_now
 from clip_deploy.evaluate.validation import validate
 from clip_deploy.onnx_graph import onnx_file
+from clip_deploy.onnx_graph.ir_tools import initializer
 from clip_deploy.rewrites import fusion
 from clip_deploy.runtimes import open_encoder
 
@@ -33,13 +45,17 @@ def fused(source, folder, calibration=None, **settings):
     return read_target(folder)
 
 
-@pytest.mark.parametrize("opset", [17, 18, 21, 23])
-def test_every_attention_and_gelu_of_both_towers_is_fused(family, tmp_path, opset):
+@pytest.mark.parametrize("opset", [14, 17, 18, 21, 23])
+def test_every_operation_of_both_towers_is_fused(family, tmp_path, opset):
     source, output = tmp_path / "onnx", tmp_path / "ort"
     build(source, lambda folder: export_onnx(family, OnnxConfig(opset=opset), folder), Target("ort", "fp32"))
-    target = fused(source, output)
+    target = fused(source, output, skip_layer_norm=True)
     assert "rewrites_undone" not in target.build
     for tower, shape in target.model["towers"].items():
+        found = target.build["fusions"][tower]
+        assert list(found) == list(KINDS)
+        assert all(count == expected for count, expected in found.values()), found
+        onnx_file.check(output / f"{tower}.onnx")
         census = onnx_file.describe(output / f"{tower}.onnx")["fusion"]
         pooling_head = tower == "vision" and target.model["model_type"] == "siglip"
         attentions = shape["layers"] + pooling_head
@@ -59,7 +75,7 @@ def test_graphs_of_a_fixed_batch_size_are_fused_too(family, tmp_path, opset):
         exported, output = tmp_path / f"{tower}-exported.onnx", tmp_path / f"{tower}.onnx"
         write(module, inputs[tower], exported, names[tower], "embeds", {}, opset)
         shape = target.model["towers"][tower]
-        assert fusion.fuse(exported, output, fusion.rewrites_of(shape, OptimizeConfig()), texts) == []
+        assert fusion.fuse(exported, output, fusion.rewrites_of(shape, OptimizeConfig()), texts).undone == []
         description = onnx_file.describe(output)
         assert all(sizes[0] == 3 for sizes in description["inputs"].values())
         pooling_head = tower == "vision" and target.model["model_type"] == "siglip"
@@ -126,8 +142,56 @@ def test_packed_weights_are_constants(onnx_target, tmp_path):
 
 
 def test_skip_connections_are_fused_where_asked(onnx_target, tmp_path):
-    fused(onnx_target, tmp_path / "ort", skip_layer_norm=True)
-    assert onnx_file.describe(tmp_path / "ort" / "vision.onnx")["fusion"]["skip_layer_norm"] > 0
+    with_skips, without = (fused(onnx_target, tmp_path / f"{asked}", skip_layer_norm=asked) for asked in (True, False))
+    found = with_skips.build["fusions"]
+    assert found["vision"]["skip_layer_norm"] == [7, 7]  # 4 layers, of which the first norm follows none
+    assert found["text"]["skip_layer_norm"] == [4, 4]
+    assert "skip_layer_norm" not in without.build["fusions"]["vision"]
+
+
+def write_out(path):
+    """Write a tower's last LayerNormalization by the norm of the vector: right, and in a form that no rewrite knows."""
+    model = ir.load(path)
+    node = [node for node in model.graph if node.op_type == "LayerNormalization"][-1]
+    source, weight, bias = node.inputs
+    width = weight.shape[0]
+    axis = initializer(model.graph, "last", np.array([-1]))
+    root = initializer(model.graph, "root", np.array(width**0.5, np.float32))
+    mean = ir.node("ReduceMean", [source, axis])
+    centred = ir.node("Sub", [source, mean.outputs[0]])
+    length = ir.node("ReduceL2", [centred.outputs[0], axis])
+    unit = ir.node("Div", [centred.outputs[0], length.outputs[0]])
+    scaled = ir.node("Mul", [unit.outputs[0], root])
+    weighted = ir.node("Mul", [scaled.outputs[0], weight])
+    shifted = ir.node("Add", [weighted.outputs[0], bias])
+    made = [mean, centred, length, unit, scaled, weighted, shifted]
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], made, node.outputs, shifted.outputs)
+    ir.save(model, path)
+
+
+def test_a_layer_norm_in_an_unknown_form_is_missed_said_shown_and_refused_by_the_gate(
+    onnx_target, sets, tmp_path, capsys
+):
+    source = shutil.copytree(onnx_target, tmp_path / "onnx-fp32")
+    write_out(source / "vision.onnx")
+    build_facts = fused(source, tmp_path / "ort-fp32").build
+    assert build_facts["fusions"]["vision"]["layer_norm"] == [9, 10]
+    line = f"vision: 9 of 10 LayerNormalization fused: {ADVICE}"
+    print_missed("ort-fp32", build_facts)
+    assert capsys.readouterr().out == f"ort-fp32: {line}\n"
+    evaluation = load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz"
+    records = [validate(tmp_path / "ort-fp32", *evaluation, GatesConfig(fusions=asked), 0) for asked in (False, True)]
+    assert [(record["status"], record["reasons"]) for record in records] == [
+        ("pass", []),
+        ("fail", [f"{line} (gates.fusions)"]),
+    ]
+    assert [str(miss) for miss in failures_now(records[0], GatesConfig(fusions=True))] == [f"{line} (gates.fusions)"]
+
+
+def test_a_target_that_missed_nothing_keeps_the_gate(onnx_target, sets, tmp_path):
+    fused(onnx_target, tmp_path / "ort-fp32")
+    evaluation = load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz"
+    assert validate(tmp_path / "ort-fp32", *evaluation, GatesConfig(fusions=True), 0)["status"] == "pass"
 
 
 def test_half_precision_halves_the_file_and_says_what_stays_in_fp32(onnx_target, sets, tmp_path):
@@ -155,8 +219,8 @@ def break_it(source, output):
 @pytest.mark.parametrize("rewrite", [spoil, break_it])
 def test_a_rewrite_that_changes_the_outputs_or_does_not_run_is_undone(onnx_target, tmp_path, rewrite):
     good = fusion.rewrites_of({"heads": 4, "width": 128}, OptimizeConfig())
-    undone = fusion.fuse(onnx_target / "vision.onnx", tmp_path / "vision.onnx", [[("bad", rewrite)], *good], {})
-    assert undone == ["vision: bad"]
+    made = fusion.fuse(onnx_target / "vision.onnx", tmp_path / "vision.onnx", [[("bad", rewrite)], *good], {})
+    assert made.undone == ["vision: bad"]
     assert onnx_file.describe(tmp_path / "vision.onnx")["fusion"]["attention"] == 4
 
 
@@ -255,7 +319,7 @@ def test_towers_without_a_fused_attention_keep_the_gate_in_every_precision(unfus
         lambda folder: quantize(tmp_path / "ort-fp32", QuantizeConfig(), calibration, [], 0, folder),
         Target("ort", "int8"),
     )
-    gates = GatesConfig(*(Gate(min_cosine=limit) for limit in (0.9999, 0.999, 0.99, 0.9)))
+    gates = GatesConfig(*(GateLimits(min_cosine=limit) for limit in (0.9999, 0.999, 0.99, 0.9)))
     lowest = {}
     for target in ("onnx-fp32", "ort-fp32", "ort-fp16", "ort-int8-dynamic"):
         evaluation = sets / "evaluation"

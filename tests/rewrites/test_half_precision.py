@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from clip_deploy.core.config import Device
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.rewrites import half_precision
-from clip_deploy.rewrites.half_precision import clamp_masks, halve, ranges
+from clip_deploy.rewrites.half_precision import clamp_masks, ranges, to_float16
 
 ROWS = np.linspace(-1, 1, 24, dtype=np.float32).reshape(6, 4)
 
@@ -66,9 +66,9 @@ def test_ranges_are_the_largest_values_of_all_batches(graph, tmp_path):
 def test_nodes_that_would_overflow_stay_in_fp32_and_are_named(graph):
     path = graph(1e6)
     expected = run(path)
-    kept = halve(path, batches)
+    kept = to_float16(path, batches)
     assert list(kept) == ["Mul_1", "Gelu_2", "Mul_3"]
-    assert min(kept.values()) > half_precision.LARGEST
+    assert min(kept.values()) > half_precision.MAX_FLOAT16
     assert np.abs(run(path) - expected).max() < 2e-3 * np.abs(expected).max()
     halves = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
     assert halves["first_float16"] == halves["last_float16"] == TensorProto.FLOAT16
@@ -78,20 +78,20 @@ def test_nodes_that_would_overflow_stay_in_fp32_and_are_named(graph):
 def test_a_value_that_float16_holds_with_little_room_stays_in_fp32_too(graph):
     path = graph(1.0)
     largest = max(ranges(onnx.load(path), "vision", batches, path.parent).values())
-    assert halve(graph(40_000 / largest), batches)
-    assert not halve(graph(20_000 / largest), batches)
+    assert to_float16(graph(40_000 / largest), batches)
+    assert not to_float16(graph(20_000 / largest), batches)
 
 
 def test_nothing_stays_in_fp32_without_need(graph):
     path = graph(2.0)
-    assert halve(path, batches) == {}
+    assert to_float16(path, batches) == {}
     assert {tensor.data_type for tensor in onnx.load(path).graph.initializer} == {TensorProto.FLOAT16}
     assert {value.type.tensor_type.elem_type for value in onnx.load(path).graph.output} == {TensorProto.FLOAT}
 
 
 def test_nodes_that_are_to_be_kept_stay_in_fp32_though_they_would_fit(graph):
     path = graph(2.0)
-    assert halve(path, batches, ["vision: MatMul_0", "text: MatMul_4"]) == {}
+    assert to_float16(path, batches, ["vision: MatMul_0", "text: MatMul_4"]) == {}
     stored = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
     assert (stored["first"], stored["last_float16"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
 
@@ -101,7 +101,7 @@ def test_where_there_is_no_gpu_the_cpu_finds_the_ranges_of_a_gpus_target(graph, 
         raise UnavailableError("no CUDA device")
 
     monkeypatch.setattr(half_precision, "load_cuda", refuse)
-    assert list(halve(graph(40_000.0), batches, device=Device.cuda)) == list(halve(graph(40_000.0), batches))
+    assert list(to_float16(graph(40_000.0), batches, device=Device.cuda)) == list(to_float16(graph(40_000.0), batches))
 
 
 @pytest.mark.gpu
@@ -113,7 +113,7 @@ def test_a_gpu_finds_the_ranges_that_the_cpu_finds(graph, tmp_path):
 
 def test_a_graph_that_gives_nan_is_refused(graph):
     with pytest.raises(UnavailableError, match="vision gives NaN or Inf in FP32 on the calibration set"):
-        halve(graph(2.0, last=np.nan), batches)
+        to_float16(graph(2.0, last=np.nan), batches)
 
 
 def test_floats_that_an_integer_is_found_by_stay_in_fp32(tmp_path):
@@ -129,7 +129,7 @@ def test_floats_that_an_integer_is_found_by_stay_in_fp32(tmp_path):
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], constants)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "g.onnx")
     rows = {"x": np.array([[0, 1], [1, 0]], np.float32)}
-    assert halve(tmp_path / "g.onnx", lambda: [rows]) == {}
+    assert to_float16(tmp_path / "g.onnx", lambda: [rows]) == {}
     assert onnxruntime.InferenceSession(tmp_path / "g.onnx").run(None, rows)[0].tolist() == [[2], [2]]
     stored = {tensor.name: tensor.data_type for tensor in onnx.load(tmp_path / "g.onnx").graph.initializer}
     assert stored == {"far": TensorProto.FLOAT, "factor_float16": TensorProto.FLOAT16}
@@ -138,12 +138,12 @@ def test_floats_that_an_integer_is_found_by_stay_in_fp32(tmp_path):
 def test_inputs_and_outputs_that_float16_cannot_hold_never_become_float16(graph):
     path = graph(2.0, last=1e6)
     expected = run(path)
-    assert "MatMul_4" in halve(path, batches)
+    assert "MatMul_4" in to_float16(path, batches)
     assert np.abs(run(path) - expected).max() < 2e-3 * np.abs(expected).max()
     large = [{"x": 1e5 * ROWS}]
     path = graph(1e-6)
     before = onnxruntime.InferenceSession(path).run(None, large[0])[0]
-    assert "MatMul_0" in halve(path, lambda: large)
+    assert "MatMul_0" in to_float16(path, lambda: large)
     after = onnxruntime.InferenceSession(path).run(None, large[0])[0]
     assert np.abs(after - before).max() < 5e-3 * np.abs(before).max()
 
@@ -156,7 +156,7 @@ def test_a_conversion_that_breaks_the_outputs_is_refused(graph, monkeypatch):
 
     monkeypatch.setattr(half_precision, "_lower", spoil)
     with pytest.raises(UnavailableError, match="vision gives NaN or Inf in FP16 on the calibration set"):
-        halve(graph(2.0), batches)
+        to_float16(graph(2.0), batches)
 
 
 @pytest.mark.parametrize("lowest", [np.finfo(np.float32).min, -np.inf])
@@ -174,7 +174,7 @@ def test_masks_are_clamped_to_what_float16_holds(lowest, tmp_path):
     feeds = {"x": np.eye(2, dtype=np.float32)}
     before = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)[0]
     assert clamp_masks(model)
-    assert model.graph.initializers["mask"].const_value.numpy().min() == half_precision.HIDDEN
+    assert model.graph.initializers["mask"].const_value.numpy().min() == half_precision.MASKED_SCORE
     after = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)[0]
     assert (after == before).all()
     assert not clamp_masks(model)

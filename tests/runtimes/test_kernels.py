@@ -34,8 +34,8 @@ def whole(tensor):
 @pytest.mark.parametrize(("batch", "tokens", "heads", "width"), [(2, 50, 4, 64), (1, 77, 2, 64), (3, 9, 2, 32)])
 def test_attention_takes_its_parts_from_the_packed_product(batch, tokens, heads, width, causal, blocks):
     packed = random(batch, tokens, 3 * heads * width)
-    expected = LIBRARY.attend(packed.float(), heads, 0.125, causal)
-    actual = kernels.attend(packed, heads, 0.125, causal, blocks)
+    expected = LIBRARY.attention(packed.float(), heads, 0.125, causal)
+    actual = kernels.attention(packed, heads, 0.125, causal, blocks)
     torch.testing.assert_close(actual.float(), expected, atol=2e-3, rtol=2e-3)
 
 
@@ -47,10 +47,10 @@ def test_a_product_adds_its_bias_and_applies_its_activation(tiles, activation, d
     tolerance = 3e-3 if dtype is torch.float16 else 2e-2
     for added in (bias, None):
         expected = LIBRARY.linear(rows.float(), weight.float(), whole(added), activation)
-        actual = kernels.by_tiles(rows, weight, added, activation, tiles)
+        actual = kernels.triton_linear(rows, weight, added, activation, tiles)
         torch.testing.assert_close(actual.float(), expected, atol=tolerance, rtol=tolerance)
         if ON_GPU or activation is None or activation.kind != "FastGelu":  # cuBLAS's own GELU has no CPU counterpart
-            library = kernels.by_library(rows, weight, added, activation)
+            library = kernels.cublas_linear(rows, weight, added, activation)
             torch.testing.assert_close(library.float(), expected, atol=tolerance, rtol=tolerance)
 
 
@@ -60,8 +60,8 @@ def test_a_sum_is_normalised_and_kept(has_bias, has_added):
     rows, skip, weight = random(3, 7, 96), random(3, 7, 96), random(96)
     bias, added = random(96) if has_bias else None, random(96) if has_added else None
     given = (rows, skip, weight, bias, added)
-    expected = LIBRARY.add_and_normalise(*map(whole, given), epsilon=1e-5)
-    actual = kernels.add_and_normalise(*given, 1e-5)
+    expected = LIBRARY.skip_layer_norm(*map(whole, given), epsilon=1e-5)
+    actual = kernels.skip_layer_norm(*given, 1e-5)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.float(), theirs, atol=4e-3, rtol=4e-3)
 
@@ -72,8 +72,8 @@ def test_a_product_in_parts_is_summed_where_it_is_normalised(tiles, parts, has_a
     rows, matrix, skip = random(2, 35, 512), random(160, 512, scale=0.05), random(2, 35, 160)
     weight, bias, added = random(160), random(160), random(160) if has_added else None
     sides = [whole(tensor) for tensor in (skip, weight, bias, added)]
-    expected = LIBRARY.multiply_add_and_normalise(rows.float(), matrix.float(), None, *sides, epsilon=1e-5)
-    actual = kernels.multiply_add_and_normalise(rows, matrix, skip, weight, bias, added, 1e-5, tiles, parts)
+    expected = LIBRARY.linear_skip_layer_norm(rows.float(), matrix.float(), None, *sides, epsilon=1e-5)
+    actual = kernels.linear_skip_layer_norm(rows, matrix, skip, weight, bias, added, 1e-5, tiles, parts)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.float(), theirs, atol=6e-3, rtol=6e-3)
 
@@ -81,9 +81,7 @@ def test_a_product_in_parts_is_summed_where_it_is_normalised(tiles, parts, has_a
 @pytest.mark.parametrize("size", [(4, 4), (2, 6), (8, 3)])
 def test_patches_are_cut_row_by_row_and_rounded(size):
     pixels = random(2, 3, 8, 12, dtype=torch.float32)
-    assert torch.equal(
-        kernels.cut_patches(pixels, size, torch.float16), LIBRARY.cut_patches(pixels, size, torch.float16)
-    )
+    assert torch.equal(kernels.patchify(pixels, size, torch.float16), LIBRARY.patchify(pixels, size, torch.float16))
 
 
 @pytest.mark.gpu

@@ -8,8 +8,8 @@ from clip_deploy.core.errors import DataError
 from clip_deploy.data import scenes
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.inference.embed import EmbedSettings, embed_folder
-from clip_deploy.inference.embedding_sample import ROWS, Sample
-from clip_deploy.serving.drift import LEAST_ROWS, MOST_ROWS, compare
+from clip_deploy.inference.embedding_sample import ROWS, EmbeddingSample
+from clip_deploy.serving.drift import MAX_ROWS, MIN_ROWS, measure_drift
 
 
 def cloud(rows, seed, shift=0.0, spread=1.0):
@@ -19,7 +19,7 @@ def cloud(rows, seed, shift=0.0, spread=1.0):
 
 
 def test_two_samples_of_one_distribution_have_not_drifted():
-    found = [compare(cloud(120, seed), cloud(200, seed + 100), seed) for seed in range(10)]
+    found = [measure_drift(cloud(120, seed), cloud(200, seed + 100), seed) for seed in range(10)]
     assert not any(drift.drifted for drift in found)
     assert found[0].rows == (120, 200)
 
@@ -28,7 +28,7 @@ def test_two_samples_of_one_distribution_have_not_drifted():
     "moved", [{"shift": 1.0}, {"spread": 1.3}], ids=["another mean", "the same mean, spread further"]
 )
 def test_a_planted_drift_is_found(moved):
-    drift = compare(cloud(200, 1, **moved), cloud(200, 2))
+    drift = measure_drift(cloud(200, 1, **moved), cloud(200, 2))
     assert drift.drifted
     assert drift.mmd2 > drift.threshold
     assert drift.p_value == 0.001
@@ -36,21 +36,21 @@ def test_a_planted_drift_is_found(moved):
 
 def test_length_is_no_drift_and_a_new_kind_of_image_is():
     golden, live = cloud(200, 1), cloud(200, 2)
-    assert not compare(10 * live, golden).drifted
+    assert not measure_drift(10 * live, golden).drifted
     live[:60] = -live[:60]  # a third of the traffic is something else
-    assert compare(live, golden).drifted
+    assert measure_drift(live, golden).drifted
 
 
 def test_the_same_seed_gives_the_same_answer_and_large_logs_are_sampled():
-    golden, live = cloud(300, 1), cloud(MOST_ROWS + 500, 2)
-    assert compare(live, golden, seed=3) == compare(live, golden, seed=3)
-    assert compare(live, golden).rows == (MOST_ROWS, 300)
+    golden, live = cloud(300, 1), cloud(MAX_ROWS + 500, 2)
+    assert measure_drift(live, golden, seed=3) == measure_drift(live, golden, seed=3)
+    assert measure_drift(live, golden).rows == (MAX_ROWS, 300)
 
 
 @pytest.mark.parametrize(
     ("live", "message"),
     [
-        (np.ones((LEAST_ROWS - 1, 16)), "at least 20 rows"),
+        (np.ones((MIN_ROWS - 1, 16)), "at least 20 rows"),
         (np.ones(16), "at least 20 rows"),
         (np.full((50, 16), np.nan), "NaN or infinities"),
         (np.ones((50, 8)), "8 dimensions and golden ones 16"),
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_answer_and_large_logs_are_sampled():
 )
 def test_what_cannot_be_compared_is_refused(live, message):
     with pytest.raises(DataError, match=message):
-        compare(live, cloud(50, 1))
+        measure_drift(live, cloud(50, 1))
 
 
 def test_the_command_says_what_it_found_by_its_exit_code(tmp_path, capsys):
@@ -113,7 +113,7 @@ def _by_file(folder):
 
 
 def test_a_sample_is_as_large_as_asked_for(tmp_path):
-    sample = Sample(tmp_path, 0.1)
+    sample = EmbeddingSample(tmp_path, 0.1)
     sample.random = np.random.default_rng(0)
     for _ in range(20):
         sample.add(np.ones((500, 4), np.float32))

@@ -270,7 +270,7 @@ def test_a_bad_image_gets_an_error_and_its_neighbour_an_answer(program, reposito
 
 
 def test_a_server_refuses_the_same_thin_images_as_what_opens_packages(program):
-    assert program("preprocess").MOST_ASPECT == images.MOST_ASPECT
+    assert program("preprocess").MAX_ASPECT == images.MAX_ASPECT
 
 
 def test_the_images_of_a_request_are_decoded_and_shrunk_one_by_one(program, repository, monkeypatch):
@@ -293,7 +293,7 @@ def test_the_images_of_a_request_are_decoded_and_shrunk_one_by_one(program, repo
 def test_a_tower_that_preprocesses_gets_whole_images_of_one_size_up_to_a_bound(program, repository, monkeypatch):
     model = started(program, repository, "preprocess")
     model.settings, module = None, model.stacked.__func__.__globals__
-    monkeypatch.setitem(module, "MOST_PIXELS", 6000)
+    monkeypatch.setitem(module, "MAX_PIXELS", 6000)
     assert model.stacked([picture((60, 50))] * 2).shape == (2, 50, 60, 3)
     with pytest.raises(module["RefusedError"], match="one request must have one size"):
         model.stacked([picture((60, 50)), picture((50, 60))])

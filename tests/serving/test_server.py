@@ -24,7 +24,7 @@ from clip_deploy.serving.load_test import summary
 from clip_deploy.serving.publish import publish, withdraw
 from clip_deploy.serving.repository import write_repository
 from clip_deploy.serving.server import Server, find_environment, free_ports, serve, stop, versions
-from clip_deploy.serving.validation import changed, check_served, judge, negate
+from clip_deploy.serving.validation import changed, check_answers, check_served, negate
 
 TRITON = ROOT / "build" / "triton-venv"
 SETTINGS = TritonCheckConfig(environment=str(TRITON), concurrency=[2], seconds=0.5)
@@ -164,9 +164,9 @@ def test_a_server_that_cannot_start_says_why_and_leaves_nothing_behind(environme
     assert not list(Path("/dev/shm").glob("clip_deploy_*"))
 
 
-def gone(found, limit_s=20.0):
+def gone(found, timeout_s=20.0):
     """Whether nothing is found any more, within a time."""
-    end = time.monotonic() + limit_s
+    end = time.monotonic() + timeout_s
     while found() and time.monotonic() < end:
         time.sleep(0.05)
     return not found()
@@ -306,8 +306,8 @@ GOOD = {
     ],
 )
 def test_what_went_wrong_is_named(part, reason):
-    assert judge(GOOD) == []
-    (found,) = judge({**GOOD, **part})
+    assert check_answers(GOOD) == []
+    (found,) = check_answers({**GOOD, **part})
     assert reason in found
 
 

@@ -11,7 +11,7 @@ from serving.test_repository import MODEL_NAMES, check
 from support.project import ROOT
 
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import BuildEngineConfig, Gate, GatesConfig, TritonConfig
+from clip_deploy.core.config import BuildEngineConfig, GateLimits, GatesConfig, TritonConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.files import sha256
 from clip_deploy.core.manifest import PROVENANCE, verify
@@ -21,7 +21,7 @@ from clip_deploy.serving.tensorrt_repository import write_engine_repository
 LIBRARY = {"library": "TensorRT 10.14.1", "built_for": "NVIDIA H200, 143771 MiB, 580.95.05"}
 ORIGIN = {"model": "tiny", "seed": 0, "versions": {}, "checkpoint": None, "builds": {}, "gates": {}, "files": {}}
 ENGINES = {"text.engine": b"text", "vision.engine": b"vision"}
-GATES = GatesConfig(fp16=Gate(min_cosine=0.999))
+GATES = GatesConfig(fp16=GateLimits(min_cosine=0.999))
 PASSED = {
     "status": "pass",
     "reasons": [],
@@ -87,7 +87,10 @@ def test_towers_are_engines_and_the_rest_is_as_everywhere(write):
             {"status": "fail", "reasons": ["vision: cosine 0.9"]},
             "is not fit to ship: gate fail vision: cosine",
         ),
-        ({"gates": GatesConfig(fp16=Gate(min_cosine=0.9999))}, "cosine 0.999500 < 0.9999 (gates.fp16.min_cosine)"),
+        (
+            {"gates": GatesConfig(fp16=GateLimits(min_cosine=0.9999))},
+            "cosine 0.999500 < 0.9999 (gates.fp16.min_cosine)",
+        ),
         ({"flips": None}, "flips nan % > 100"),
         ({"library": "TensorRT-RTX 1.6.1.120"}, "backend loads engines of TensorRT only: install NVIDIA's `tensorrt`"),
         ({"engine": BuildEngineConfig(min_batch=2, opt_batch=2)}, "set build_engine.trt-fp16.min_batch to 1"),

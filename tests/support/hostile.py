@@ -25,7 +25,7 @@ from clip_deploy.checkpoint import fetch
 from clip_deploy.checkpoint import load as checkpoints
 from clip_deploy.checkpoint.lint import lint
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import Gate, GatesConfig, ModelConfig
+from clip_deploy.core.config import GateLimits, GatesConfig, ModelConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.data import scenes
 from clip_deploy.data.preprocessed import Prepared, Texts, load_prepared, pad_token_of, tokenize
@@ -94,7 +94,7 @@ def one_for_all(rows: np.ndarray) -> bool:
 
 def read_graph(folder: Path) -> None:
     """Judge the target in folder/target on a few rows; one that fails its gate is refused with the gate's words."""
-    gates = GatesConfig(fp32=Gate(min_cosine=0.9999), max_seconds=LIMIT_S / 2)
+    gates = GatesConfig(fp32=GateLimits(min_cosine=0.9999), timeout_s=LIMIT_S / 2)
     record = validate_apart(folder / "target", few(load_prepared(folder / "set")), folder / "few.npz", gates, 0)
     if record["status"] != "pass":
         raise DeployError("; ".join(record["reasons"]))

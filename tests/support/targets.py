@@ -27,7 +27,7 @@ def advice(built, **other):
 def records(built, folder, **changes):
     """reports/validate of a folder's targets, as if all had passed; `changes` to all records."""
     from clip_deploy.core.artifact import read_target
-    from clip_deploy.core.config import Gate
+    from clip_deploy.core.config import GateLimits
     from clip_deploy.core.files import sha256
     from clip_deploy.core.json_files import write_json
     from clip_deploy.evaluate.gates import limits
@@ -48,7 +48,7 @@ def records(built, folder, **changes):
             "doubts": [],
             **changes,
         }
-        write_json(folder / f"{target.name}.json", record | {"limits": limits(record, Gate(min_cosine=0.999))})
+        write_json(folder / f"{target.name}.json", record | {"limits": limits(record, GateLimits(min_cosine=0.999))})
     return folder
 
 

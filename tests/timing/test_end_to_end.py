@@ -19,7 +19,7 @@ from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.onnx_graph.preprocessing import read_preprocessing
 from clip_deploy.timing import end_to_end, end_to_end_worker, input_pipelines
 from clip_deploy.timing.end_to_end import make_photos, measure_feeds, reference_embeddings, run_feed
-from clip_deploy.timing.end_to_end_worker import Job, bottleneck, judge, measure_feed, prefetched
+from clip_deploy.timing.end_to_end_worker import FeedJob, bottleneck, check_embeddings, measure_feed, prefetched
 from clip_deploy.timing.input_pipelines import (
     PilFeed,
     TorchFeed,
@@ -41,7 +41,7 @@ def job(checkpoint, onnx_target, sets):
     settings = read_preprocessing(processor)
     jpegs = make_photos(load_prepared(sets / "evaluation").pixel_values, settings, [120, 160], 6, seed=0)
     reference = reference_embeddings(onnx_target, processor, jpegs)
-    return Job("pil", onnx_target, settings, jpegs, reference, BENCHMARK, SETTINGS)
+    return FeedJob("pil", onnx_target, settings, jpegs, reference, BENCHMARK, SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_a_feed_with_other_pixels_is_marked_as_wrong(job):
 
 
 def test_the_limit_of_agreement_is_099():
-    assert judge(0.99) == {"status": "measured"}
-    assert judge(0.98999)["status"] == "wrong"
+    assert check_embeddings(0.99) == {"status": "measured"}
+    assert check_embeddings(0.98999)["status"] == "wrong"
 
 
 def test_a_missing_library_keeps_the_rows(checkpoint, onnx_target, sets, monkeypatch):

@@ -8,8 +8,8 @@ from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.timing.latency import (
-    LEAST_ROUNDS,
-    Worker,
+    MIN_ROUNDS,
+    LatencyWorker,
     measure,
     percentiles,
     sign_test_ranks,
@@ -113,7 +113,7 @@ def covered(found, truth):
     return np.mean((low <= truth) & (high >= truth))
 
 
-@pytest.mark.parametrize("turns", [LEAST_ROUNDS, 9, 15, 29, 40, 100])
+@pytest.mark.parametrize("turns", [MIN_ROUNDS, 9, 15, 29, 40, 100])
 def test_the_interval_covers_the_true_speedup_in_95_percent_of_1000_benchmarks(turns):
     assert 0.93 <= covered(intervals(1.7, turns), 1.7) <= 0.97
 
@@ -168,7 +168,7 @@ def test_a_target_is_timed_in_its_own_process(checkpoint, onnx_target):
     assert set(result["towers"]["vision"]) == {"1", "2"}
     row = result["towers"]["vision"]["1"]
     assert row["p50_ms"] > 0
-    assert row["calls"] >= LEAST_ROUNDS
+    assert row["calls"] >= MIN_ROUNDS
     assert 5 < result["memory_mb"] < 500  # ONNX Runtime and numpy, no PyTorch
     assert result["size_mb"] == pytest.approx(3.9, rel=0.1)
 
@@ -194,7 +194,7 @@ ENDINGS = {
 @pytest.mark.parametrize("fault", ENDINGS)
 def test_a_timed_process_that_crashes_or_hangs_is_named(fault, tmp_path):
     program = [sys.executable, "-Sc", f"import os, time; {READY}; {fault}"]
-    with Worker(tmp_path / "ort-fp32", 1, program, limit_s=2) as worker:
+    with LatencyWorker(tmp_path / "ort-fp32", 1, program, timeout_s=2) as worker:
         worker.wait()
         with pytest.raises(UnavailableError) as caught:
             worker.ask({"memory": True})
@@ -206,5 +206,5 @@ def test_wrong_settings_are_refused():
         BenchmarkConfig(batch_sizes=[])
     with pytest.raises(ConfigError, match=r"benchmark\.threads is 0: it must be above 0"):
         BenchmarkConfig(threads=0)
-    with pytest.raises(ConfigError, match=r"benchmark\.answer_seconds is 0: it must be above 0"):
-        BenchmarkConfig(answer_seconds=0)
+    with pytest.raises(ConfigError, match=r"benchmark\.timeout_s is 0: it must be above 0"):
+        BenchmarkConfig(timeout_s=0)

@@ -21,10 +21,10 @@ with suppress(ImportError):  # where it is installed, HEIC is read too
 
     pillow_heif.register_heif_opener()
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow only warns; MOST_PIXELS refuses
-MOST_BYTES = 20_000_000  # of one file
-MOST_PIXELS = 50_000_000  # of one image: a small file can hold a picture that fills the memory
-MOST_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
+Image.MAX_IMAGE_PIXELS = None  # Pillow only warns; MAX_PIXELS refuses
+MAX_BYTES = 20_000_000  # of one file
+MAX_PIXELS = 50_000_000  # of one image: a small file can hold a picture that fills the memory
+MAX_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
 
 
 # What Pillow's parser raises where EXIF is damaged: that says nothing then.
@@ -68,22 +68,22 @@ class TritonPythonModel:
             images.append(np.asarray(decoded(content)))
             if images[-1].shape != images[0].shape:
                 raise RefusedError("the images of one request must have one size: send one request for each size")
-            if len(images) * images[0][..., 0].size > MOST_PIXELS:
-                raise RefusedError(f"the images of one request have more than {MOST_PIXELS} pixels in all: send fewer")
+            if len(images) * images[0][..., 0].size > MAX_PIXELS:
+                raise RefusedError(f"the images of one request have more than {MAX_PIXELS} pixels in all: send fewer")
         return np.stack(images)
 
 
 def decoded(content):
     """An RGB image, turned upright by the orientation that a camera wrote into the file."""
-    if len(content) > MOST_BYTES:
-        raise RefusedError(f"the file has {len(content)} bytes: at most {MOST_BYTES} are accepted")
+    if len(content) > MAX_BYTES:
+        raise RefusedError(f"the file has {len(content)} bytes: at most {MAX_BYTES} are accepted")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise RefusedError(f"the image has {image.width} x {image.height} pixels: at most {MOST_PIXELS} in all")
-            if max(image.size) > MOST_ASPECT * min(image.size):
+            if image.width * image.height > MAX_PIXELS:
+                raise RefusedError(f"the image has {image.width} x {image.height} pixels: at most {MAX_PIXELS} in all")
+            if max(image.size) > MAX_ASPECT * min(image.size):
                 raise RefusedError(
-                    f"the image has {image.width} x {image.height} pixels: a side may be at most {MOST_ASPECT} times "
+                    f"the image has {image.width} x {image.height} pixels: a side may be at most {MAX_ASPECT} times "
                     "the other"
                 )
             image.load()

@@ -1,0 +1,516 @@
+"""The sections of the report, in their order; each has both faces, report.md and report.html."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clip_deploy.core.artifact import TOWERS
+from clip_deploy.core.config import REFERENCE
+from clip_deploy.core.fusions import ADVICE, KINDS
+from clip_deploy.report.contents import Block, Key, Report, Section, Table
+from clip_deploy.report.decisive import BETWEEN_RUNS, again, pace, undecided
+from clip_deploy.report.figures import accuracy_figure, sensitivity_figure, speed_figure, throughput_figure
+from clip_deploy.report.gpu_sections import gpu_duels, gpu_tutorial, gpu_usage
+from clip_deploy.report.rows import Row, best_throughput
+from clip_deploy.report.tables import (
+    MISSING,
+    _interval,
+    _percent,
+    _percentiles,
+    _speedup,
+    number,
+    stated,
+    stated_throughput,
+)
+from clip_deploy.report.triton_sections import triton_section
+
+SENSITIVE_SHOWN = 5  # nodes named in the report; all are in reports/validate/
+
+
+def sections(report: Report) -> list[Section]:
+    """Those that this run has something for."""
+    return [section for build in SECTIONS if (section := build(report))]
+
+
+def shipping_section(report: Report) -> Section | None:
+    """What recommend chose, what is faster and why it is not chosen, and why each other target lost."""
+    shipping = report.shipping
+    if not shipping:
+        return None
+    facts = [*shipping["facts"], fastest_fact(report.rows, shipping)]
+    lost = _grouped(shipping["losers"].items())
+    blocks: list[Block] = [_listed(facts)]
+    return Section("Which one to ship", [*blocks, *([Table(["Target", "Why not"], lost)] if lost else [])])
+
+
+def fastest_fact(rows: list[Row], shipping: dict[str, Any]) -> str:
+    """The fastest row of each tower, and the word why where it is not the one to ship."""
+    best = fastest(rows, shipping["batch"])
+    named = [f"{row.target} ({tower}, {_measure(row, tower, shipping['batch'])})" for tower, row in best.items()]
+    others = dict.fromkeys(row.target for tower, row in best.items() if row.target != shipping["ship"].get(tower))
+    why = [f"{name} is not the one to ship: {_why(name, shipping)}" for name in others]
+    return "; ".join([f"Fastest that passes its gate: {', '.join(named) or 'none'}", *why]) + "."
+
+
+def _why(target: str, shipping: dict[str, Any]) -> str:
+    return shipping["losers"].get(target) or "it ships for the other tower alone"
+
+
+def fastest(rows: list[Row], batch: int) -> dict[str, Row]:
+    """By tower the row that passes its gate and takes least, among the timings that decide; on a GPU those there."""
+    found = {}
+    for tower in TOWERS:
+        timed = [row for row in rows if row.status == "pass" and row.timing(tower, str(batch))]
+        steady = [row for row in timed if not row.is_undecided(tower, str(batch))]
+        compared = [row for row in steady if row.device == "cuda"] or steady
+        if compared:
+            found[tower] = min(compared, key=lambda row: _pace_of(row, tower, batch))
+    return found
+
+
+def _pace_of(row: Row, tower: str, batch: int) -> float:
+    return pace(row.timing(tower, str(batch)), row.device == "cuda").middle
+
+
+def _measure(row: Row, tower: str, batch: int) -> str:
+    timing = row.timing(tower, str(batch))
+    return f"{number(timing['p50_ms'])} ms" if row.device == "cuda" else _speedup(timing)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One of the table of targets: what a cell shows and what it is sorted by."""
+
+    head: str
+    shown: Callable[[Row], str]
+    key: Callable[[Row], Key]
+
+
+def target_section(report: Report) -> Section:
+    """The table of all targets."""
+    rows, columns = report.rows, _columns(report.rows)
+    absent = [row for row in rows if row.status == "unavailable"]
+    table = Table(
+        head=[column.head for column in columns],
+        body=[[column.shown(row) for column in columns] for row in rows],
+        keys=[[column.key(row) for column in columns] for row in rows],
+        folded=[place for place, row in enumerate(rows) if row in absent],
+        folded_as=_absent((f"`{row.target}`", "; ".join(row.reasons)) for row in absent),
+    )
+    about = _listed(f"**{name}**: {value}" for name, value in report.about.items())
+    notes = _listed(_reasons(rows))
+    front = report.shipping["front"] if report.shipping else []
+    figures = [accuracy_figure(rows, front), speed_figure(rows)]
+    return Section("Targets", [block for block in (about, table, notes, *figures) if block])
+
+
+def _columns(rows: list[Row]) -> list[Column]:
+    first = min((int(batch) for row in rows for batch in row.timings.get("vision", {})), default=1)
+    on_gpu = [
+        Column("GPU memory MB", lambda row: number(row.gpu_memory_mb), lambda row: row.gpu_memory_mb),
+        Column("J per 1,000 images", _energy, lambda row: row.power.get("j_per_1000_images")),
+    ]
+    return [
+        Column("Target", lambda row: f"`{row.target}`", lambda row: row.target),
+        Column("Gate", lambda row: row.status if row.status == "pass" else f"**{row.status}**", lambda row: row.status),
+        *_timing_columns("vision", first),
+        *_timing_columns("text", first),
+        Column("Images/s, best batch", stated_throughput, _throughput),
+        Column("Memory MB", lambda row: number(row.memory_mb), lambda row: row.memory_mb),
+        *(on_gpu if any(row.device == "cuda" for row in rows) else []),
+        Column("Size MB", lambda row: number(row.size_mb), lambda row: row.size_mb),
+        Column("Lowest cosine, vision / text", _cosines, lambda row: min(row.cosine_min.values(), default=None)),
+        Column("Top-1 %", lambda row: _percent(row.zero_shot.get("top1")), lambda row: row.zero_shot.get("top1")),
+        Column("Drop, points [95 %]", _drop, lambda row: row.zero_shot.get("top1_drop")),
+        Column("Flips %", lambda row: _percent(row.flips), lambda row: row.flips),
+        Column(
+            "Recall@1 %, image to text / text to image",
+            lambda row: (
+                " / ".join(_percent(row.retrieval[key]) for key in row.retrieval if key.endswith("_r1")) or MISSING
+            ),
+            lambda row: row.retrieval.get("image_to_text_r1"),
+        ),
+        Column("Attention fused", lambda row: row.attention or MISSING, lambda row: row.attention or None),
+    ]
+
+
+def _timing_columns(tower: str, batch: int) -> list[Column]:
+    return [
+        Column(
+            f"{tower.capitalize()} p50 ms, batch {batch}",
+            lambda row: stated(row.timing(tower), "p50_ms"),
+            lambda row: None if row.timing(tower).get("undecided") else row.timing(tower).get("p50_ms"),
+        ),
+        Column(
+            f"{tower.capitalize()} speed-up [95 %]",
+            lambda row: _speedup(row.timing(tower)),
+            lambda row: None if row.timing(tower).get("unstable") else row.timing(tower).get("speedup"),
+        ),
+    ]
+
+
+def _energy(row: Row) -> str:
+    return number(row.power.get("j_per_1000_images"))
+
+
+def _throughput(row: Row) -> Key:
+    return None if row.is_undecided("vision") else best_throughput(row, "vision")
+
+
+def _cosines(row: Row) -> str:
+    return " / ".join(f"{value:.4f}" for value in row.cosine_min.values()) or MISSING
+
+
+def _drop(row: Row) -> str:
+    return MISSING if row.target == REFERENCE else _interval(row.zero_shot, "top1_drop")
+
+
+def _reasons(rows: list[Row]) -> list[str]:
+    """What missed its gate and where, what is timed otherwise, and what ~ marks; a line of Markdown each."""
+    lines = []
+    for row in rows:
+        if row.status == "fail":
+            lines.append(f"`{row.target}` {row.status}: {'; '.join(row.reasons)}")
+            lines[-1] += "".join(f"\n  - {line}" for line in diagnosis_lines(row))
+    if whole := [row for row in rows if row.preprocessed_size]:
+        height, width = whole[0].preprocessed_size
+        names = ", ".join(f"`{row.target}`" for row in whole)
+        lines.append(
+            f"{names}: image latency and speed-up include preprocessing, from uint8 images of {height} x {width} "
+            f"pixels; other rows, `{REFERENCE}` among them, start from pixel_values"
+        )
+    return [*lines, *timing_notes(rows)]
+
+
+def _absent(reasons: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each reason, with all that is missing for it."""
+    return [f"{names} unavailable: {reason}" for names, reason in _grouped(reasons, "")]
+
+
+def _grouped(reasons: Iterable[tuple[str, str]], mark: str = "`") -> list[list[str]]:
+    """Names that share a reason, and the reason."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, reason in reasons:
+        found[reason].append(f"{mark}{name}{mark}")
+    return [[", ".join(names), reason] for reason, names in found.items()]
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def timing_notes(rows: list[Row]) -> list[str]:
+    """What ~ marks, why, and one command that times all such rows again."""
+    lines = []
+    if any(is_waiting(timing) for row in rows for sizes in row.timings.values() for timing in sizes.values()):
+        lines.append(f"~ marks speed-ups that decide nothing: {WAITING}")
+    if spoiled := [row for row in rows if any(undecided(row.timings))]:
+        why = UNSTEADY if spoiled[0].device == "cuda" else BUSY
+        names = [row.target for row in spoiled]
+        lines.append(
+            f"~ marks timings that decide nothing ({', '.join(names)}): {why}; reports/metrics.json leaves them out. "
+            f"Time them again on a quiet machine: {again(names)}"
+        )
+    return lines
+
+
+def diagnosis_lines(row: Row) -> list[str]:
+    """Where a target that missed its gate leaves its FP32 graph, and the command that keeps those nodes in FP32."""
+    found = row.diagnosis
+    lines = [
+        f"{drop['tower']}: against {found['reference']}, cosine falls first in {drop['layer']} "
+        f"({drop['cosine_before']:.6f} to {drop['cosine_after']:.6f}, most behind {drop['node']})"
+        + (f"; to keep in FP32: {', '.join(drop['nodes'])}" if drop["nodes"] else "")
+        for drop in found.get("drops", [])
+    ]
+    lines += found.get("notes", [])
+    if any(drop["nodes"] for drop in found.get("drops", [])):
+        lines.append(f"`clip-deploy apply {row.target}` puts these nodes into params.yaml; then `dvc repro`")
+    return lines
+
+
+def checkpoint_section(report: Report) -> Section | None:
+    """What the checkpoint's check found, and which errors model.allow lets pass."""
+    body = [
+        [f"`{finding['code']}`", _severity(finding), finding["found"], finding["expected"], finding["consequence"]]
+        for finding in report.findings
+    ]
+    head = ["Finding", "Severity", "Found", "Expected", "Consequence"]
+    return Section("Checkpoint", [Table(head, body, left=5)]) if body else None
+
+
+def _severity(finding: dict[str, Any]) -> str:
+    return "**error**, allowed by `model.allow`" if finding["allowed"] else finding["severity"]
+
+
+def is_waiting(timing: dict[str, Any]) -> bool:
+    """Whether a timing's speed-up alone decides nothing, as on a GPU, where the reference waits for Python."""
+    return timing["unstable"] and not timing["undecided"]
+
+
+BUSY = "the machine was busy, so an interval is wide or the reference ran at another speed than beside other rows"
+UNSTEADY = "their own calls differ, p90 being far above p50"
+WAITING = (
+    "small batches of the reference wait for Python, whose speed differs from process to process; "
+    'compare rows by p50, as "Which one to ship" does'
+)
+
+
+def batch_section(report: Report) -> Section:
+    """Percentiles, throughput and speed-up at every batch size."""
+    blocks: list[Block] = []
+    for tower, unit in (("vision", "images/s"), ("text", "texts/s")):
+        blocks += [f"### {tower.capitalize()}", _batch_table(report.rows, tower, unit)]
+    figure = throughput_figure(report.rows)
+    return Section("Batch sizes", [*blocks, *([figure] if figure else [])])
+
+
+def _batch_table(rows: list[Row], tower: str, unit: str) -> Table:
+    batches = sorted({int(batch) for row in rows for batch in row.timings.get(tower, {})})
+    body = []
+    for row in rows:
+        sizes = [row.timing(tower, str(batch)) for batch in batches]
+        if any(sizes):
+            body.append([f"`{row.target}`", "p50 / p90 / p99 ms", *(_percentiles(size) for size in sizes)])
+            body.append(["", unit, *(stated(size, "throughput_per_s") for size in sizes)])
+            body.append(["", "speed-up", *(_speedup(size) for size in sizes)])
+    return Table(["Target", "Quantity", *(f"batch {batch}" for batch in batches)], body)
+
+
+THROUGH_HOST = "the encoder takes no GPU tensors, so pixels go through the host"
+
+
+def flow_section(report: Report) -> Section | None:
+    """From JPEG to embedding: one row for each feed of each target."""
+    flows = report.flows
+    if not flows:
+        return None
+    head = [
+        "Target, feed",
+        "Status",
+        "Images/s, best batch [slowest, fastest pass]",
+        "Best batch",
+        "Decode ms",
+        "Preprocess ms",
+        "Encode ms",
+        "Bottleneck",
+        "Lowest cosine",
+        "Workers",
+    ]
+    rows = [(flow["target"], feed, row) for flow in flows for feed, row in flow["feeds"].items()]
+    absent = [found for found in rows if found[2]["status"] == "unavailable"]
+    table = Table(
+        head,
+        [_flow_cells(*found) for found in rows],
+        folded=[place for place, found in enumerate(rows) if found in absent],
+        folded_as=_absent((f"`{target}` {feed}", row["reason"]) for target, feed, row in absent),
+    )
+    present = [found for found in rows if found not in absent]
+    notes = [f"`{target}` {feed} {row['status']}: {row['reason']}" for target, feed, row in present if "reason" in row]
+    notes += [f"`{target}` {feed}: {THROUGH_HOST}" for target, feed, row in rows if row.get("through_host")]
+    return Section("From JPEG to embedding", [*_flow_facts(flows), table, *([_listed(notes)] if notes else [])])
+
+
+def _flow_facts(flows: Sequence[dict[str, Any]]) -> list[Block]:
+    """What was fed and how; the same for every target that ran."""
+    flow = next((flow for flow in flows if "photos" in flow), None)
+    if flow is None:
+        return []
+    photos = flow["photos"]
+    return [
+        f"{photos['count']} JPEGs of {photos['height']} x {photos['width']} pixels, quality {photos['quality']}, "
+        f"{number(photos['kilobytes'])} kB each, from memory. Workers decode and preprocess the next batches while the "
+        f"encoder, with {flow['threads']} threads, encodes one. Milliseconds are of one image, each part alone on the "
+        "machine, decoding and preprocessing in one worker; where workers and encoder share the cores, the whole can "
+        "be slower than its slowest part. The cosine is with what the checkpoint's own processor makes of the files.",
+    ]
+
+
+def _flow_cells(target: str, feed: str, row: dict[str, Any]) -> list[str]:
+    best = row.get("batches", {}).get(str(row.get("best_batch")), {})
+    low, high = number(best.get("images_per_s_low")), number(best.get("images_per_s_high"))
+    return [
+        f"`{target}`, {feed}",
+        row["status"] if row["status"] == "measured" else f"**{row['status']}**",
+        f"{number(best['images_per_s'])} [{low}, {high}]" if best else MISSING,
+        str(row.get("best_batch", MISSING)),
+        *(number(best.get(f"{part}_ms")) for part in ("decode", "preprocess", "encode")),
+        best.get("bottleneck", MISSING),
+        f"{row['cosine_min']:.4f}" if "cosine_min" in row else MISSING,
+        str(row.get("workers", MISSING)),
+    ]
+
+
+def graph_section(report: Report) -> Section:
+    """What is in each ONNX graph, and what was fused there."""
+    head = [
+        "Graph",
+        "Operator sets",
+        "Nodes",
+        "Attention fused",
+        "Inputs and outputs",
+        "IR, producer",
+    ]
+    body = []
+    for row in report.rows:
+        for tower, graph in row.graphs.items():
+            fusion = graph["fusion"]
+            shapes = [f"{name} {shape}" for name, shape in {**graph["inputs"], **graph["outputs"]}.items()]
+            body.append(
+                [
+                    f"`{row.target}` {tower}",
+                    ", ".join(f"{domain} {version}" for domain, version in graph["opsets"].items()),
+                    str(graph["nodes"]),
+                    f"{fusion['attention']}/{fusion['attention_expected']}",
+                    ", ".join(shapes).replace("'", ""),
+                    f"{graph['ir_version']}, {graph['producer']}",
+                ]
+            )
+    return Section("Graphs", [Table(head, body, left=len(head)) if body else "No ONNX target."])
+
+
+def fusion_section(report: Report) -> Section | None:
+    """What each target's fusions found of what its model computes; what they missed in bold."""
+    towers = [(row, tower, kinds) for row in report.rows for tower, kinds in row.fusions.items()]
+    shown = [kind for kind in KINDS if any(max(kinds.get(kind, [0])) for _, _, kinds in towers)]
+    body = [[f"`{row.target}` {tower}", *(_fused(kinds.get(kind)) for kind in shown)] for row, tower, kinds in towers]
+    head = ["Fused, of those in the model", *(KINDS[kind] for kind in shown)]
+    return Section("Fusions", [Table(head, body, left=1), FUSIONS]) if body else None
+
+
+FUSIONS = (
+    "Expected is what the PyTorch model computes in one call, counted when it was exported. "
+    f"Where fewer are fused, {ADVICE}; `fusions: true` in conf/gates/ makes it a failure."
+)
+
+
+def _fused(numbers: list[int] | None) -> str:
+    """Found of expected; nothing where the target does not ask for it or the model has none."""
+    if not numbers or not max(numbers):
+        return MISSING
+    found, expected = numbers
+    return f"{found}/{expected}" if found >= expected else f"**{found}/{expected}**"
+
+
+def pixel_section(report: Report) -> Section | None:
+    """How the preprocessing inside the graphs compares with the checkpoint's processor."""
+    head = ["Target", "Largest difference", "Mean difference", "Pixels that differ"]
+    body = [
+        [
+            f"`{row.target}`",
+            number(row.pixels["max_diff"]),
+            number(row.pixels["mean_diff"]),
+            f"{row.pixels['differing_percent']:.3f} %",
+        ]
+        for row in report.rows
+        if row.pixels
+    ]
+    title = "Preprocessing inside the graph, against the checkpoint's processor (in 1/255, before normalisation)"
+    return Section(title, [Table(head, body)]) if body else None
+
+
+def head_section(report: Report) -> Section | None:
+    """Whether zero-shot heads answer as the untouched model does."""
+    head = ["Target", "Images to which the zero-shot head gives the untouched model's label"]
+    body = [
+        [
+            f"`{row.target}`",
+            row.classifier.get("unchecked")
+            or f"{row.classifier['agreement_percent']:.2f} % ({row.classifier['labels']} labels)",
+        ]
+        for row in report.rows
+        if row.classifier
+    ]
+    return Section("Zero-shot heads", [Table(head, body)]) if body else None
+
+
+def search_section(report: Report) -> Section | None:
+    """What INT8 costs node by node, and what stays in float for it."""
+    searched = [row for row in report.rows if row.search]
+    if not searched:
+        return None
+    head = [
+        "Target",
+        "Left in float",
+        "Calibration set: drop, flips",
+        "Most sensitive: 1 - cosine where it alone is INT8",
+    ]
+    body, curves = [], []
+    for row in searched:
+        found = row.search
+        left = f"{len(found['left_in_float'])} of {found['nodes']}"
+        names = f": {', '.join(found['left_in_float'])}" if found["left_in_float"] else ""
+        worst = [f"{name} {value:.1e}" for name, value in list(found["sensitivity"].items())[:SENSITIVE_SHOWN]]
+        cost = f"{found['top1_drop']:.2f} points, {found['flips']:.2f} %"
+        body.append([f"`{row.target}`", left + names, cost, ", ".join(worst)])
+        points = [
+            f"{100 * point['share']:.0f} %: {point['flips']:.2f} % ({point['cosine']:.5f})" for point in found["curve"]
+        ]
+        curves.append([f"`{row.target}`", ", ".join(points)])
+    shares = ["Target", "Share of nodes in INT8: answers that flip (mean cosine), on the calibration set"]
+    figure = sensitivity_figure(searched)
+    tables: list[Block] = [Table(head, body, left=4), Table(shares, curves)]
+    return Section("INT8 within its accuracy budget", [*tables, *([figure] if figure else [])])
+
+
+def build_section(report: Report) -> Section:
+    """How each target that is there was made."""
+    body = [[f"`{row.target}`", row.build or _plain(row)] for row in report.rows if row.status != "unavailable"]
+    return Section("How it was made", [Table(["Target", "Build"], body)])
+
+
+def _plain(row: Row) -> str:
+    return "the checkpoint as it came" if row.target == REFERENCE else MISSING
+
+
+def method_section(report: Report) -> Section:
+    """What the numbers mean, which is the same in every report."""
+    return Section("How it was measured", [HOW])
+
+
+def run_section(report: Report) -> Section | None:
+    """The machine and the versions."""
+    lines = _listed(f"**{name}**: {value}" for name, value in report.run.items())
+    return Section("Machine and versions", [lines]) if lines else None
+
+
+HOW = f"""\
+- Every row is held against `torch-fp32`, the untouched checkpoint, on the same inputs. Two processes took turns on the
+  same cores: speed-up is the median over the turns of the ratio of median latencies, reference over target, with the
+  95 % interval of the sign test, which assumes nothing of how the noise is distributed; many turns count in blocks, as
+  neighbours in time are alike. Two processes of one program differ for as long as they live, as by where their memory
+  lies: `torch-fp32` is timed against itself, and by the furthest from 1 that it came out, intervals here are widened;
+  those in `reports/benchmark/` are not.
+  On a CPU compare rows by speed-up: latencies of rows that were timed minutes apart carry the machine's drift as well.
+  On a GPU compare them by p50, as "Which one to ship" does: there a small batch of the reference waits for Python, and
+  its row widens intervals of speed-ups by what it came out at that batch size or a larger one. For the advice, rows
+  within {100 * (BETWEEN_RUNS - 1):.0f} % of each other are not told apart there: as much p50
+  differed between runs on an H200.
+- p90 and p99 (and the p95 of `recommend`) are stated only where at least 5 calls lie beyond them; images/s and texts/s
+  are means over all calls. Texts are timed at the model's whole context.
+- Both processes keep freed memory (glibc's malloc thresholds are fixed), as a server with a caching allocator does.
+- Memory is the peak resident set above an empty interpreter, libraries included, after the smallest batch.
+- Drop is the reference's zero-shot top-1 minus the target's, with a paired bootstrap interval; a flip is an image
+  whose answer changed. Gates are in conf/gates/. TorchScript and PyTorch's dynamic INT8 are deprecated by PyTorch.\
+"""
+
+SECTIONS: Sequence[Callable[[Report], Section | None]] = (
+    shipping_section,
+    target_section,
+    checkpoint_section,
+    flow_section,
+    batch_section,
+    gpu_usage,
+    gpu_duels,
+    gpu_tutorial,
+    triton_section,
+    graph_section,
+    fusion_section,
+    pixel_section,
+    head_section,
+    search_section,
+    build_section,
+    method_section,
+    run_section,
+)
