@@ -16,6 +16,7 @@ $(VENV)/ready: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 TRITON := build/triton-venv
@@ -61,7 +62,7 @@ repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/
 
 # An AGAINST that is set and empty, as of a variable that CI lacks, is refused: it would compare nothing.
 gate: $(VENV)/ready ## fail where a target of ci.required misses its gate; AGAINST=HEAD~1: or lost since that revision
-	@python -m stages.gate $(if $(filter undefined,$(origin AGAINST)),,--against '$(AGAINST)') $(ARGS)
+	@python -m clip_deploy gate $(if $(filter undefined,$(origin AGAINST)),,--against '$(AGAINST)') $(ARGS)
 
 test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory triton-env || echo "no Triton server for this machine: its tests are skipped"
@@ -118,14 +119,16 @@ triton-env: $(TRITON)/ready ## a real Triton server in build/triton-venv (half a
 TORCH := torch==2.13.0
 GPU := sys_platform == 'linux' and platform_machine == 'x86_64'
 CPU := sys_platform != 'linux' or platform_machine != 'x86_64'
+# OpenVINO and what NNCF needs, for the CPUs that they are made for.
+OPENVINO := cloudpickle|joblib|narwhals|ninja|nncf|openvino|openvino-telemetry|scikit-learn|scipy|threadpoolctl
 lock: ## renew requirements.lock from pyproject.toml, in a new environment
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet $(TORCH) '.[dev]'
 	@echo '# Made by `make lock`; torch brings its own CUDA packages where its build has them.' > requirements.lock
-	build/lock/bin/python -m pip freeze --exclude clip-deploy | sed -E \
+	build/lock/bin/python -m pip freeze --all --exclude pip --exclude clip-deploy | sed -E \
 	  -e '/^(nvidia|triton|cuda)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' \
-	  -e "s/^(tensorrt_rtx.*)/\1; $(GPU)/" \
-	  -e "s/^onnxruntime(-gpu)?==(.*)/onnxruntime-gpu==\2; $(GPU)\nonnxruntime==\2; $(CPU)/" >> requirements.lock
+	  -e "s/^((tensorrt_rtx.*|$(OPENVINO))==.*)/\1; $(GPU)/" \
+	  -e "s/^onnxruntime==(.*)/onnxruntime==\1; $(CPU)/" -e "s/^(onnxruntime-gpu==.*)/\1; $(GPU)/" >> requirements.lock
 
 clean: ## remove what the pipeline built (reports stay)
 	rm -rf artifacts multirun dvc_plots

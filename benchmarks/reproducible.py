@@ -108,7 +108,7 @@ def build_both(first: Copy, second: Copy) -> tuple[tuple[Hashes, Hashes, Hashes]
     first.repro("--single-item", "--force", "export_aoti")
     again = {path: digest for path, digest in first.hashes().items() if expected(path)}
     for copy in (first, second):
-        copy.run(sys.executable, "-m", "stages.device", "cuda")
+        copy.run(sys.executable, "-m", "clip_deploy", "device", "cuda", "--discard")
         copy.repro(*BUILDS)
     built = first.hashes() | on_cpu[0], second.hashes() | on_cpu[1], again
     return built, missing | first.unavailable()

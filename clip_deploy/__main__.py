@@ -1,156 +1,91 @@
-"""Use a package from a terminal: `python -m clip_deploy predict`, `embed` or `search`."""
+"""Open a package, and work with the pipeline that made it."""
 
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-try:
-    from clip_deploy.inference.classifier import ZeroShotClassifier, check_count
-except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing.name} is not installed: pip install numpy pillow tokenizers onnxruntime")
+from collections.abc import Sequence
+from importlib import import_module
 
 from clip_deploy.core.errors import DeployError, quiet_if_unread
 
-UNREADABLE = 3  # exit code
+COMMANDS = {
+    "predict": "Say which text describes an image best.",
+    "embed": "Write the embeddings of images as Parquet files.",
+    "search": "Find the images that a text describes best.",
+    "verify": "Hold a folder's files against its manifest: is it what was built and judged?",
+    "drift": "Hold a sample of live embeddings against the golden set's: has what is sent changed?",
+    "publish": "Add Triton's models as the next version to a repository that is served, or take a version back.",
+    "compare": "Put two machines, or two runs on one, side by side, as a Markdown table.",
+    "why": "Say what `dvc repro` would run, and because of which change.",
+    "gate": "Fail where a target of ci.required misses its gate, has no result or a stale one.",
+    "apply": "Keep in FP32 what the diagnosis of a failed target names.",
+    "package": "Put a target, with all that a deployment needs, into one folder.",
+    "device": "Choose the device: put its targets, and how each is built, into params.yaml.",
+}
+LIGHT = ("predict", "embed", "search", "verify", "drift", "publish")  # need none of the pipeline's libraries
 STOPPED = 130  # what shells report of Ctrl-C
+EPILOG = """\
+predict, embed, search, verify, drift, publish and compare run anywhere, the others in the project's folder.
+`clip-deploy COMMAND --help` shows what a command takes, with an example.
 
-Command = Callable[[argparse.Namespace], int]
+example: clip-deploy predict photo.jpg "a photo of a dog" "a photo of a cat" --package artifacts/package
+
+exit codes:
+  0    done
+  1    refused, with the reason in one line; or a gate (gate) or a check (verify) failed
+  2    wrong usage
+  3    done, but some images could not be read (embed, search), or the samples differ (drift)
+  130  stopped by Ctrl-C
+  141  nobody reads the output, as in `clip-deploy why | head -1`
+"""
 
 
 @quiet_if_unread()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    given = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    chosen = next((word for word in words if not word.startswith("-")), None)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        found: int = given.run(given)
-        return found
+        given = parser(chosen).parse_args(words)
+        code: int = given.run(given)
+        return code
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"error: {_missing(chosen, error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return STOPPED
 
 
-def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(prog="python -m clip_deploy", description=__doc__)
-    commands = whole.add_subparsers(required=True, metavar="predict | embed | search")
-    _add_predict(commands)
-    _add_embed(commands)
-    _add_search(commands)
+def parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """All commands; only the chosen one is imported, by its name: most need libraries that a deployment has not."""
+    whole, commands = _whole()
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == chosen:
+            module = import_module(f"clip_deploy.commands.{name}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     return whole
 
 
-def _add(commands: Any, name: str, run: Command, description: str) -> argparse.ArgumentParser:
-    """A command with what all of them take."""
-    command: argparse.ArgumentParser = commands.add_parser(name, help=description, description=description)
-    command.add_argument("--package", type=Path, default=Path("artifacts/package"), help="default: %(default)s")
-    command.add_argument("--device", help="cpu or cuda; default: the one that the package was made for")
-    command.add_argument("--threads", type=int, help="of each tower; default: ONNX Runtime's choice")
-    command.add_argument("--cache", type=Path, help="a folder in which embeddings of texts are kept")
-    command.set_defaults(run=run)
-    return command
+def _whole() -> tuple[argparse.ArgumentParser, "argparse._SubParsersAction[argparse.ArgumentParser]"]:
+    layout = argparse.RawDescriptionHelpFormatter
+    whole = argparse.ArgumentParser("clip-deploy", description=__doc__, epilog=EPILOG, formatter_class=layout)
+    return whole, whole.add_subparsers(required=True, metavar="COMMAND")
 
 
-def _add_predict(commands: Any) -> None:
-    command = _add(commands, "predict", _predict, "Say which text describes an image best.")
-    command.add_argument("image", type=Path)
-    command.add_argument("texts", nargs="*", help="default: the package's classes, in its templates")
-    command.add_argument("--top", type=int, default=5, help="how many are shown; default: %(default)s")
-
-
-def _add_embed(commands: Any) -> None:
-    command = _add(
-        commands,
-        "embed",
-        _embed,
-        "Write the embeddings of images as Parquet files. The same command goes on after a stop, and takes up what "
-        "came, changed or went in a folder since. "
-        f"Exit code {UNREADABLE} says that all is done but some images could not be read.",
-    )
-    command.add_argument("source", help="a folder of images or of Parquet, one Parquet file, or a URI (s3://...)")
-    command.add_argument("output", help="a folder, or a URI")
-    command.add_argument("--id-column", default="id", help="of a Parquet source; default: %(default)s")
-    command.add_argument(
-        "--image-column", default="image", help="images' bytes in a Parquet source; default: %(default)s"
-    )
-    command.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    command.add_argument("--part-size", type=int, default=10_000, help="images a file; default: %(default)s")
-    command.add_argument("--float16", action="store_true", help="half the bytes, three digits of each number")
-    command.add_argument(
-        "--ray", metavar="ADDRESS", help="on a Ray cluster: auto (this machine's), local, or host:port"
-    )
-
-
-def _add_search(commands: Any) -> None:
-    command = _add(
-        commands,
-        "search",
-        _search,
-        "Find the images that a text describes best. "
-        f"Exit code {UNREADABLE} says that some images could not be read and were left out.",
-    )
-    command.add_argument("source", help="a folder of images, or what `embed` wrote")
-    command.add_argument("text")
-    command.add_argument("--top", type=int, default=10, help="how many are shown; default: %(default)s")
-
-
-def _open(given: argparse.Namespace) -> ZeroShotClassifier:
-    return ZeroShotClassifier.open(given.package, device=given.device, threads=given.threads, cache_folder=given.cache)
-
-
-def _predict(given: argparse.Namespace) -> int:
-    check_count("top", given.top)
-    classifier = _open(given)
-    for text, probability in classifier.predict(given.image, given.texts or None)[: given.top]:
-        print(f"{probability:.4f}  {text}")
-    return 0
-
-
-def _embed(given: argparse.Namespace) -> int:
-    from clip_deploy.inference.embed import EmbedSettings, embed, make_here
-    from clip_deploy.inference.embed_ray import Shipped, make_on_ray
-    from clip_deploy.inference.storage import Columns, open_source, shown
-
-    settings = EmbedSettings(given.batch_size, given.part_size, given.float16)
-    columns = Columns(given.id_column, given.image_column)
-    source = open_source(given.source, settings.part_size, columns, shared=given.ray is not None)
-    if given.ray is None:
-        classifier = _open(given)
-        done = embed(classifier, source, given.output, settings, partial(make_here, classifier))
-    else:
-        package = Shipped.read(given.package, given.device, given.threads)
-        done = embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))
-    code = _named(done.unreadable)
-    gone = f"{done.gone:,} gone, " if done.gone else ""
-    speed = f" ({done.embedded_now / done.seconds:,.0f} images/s)" if done.embedded_now else ""
-    print(
-        f"{shown(given.output)}: {done.images:,} images, {done.embedded_before:,} embedded before, "
-        f"{done.embedded_now:,} now{speed}, {gone}{len(done.unreadable):,} unreadable"
-    )
-    return code
-
-
-def _named(unreadable: list[str]) -> int:
-    """Say what could not be read, and return the exit code."""
-    for line in unreadable:
-        print(f"warning: {line}", file=sys.stderr)
-    return UNREADABLE if unreadable else 0
-
-
-def _search(given: argparse.Namespace) -> int:
-    from clip_deploy.inference.search import search
-
-    check_count("top", given.top)
-    found = search(_open(given), given.source, given.text, given.top)
-    for cosine, path in found.hits:
-        print(f"{cosine:.4f}  {path}")
-    return _named(found.unreadable)
+def _missing(command: str | None, error: ModuleNotFoundError) -> str:
+    """What to install; a module of our own that is not there is a mistake of ours, with its traceback."""
+    if error.name is None or error.name.split(".")[0] == "clip_deploy":
+        raise error
+    install = "clip-deploy" if command in LIGHT else "'clip-deploy[pipeline]'"
+    return f"{command} needs {error.name}, which is not installed: pip install {install}"
 
 
 if __name__ == "__main__":

@@ -2,16 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING
 
 from clip_deploy.checkpoint.layout import looked_at
 from clip_deploy.core.config import load_choice, load_params
-from clip_deploy.core.environment import Environment, fingerprint_input, hardware, located, software
+from clip_deploy.core.environment import environment_record, fingerprint_input, located
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.json_files import write_json
-from clip_deploy.core.parsing import plain
 from clip_deploy.serving.server import versions
 from stages import CONF, PARAMS, stage
 
@@ -28,12 +26,12 @@ def probe(settings: Settings) -> None:
         write_json(path, found)
 
 
-def probed() -> tuple[dict[str, Any], dict[str, str]]:
+def probed() -> tuple[dict[str, object], dict[str, object]]:
     """What environment.json and inputs.json would hold now; ConfigError where a setting is refused."""
     params = load_params(PARAMS, CONF)
-    inputs = {group: identity(group, getattr(params, group)) for group in ("model", "data")}
+    inputs: dict[str, object] = {group: identity(group, getattr(params, group)) for group in ("model", "data")}
     server = ", ".join(f"{name} {of}" for name, of in versions(located(params.triton_check.environment)).items())
-    return plain(Environment(software(), hardware())), inputs | {"triton": server or "no server"}
+    return environment_record(), inputs | {"triton": server or "no server"}
 
 
 def identity(group: str, choice: str) -> str:

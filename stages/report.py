@@ -5,16 +5,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import EndToEndConfig
-from clip_deploy.core.environment import Environment
-from clip_deploy.core.json_files import read_json
-from clip_deploy.core.parsing import read_record
-from clip_deploy.core.recommendation import Recommendation
-from clip_deploy.report.contents import Report
-from clip_deploy.report.recommend import shown
 from clip_deploy.report.rows import doubts, read_flows, read_rows
-from clip_deploy.report.write import describe_inputs, describe_run, entitle, write_report
+from clip_deploy.report.write import gather, write_report
 from stages import stage
 
 
@@ -37,20 +30,9 @@ class Settings:
 @stage
 def report(settings: Settings) -> None:
     rows = read_rows(settings.targets, settings.validation, settings.benchmark_results)
-    environment = read_record(Environment, settings.environment, null_is_nan=False)
-    evaluation = read_json(settings.evaluation / "manifest.json")
-    model = read_target(settings.checkpoint).model
-    found = Report(
-        title=entitle(settings.model_name, environment, rows),
-        rows=rows,
-        about=describe_inputs(settings.model_name, model, settings.data_name, evaluation),
-        run=describe_run(environment, rows),
-        flows=read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end"),
-        shipping=shown(read_record(Recommendation, settings.recommendation, null_is_nan=False), rows),
-        findings=model.get("findings", []),
-        served=read_json(settings.served),
-    )
-    write_report(found, settings.output)
+    flows = read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end")
+    inputs = settings.environment, settings.checkpoint, settings.evaluation, settings.recommendation, settings.served
+    write_report(gather(rows, flows, settings.model_name, settings.data_name, *inputs), settings.output)
     counts = f"{len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass"
     print(f"{settings.output / 'report.md'}: {'; '.join([*doubts(rows), counts])}")
 

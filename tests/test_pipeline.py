@@ -153,7 +153,7 @@ def test_another_accuracy_budget_rebuilds_only_the_int8_targets(copy):
 
 
 def test_a_gpus_rows_stay_without_one(copy):
-    copy.run(sys.executable, "-m", "stages.device", "cuda")
+    copy.run(sys.executable, "-m", "clip_deploy", "device", "cuda", "--discard")
     some = ["torch-fp32", "torch-fused-fp16", "aoti-fp16", "onnx-fp32", "ort-cuda-fp16", "trt-fp16"]
     keep(copy, some)
     copy.edit("params.yaml", "benchmark: gpu", "benchmark: quick")

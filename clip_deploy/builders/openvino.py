@@ -8,6 +8,7 @@ NNCF's accuracy control works on one model at a time: each tower is held to the 
 FP32, and validate judges both together.
 """
 
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ import numpy as np
 
 from clip_deploy.core.artifact import EMBEDS, Target, read_target
 from clip_deploy.core.config import AccuracyBudget, OpenVinoConfig, OptimizeConfig, Precision
+from clip_deploy.core.environment import hardware, has_vnni
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.preprocessed import Prepared, feeds
 from clip_deploy.evaluate.accuracy import accuracy_cost
@@ -61,6 +63,8 @@ def export_openvino(source: Path, settings: OpenVinoConfig, calibration: Prepare
 
 
 def _imported(name: str) -> Any:
+    """Import a library of Intel's, without what sends statistics of its use to Google from the first import on."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return import_module(name)
     except ImportError as error:
@@ -149,9 +153,15 @@ def _quantise(
     reference = Embeddings(**whole.embeddings("vision", calibration), **whole.embeddings("text", calibration))
     facts: dict[str, Any] = {"method": "NNCF", "calibration_images": len(calibration.pixel_values)}
     transformer = {"model_type": nncf.ModelType.TRANSFORMER}
-    plain = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1))
+    reduced = not has_vnni(hardware().instruction_sets)  # AVX2 adds u8 x s8 in 16 bits, which saturate
+    facts["reduce_range"] = reduced
+    half = {"overflow_fix": nncf.OverflowFix.ENABLE} if reduced else {}
+    plain = nncf.AdvancedQuantizationParameters(
+        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1), **half
+    )
+    smooth = nncf.AdvancedQuantizationParameters(**half)
     fastest = {"preset": nncf.QuantizationPreset.PERFORMANCE, "advanced_parameters": plain, **transformer}
-    accurate = {"preset": nncf.QuantizationPreset.MIXED, **transformer}
+    accurate = {"preset": nncf.QuantizationPreset.MIXED, "advanced_quantization_parameters": smooth, **transformer}
     quantised = {}
     for name, model in models.items():
         data = nncf.Dataset(list(feeds(calibration.inputs(name, text_inputs), CALIBRATION_BATCH)))

@@ -336,7 +336,7 @@ class OptimizeConfig:
     precision: Precision = Precision.fp32
     skip_layer_norm: bool = False  # fuse it with the addition before; on the CPU that takes four times as long
     provider: Provider = Provider.own  # tensorrt: the graph as it was exported, which TensorRT fuses by itself
-    keep_fp32: list[str] = field(default_factory=list)  # nodes, as "vision: MatMul_7"; `stages.apply` writes them
+    keep_fp32: list[str] = field(default_factory=list)  # nodes, as "vision: MatMul_7"; `clip-deploy apply` writes them
 
     def __post_init__(self) -> None:
         _check_nodes("optimize", self.keep_fp32)
@@ -371,7 +371,7 @@ class QuantizeConfig:
     symmetric: bool = False  # static only: activations s8 around zero instead of u8 with a zero point
     smooth_quant: float | None = None  # static only: share of the activations' range that moves into weights, 0 to 1
     accuracy_budget: AccuracyBudget | None = None  # not with weight_only
-    keep_fp32: list[str] = field(default_factory=list)  # nodes, as "vision: MatMul_7"; `stages.apply` writes them
+    keep_fp32: list[str] = field(default_factory=list)  # nodes, as "vision: MatMul_7"; `clip-deploy apply` writes them
 
     def __post_init__(self) -> None:
         _check_nodes("quantize", self.keep_fp32)
@@ -486,7 +486,7 @@ class Params:
                 if reason := _misplaced(section, settings, self.device):
                     raise ConfigError(
                         f"device is {self.device.value} and {section}.{name} {reason}: take the target out, or change "
-                        "device and all that goes with it: `python -m stages.device cpu`, or `cuda`"
+                        "device and all that goes with it: `clip-deploy device cpu`, or `cuda`"
                     )
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +84,11 @@ class Environment:
 
     software: dict[str, str | None]
     hardware: Hardware
+
+
+def environment_record() -> dict[str, object]:
+    """What reports/environment.json would hold now."""
+    return asdict(Environment(software(), hardware()))
 
 
 def hardware() -> Hardware:

@@ -34,16 +34,16 @@ class UnavailableError(DeployError):
 
 
 EVERY_ROW = (ConfigError, CheckpointError, DataError, DiskError)  # what concerns more than one target
-MAX_TOKENS = 400  # characters of another library's message in one of ours
+MAX_MESSAGE = 400  # characters of another library's message in one of ours
 
 
 def one_line(error: Exception) -> str:
     """What an exception says, in one line and in whole sentences; its class where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) <= MAX_TOKENS:
+    if len(text) <= MAX_MESSAGE:
         return text
-    end = max(text.rfind(mark, 0, MAX_TOKENS) for mark in (". ", "; ", ": "))
-    return text[:end] if end > MAX_TOKENS // 4 else f"{text[:MAX_TOKENS]}..."
+    end = max(text.rfind(mark, 0, MAX_MESSAGE) for mark in (". ", "; ", ": "))
+    return text[:end] if end > MAX_MESSAGE // 4 else f"{text[:MAX_MESSAGE]}..."
 
 
 def first_line(error: object) -> str:

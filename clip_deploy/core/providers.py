@@ -7,6 +7,7 @@ import onnxruntime
 from clip_deploy.core.errors import UnavailableError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+INSTALL = "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu"
 
 
 def load_cuda() -> None:
@@ -15,7 +16,7 @@ def load_cuda() -> None:
     Raises UnavailableError where this ONNX Runtime has no CUDA provider, or there is no GPU.
     """
     if CUDA not in onnxruntime.get_available_providers():
-        raise UnavailableError("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
+        raise UnavailableError(f"this ONNX Runtime has no CUDA provider: {INSTALL}")
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:

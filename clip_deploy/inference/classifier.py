@@ -95,7 +95,7 @@ class ZeroShotClassifier:
             threads: of each tower's pool; None leaves ONNX Runtime's default.
             cache_size: texts whose embeddings are kept in memory.
             cache_folder: where they are kept on disk besides, or None.
-            sample_folder: where a sample of the images' embeddings is kept for `python -m stages.drift`, or None.
+            sample_folder: where a sample of the images' embeddings is kept for `clip-deploy drift`, or None.
             sample_share: of the images whose embeddings go there, above 0 and at most 1.
 
         Raises:

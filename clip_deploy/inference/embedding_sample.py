@@ -1,4 +1,4 @@
-"""A sample of the embeddings that a service makes, for `python -m stages.drift`."""
+"""A sample of the embeddings that a service makes, for `clip-deploy drift`."""
 
 import warnings
 from collections.abc import Iterable

@@ -445,5 +445,5 @@ def load_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DeployError("Parquet needs pyarrow: pip install pyarrow") from error
+        raise DeployError("Parquet needs pyarrow: pip install 'clip-deploy[s3]'") from error
     return pyarrow, parquet

@@ -166,7 +166,7 @@ def kept_nodes(model: onnx.ModelProto, tower: str, keep_fp32: Sequence[str]) -> 
     if lost := sorted(set(names) - {node.name for node in model.graph.node}):
         raise ConfigError(
             f"keep_fp32 names {tower}: {lost[0]}, which the graph does not have (another opset or source numbers its "
-            "nodes anew): take keep_fp32 out; where the target then fails its gate, `python -m stages.apply` it again"
+            "nodes anew): take keep_fp32 out; where the target then fails its gate, `clip-deploy apply` it again"
         )
     return names
 

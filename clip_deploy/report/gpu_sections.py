@@ -93,7 +93,7 @@ def _matrix_rate(rows: list[Row]) -> str:
     if not rates:
         return ""
     return (
-        f"FP16 products of 8,192 x 8,192 matrices ran at {number(median(rates))} TFLOP/s here (median of the rows); "
+        f"FP16 matmuls of 8,192 x 8,192 matrices ran at {number(median(rates))} TFLOP/s here (median of the rows); "
         "the share of that is of the untouched model's work, whatever a target leaves out."
     )
 

@@ -243,7 +243,7 @@ def diagnosis_lines(row: Row) -> list[str]:
     ]
     lines += found.notes
     if any(drop.nodes for drop in found.drops):
-        lines.append(f"`python -m stages.apply {row.target}` puts these nodes into params.yaml; then `dvc repro`")
+        lines.append(f"`clip-deploy apply {row.target}` puts these nodes into params.yaml; then `dvc repro`")
     return lines
 
 
@@ -393,7 +393,7 @@ def fusion_section(report: Report) -> Section | None:
     shown = [kind for kind in KINDS if any(max(kinds.get(kind, [0])) for _, _, kinds in towers)]
     body = [[f"`{row.target}` {tower}", *(_fused(kinds.get(kind)) for kind in shown)] for row, tower, kinds in towers]
     head = ["Fused, of those in the model", *(KINDS[kind] for kind in shown)]
-    return Section("Fusions", [Table(head, body), FUSIONS]) if body else None
+    return Section("Fusions", [Table(head, body, left=1), FUSIONS]) if body else None
 
 
 FUSIONS = (

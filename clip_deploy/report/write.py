@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from clip_deploy.core.artifact import read_target
 from clip_deploy.core.environment import Environment
 from clip_deploy.core.files import write_text
-from clip_deploy.core.json_files import write_json
+from clip_deploy.core.json_files import read_json, write_json
+from clip_deploy.core.parsing import read_record
+from clip_deploy.core.recommendation import Recommendation
 from clip_deploy.report.contents import Report
 from clip_deploy.report.markdown import markdown
 from clip_deploy.report.page import page
+from clip_deploy.report.recommend import shown
 from clip_deploy.report.rows import Row, metrics, plots
 
 
@@ -19,6 +23,32 @@ def write_report(report: Report, output: Path) -> None:
         write_json(output / "plots" / f"{name}.json", content)
     write_text(output / "report.md", markdown(report))
     write_text(output / "report.html", page(report))
+
+
+def gather(
+    rows: list[Row],
+    flows: list[dict[str, Any]],
+    model_name: str,
+    data_name: str,
+    environment: Path,
+    checkpoint: Path,
+    evaluation: Path,
+    recommendation: Path,
+    served: Path,
+) -> Report:
+    """All that the report says, from the rows, what was timed end to end, and the files of the other stages."""
+    machine = read_record(Environment, environment, null_is_nan=False)
+    model = read_target(checkpoint).model
+    return Report(
+        title=entitle(model_name, machine, rows),
+        rows=rows,
+        about=describe_inputs(model_name, model, data_name, read_json(evaluation / "manifest.json")),
+        run=describe_run(machine, rows),
+        flows=flows,
+        shipping=shown(read_record(Recommendation, recommendation, null_is_nan=False), rows),
+        findings=model.get("findings", []),
+        served=read_json(served),
+    )
 
 
 def entitle(model: str, environment: Environment, rows: list[Row]) -> str:

@@ -42,7 +42,7 @@ def _match(norm: ir.Node) -> Match | None:
     if addition is None or addition.op_type != "Add" or not all(map(_is_given, norm.inputs[1:3])):
         return None
     for branch, skip in (addition.inputs, addition.inputs[::-1]):
-        product = _product_and_bias(branch)
+        product = _matmul_and_bias(branch)
         if product is not None and skip is not None and array(skip) is None and _may_be_equal(branch, skip):
             return Match(product[0], skip, product[1], addition, norm)
     return None
@@ -53,7 +53,7 @@ def _is_given(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer()
 
 
-def _product_and_bias(value: ir.Value | None) -> tuple[ir.Value, ir.Value | None] | None:
+def _matmul_and_bias(value: ir.Value | None) -> tuple[ir.Value, ir.Value | None] | None:
     """A product with a constant matrix, and the bias that is added to it where nothing else reads their sum."""
     if value is None or (maker := value.producer()) is None:
         return None

@@ -130,5 +130,6 @@ def test_accuracy_control_takes_over_where_the_fastest_arrangement_breaks_the_bu
     monkeypatch.setattr(openvino_export, "_budget_spent", lambda *_: lambda *_: (-next(spent), None))
     folder = convert(precision=Precision.int8, accuracy_budget=AccuracyBudget(max_top1_drop=0, max_flips=0))
     facts = read_target(folder).build
+    assert read_target(folder).unavailable is None
     assert facts["vision_arrangement"] == "SmoothQuant and accuracy control"
     assert check(folder, sets).status == "pass"

@@ -84,7 +84,7 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
         (
             "device: cpu",
             "device: cuda",
-            r"device is cuda and export_torchscript.torch-int8 is int8, .*`python -m stages.device",
+            r"device is cuda and export_torchscript.torch-int8 is int8, .*`clip-deploy device",
         ),
         ("device: cpu", "device: tpu", r"device: .*tpu.*cuda"),
         (

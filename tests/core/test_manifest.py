@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.records import checked
 
+from clip_deploy.__main__ import main
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.files import sha256
 from clip_deploy.core.parsing import parse
 from clip_deploy.core.records import Validation
 from clip_deploy.evaluate.validation import manifest
-from stages.verify import main
 
 LIMITS = {"min_cosine": {"limit": 0.999, "value": 1.0}}
 FACTS = {"model": "tiny-shapes", "seed": 0, "versions": {"onnx": "1.23.2"}}
@@ -29,7 +29,7 @@ def target(onnx_target, tmp_path):
 
 def said(capsys, folder):
     """The exit code, and the lines without the folder's path."""
-    code = main([str(folder)])
+    code = main(["verify", str(folder)])
     written = capsys.readouterr()
     return code, (written.out + written.err).replace(f"{folder}", "F").splitlines()
 
@@ -161,10 +161,6 @@ def test_a_package_into_which_nothing_went_is_no_delivery(tmp_path, capsys):
     assert said(capsys, folder) == (1, ["F/vision.onnx: added", "F: not what its manifest says"])
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2), (["no-such-folder"], 1)])
-def test_the_command_explains_itself(arguments, code, capsys):
-    assert main(arguments) == code
-    written = capsys.readouterr()
-    assert {0: "Exit code 0", 2: "one folder is needed, 0 given", 1: "no such folder; give"}[code] in (
-        written.out + written.err
-    )
+def test_a_folder_that_is_not_there_is_named(capsys):
+    assert main(["verify", "no-such-folder"]) == 1
+    assert "no such folder; give" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from support.project import ROOT
 
 from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.quantize import quantize
+from clip_deploy.commands.apply import apply
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import OptimizeConfig, Precision, Quantization, QuantizeConfig, load_choice, load_params
 from clip_deploy.core.environment import hardware
@@ -22,7 +23,6 @@ from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.diagnosis import diagnose
 from clip_deploy.evaluate.embeddings import load_embeddings
 from clip_deploy.evaluate.validation import validate
-from stages.apply import apply
 
 GATES = load_choice(ROOT / "conf", "gates", "standard")
 ATTENTION = "model.vision_model.encoder.layers.2.self_attn"
@@ -106,7 +106,7 @@ def fused(folder, sets):
 
 
 def applied(record, target, tmp_path):
-    """The target's settings in params.yaml behind `stages.apply`."""
+    """The target's settings in params.yaml behind `clip-deploy apply`."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     write_json(tmp_path / "validate" / f"{target}.json", plain(record))
     apply(target, tmp_path / "params.yaml", tmp_path / "validate")

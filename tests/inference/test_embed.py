@@ -473,14 +473,6 @@ def test_the_commands_fail_in_one_line(package, capsys, words, code, said):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["embed"], ["search"]])
-def test_the_commands_explain_themselves(capsys, command):
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--help"])
-    assert ended.value.code == 0
-    assert "usage: python -m clip_deploy" in capsys.readouterr().out
-
-
 def test_a_parts_metadata_is_json(classifier, folder, tmp_path):
     embed_folder(classifier, folder, tmp_path, SMALL)
     header = json.loads(parquet.read_metadata(tmp_path / "part-00000.parquet").metadata[b"clip_deploy"])

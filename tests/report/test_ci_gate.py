@@ -13,6 +13,7 @@ import pytest
 from support.project import ROOT
 from support.records import HARDWARE, advised, parity, timing
 
+from clip_deploy.commands.gate import in_words
 from clip_deploy.core.artifact import hashes, write_manifest
 from clip_deploy.core.config import CiConfig, GateLimits, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
@@ -32,7 +33,6 @@ from clip_deploy.report.ci_gate import (
     undecided,
     verdicts,
 )
-from stages.gate import for_hydra, in_words
 
 TARGET = "onnx-fp32"
 GATES = GatesConfig(fp32=GateLimits(min_cosine=0.9999, max_top1_drop=0.1, max_flips=0.5))
@@ -568,32 +568,16 @@ def test_a_revision_that_git_does_not_know_is_named(repository, revision):
         at_revision(revision, repository)
 
 
-def test_a_revision_reaches_hydra_in_quotes():
-    assert for_hydra(["gate", "--against", "HEAD~1", "targets=[a]"]) == ["gate", 'against="HEAD~1"', "targets=[a]"]
-    with pytest.raises(SystemExit, match="--against needs a git revision"):
-        for_hydra(["gate", "--against"])
-
-
 def test_make_hands_on_a_revision_even_where_it_is_empty():
     """As of a variable that CI lacks: without it the gate would compare nothing, and pass."""
     for words, said in (
         (["AGAINST="], "--against ''"),
         (["AGAINST=HEAD~1"], "--against 'HEAD~1'"),
-        ([], "stages.gate"),
+        ([], "clip_deploy gate"),
     ):
         command = ["make", "--no-print-directory", "-n", "gate", *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1].strip().endswith(said)
-
-
-def test_what_cannot_be_compared_passes_by_one_flag_for_one_run():
-    assert for_hydra(["gate", "--allow-uncompared"]) == ["gate", "allow_uncompared=true"]
-
-
-@pytest.mark.parametrize("flag", ["-m", "--multirun"])
-def test_a_sweep_of_gates_is_refused(flag):
-    with pytest.raises(SystemExit, match=f"error: the gate judges one set of results and takes no {flag}"):
-        for_hydra(["gate", flag])
 
 
 def test_what_dvc_calls_stale_is_said_in_words():
@@ -647,7 +631,7 @@ def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes):
     steady(project)
 
     def gate(*words):
-        done = project.run(sys.executable, "-m", "stages.gate", *words, check=False)
+        done = project.run(sys.executable, "-m", "clip_deploy", "gate", *words, check=False)
         return done.returncode, done.stdout, done.stderr
 
     code, out, err = gate("--against", "HEAD")

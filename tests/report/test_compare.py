@@ -5,7 +5,7 @@ import sys
 import pytest
 from support.project import ROOT
 
-from stages.compare import main
+from clip_deploy.__main__ import main
 
 ROW = {
     "status": "pass",
@@ -41,7 +41,7 @@ def b(tmp_path):
 
 
 def test_both_machines_and_the_versions_that_differ_stand_above_the_table(a, b, capsys):
-    assert main([a, b]) == 0
+    assert main(["compare", str(a), str(b)]) == 0
     assert capsys.readouterr().out.splitlines()[:6] == [
         f"- **A**: {a}: Xeon, 2 cores, GPU: none",
         f"- **B**: {b}: EPYC, 16 cores, GPU: NVIDIA H100, 81559 MiB, 570.1",
@@ -66,20 +66,20 @@ def test_two_machines_of_one_type_are_told_apart_by_their_ids(tmp_path, capsys, 
         reports(tmp_path / name, {"torch-fp32": ROW}, {**HARDWARE, "machine": machine})
         for name, machine in (("a", first), ("b", second))
     ]
-    assert main(folders) == 0
+    assert main(["compare", *map(str, folders)]) == 0
     assert f"- **Same machine**: {said}\n" in capsys.readouterr().out
 
 
 def test_a_timing_that_decides_nothing_has_no_ratio(a, tmp_path, capsys):
     busy = {**ROW, "vision_p50_ms": None, "images_per_s": None, "timing": "undecided"}
-    assert main([a, reports(tmp_path / "busy", {"ort-fp32": busy})]) == 0
+    assert main(["compare", str(a), str(reports(tmp_path / "busy", {"ort-fp32": busy}))]) == 0
     out = capsys.readouterr().out
     assert "- **Timings that decide nothing, A / B**: none / ort-fp32\n" in out
     assert "| `ort-fp32` | pass / pass | 3.00 / - | - | 1.00 / 1.00 | 1.00x | 1,234 / - | " in out
 
 
 def test_every_target_of_either_run_has_a_line(a, b, capsys):
-    main([a, b])
+    main(["compare", str(a), str(b)])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
     assert lines == [
         "| `torch-fp32` | pass / fail | 3.00 / 1.50 | 2.00x | 1.00 / 2.00 | 0.50x | 1,234 / 1,234 | 60.0 / 60.0 | "
@@ -92,13 +92,13 @@ def test_every_target_of_either_run_has_a_line(a, b, capsys):
 
 
 def test_a_run_against_itself_differs_in_no_version(a, capsys):
-    assert main([a, a]) == 0
+    assert main(["compare", str(a), str(a)]) == 0
     assert "- **Versions that differ, A / B**: none\n" in capsys.readouterr().out
 
 
 def refused(capsys, *arguments):
     """The exit code and the one line on standard error."""
-    code = main([str(argument) for argument in arguments])
+    code = main(["compare", *map(str, arguments)])
     written = capsys.readouterr()
     assert written.out == ""
     (line,) = written.err.splitlines()
@@ -106,13 +106,6 @@ def refused(capsys, *arguments):
 
 
 GIVE = "give a reports folder, with metrics.json and environment.json as `dvc repro` writes them"
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_wrong_count_of_folders_is_answered_with_the_usage(a, count, capsys):
-    code, line = refused(capsys, *[a] * count)
-    assert code == 2
-    assert line == f"usage: python -m stages.compare REPORTS_A REPORTS_B: two folders are needed, {count} given"
 
 
 def test_a_missing_folder_is_named(a, tmp_path, capsys):
@@ -149,7 +142,10 @@ def test_json_of_another_kind_is_refused(a, b, tmp_path, name, content, capsys):
 
 
 def test_the_shipped_report_can_be_compared_without_torch():
-    code = "import sys; from stages.compare import main; main(['reports'] * 2); print('torch' in sys.modules)"
+    code = (
+        "import sys; from clip_deploy.__main__ import main; main(['compare', 'reports', 'reports']); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "| `torch-fp32` | pass / pass | " in done.stdout

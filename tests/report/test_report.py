@@ -369,5 +369,5 @@ def test_a_failed_target_has_its_layer_and_the_command_that_mends_it_below(rows)
     assert lines[place + 1 : place + 3] == [
         "  - vision: against onnx-fp32, cosine falls first in encoder.layers.2.self_attn (1.000000 to 0.967700, "
         "most behind MatMul_42); to keep in FP32: vision: MatMul_39, vision: MatMul_42",
-        "  - `python -m stages.apply ort-int8` puts these nodes into params.yaml; then `dvc repro`",
+        "  - `clip-deploy apply ort-int8` puts these nodes into params.yaml; then `dvc repro`",
     ]

@@ -2,9 +2,9 @@ import shutil
 
 import pytest
 
+from clip_deploy.__main__ import main
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.report.why import Stage, behind, causes, explain
-from stages.why import main
 
 
 def pipeline():
@@ -147,7 +147,7 @@ def copy(built, tmp_path, monkeypatch):
 
 
 def why(capsys, *arguments):
-    code = main(list(arguments))
+    code = main(["why", *arguments])
     said = capsys.readouterr()
     return (said.out if code == 0 else said.err).rstrip("\n")
 

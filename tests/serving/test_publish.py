@@ -8,12 +8,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from clip_deploy.__main__ import main
 from clip_deploy.core.artifact import hashes
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.serving.publish import PARTS, WHOLE, publish, versions, withdraw
 from clip_deploy.serving.repository import write_repository
-from stages.publish import main
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +143,11 @@ def test_a_damaged_repository_is_refused(new, served):
 
 
 def test_by_hand(new, served, server, tmp_path, capsys):
-    assert main([str(new), str(served)]) == 0
+    assert main(["publish", str(new), str(served)]) == 0
     assert capsys.readouterr().out == f"{served}: version 2 is the newest; a server takes it at its next start\n"
-    assert main(["--withdraw", "2", str(served), server.url + "/"]) == 0
+    assert main(["publish", "--withdraw", "2", str(served), server.url + "/"]) == 0
     assert capsys.readouterr().out == f"{served}: version 1 is the newest\n"
-    assert main([str(new), str(tmp_path)]) == 1
+    assert main(["publish", str(new), str(tmp_path)]) == 1
     assert "give a copy of artifacts/triton/onnxruntime" in capsys.readouterr().err
-    assert main([str(new), str(served), "http://127.0.0.1:9"]) == 1
+    assert main(["publish", str(new), str(served), "http://127.0.0.1:9"]) == 1
     assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
-    assert main([str(new)]) == 2

@@ -10,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "assets" / "tiny-shapes"
-COMMANDS = {"apply", "compare", "device", "drift", "gate", "publish", "verify", "why"}  # of stages/, run by hand
 
 
 @dataclass

@@ -28,7 +28,7 @@ REGRESSIONS = """
 ## A seeded regression
 
 A little noise was put on one weight of a target in a project that had been built whole, and `dvc repro` run. Then
-`python -m stages.gate --against HEAD`, which is `make gate AGAINST=HEAD`, printed:
+`clip-deploy gate --against HEAD`, which is `make gate AGAINST=HEAD`, printed:
 
 | Target | Quantity | Value | Limit | Exit code |
 | --- | --- | ---: | --- | ---: |

@@ -1,40 +1,32 @@
-"""Hold a sample of live embeddings against the golden set's: has what is sent to the server changed?
+"""Hold a sample of live embeddings against the golden set's: has what is sent changed?
 
-usage: python -m stages.drift LIVE GOLDEN      (no stage of the pipeline, no settings)
-
-Each is one of: a .npy of embeddings [rows, dimension]; a .npz with them under `images`, as
+Each sample is one of: a .npy of embeddings [rows, dimension]; a .npz with them under `images`, as
 artifacts/data/evaluation/reference.npz; a folder of .npy files, as ZeroShotClassifier.open(..., sample_folder=...)
-keeps them; Parquet with a column `embedding`, one file or a folder or URI of it, as `python -m clip_deploy embed`
-writes it. Exit code 0: no drift; 3: drift.
+keeps them; Parquet with a column `embedding`, one file or a folder or URI of it, as `clip-deploy embed` writes it.
+Exit code 0: no drift; 3: drift.
+
+example: clip-deploy drift live artifacts/data/evaluation/reference.npz
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 
-from clip_deploy.core.errors import DataError, DeployError, first_line, quiet_if_unread
+from clip_deploy.core.errors import DataError, DeployError, first_line
 from clip_deploy.inference.storage import local, read_tables, shown, vectors
 from clip_deploy.serving.drift import measure_drift
 
 DRIFTED = 3
 
 
-@quiet_if_unread()
-def main(arguments: list[str]) -> int:
-    if arguments in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
-    if len(arguments) != 2:
-        wanted = "usage: python -m stages.drift LIVE GOLDEN"
-        print(f"{wanted}: two samples are needed, {len(arguments)} given", file=sys.stderr)
-        return 2
-    try:
-        live, golden = (read_embeddings(name) for name in arguments)
-        drift = measure_drift(live, golden)
-    except DeployError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("live", metavar="LIVE", help="what a service embedded: 20 images and more, better 1,000")
+    parser.add_argument("golden", metavar="GOLDEN", help="what it is held against")
+
+
+def run(given: argparse.Namespace) -> int:
+    drift = measure_drift(read_embeddings(given.live), read_embeddings(given.golden))
     print(
         f"{'drift' if drift.drifted else 'no drift'}: discrepancy {drift.mmd2:.2g}, threshold {drift.threshold:.2g}, "
         f"p {drift.p_value:.3f}; {drift.rows[0]} live rows, {drift.rows[1]} golden; cosine of the means "
@@ -73,7 +65,3 @@ def _parts(where: str, path: Path | None) -> list[np.ndarray]:
 def _array(path: Path) -> np.ndarray:
     content = np.load(path)
     return np.asarray(content["images"] if path.suffix == ".npz" else content, dtype=np.float32)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,24 +1,35 @@
-"""Keep in FP32 what the diagnosis of a failed target names: python -m stages.apply ort-fp16, then dvc repro
-
-usage: python -m stages.apply TARGET      (no stage of the pipeline, no settings)
+"""Keep in FP32 what the diagnosis of a failed target names.
 
 It writes the nodes of reports/validate/<target>.json into the target's keep_fp32 in params.yaml; all else there stays
 as it is, comments included.
+
+example: clip-deploy apply ort-fp16 && dvc repro
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import yaml
 
-from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
+from clip_deploy.commands.project import PARAMS, check_project
+from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.files import write_text
 from clip_deploy.core.parsing import read_record
 from clip_deploy.core.records import Validation
-from stages import PARAMS
 
 SECTIONS = ("optimize", "quantize")  # whose targets have keep_fp32
+VALIDATION = Path("reports/validate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="one under optimize or quantize in params.yaml")
+
+
+def run(given: argparse.Namespace) -> int:
+    check_project(PARAMS)
+    print(apply(given.target, PARAMS, VALIDATION))
+    return 0
 
 
 def apply(target: str, params: Path, validation: Path) -> str:
@@ -65,20 +76,3 @@ def _with_nodes(text: str, settings: yaml.MappingNode, nodes: list[str]) -> str:
     first = settings.value[0][0].start_mark
     separator = ", " if settings.flow_style else "\n" + " " * first.column
     return f"{text[: first.index]}keep_fp32: {json.dumps(nodes)}{separator}{text[first.index :]}"
-
-
-@quiet_if_unread()
-def main() -> None:
-    if sys.argv[1:] in (["-h"], ["--help"]):
-        print(__doc__)
-        return
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m stages.apply TARGET")
-    try:
-        print(apply(sys.argv[1], PARAMS, Path("reports/validate")))
-    except DeployError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

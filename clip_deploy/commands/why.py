@@ -1,18 +1,16 @@
-"""Why does `dvc repro` run what it runs? What changed, old -> new, then the stages that read it and those behind them.
+"""Say what `dvc repro` would run, and because of which change.
 
-usage: python -m stages.why [TARGET] [--since REVISION]      (no stage of the pipeline, no settings)
+Before a run: what is here against dvc.lock. After it, --since HEAD: dvc.lock against the last commit's. It names what
+changed, old -> new, then the stages that read it and those behind them; one of these runs only where the files that it
+waits for come out different.
 
-Before a run: what is here against dvc.lock. After it, --since HEAD: dvc.lock against the last commit's. TARGET, a
-target or a stage, leaves out what does not concern it. A stage behind another runs only where that one's files come out
-different.
+examples: clip-deploy why ort-int8-static
+          clip-deploy why --since HEAD
 """
 
 import argparse
 import hashlib
 import json
-import subprocess
-import sys
-import tempfile
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -22,28 +20,29 @@ from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from clip_deploy.core.errors import DeployError, quiet_if_unread
+from clip_deploy.commands.project import PARAMS, PIPELINE, PROBED, check_project, probed
+from clip_deploy.core.errors import DeployError
 from clip_deploy.report.ci_gate import commit_of, committed, git
 from clip_deploy.report.why import Stage, explain
 
 LOCK = "dvc.lock"
-PROBED = ("reports/environment.json", "reports/inputs.json")  # those here are the last run's
 COMMAND = "the command in dvc.yaml"
 
 
-@quiet_if_unread()
-def main(arguments: list[str]) -> int:
-    layout: Any = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m stages.why", description=__doc__, formatter_class=layout)
-    parser.add_argument("target", nargs="?", metavar="TARGET")
-    parser.add_argument("--since", metavar="REVISION")
-    chosen = parser.parse_args(arguments)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", nargs="?", metavar="TARGET", help="a target or a stage; leaves out what does not concern it"
+    )
+    parser.add_argument("--since", metavar="REVISION", help="what ran since this git revision")
+
+
+def run(given: argparse.Namespace) -> int:
+    check_project(PARAMS, PIPELINE)
     try:
-        stages = since(Repo(), chosen.since) if chosen.since else pending(Repo())
-        print(explain(stages, chosen.target))
-    except (DeployError, DvcException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        stages = since(Repo(), given.since) if given.since else pending(Repo())
+    except DvcException as error:
+        raise DeployError(str(error)) from error
+    print(explain(stages, given.target))
     return 0
 
 
@@ -148,20 +147,5 @@ def open_probed(stage: Stage, recorded: dict[str, str], now: dict[str, Any], rev
                 stage.files.pop(path, None)
 
 
-def probed() -> dict[str, Any]:
-    """What the probe would write now."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {path: Path(folder) / Path(path).name for path in PROBED}
-        command = [f"{word}={path}" for word, path in zip(("output", "inputs"), paths.values(), strict=True)]
-        done = subprocess.run([sys.executable, "-m", "stages.probe", *command], stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise DeployError(done.stderr.strip().removeprefix("error: "))
-        return {path: json.loads(file.read_text()) for path, file in paths.items()}
-
-
 def here(path: str) -> str:
     return Path(path).read_text() if Path(path).is_file() else ""
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

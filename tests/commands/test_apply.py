@@ -1,16 +1,14 @@
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from support.project import ROOT
 from support.records import checked
 
+from clip_deploy.__main__ import main
+from clip_deploy.commands.apply import apply
 from clip_deploy.core.config import load_params
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.json_files import write_json
-from stages.apply import apply
 
 NODES = ["vision: MatMul_7", "vision: Add_8"]
 
@@ -69,11 +67,9 @@ def test_what_cannot_be_applied_is_said_and_changes_nothing(copy):
     assert (copy / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 
-@pytest.mark.parametrize(("words", "said"), [([], "usage: "), (["ort-fp16"], "error: cannot read reports/validate/")])
-def test_the_command_fails_in_one_line(copy, words, said):
-    command = [sys.executable, "-m", "stages.apply", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith(said)
-    assert done.stderr.count("\n") == 1
+def test_the_command_fails_in_one_line(copy, monkeypatch, capsys):
+    monkeypatch.chdir(copy)
+    assert main(["apply", "ort-fp16"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot read reports/validate/ort-fp16.json")
+    assert said.count("\n") == 1

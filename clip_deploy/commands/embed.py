@@ -1,0 +1,52 @@
+"""Write the embeddings of images as Parquet files.
+
+The same command goes on after a stop, and takes up what came, changed or went in a folder since. Exit code 3 says that
+all is done but some images could not be read.
+
+example: clip-deploy embed photos embeddings --float16
+"""
+
+import argparse
+from functools import partial
+
+from clip_deploy.commands.opened import add_package_arguments, name_unreadable, open_package
+from clip_deploy.inference.embed import EmbedSettings, Summary, embed, make_here
+from clip_deploy.inference.embed_ray import Shipped, make_on_ray
+from clip_deploy.inference.storage import Columns, open_source, shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_package_arguments(parser)
+    parser.add_argument("source", help="a folder of images or of Parquet, one Parquet file, or a URI (s3://...)")
+    parser.add_argument("output", help="a folder, or a URI")
+    parser.add_argument("--id-column", default="id", help="of a Parquet source; default: %(default)s")
+    parser.add_argument(
+        "--image-column", default="image", help="images' bytes in a Parquet source; default: %(default)s"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--part-size", type=int, default=10_000, help="images a file; default: %(default)s")
+    parser.add_argument("--float16", action="store_true", help="half the bytes, three digits of each number")
+    parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster: auto (this machine's), local, or host:port")
+
+
+def run(given: argparse.Namespace) -> int:
+    done = _embedded(given)
+    code = name_unreadable(done.unreadable)
+    gone = f"{done.gone:,} gone, " if done.gone else ""
+    speed = f" ({done.embedded_now / done.seconds:,.0f} images/s)" if done.embedded_now else ""
+    print(
+        f"{shown(given.output)}: {done.images:,} images, {done.embedded_before:,} embedded before, "
+        f"{done.embedded_now:,} now{speed}, {gone}{len(done.unreadable):,} unreadable"
+    )
+    return code
+
+
+def _embedded(given: argparse.Namespace) -> Summary:
+    settings = EmbedSettings(given.batch_size, given.part_size, given.float16)
+    columns = Columns(given.id_column, given.image_column)
+    source = open_source(given.source, settings.part_size, columns, shared=given.ray is not None)
+    if given.ray is None:
+        classifier = open_package(given)
+        return embed(classifier, source, given.output, settings, partial(make_here, classifier))
+    package = Shipped.read(given.package, given.device, given.threads)
+    return embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))

@@ -1,0 +1,27 @@
+"""Find the images that a text describes best.
+
+Exit code 3 says that some images could not be read and were left out.
+
+example: clip-deploy search embeddings "a photo of a yellow star" --top 3
+"""
+
+import argparse
+
+from clip_deploy.commands.opened import add_package_arguments, name_unreadable, open_package
+from clip_deploy.inference.classifier import check_count
+from clip_deploy.inference.search import search
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_package_arguments(parser)
+    parser.add_argument("source", help="a folder of images, or what `embed` wrote")
+    parser.add_argument("text")
+    parser.add_argument("--top", type=int, default=10, help="how many are shown; default: %(default)s")
+
+
+def run(given: argparse.Namespace) -> int:
+    check_count("top", given.top)
+    found = search(open_package(given), given.source, given.text, given.top)
+    for cosine, path in found.hits:
+        print(f"{cosine:.4f}  {path}")
+    return name_unreadable(found.unreadable)
