@@ -163,11 +163,12 @@ def test_energy_is_counted_over_the_images_that_it_encoded(monkeypatch):
 
     model = {"image_size": [32, 32], "context_length": 16, "example_texts": {"input_ids": [[1, 2]]}}
     target = Target("ort", "fp16", model=model, device="cuda")
-    sizes = {"1": {"throughput_per_s": 900.0}, "32": {"throughput_per_s": 9000.0}, "256": {"throughput_per_s": 8000.0}}
-    power = _power(Worker(), target, sizes, BenchmarkConfig(), 345)["power"]
-    assert power["batch"] == 32
-    assert power["j_per_1000_images"] == 1000 * 50.0 / 3200
-    assert power["clock_mhz"] == [345, 1980]
+    rates = {1: 900.0, 32: 9000.0, 256: 8000.0}
+    sizes = {batch: SimpleNamespace(throughput_per_s=rate) for batch, rate in rates.items()}
+    power = _power(Worker(), target, sizes, BenchmarkConfig(), 345)
+    assert power.batch == 32
+    assert power.j_per_1000_images == 1000 * 50.0 / 3200
+    assert power.clock_mhz == [345, 1980]
     assert [request["batch"] for request in asked if "batch" in request] == [32]
 
 

@@ -418,7 +418,7 @@ FETCH = """
 import sys, time
 from pathlib import Path
 time.sleep = lambda seconds: None  # the client tries again after 1, 2, 4... seconds
-from clip_deploy.checkpoint import fetch
+from clip_deploy.checkpoint.fetch import fetch
 from clip_deploy.core.config import Exporter, ModelConfig, OnnxConfig
 from clip_deploy.core.errors import CheckpointError
 try:

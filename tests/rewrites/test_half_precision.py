@@ -154,7 +154,7 @@ def test_a_conversion_that_breaks_the_outputs_is_refused(graph, monkeypatch):
         last.CopyFrom(numpy_helper.from_array(np.full((4, 4), np.inf, np.float32), "last"))
         onnx.save(model, path)
 
-    monkeypatch.setattr(half_precision, "_lower", spoil)
+    monkeypatch.setattr(half_precision, "_cast_down", spoil)
     with pytest.raises(UnavailableError, match="vision gives NaN or Inf in FP16 on the calibration set"):
         to_float16(graph(2.0), batches)
 

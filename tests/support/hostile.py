@@ -96,8 +96,8 @@ def read_graph(folder: Path) -> None:
     """Judge the target in folder/target on a few rows; one that fails its gate is refused with the gate's words."""
     gates = GatesConfig(fp32=GateLimits(min_cosine=0.9999), timeout_s=LIMIT_S / 2)
     record = validate_apart(folder / "target", few(load_prepared(folder / "set")), folder / "few.npz", gates, 0)
-    if record["status"] != "pass":
-        raise DeployError("; ".join(record["reasons"]))
+    if record.status != "pass":
+        raise DeployError("; ".join(record.reasons))
 
 
 def few(prepared: Prepared) -> Prepared:
