@@ -1,6 +1,6 @@
 """What the fault tests and the fuzzers saw: kept while they run, and written as JSON at the end.
 
-python tests/support/reliability.py build/faults.json build/gate.json ...    # prints reports/reliability.md
+python tests/support/reliability.py build/test_faults.json ...    # prints reports/reliability.md
 """
 
 import json
@@ -13,8 +13,8 @@ OUTCOMES = ("accepted", "refused", "wrong")
 
 HEAD = """# Faults and hostile input
 
-Written by `make reliability`, whose tests produce every line: `test_faults.py`, `test_gate.py`, `test_hostile.py` and
-`test_verify.py` in `tests/`.
+Written by `make reliability`, whose tests produce every line: `test_faults.py`, `report/test_ci_gate.py`,
+`test_hostile.py` and `core/test_manifest.py` in `tests/`.
 
 ## Faults
 
