@@ -323,7 +323,7 @@ def nan_weights(header, content):
 
 def changed(**fields):
     def change(header, content):
-        name = next(iter(header.keys() - {"__metadata__"}))
+        name = "vision_model.embeddings.class_embedding"
         return weights_of({**header, name: {**header[name], **fields}}, content)
 
     return change

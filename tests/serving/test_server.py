@@ -122,7 +122,7 @@ def test_a_start_with_a_broken_version_ends_and_names_it(environment, repository
     broken = changed(repository / "python", tmp_path / "broken", lambda graph: graph.write_bytes(b"broken"))
     assert publish(broken, models) == "2"
     with (
-        pytest.raises(DeployError, match="Triton ended with code 1"),
+        pytest.raises(DeployError, match=r"Triton ended with code (1|-\d+): .*version 2"),  # it may crash as it ends
         serve(models, environment, tmp_path / "server.log"),
     ):
         pass
