@@ -14,7 +14,6 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -26,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.errors import first_line
 from clip_deploy.core.files import write_text
+from clip_deploy.core.model import Model
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.torch_module import GraphModule, Operators
 from clip_deploy.report.tables import number, table
@@ -107,8 +107,8 @@ def main() -> None:
 
 
 def depths(source: Path) -> str:
-    towers = read_target(source).model["towers"].values()
-    return " and ".join(f"{tower['layers']} layers of width {tower['width']}" for tower in towers)
+    towers = read_target(source).model.towers.values()
+    return " and ".join(f"{tower.layers} layers of width {tower.width}" for tower in towers)
 
 
 def compare(source: Path, tower: str) -> Iterator[list[str]]:
@@ -179,14 +179,14 @@ def module(graph: ir.Model, choice: Choice) -> GraphModule:
     return found
 
 
-def inputs(model: dict[str, Any], tower: str, batch: int) -> tuple[Tensor, ...]:
+def inputs(model: Model, tower: str, batch: int) -> tuple[Tensor, ...]:
     """Random pixels, or texts of the full context whose words are drawn from the model's examples."""
     if tower == "vision":
-        return (torch.randn(batch, 3, *model["image_size"], device="cuda"),)
-    words = torch.tensor(model["example_texts"]["input_ids"], device="cuda").unique()
-    ids = words[torch.randint(len(words), (batch, model["context_length"]), device="cuda")]
+        return (torch.randn(batch, 3, *model.image_size, device="cuda"),)
+    words = torch.tensor(model.example_texts["input_ids"], device="cuda").unique()
+    ids = words[torch.randint(len(words), (batch, model.context_length), device="cuda")]
     held = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return tuple(held[name] for name in model["text_inputs"])
+    return tuple(held[name] for name in model.text_inputs)
 
 
 if __name__ == "__main__":

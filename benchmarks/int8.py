@@ -83,7 +83,7 @@ def by_defaults(method: str, calibration: Prepared, output: Path) -> Target:
             ready = Path(folder) / "ready.onnx"
             prepare(ARTIFACTS / "onnx-fp32" / f"{tower}.onnx", ready)  # both stumble over the exporter's types
             if method == "static":
-                reader = Reader(calibration.inputs(tower, source.model["text_inputs"]))
+                reader = Reader(calibration.inputs(tower, source.model.text_inputs))
                 quantize_static(ready, output / f"{tower}.onnx", reader, extra_options=TYPES)
             else:
                 quantize_dynamic(ready, output / f"{tower}.onnx", extra_options=TYPES)

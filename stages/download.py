@@ -1,6 +1,6 @@
 """Fetch the checkpoint (hub, local folder or untrained), check it, and keep it as the target torch-fp32."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -25,8 +25,7 @@ def download(settings: Settings) -> None:
         target = fetch(settings.model, folder, settings.device)
         findings = lint(folder, settings.model, target.model)
         print(*findings, sep="\n", end="\n" * bool(findings))
-        target.model["findings"] = [asdict(finding) for finding in findings]
-        return target
+        return replace(target, model=replace(target.model, findings=findings))
 
     build(settings.output, fetch_checked, None)
 

@@ -38,7 +38,7 @@ def prepare(settings: Settings) -> None:
             if name == "evaluation":
                 embeddings = encode_set(open_encoder(settings.checkpoint, device=device), load_prepared(folder))
                 save_embeddings(embeddings, folder / "reference.npz")
-                for doubt in doubts(embeddings, load_prepared(folder)) if model.get("trained", True) else []:
+                for doubt in doubts(embeddings, load_prepared(folder)) if model.trained else []:
                     print(f"warning: {doubt}")  # the report says it too; here before all is built
     with described_folder(settings.output / "portable") as folder:
         write_portable(settings.checkpoint, folder)

@@ -28,6 +28,7 @@ from clip_deploy.core.config import (
     TorchConfig,
 )
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.model import Model
 from clip_deploy.core.subprocesses import ending
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import validate
@@ -114,7 +115,7 @@ def test_a_target_on_the_gpu_gives_the_references_embeddings(built, sets):
 @pytest.mark.gpu
 def test_a_bound_call_gives_what_encoding_gives(built):
     encoder = open_encoder(built)
-    size = read_target(built).model["image_size"]
+    size = read_target(built).model.image_size
     images = np.random.default_rng(0).normal(size=(2, 3, *size)).astype(np.float32)
     expected = encoder.encode_images(images)
     call = encoder.bind("vision", [images])
@@ -161,7 +162,7 @@ def test_energy_is_counted_over_the_images_that_it_encoded(monkeypatch):
             asked.append(request)
             return {"calls": 100} if "seconds" in request else {}
 
-    model = {"image_size": [32, 32], "context_length": 16, "example_texts": {"input_ids": [[1, 2]]}}
+    model = Model(image_size=[32, 32], context_length=16, example_texts={"input_ids": [[1, 2]]})
     target = Target("ort", "fp16", model=model, device="cuda")
     rates = {1: 900.0, 32: 9000.0, 256: 8000.0}
     sizes = {batch: SimpleNamespace(throughput_per_s=rate) for batch, rate in rates.items()}
@@ -212,7 +213,7 @@ def test_a_checkpoint_in_half_precision_is_half_as_large_and_loads(checkpoint, t
     build(folder, lambda output: export_torch(checkpoint, settings, Device.cpu, output), Target("eager", "fp16"))
     weights = [(path / "model.safetensors").stat().st_size for path in (folder, checkpoint)]
     assert weights[0] == pytest.approx(weights[1] / 2, rel=0.05)
-    images = np.zeros((1, 3, *read_target(checkpoint).model["image_size"]), np.float32)
+    images = np.zeros((1, 3, *read_target(checkpoint).model.image_size), np.float32)
     half, whole = (open_encoder(path).encode_images(images)[0] for path in (folder, checkpoint))
     assert half @ whole / np.linalg.norm(half) / np.linalg.norm(whole) > 0.999
     assert replace(read_target(folder), build={}).runtime == "eager"

@@ -20,15 +20,14 @@ TARGETS = [
     "torch-int8",
     "torchscript-fp32",
     "openvino-fp32",
-    "openvino-int8",
     "onnx-fp32",
     "ort-fp32",
     "ort-fp16",
     "ort-int8-dynamic",
     "ort-int8-static",
 ]
-ONNX = TARGETS[5:]
-OPENVINO = TARGETS[3:5]
+ONNX = TARGETS[4:]
+OPENVINO = TARGETS[3:4]
 MISSING = [] if find_spec("openvino") and find_spec("nncf") else OPENVINO  # their rows are unavailable
 BUILDS = {
     "onnx-fp32": "export_onnx",
@@ -39,7 +38,6 @@ BUILDS = {
     "torch-int8": "export_torchscript@torch-int8",
     "torchscript-fp32": "export_torchscript@torchscript-fp32",
     "openvino-fp32": "export_openvino@openvino-fp32",
-    "openvino-int8": "export_openvino@openvino-int8",
 }
 SHIPPED = {"package", "triton_repository", "validate_triton"}  # where timing decides for another target or batch size
 REPORTED = {"recommend", "report"}
@@ -125,7 +123,7 @@ def test_nothing_changed_runs_nothing_but_probe(copy):
 
 def test_another_opset_rebuilds_only_what_is_exported_to_onnx(copy):
     copy.edit("params.yaml", "opset: 18", "opset: 20")
-    exported = ["openvino-fp32", "onnx-fp32", "ort-fp16", "ort-fp32", "ort-int8-dynamic"]
+    exported = ["openvino-fp32", "onnx-fp32", "ort-fp32", "ort-int8-dynamic"]
     keep(copy, ["torch-fp32", "torchscript-fp32", *exported])
     changed = [target for target in exported if target not in MISSING]
     ran = copy.repro()
@@ -145,9 +143,8 @@ def test_one_quantize_setting_rebuilds_that_target_alone(copy):
 
 def test_another_accuracy_budget_rebuilds_only_the_int8_targets(copy):
     copy.edit("params.yaml", "max_flips: 2.0", "max_flips: 3.0")
-    budgeted = ["ort-int8-dynamic", "ort-int8-static", "openvino-int8"]
-    changed = [target for target in budgeted if target not in MISSING]
-    assert copy.repro() - SHIPPED == {BUILDS[target] for target in budgeted} | measured(changed) | REPORTED
+    budgeted = ["ort-int8-dynamic", "ort-int8-static"]
+    assert copy.repro() - SHIPPED == {BUILDS[target] for target in budgeted} | measured(budgeted) | REPORTED
     build = json.loads((copy.path / "artifacts/ort-int8-static.manifest.json").read_text())["builds"]["ort-int8-static"]
     assert build["accuracy_budget"] == {"max_top1_drop": 1.0, "max_flips": 3.0}
 
@@ -167,7 +164,7 @@ def test_a_gpus_rows_stay_without_one(copy):
     page = (copy.path / "reports/report.md").read_text()
     for target in ("torch-fused-fp16", "aoti-fp16"):
         assert re.search(f"^- .*`{target}`.* unavailable: no CUDA device that PyTorch can use", page, re.MULTILINE)
-    assert "- `ort-cuda-fp16` unavailable: no CUDA device: NVIDIA's driver is not installed" in page
+    assert re.search("^- .*`ort-cuda-fp16` unavailable: no CUDA device: NVIDIA's driver is not", page, re.MULTILINE)
 
 
 def test_a_new_target_builds_that_target_alone(copy):

@@ -9,24 +9,22 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.export import Dim
 
+from clip_deploy.builders.preparation import Preparation
 from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.artifact import Target, read_source
 from clip_deploy.core.config import Device, OptimizeConfig, Precision
 from clip_deploy.core.errors import UnavailableError, first_line
-from clip_deploy.data.preprocessed import Prepared, feeds
-from clip_deploy.onnx_graph.pre_post import detach
+from clip_deploy.core.model import Model, TowerShape
+from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.onnx_graph.torch_module import GraphModule
-from clip_deploy.rewrites.fusion import Fused, facts_of, fuse, rewrites_of
-from clip_deploy.rewrites.half_precision import SCAN_ROWS, to_float16
+from clip_deploy.rewrites.fusion import rewrites_of
 from clip_deploy.runtimes.pytorch import require
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -47,67 +45,47 @@ def export_aoti(
     C++ compiler is found or the one found makes packages that crash.
     """
     require(device.value)
-    target = read_target(source)
-    if target.unavailable:
-        raise UnavailableError(f"{source.name}: {target.unavailable}")
-    made: dict[str, Fused] = {}
-    in_fp32: list[str] = []
+    target = read_source(source)
+    towers = Preparation(source, target, calibration, device)
     with _reported("a C++ file"):
         _check_compiler()
     with _cache_in(output):
-        for tower, shape in target.model["towers"].items():
-            graph, made[tower], kept = _fused(
-                source, tower, shape, target.model, precision, calibration, output, device
-            )
-            in_fp32 += kept
+        for tower, shape in target.model.towers.items():
+            graph = _fused(towers, tower, shape, precision, output)
             dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
             with _reported(f"the {tower} tower"), torch.no_grad():
                 module = GraphModule(graph, dtype).eval().to(device.value)
                 _compile(_program(module, tower, target.model, device), output / f"{tower}.pt2", device)
-    facts = facts_of(made, target.model["operations"]) | ({"left_in_fp32": in_fp32} if in_fp32 else {})
     return Target(
         runtime="aoti",
         precision=precision.value,
         device=device.value,
         files=["vision.pt2", "text.pt2"],
-        model={**target.model, "normalize": False, "classifier": None},
-        build={"compiler": f"AOTInductor, {NOTES[device]}", "source": source.name, **facts},
+        model=target.model.bare(),
+        build={"compiler": f"AOTInductor, {NOTES[device]}", "source": source.name, **towers.facts()},
     )
 
 
-def _program(module: GraphModule, tower: str, model: dict[str, Any], device: Device) -> torch.export.ExportedProgram:
+def _program(module: GraphModule, tower: str, model: Model, device: Device) -> torch.export.ExportedProgram:
     """Trace a tower for every batch, and every length of text up to the context."""
-    longest = {"batch": None, "sequence": model["context_length"]}
+    longest = {"batch": None, "sequence": model.context_length}
     dimensions = {axis: Dim(word, max=longest[word]) for axis, word in dynamic_axes(model)[tower].items()}
     example = tuple(tensor.to(device.value) for tensor in example_inputs(model)[tower])
     return torch.export.export(module, example, dynamic_shapes=(tuple(dimensions for _ in example),))
 
 
-def _fused(
-    source: Path,
-    tower: str,
-    shape: dict[str, int],
-    model: dict[str, Any],
-    precision: Precision,
-    calibration: Prepared,
-    output: Path,
-    device: Device,
-) -> tuple[ir.Model, Fused, list[str]]:
-    """One tower's fused graph, what was fused, and the nodes that float16 leaves in float32."""
+def _fused(towers: Preparation, tower: str, shape: TowerShape, precision: Precision, output: Path) -> ir.Model:
+    """One tower's fused graph, its weights in memory."""
     settings = OptimizeConfig(precision=Precision.fp16 if precision is Precision.fp16 else Precision.fp32)
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
-        detach(source / fused.name, bare)
-        made = fuse(bare, fused, rewrites_of(shape, settings), model["example_texts"])
-        kept: dict[str, float] = {}
+        path, _ = towers.fuse(tower, rewrites_of(shape, settings), Path(folder))
         if precision is Precision.fp16:
-            inputs = calibration.inputs(tower, model["text_inputs"])
-            kept = to_float16(fused, partial(feeds, inputs, SCAN_ROWS), device=device)
-        graph = ir.load(fused)
+            towers.to_float16(tower, path)
+        graph = ir.load(path)
         for value in graph.graph.initializers.values():  # the file goes with the folder
             if value.const_value is not None:
                 value.const_value = ir.tensor(value.const_value.numpy().copy())
-    return graph, made, [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
+    return graph
 
 
 @contextmanager

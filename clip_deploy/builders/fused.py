@@ -3,19 +3,17 @@
 import logging
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.builders.preparation import Preparation
+from clip_deploy.core.artifact import Target, read_source
 from clip_deploy.core.config import Device, OptimizeConfig, Precision, Provider
-from clip_deploy.core.errors import UnavailableError
-from clip_deploy.data.preprocessed import Prepared, feeds
+from clip_deploy.core.model import TowerShape
+from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.onnx_graph import onnx_file
-from clip_deploy.onnx_graph.pre_post import PrePost, attach, detach
-from clip_deploy.rewrites.attention import fuse_packed_attention, replace_masks
-from clip_deploy.rewrites.early_pooling import float_argmax
-from clip_deploy.rewrites.fusion import Fused, Rewrite, Step, _edit, facts_of, fuse, rewrites_of
-from clip_deploy.rewrites.half_precision import SCAN_ROWS, to_bfloat16, to_float16
+from clip_deploy.onnx_graph.pre_post import PrePost, attach
+from clip_deploy.rewrites.fusion import Step, causal_only, for_cuda, rewrites_of
+from clip_deploy.rewrites.half_precision import to_bfloat16
 
 RUNTIME_OF_PROVIDER = {Provider.own: "ort", Provider.tensorrt: "ort_tensorrt", Provider.torch: "fused"}
 
@@ -28,43 +26,25 @@ def optimize(
     For PyTorch, what stands around the towers (preprocessing, heads) is left out.
     Raises UnavailableError where the source could not be built, or gives NaN or Inf on the calibration set in float16.
     """
-    target = read_target(source)
-    if target.unavailable:
-        raise UnavailableError(f"{source.name}: {target.unavailable}")
+    target = read_source(source)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # what cannot be folded
-    made: dict[str, Fused] = {}
-    in_fp32: list[str] = []
+    towers = Preparation(source, target, calibration, device)
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        for tower, shape in target.model["towers"].items():
-            bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
-            pre_post = detach(source / fused.name, bare)
-            if settings.provider is Provider.torch:
-                pre_post = PrePost()
-            rewrites = rewrites_of(shape, settings)
-            if settings.provider is Provider.tensorrt:
-                rewrites = rewrites[-1:]  # masks alone: TensorRT reads no operators of ONNX Runtime's own
-            elif settings.provider is Provider.torch:
-                rewrites = causal_only(rewrites)
-            elif device is Device.cuda:
-                rewrites = for_cuda(rewrites, target.model["context_length"])
-            made[tower] = fuse(bare, fused, rewrites, target.model["example_texts"])
+        for tower, shape in target.model.towers.items():
+            rewrites = _rewrites(shape, settings, device, target.model.context_length)
+            graph, pre_post = towers.fuse(tower, rewrites, Path(folder))
             if settings.precision is Precision.fp16:
-                inputs = calibration.inputs(tower, target.model["text_inputs"])
-                kept = to_float16(fused, partial(feeds, inputs, SCAN_ROWS), settings.keep_fp32, device)
-                in_fp32 += [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
+                towers.to_float16(tower, graph, settings.keep_fp32)
             elif settings.precision is Precision.bf16:
-                to_bfloat16(fused, settings.keep_fp32)
-            attach(fused, pre_post, output / fused.name)
-    facts = facts_of(made, target.model["operations"])
+                to_bfloat16(graph, settings.keep_fp32)
+            attach(graph, PrePost() if settings.provider is Provider.torch else pre_post, output / graph.name)
+    facts = towers.facts()
     if settings.keep_fp32:
         facts["keep_fp32"] = settings.keep_fp32
-    if settings.precision is Precision.fp16:
-        facts["left_in_fp32"] = in_fp32
-    elif settings.precision is Precision.fp32 and settings.provider is Provider.own and device is Device.cuda:
+    if settings.precision is Precision.fp32 and settings.provider is Provider.own and device is Device.cuda:
         facts["matmuls"] = "may be in TF32, the provider's default for float32"
     if settings.provider is Provider.torch:
-        bare_model = {**target.model, "normalize": False, "classifier": None}
-        target = replace(target, image_input="pixel_values", model=bare_model)
+        target = replace(target, image_input="pixel_values", model=target.model.bare())
         facts["kernels"] = "ours or the library's, the faster for each shape"
     return replace(
         target,
@@ -76,18 +56,10 @@ def optimize(
     )
 
 
-def causal_only(rewrites: list[Step]) -> list[Step]:
-    """The same without a mask of padding where the order of tokens masks enough: a GPU's fastest kernels take none."""
-    alone: Rewrite = partial(_edit, lambda model: replace_masks(model, causal=True, padding=False))
-    first = [("causal mask alone", alone)]
-    return [first + step if step and step[0][0] == "causal mask" else step for step in rewrites]
-
-
-def for_cuda(rewrites: list[Step], context: int) -> list[Step]:
-    """The same with what ONNX Runtime needs on a GPU: the packed matmul inside attention, and no search in integers."""
-    held: Rewrite = partial(_edit, fuse_packed_attention)
-    return [
-        *causal_only(rewrites),
-        [("packed attention", held)],
-        [("end of text", partial(_edit, lambda model: float_argmax(model, context)))],
-    ]
+def _rewrites(shape: TowerShape, settings: OptimizeConfig, device: Device, context: int) -> list[Step]:
+    rewrites = rewrites_of(shape, settings)
+    if settings.provider is Provider.tensorrt:
+        return rewrites[-1:]  # masks alone: TensorRT reads no operators of ONNX Runtime's own
+    if settings.provider is Provider.torch:
+        return causal_only(rewrites)
+    return for_cuda(rewrites, context) if device is Device.cuda else rewrites

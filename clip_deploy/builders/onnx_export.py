@@ -5,6 +5,7 @@ around them.
 import logging
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs, split
 from clip_deploy.core.artifact import EMBEDS, Target, read_target
 from clip_deploy.core.config import OPSETS, OnnxConfig
 from clip_deploy.core.errors import DeployError, UnavailableError, one_line
+from clip_deploy.core.model import Head, Model
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.postprocessing import add_postprocessing, encode_labels
 from clip_deploy.onnx_graph.pre_post import PrePost, attach
@@ -39,9 +41,10 @@ def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
     source = read_target(checkpoint)
     model = source.model
     pre_posts = _pre_posts(checkpoint, settings, model)
-    model = {**model, **_known(settings)}
+    head = Head(settings.classifier, settings.template) if settings.classifier else None
+    model = replace(model, normalize=settings.normalize, classifier=head)
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        model["operations"] = _export_towers(checkpoint, settings, model, Path(folder))
+        model = replace(model, operations=_export_towers(checkpoint, settings, model, Path(folder)))
         for name, pre_post in pre_posts.items():
             attach(Path(folder) / f"{name}.onnx", pre_post, output / f"{name}.onnx")
     return Target(
@@ -61,17 +64,11 @@ def _asked_for(settings: OnnxConfig) -> dict[str, Any]:
     return asked | ({"classifier": f"{len(settings.classifier)} labels"} if settings.classifier else {})
 
 
-def _known(settings: OnnxConfig) -> dict[str, Any]:
-    """What later stages must know of it."""
-    head = {"labels": settings.classifier, "template": settings.template} if settings.classifier else None
-    return {"normalize": settings.normalize, "classifier": head}
-
-
-def _pre_posts(checkpoint: Path, settings: OnnxConfig, model: dict[str, Any]) -> dict[str, PrePost]:
+def _pre_posts(checkpoint: Path, settings: OnnxConfig, model: Model) -> dict[str, PrePost]:
     pre_posts = {"vision": PrePost(), "text": PrePost()}
     labels = None
     if settings.preprocess:
-        pre_posts["vision"] = preprocessing_nodes(load_processor(checkpoint).image_processor, model["image_size"])
+        pre_posts["vision"] = preprocessing_nodes(load_processor(checkpoint).image_processor, model.image_size)
     if settings.classifier:
         processor = load_processor(checkpoint)
         labels = encode_labels(load_model(checkpoint), processor, model, settings.classifier, settings.template)
@@ -91,13 +88,11 @@ def _failed(writer: str, tower: str, error: Exception) -> str:
     )
 
 
-def _export_towers(
-    checkpoint: Path, settings: OnnxConfig, model: dict[str, Any], output: Path
-) -> dict[str, dict[str, int]]:
+def _export_towers(checkpoint: Path, settings: OnnxConfig, model: Model, output: Path) -> dict[str, dict[str, int]]:
     """Write both towers, and return what each computes: what the fusions of its graph are held against."""
     operations = {}
     inputs, axes = example_inputs(model), dynamic_axes(model)
-    names = {"vision": ["pixel_values"], "text": model["text_inputs"]}
+    names = {"vision": ["pixel_values"], "text": model.text_inputs}
     write = WRITERS[settings.writer]
     for name, tower in split(load_model(checkpoint), inputs).items():
         path = output / f"{name}.onnx"

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import EMBEDS, Target, read_target
+from clip_deploy.core.artifact import EMBEDS, Target, read_source
 from clip_deploy.core.config import AccuracyBudget, OpenVinoConfig, OptimizeConfig, Precision
 from clip_deploy.core.environment import hardware, has_vnni
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.model import Model
+from clip_deploy.core.records import Facts
 from clip_deploy.data.preprocessed import Prepared, feeds
 from clip_deploy.evaluate.accuracy import accuracy_cost
 from clip_deploy.evaluate.embeddings import Embeddings, encode_images, encode_texts
@@ -41,10 +43,8 @@ def export_openvino(source: Path, settings: OpenVinoConfig, calibration: Prepare
     openvino = _imported("openvino")
     _check_cpu(openvino, settings.precision)
     nncf = _imported("nncf") if settings.precision is Precision.int8 else None
-    target = read_target(source)
-    if target.unavailable:
-        raise UnavailableError(f"{source.name}: {target.unavailable}")
-    models, fusions = _convert(openvino, source, target.model, output)
+    target = read_source(source)
+    models, fusions = _convert(openvino, source, target, calibration, output)
     facts: dict[str, Any] = {name: target.build[name] for name in ("opset", "exporter")} | {"source": source.name}
     facts |= fusions
     if nncf is not None:
@@ -57,7 +57,7 @@ def export_openvino(source: Path, settings: OpenVinoConfig, calibration: Prepare
         runtime="openvino",
         precision=settings.precision.value,
         files=sorted(path.name for path in output.iterdir()),
-        model={**target.model, "normalize": False, "classifier": None},
+        model=target.model.bare(),
         build=facts,
     )
 
@@ -76,24 +76,20 @@ def _check_cpu(openvino: Any, precision: Precision) -> None:
         raise UnavailableError("OpenVINO finds no bfloat16 instructions on this CPU")
 
 
-def _convert(openvino: Any, source: Path, model: dict[str, Any], output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _convert(
+    openvino: Any, source: Path, target: Target, calibration: Prepared, output: Path
+) -> tuple[dict[str, Any], Facts]:
     """Both towers, fused, as OpenVINO models; and what was fused, for the target's build."""
-    from clip_deploy.onnx_graph.pre_post import detach
-    from clip_deploy.rewrites.fusion import (  # seconds, which a missing library need not take
-        facts_of,
-        fuse,
-        rewrites_of,
-    )
+    from clip_deploy.builders.preparation import Preparation  # seconds, which a missing library need not take
+    from clip_deploy.rewrites.fusion import rewrites_of
 
-    models, made = {}, {}
+    models, towers = {}, Preparation(source, target, calibration)
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        for tower, shape in model["towers"].items():
-            bare, fused = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
-            detach(source / fused.name, bare)
-            rewrites = rewrites_of(shape, OptimizeConfig(), packed=False)
-            made[tower] = fuse(bare, fused, rewrites, model["example_texts"])
-            models[tower] = _read(openvino, fused, ["pixel_values"] if tower == "vision" else model["text_inputs"])
-    return models, facts_of(made, model["operations"])
+        for tower, shape in target.model.towers.items():
+            graph, _ = towers.fuse(tower, rewrites_of(shape, OptimizeConfig(), packed=False), Path(folder))
+            inputs = ["pixel_values"] if tower == "vision" else target.model.text_inputs
+            models[tower] = _read(openvino, graph, inputs)
+    return models, towers.facts()
 
 
 def _read(openvino: Any, path: Path, inputs: list[str]) -> Any:
@@ -135,7 +131,7 @@ def _quantise(
     openvino: Any,
     nncf: Any,
     models: dict[str, Any],
-    description: dict[str, Any],
+    description: Model,
     budget: AccuracyBudget | None,
     calibration: Prepared,
     seed: int,
@@ -144,7 +140,7 @@ def _quantise(
 
     Where that breaks the budget, NNCF's accuracy control searches from its most accurate one.
     """
-    text_inputs = description["text_inputs"]
+    text_inputs = description.text_inputs
     core = openvino.Core()
     compiled = {
         name: core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) for name, model in models.items()
@@ -166,7 +162,7 @@ def _quantise(
     for name, model in models.items():
         data = nncf.Dataset(list(feeds(calibration.inputs(name, text_inputs), CALIBRATION_BATCH)))
         quantised[name] = nncf.quantize(model, data, **fastest)
-        if budget is None or not description["trained"]:
+        if budget is None or not description.trained:
             continue
         spent = _budget_spent(name, budget, reference, calibration, text_inputs, seed)
         share = -spent(core.compile_model(quantised[name], "CPU"), None)[0]

@@ -165,12 +165,12 @@ def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, A
     return {
         "towers": {tower: _tower(tower, towers[tower], targets[tower], files) for tower in TOWERS},
         "dimension": int(load_embeddings(sources.evaluation / "reference.npz").images.shape[1]),
-        "image_size": model["image_size"],
-        "context_length": model["context_length"],
-        "pad_to_context": model["pad_to_context"],
+        "image_size": model.image_size,
+        "context_length": model.context_length,
+        "pad_to_context": model.pad_to_context,
         "pad_token": evaluation["pad_token"],
         **{key: value for key, value in scores.items() if key != "unavailable"},
-        "normalized": bool(model.get("normalize")),
+        "normalized": bool(model.normalize),
         "device": targets["vision"].device,
         "files": files,
     }
@@ -178,5 +178,5 @@ def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, A
 
 def _tower(tower: str, name: str, target: Target, files: dict[str, Any]) -> dict[str, Any]:
     file = f"{tower}.onnx"
-    takes = {"image_input": target.image_input} if tower == "vision" else {"inputs": target.model["text_inputs"]}
+    takes = {"image_input": target.image_input} if tower == "vision" else {"inputs": target.model.text_inputs}
     return {"target": name, "precision": target.precision, "file": file, **takes, "sha256": files[file]["sha256"]}

@@ -20,11 +20,11 @@ from clip_deploy.checkpoint.load import load_model, load_processor
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.files import write_text
+from clip_deploy.core.model import Model
 from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER, pad_token_of, tokenize
-from clip_deploy.inference.images import Preprocessor
 from clip_deploy.inference.tokenizer import Tokenizer, shown
 from clip_deploy.onnx_graph.postprocessing import logit_bias, logit_scale
-from clip_deploy.onnx_graph.preprocessing import PROBES, Preprocessing, read_preprocessing
+from clip_deploy.onnx_graph.preprocessing import PROBES, read_preprocessing
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -77,7 +77,7 @@ def write_portable(checkpoint: Path, folder: Path) -> None:
         return {}
 
     attempt(TOKENIZER, lambda path: write_tokenizer(processor, model, path))
-    attempt(PREPROCESSOR, lambda path: write_preprocessor(processor.image_processor, model["image_size"], path))
+    attempt(PREPROCESSOR, lambda path: write_preprocessor(processor.image_processor, model.image_size, path))
     scores = attempt(SCORES, lambda path: _scores(checkpoint))
     write_text(folder / SCORES, json.dumps({**scores, "unavailable": unavailable}, indent=1) + "\n")
 
@@ -93,17 +93,17 @@ def _scores(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(processor: "ProcessorMixin", model: dict[str, Any], path: Path) -> None:
+def write_tokenizer(processor: "ProcessorMixin", model: Model, path: Path) -> None:
     """Raises UnavailableError where `tokenizers` alone gives other tokens than the checkpoint's own tokenizer."""
     name = type(processor.tokenizer).__name__
     write_text(path, _backend(processor.tokenizer).to_str())
-    own = Tokenizer(path, model["context_length"], model["pad_to_context"], pad_token_of(processor))
+    own = Tokenizer(path, model.context_length, model.pad_to_context, pad_token_of(processor))
     texts = [*probe_texts(), *(f"a cat {token} or two" for token in processor.tokenizer.all_special_tokens)]
     expected = tokenize(processor, model, texts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe is meant to be cut
         actual = own(texts)
-    for key in model["text_inputs"]:
+    for key in model.text_inputs:
         rows = zip(texts, actual[key].tolist(), getattr(expected, key).tolist(), strict=True)
         if other := [text for text, ours, wanted in rows if ours != wanted]:
             raise UnavailableError(
@@ -175,29 +175,12 @@ def _canonical(lower: bool, spec: Any) -> list[Any]:
 
 def write_preprocessor(processor: "BaseImageProcessor", image_size: list[int], path: Path) -> None:
     """Raises UnavailableError where Pillow and numpy alone give other pixels than the checkpoint's own processor."""
-    found = read_preprocessing(processor, range(6))  # all of Pillow's filters
-    deviation = 1 / (255 * found.scale)
-    record = Preprocessor(
-        size=_size(found),
-        crop=found.crop,
-        resample=found.resample,
-        rescale_factor=1 / 255,
-        image_mean=[float(value) for value in -found.offset * deviation],
-        image_std=[float(value) for value in deviation],
-    )
+    record = read_preprocessing(processor, range(6))  # all of Pillow's filters
     write_text(path, json.dumps(asdict(record), indent=1) + "\n")
     rng = np.random.default_rng(0)
-    for height, width in PROBES if found.resample is not None else [image_size]:
+    for height, width in PROBES if record.resample is not None else [image_size]:
         noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         expected = processor(noise, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
         actual = record(Image.fromarray(noise))
         if actual.shape != expected.shape or not np.abs(actual - expected).max() < CLOSE:
             raise UnavailableError(f"{type(processor).__name__} does something that Pillow and numpy alone do not")
-
-
-def _size(found: Preprocessing) -> dict[str, int] | None:
-    if found.resample is None:
-        return None
-    if found.size is not None:
-        return {"height": found.size[0], "width": found.size[1]}
-    return {"shortest_edge": int(found.shortest_edge or 0)}

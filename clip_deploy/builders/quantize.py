@@ -24,10 +24,10 @@ from onnxruntime.quantization import (
 
 from clip_deploy.builders.sensitivity import Rounding, Switched, search
 from clip_deploy.builders.smooth_quant import smooth
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.artifact import Target, read_source
 from clip_deploy.core.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig, ReduceRange
 from clip_deploy.core.environment import has_vnni
-from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.model import Model
 from clip_deploy.core.records import Facts, Search
 from clip_deploy.data.preprocessed import Prepared, feeds
 from clip_deploy.evaluate.accuracy import Loss, accuracy_cost, within_budget
@@ -59,16 +59,14 @@ def quantize(
 
     Raises UnavailableError where the source could not be built.
     """
-    target = read_target(source)
-    if target.unavailable:
-        raise UnavailableError(f"{source.name}: {target.unavailable}")
+    target = read_source(source)
     logging.getLogger().setLevel(logging.ERROR)  # the quantizer advises a pre-processing step that fuse() replaces
     reduced = reduces_range(settings.reduce_range, instruction_sets)
     build = {**target.build, "source": source.name, **_described(settings, calibration, reduced)}
     result = replace(target, precision="int8", build=build)
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        towers = _Towers(source, settings, calibration, reduced, target.model["text_inputs"], Path(folder))
-        if settings.accuracy_budget is None or not target.model["trained"]:
+        towers = _Towers(source, settings, calibration, reduced, target.model.text_inputs, Path(folder))
+        if settings.accuracy_budget is None or not target.model.trained:
             towers.write([])
         else:
             result.search = _write_within(towers, settings.accuracy_budget, seed)
@@ -162,7 +160,7 @@ class _Towers:
             attach(self.small / f"{tower}.onnx", pre_post, output / f"{tower}.onnx")
 
     def encoder(self, folder: Path) -> Encoder:
-        return Encoder(folder, Target("ort", "int8", model={"text_inputs": self.text_inputs}), None)
+        return Encoder(folder, Target("ort", "int8", model=Model(text_inputs=self.text_inputs)), None)
 
     def switched(self) -> Switched:
         """Both towers with a switch at each node; static ranges are those of the fully quantised graphs."""

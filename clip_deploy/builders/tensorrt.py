@@ -13,14 +13,16 @@ from typing import Any
 
 import onnx_ir as ir
 
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.artifact import Target, read_source
 from clip_deploy.core.config import BuildEngineConfig, Device, Precision
 from clip_deploy.core.environment import gpus
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.model import Model
+from clip_deploy.core.records import Facts
 from clip_deploy.data.preprocessed import Prepared, feeds
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.pre_post import detach
-from clip_deploy.rewrites.half_precision import SCAN_ROWS, clamp_masks, to_float16
+from clip_deploy.rewrites.half_precision import SCAN_ROWS, clamp_masks, in_words, to_float16
 from clip_deploy.runtimes.tensorrt_library import INSTALL, is_rtx, load_tensorrt, log_of, validity
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -38,39 +40,37 @@ def build_engine(source: Path, settings: BuildEngineConfig, calibration: Prepare
     library = load_tensorrt()
     if not is_rtx(library) and not gpus():
         raise UnavailableError(f"TensorRT builds engines on an NVIDIA GPU only, TensorRT-RTX anywhere: {INSTALL}")
-    target = read_target(source)
-    if target.unavailable:
-        raise UnavailableError(f"{source.name}: {target.unavailable}")
+    target = read_source(source)
     in_fp32: list[str] = []
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        for tower in target.model["towers"]:
-            bare, graph = Path(folder) / f"bare-{tower}.onnx", Path(folder) / f"{tower}.onnx"
+        for tower in target.model.towers:
+            bare, graph = Path(folder) / f"{tower}-bare.onnx", Path(folder) / f"{tower}.onnx"
             detach(source / graph.name, bare)
             if settings.precision is Precision.fp32:
                 graph = bare
             else:
-                kept = _to_float16(bare, graph, calibration.inputs(tower, target.model["text_inputs"]))
-                in_fp32 += [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
-            _build(library, graph, settings, target.model["context_length"], output / f"{tower}.engine")
+                kept = _to_float16(bare, graph, calibration.inputs(tower, target.model.text_inputs))
+                in_fp32 += in_words(tower, kept)
+            _build(library, graph, settings, target.model.context_length, output / f"{tower}.engine")
     facts = {name: target.build[name] for name in ("opset", "exporter")} | {"source": source.name, **validity(library)}
     return Target(
         runtime="tensorrt",
         precision=settings.precision.value,
         device="cuda",
         files=["text.engine", "vision.engine"],
-        model={**target.model, "normalize": False, "classifier": None},
+        model=target.model.bare(),
         build={**facts, **_choices(library, settings, target.model), **_precision(settings, in_fp32)},
     )
 
 
-def _choices(library: Any, settings: BuildEngineConfig, model: dict[str, Any]) -> dict[str, str]:
+def _choices(library: Any, settings: BuildEngineConfig, model: Model) -> dict[str, str]:
     facts = {"batches": f"{settings.min_batch} to {settings.max_batch}, best at {settings.opt_batch}"}
-    if not model["pad_to_context"]:
-        facts["tokens"] = f"1 to {model['context_length']}"
+    if not model.pad_to_context:
+        facts["tokens"] = f"1 to {model.context_length}"
     return facts | ({"supported": "by NVIDIA on RTX cards only"} if is_rtx(library) else {})
 
 
-def _precision(settings: BuildEngineConfig, in_fp32: list[str]) -> dict[str, Any]:
+def _precision(settings: BuildEngineConfig, in_fp32: list[str]) -> Facts:
     if settings.precision is Precision.fp16:
         return {"left_in_fp32": in_fp32}
     return {"matmuls": "may be in TF32, TensorRT's default for float32"}

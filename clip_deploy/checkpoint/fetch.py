@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from clip_deploy.checkpoint.layout import (
@@ -21,6 +22,7 @@ from clip_deploy.core.artifact import Target
 from clip_deploy.core.config import Device, ModelConfig
 from clip_deploy.core.environment import fingerprint, located
 from clip_deploy.core.errors import CheckpointError
+from clip_deploy.core.model import Origin
 
 
 def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Target:
@@ -38,9 +40,9 @@ def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Targ
     with called(output, model):
         verify(output)
         described = describe(output)
-    origin = {"repo_id": model.repo_id, "revision": model.revision, "sha256": fingerprint(output)}
-    description = {**described, "trained": model.trained, "checkpoint": origin, "left_out": other_weights(source)}
-    return Target("eager", "fp32", ["config.json", *weight_names(output)], description, device=device.value)
+    origin = Origin(model.repo_id, model.revision, fingerprint(output))
+    known = replace(described, trained=model.trained, checkpoint=origin, left_out=other_weights(source))
+    return Target("eager", "fp32", ["config.json", *weight_names(output)], known, device=device.value)
 
 
 @contextmanager

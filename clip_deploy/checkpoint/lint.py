@@ -22,6 +22,7 @@ from clip_deploy.checkpoint.verify import read_config, stated_settings, tower_se
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import ModelConfig
 from clip_deploy.core.errors import CheckpointError, ConfigError, one_line
+from clip_deploy.core.model import Finding, Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,30 +119,7 @@ CACHED = re.compile(r"models--([^/]+?)--([^/]+)")  # a repository's folder in th
 WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile", "base_model.model.": "PEFT"}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is not as the family's checkpoints have it.
-
-    Attributes:
-        code: one of CODES, by which an error can be allowed.
-        severity: "error" where answers are wrong, "warning" where they may be or others will stumble.
-        consequence: what happens if nothing is changed.
-        allowed: an error that model.allow names.
-    """
-
-    code: str
-    severity: str
-    found: str
-    expected: str
-    consequence: str
-    allowed: bool = False
-
-    def __str__(self) -> str:
-        mark = f"{self.severity}, allowed" if self.allowed else self.severity
-        return f"{self.code} ({mark}): {self.found}; expected {self.expected}. {self.consequence}"
-
-
-def lint(folder: Path, model: ModelConfig, described: dict[str, Any]) -> list[Finding]:
+def lint(folder: Path, model: ModelConfig, described: Model) -> list[Finding]:
     """Hold the checkpoint in `folder` against its tokenizer, its processor, its weights and its family.
 
     Args:
@@ -179,7 +157,7 @@ class Opened:
 
     folder: Path
     settings: ModelConfig
-    described: dict[str, Any]
+    described: Model
 
     @cached_property
     def written(self) -> dict[str, Any]:
@@ -207,7 +185,7 @@ class Opened:
 
     @property
     def kind(self) -> str:
-        found: str = self.described["model_type"]
+        found: str = self.described.model_type
         return found
 
     @property
@@ -273,7 +251,7 @@ def code_of_its_own(opened: Opened) -> Iterator[Finding]:
 
 def left_out(opened: Opened) -> Iterator[Finding]:
     """A second set of weights in the folder."""
-    if names := opened.described.get("left_out"):
+    if names := opened.described.left_out:
         found = f"{_some(names)} {'lie' if len(names) > 1 else 'lies'} beside the weights"
         consequence = "transformers does not read it: it is neither deployed nor counted"
         yield Finding("other-weights", WARNING, found, "one set of weights", consequence)
@@ -364,7 +342,7 @@ def end_of_text(opened: Opened) -> Iterator[Finding]:
         return
     tokenizer, told = opened.processor.tokenizer, opened.config.text_config.eos_token_id
     real, highest = tokenizer.eos_token_id, max(tokenizer.get_vocab().values())
-    if real is None or any(real not in ids for ids in opened.described["example_texts"]["input_ids"]):
+    if real is None or any(real not in ids for ids in opened.described.example_texts["input_ids"]):
         consequence = "The text tower would pool at another token, most often the first, which is the same in all texts"
         yield Finding(
             "eos-missing", ERROR, "tokenised texts hold no end-of-text token", f"one at their end ({real})", consequence
@@ -524,9 +502,9 @@ def stated(opened: Opened) -> Iterator[Finding]:
 
 def context(opened: Opened) -> Iterator[Finding]:
     """The tokenizer's length against the model's positions."""
-    positions, length = opened.described["positions"], opened.processor.tokenizer.model_max_length
+    positions, length = opened.described.positions, opened.processor.tokenizer.model_max_length
     expected = f"the text tower's {positions} positions"
-    cut = opened.described["context_length"]
+    cut = opened.described.context_length
     if length > positions:
         found = f"the tokenizer's model_max_length is {length if length < 1e9 else 'not set'}"
         consequence = f"Texts are cut at {cut} here; a server that asks the tokenizer alone fails on longer ones"
@@ -565,7 +543,7 @@ def scale(opened: Opened) -> Iterator[Finding]:
 
 def images(opened: Opened) -> Iterator[Finding]:
     """Size, crop, normalisation and filter, as the processor's own pixels show them."""
-    made = opened.described["image_size"]
+    made = opened.described.image_size
     yield from _sizes(opened, getattr(opened.config.vision_config, "image_size", None), made)
     wide = list(opened.pixels(Image.new("RGB", (96, 64))).shape[-2:])
     if wide != made:
@@ -640,7 +618,7 @@ def _may_be_inception(opened: Opened) -> bool:
 
 def _sees_rims(opened: Opened) -> bool:
     """Whether the rims of a square image, an eighth of its width, leave a trace; the image is large."""
-    side = 4 * max(opened.described["image_size"])
+    side = 4 * max(opened.described.image_size)
     framed = Image.new("RGB", (side, side), "black")
     framed.paste("white", (side // 8, side // 8, side - side // 8, side - side // 8))
     return bool(np.ptp(opened.pixels(framed)[0]) > 0)
@@ -717,7 +695,7 @@ def alike(opened: Opened) -> Iterator[Finding]:
     """Whether different texts, and different images, get different embeddings, whatever the reason."""
     import torch
 
-    model, given = opened.loaded[0], opened.described["example_texts"]
+    model, given = opened.loaded[0], opened.described.example_texts
     levels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     pixels = np.stack([opened.pixels(Image.fromarray(image).resize((64, 64))) for image in levels])
     calls: dict[str, Callable[[], Any]] = {

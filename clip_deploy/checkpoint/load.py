@@ -9,6 +9,7 @@ from clip_deploy.checkpoint.layout import (
 )
 from clip_deploy.checkpoint.verify import stated_settings
 from clip_deploy.core.errors import CheckpointError, one_line
+from clip_deploy.core.model import Model, TowerShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -141,12 +142,8 @@ def _verify_filter(folder: Path, processor: Any) -> None:
         )
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path) -> Model:
     """What later stages need to know of the model, so that they can do without transformers.
-
-    Returns:
-        model_type, image_size [height, width] in pixels, context_length in tokens, text_inputs (names), example_texts
-        (three tokenised texts of different length, by input), and for each tower its layers, heads and width.
 
     Raises CheckpointError where its files do not say so, or contradict each other.
     """
@@ -160,7 +157,7 @@ def describe(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _describe(folder: Path) -> dict[str, Any]:
+def _describe(folder: Path) -> Model:
     config = load_config(folder)
     skeleton = _skeleton(folder, config)
     processor = load_processor(folder)
@@ -173,17 +170,17 @@ def _describe(folder: Path) -> dict[str, Any]:
     tokens = processor.tokenizer(
         EXAMPLE_TEXTS, padding="max_length" if siglip else "longest", truncation=True, max_length=context
     )
-    return {
-        "model_type": kind,
-        "image_size": _image_size(folder, processor.image_processor),
-        "context_length": context,
-        "positions": positions,
+    return Model(
+        model_type=kind,
+        image_size=_image_size(folder, processor.image_processor),
+        context_length=context,
+        positions=positions,
         # SigLIP was trained on texts padded to the context, without a mask, as transformers' processor gives them.
-        "pad_to_context": siglip,
-        "text_inputs": text_inputs,
-        "example_texts": {name: tokens[name] for name in text_inputs},
-        "towers": {"vision": _tower(config.vision_config), "text": _tower(config.text_config)},
-    }
+        pad_to_context=siglip,
+        text_inputs=text_inputs,
+        example_texts={name: tokens[name] for name in text_inputs},
+        towers={"vision": _tower(config.vision_config), "text": _tower(config.text_config)},
+    )
 
 
 def _skeleton(folder: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
@@ -236,8 +233,8 @@ def trained_context(kind: str, tokenizer: Any) -> float:
     return math.inf if stated else TRAINED_CONTEXT.get(kind, math.inf)
 
 
-def _tower(config: Any) -> dict[str, int]:
+def _tower(config: Any) -> TowerShape:
     """Layers, heads and width; 0 where a tower has none (ALIGN's EfficientNet), or others in each stage (Swin)."""
-    names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size"}
-    found = {key: getattr(config, name, 0) for key, name in names.items()}
-    return {key: 0 if isinstance(value, list | tuple) else int(value or 0) for key, value in found.items()}
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    found = [getattr(config, name, 0) for name in names]
+    return TowerShape(*(0 if isinstance(value, list | tuple) else int(value or 0) for value in found))

@@ -6,11 +6,12 @@ Works on every model of transformers with get_image_features and get_text_featur
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from clip_deploy.core.model import Model
 
 
 class ImageTower(nn.Module):  # type: ignore[misc]
@@ -109,21 +110,21 @@ def split(model: PreTrainedModel, inputs: dict[str, tuple[torch.Tensor, ...]]) -
     return towers
 
 
-def example_inputs(model: dict[str, Any]) -> dict[str, tuple[torch.Tensor, ...]]:
+def example_inputs(model: Model) -> dict[str, tuple[torch.Tensor, ...]]:
     """Two images and two texts of ones, for tracing: shapes matter, values do not.
 
     Args:
         model: as checkpoint.describe gives it.
     """
-    tokens = model["context_length"] if model["pad_to_context"] else min(16, model["context_length"])
-    texts = tuple(torch.ones(2, tokens, dtype=torch.int64) for _ in model["text_inputs"])
-    return {"vision": (torch.zeros(2, 3, *model["image_size"]),), "text": texts}
+    tokens = model.context_length if model.pad_to_context else min(16, model.context_length)
+    texts = tuple(torch.ones(2, tokens, dtype=torch.int64) for _ in model.text_inputs)
+    return {"vision": (torch.zeros(2, 3, *model.image_size),), "text": texts}
 
 
-def dynamic_axes(model: dict[str, Any]) -> dict[str, dict[int, str]]:
+def dynamic_axes(model: Model) -> dict[str, dict[int, str]]:
     """Each tower's axes of any length: the batch, and a text's tokens where the model does not pad to its context."""
     batch = {0: "batch"}
-    return {"vision": batch, "text": batch if model["pad_to_context"] else {**batch, 1: "sequence"}}
+    return {"vision": batch, "text": batch if model.pad_to_context else {**batch, 1: "sequence"}}
 
 
 def _children_used(model: PreTrainedModel, call: Callable[[], object]) -> set[str]:

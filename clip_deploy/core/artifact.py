@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from clip_deploy.core.environment import located
 from clip_deploy.core.errors import EVERY_ROW, ConfigError, DeployError, DiskError, UnavailableError
 from clip_deploy.core.files import disk_error_code, new_folder, sha256, write_text
+from clip_deploy.core.model import Model
 from clip_deploy.core.parsing import plain, read_record
 from clip_deploy.core.records import Facts, Search
 
@@ -23,6 +23,8 @@ EMBEDS = {"vision": "image_embeds", "text": "text_embeds"}  # the first output o
 MANIFEST = "target.json"
 MANIFEST_NAME = "{}.manifest.json"  # of a folder: what it holds
 CACHE = ".dvc/cache/files/md5"
+
+FileFacts = Mapping[str, str | int]  # of a file in a manifest: its sha256 and bytes
 
 
 @dataclass
@@ -33,8 +35,6 @@ class Target:
         runtime: which module of clip_deploy.runtimes opens it.
         precision: the gate's class, "fp32", "fp16" or "int8".
         files: the files that a deployment ships, relative to the folder; their bytes are the target's size.
-        model: the towers' shapes and the context length, as checkpoint.describe gives them, and `checkpoint`: the hub
-            id and revision that they come from, and a SHA-256 over all files of it (environment.fingerprint).
         build: how it was made (opset, fused nodes, quantisation settings...), for the report.
         unavailable: why it could not be built here, or None.
         failed: whether that is an error that nobody foresaw: its row says `fail`.
@@ -47,7 +47,7 @@ class Target:
     runtime: str
     precision: str
     files: list[str] = field(default_factory=list)
-    model: dict[str, Any] = field(default_factory=dict)
+    model: Model = field(default_factory=Model)
     build: Facts = field(default_factory=dict)
     unavailable: str | None = None
     failed: bool = False
@@ -86,6 +86,14 @@ def read_target(folder: Path) -> Target:
     if not (folder / MANIFEST).is_file():
         raise ConfigError(f"{folder} is not a built target (it has no {MANIFEST}); run `dvc repro`")
     return read_record(Target, folder / MANIFEST, null_is_nan=False)
+
+
+def read_source(folder: Path) -> Target:
+    """A target to build another from. Raises UnavailableError where it could not be built itself."""
+    target = read_target(folder)
+    if target.unavailable:
+        raise UnavailableError(f"{folder.name}: {target.unavailable}")
+    return target
 
 
 def check_files(folder: Path) -> None:
@@ -159,7 +167,7 @@ def real_graph(path: Path) -> Iterator[Path]:
         yield Path(folder, path.name)
 
 
-def hashes(folder: Path, known: Mapping[str, str] = {}) -> dict[str, dict[str, Any]]:
+def hashes(folder: Path, known: Mapping[str, str] = {}) -> dict[str, FileFacts]:
     """SHA-256 and bytes of every file below `folder`, by its path in there: what a manifest's `files` holds.
 
     `known` are hashes that need not be taken again: weights are large.
@@ -170,7 +178,7 @@ def hashes(folder: Path, known: Mapping[str, str] = {}) -> dict[str, dict[str, A
     }
 
 
-def differences(folder: Path, files: dict[str, dict[str, Any]], besides: str | None = None) -> list[str]:
+def differences(folder: Path, files: dict[str, FileFacts], besides: str | None = None) -> list[str]:
     """Every way in which `folder` is not what `hashes` gave: files missing, changed or added, the last but `besides`.
 
     Names that a manifest gives are never followed out of the folder.
@@ -188,7 +196,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
-def _is(path: Path, facts: dict[str, Any]) -> bool:
+def _is(path: Path, facts: FileFacts) -> bool:
     return path.is_file() and path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]
 
 

@@ -96,7 +96,7 @@ def provenance(judged: Mapping[str, tuple[Target, Validation]], facts: dict[str,
     first, _ = next(iter(judged.values()))
     return {
         **facts,
-        "checkpoint": first.model.get("checkpoint"),
+        "checkpoint": plain(first.model.checkpoint),
         "builds": {
             name: {"runtime": target.runtime, "precision": target.precision, "device": target.device, **target.build}
             for name, (target, _) in judged.items()

@@ -175,5 +175,5 @@ def plain(value: Any) -> Any:
 
 def _is_unsaid(item: "Field[Any]", held: Any) -> bool:
     if item.default_factory is not MISSING:
-        return held in ({}, [])
+        return bool(held == item.default_factory())
     return item.default is None and held is None

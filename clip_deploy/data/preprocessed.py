@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from clip_deploy.core.errors import DataError
 from clip_deploy.core.json_files import read_json
+from clip_deploy.core.model import Model
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -123,7 +124,7 @@ def write_prepared(
     dataset: "Dataset",
     templates: list[str],
     processor: "ProcessorMixin",
-    model: dict[str, Any],
+    model: Model,
     folder: Path,
     keep_images: bool = False,
 ) -> None:
@@ -134,7 +135,7 @@ def write_prepared(
     samples = getattr(dataset, name)
     if keep_images:
         _write_images(samples, folder / IMAGES)
-    _write_pixels(samples, processor, model["image_size"], folder / "pixel_values.npy")
+    _write_pixels(samples, processor, model.image_size, folder / "pixel_values.npy")
     pairs = [(row, text) for row, sample in enumerate(samples) for text in sample.captions]
     distinct = {text: index for index, text in enumerate(dict.fromkeys(text for _, text in pairs))}
     captions = tokenize(processor, model, [text for _, text in pairs])
@@ -165,7 +166,7 @@ def pad_token_of(processor: "ProcessorMixin") -> int:
     return int(processor.tokenizer.pad_token_id or 0)
 
 
-def tokenize(processor: "ProcessorMixin", model: dict[str, Any], texts: list[str]) -> Texts:
+def tokenize(processor: "ProcessorMixin", model: Model, texts: list[str]) -> Texts:
     """Pad to the longest text, or to the context where the model was trained so; longer texts are cut.
 
     Raises DataError where a text is no valid Unicode.
@@ -176,9 +177,9 @@ def tokenize(processor: "ProcessorMixin", model: dict[str, Any], texts: list[str
     _check_unicode(texts)
     tokens = processor.tokenizer(
         texts,
-        padding="max_length" if model["pad_to_context"] else "longest",
+        padding="max_length" if model.pad_to_context else "longest",
         truncation=True,
-        max_length=model["context_length"],
+        max_length=model.context_length,
         return_attention_mask=True,
         return_tensors="np",
     )

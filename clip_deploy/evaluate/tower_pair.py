@@ -23,8 +23,7 @@ class TowerPair:
 def measure_pair(folders: dict[str, Path], evaluation: Path) -> Measured:
     """As validation.measure does, on the prepared set in `evaluation`; `folders` has a target for each tower."""
     target = read_target(folders["vision"])
-    model = {key: value for key, value in target.model.items() if key != "classifier"}
-    alone = replace(target, model=model)  # a head answers from images alone, and was judged
+    headless = replace(target.model, classifier=None)  # a head answers from images alone, and was judged
     pair: Any = TowerPair(open_encoder(folders["vision"]), open_encoder(folders["text"]))
     reference = load_embeddings(evaluation / "reference.npz")
-    return measure(pair, load_prepared(evaluation), reference, alone, seed=0)
+    return measure(pair, load_prepared(evaluation), reference, replace(target, model=headless), seed=0)

@@ -11,6 +11,7 @@ from clip_deploy.core.config import GateLimits, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError, first_line
 from clip_deploy.core.files import sha256
 from clip_deploy.core.manifest import provenance
+from clip_deploy.core.model import Head
 from clip_deploy.core.records import Diagnosis, Graph, HeadAgreement, Measured, PixelParity, Validation
 from clip_deploy.core.similarity import normalized, row_cosines, similarity
 from clip_deploy.core.subprocesses import CrashError, call_in_child
@@ -73,7 +74,7 @@ def _record(target: Target, status: str, *reasons: str) -> Validation:
         runtime=target.runtime,
         device=target.device,
         build=target.build,
-        trained=target.model.get("trained", True),
+        trained=target.model.trained,
         search=target.search,
     )
 
@@ -167,16 +168,16 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
         raise
     except Exception as error:  # whatever the runtime raises is this row's result
         raise DeployError(f"encoding failed: {first_line(error)}") from error
-    alike = normalized if target.model.get("normalize") else np.asarray  # lengths are compared where they are kept
+    alike = normalized if target.model.normalize else np.asarray  # lengths are compared where they are kept
     clean = Embeddings(*(np.nan_to_num(part) for part in (actual.images, actual.captions, actual.prompts)))
-    settings, classes = target.model.get("classifier"), prepared.manifest["classes"]
+    settings, classes = target.model.classifier, prepared.manifest["classes"]
     return Measured(
         parity={
             "vision": similarity(actual.images, alike(reference.images)),
             "text": similarity(_texts(actual), alike(_texts(reference))),
         },
         shapes=shapes,
-        length_error=_length_error(actual) if target.model.get("normalize") else None,
+        length_error=_length_error(actual) if target.model.normalize else None,
         classifier=classifier(encoder, prepared, reference, settings) if settings else None,
         zero_shot=accuracy.zero_shot(clean, reference, prepared, seed) if classes else None,
         retrieval=accuracy.retrieval(clean, prepared) if len(prepared.captions) else None,
@@ -190,18 +191,18 @@ def _length_error(embeddings: Embeddings) -> float:
     return float(np.abs(lengths - 1).max())
 
 
-def classifier(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: dict[str, Any]) -> HeadAgreement:
+def classifier(encoder: Encoder, prepared: Prepared, reference: Embeddings, settings: Head) -> HeadAgreement:
     """Share of images to which a zero-shot head gives the label that the untouched model gives.
 
     The set's prompts hold the labels' embeddings where its classes and templates do; else there is nothing to compare.
     """
     classes, templates = prepared.manifest["classes"], prepared.manifest["templates"]
-    if settings["template"] not in templates or not set(settings["labels"]) <= set(classes):
+    if settings.template not in templates or not set(settings.labels) <= set(classes):
         return HeadAgreement(
             unchecked="the evaluation set lacks a label of onnx.classifier among its classes, or onnx.template"
         )
-    template = templates.index(settings["template"])
-    rows = [classes.index(label) * len(templates) + template for label in settings["labels"]]
+    template = templates.index(settings.template)
+    rows = [classes.index(label) * len(templates) + template for label in settings.labels]
     expected = normalized(reference.images) @ normalized(reference.prompts[rows]).T
     actual = encode_images(_Classifier(encoder), image_inputs(encoder, prepared))
     agree = actual.argmax(axis=1) == expected.argmax(axis=1)
@@ -233,7 +234,7 @@ def other_shapes(encoder: Encoder, prepared: Prepared, reference: Embeddings, ta
         lowest[f"vision, batch {batch}"] = float(row_cosines(embeddings, reference.images[image_rows]).min())
         encoded = encode_texts(encoder, texts, batch)
         lowest[f"text, batch {batch}"] = float(row_cosines(encoded, expected).min())
-    context = target.model["context_length"]
+    context = target.model.context_length
     if texts.input_ids.shape[1] < context:
         padded = texts.padded(context, prepared.manifest["pad_token"])
         lowest[f"text, {context} tokens"] = float(row_cosines(encode_texts(encoder, padded), expected).min())

@@ -18,9 +18,10 @@ from clip_deploy.core.artifact import EMBEDS, real_graph
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError, first_line
 from clip_deploy.core.files import sha256
+from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
 from clip_deploy.inference.embedding_sample import EmbeddingSample
-from clip_deploy.inference.images import Preprocessor, read_image, rgb
+from clip_deploy.inference.images import read_image, rgb
 from clip_deploy.inference.scores import Scoring
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
@@ -285,8 +286,8 @@ def _read(image: Picture) -> Image.Image:
     return image() if callable(image) else read_image(Path(image))
 
 
-def _preprocessor(package: Path) -> Preprocessor:
-    return Preprocessor(**json.loads((package / "preprocessor.json").read_text(encoding="utf-8")))
+def _preprocessor(package: Path) -> Preprocessing:
+    return Preprocessing(**json.loads((package / "preprocessor.json").read_text(encoding="utf-8")))
 
 
 def _session(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:

@@ -1,10 +1,8 @@
-"""Image files as a vision tower takes them, with Pillow and numpy alone, as the checkpoint's own processor does it."""
+"""Image files as RGB, with Pillow and numpy alone, as the checkpoint's own processor opens them."""
 
-import math
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -19,51 +17,6 @@ HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1") 
 BROKEN_EXIF = (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
 MAX_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
 UNBOUNDED = ("I", "F")  # Pillow's modes without a fixed range: black and white are a matter of opinion
-
-
-@dataclass
-class Preprocessor:
-    """A package's preprocessor.json.
-
-    Attributes:
-        size: {"shortest_edge": pixels}, {"height": pixels, "width": pixels}, or None where nothing is resized.
-        crop: [height, width] of the centre crop, or None.
-        resample: Pillow's number of the filter, or None where nothing is resized.
-        rescale_factor, image_mean, image_std: pixel_values = (grey level * factor - mean) / std, by channel.
-    """
-
-    size: dict[str, int] | None
-    crop: list[int] | None
-    resample: int | None
-    rescale_factor: float
-    image_mean: list[float]
-    image_std: list[float]
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """Pixel values of one RGB image, float32 [3, height, width]."""
-        if self.size is not None and self.resample is not None:
-            image = image.resize(_resized(self.size, image.size), Image.Resampling(self.resample))
-        levels = np.asarray(image) if self.crop is None else _cropped(np.asarray(image), self.crop)
-        scale = np.divide(self.rescale_factor, self.image_std)
-        offset = -np.divide(self.image_mean, self.image_std)
-        return (levels * scale.astype(np.float32) + offset.astype(np.float32)).transpose(2, 0, 1)
-
-
-def _resized(size: dict[str, int], given: tuple[int, int]) -> tuple[int, int]:
-    """Width and height after resizing; the longer side is cut to a whole number, as transformers does."""
-    if "height" in size:
-        return size["width"], size["height"]
-    width, height = (int(size["shortest_edge"] * side / min(given)) for side in given)
-    return width, height
-
-
-def _cropped(levels: np.ndarray, crop: list[int]) -> np.ndarray:
-    """The middle; of an odd rest, the larger part is cut after it, and padded with black before it."""
-    missing = [max(0, wanted - side) for wanted, side in zip(crop, levels.shape, strict=False)]
-    if any(missing):
-        levels = np.pad(levels, [*((math.ceil(side / 2), side // 2) for side in missing), (0, 0)])
-    top, left = ((side - wanted) // 2 for side, wanted in zip(levels.shape, crop, strict=False))
-    return levels[top : top + crop[0], left : left + crop[1]]
 
 
 def read_image(path: Path) -> Image.Image:

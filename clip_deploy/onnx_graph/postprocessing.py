@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +10,7 @@ import torch
 
 from clip_deploy.core.artifact import EMBEDS
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.model import Model
 from clip_deploy.core.similarity import normalized
 from clip_deploy.data.preprocessed import tokenize
 from clip_deploy.onnx_graph.pre_post import POSTPROCESSING_PREFIX, Nodes, PrePost
@@ -38,12 +39,12 @@ class Labels:
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
 def encode_labels(
-    model: "PreTrainedModel", processor: "ProcessorMixin", facts: dict[str, Any], labels: list[str], template: str
+    model: "PreTrainedModel", processor: "ProcessorMixin", described: Model, labels: list[str], template: str
 ) -> Labels:
     """Encode `template` with each label by the model's own text tower.
 
     Args:
-        facts: as checkpoint.describe gives them.
+        described: as checkpoint.describe gives it.
 
     Raises UnavailableError where the model has no scale of its own.
     """
@@ -51,8 +52,8 @@ def encode_labels(
         scale, bias = logit_scale(model), logit_bias(model)
     except UnavailableError as error:
         raise UnavailableError(f"onnx.classifier: {error}") from error
-    texts = tokenize(processor, facts, [template.format(label) for label in labels])
-    given = {name: torch.from_numpy(getattr(texts, name)) for name in facts["text_inputs"]}
+    texts = tokenize(processor, described, [template.format(label) for label in labels])
+    given = {name: torch.from_numpy(getattr(texts, name)) for name in described.text_inputs}
     embeddings = normalized(model.get_text_features(**given).pooler_output.numpy())
     weights = np.ascontiguousarray(scale * embeddings.T, dtype=np.float32)
     return Labels(labels, weights, bias)

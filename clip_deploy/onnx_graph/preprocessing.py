@@ -10,7 +10,6 @@ a fifth of the pixels of noise differ.
 
 import tempfile
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from clip_deploy.core.errors import DataError, UnavailableError
+from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.records import PixelParity
 from clip_deploy.data.preprocessed import Prepared, batches
 from clip_deploy.onnx_graph import onnx_file
@@ -35,26 +35,6 @@ FILTERS: dict[int, dict[str, Any]] = {BILINEAR: {"mode": "linear"}, BICUBIC: {"m
 FILTER_NAMES = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}  # of Pillow; ONNX has no antialiased one like them
 PROBES = ((61, 83), (130, 97))  # height and width of the images on which the nodes are held against the processor
 CLOSE = 1.0  # mean difference in grey levels that passes: a crop one pixel aside gives tens
-
-
-@dataclass
-class Preprocessing:
-    """What an image processor does.
-
-    Attributes:
-        resample: Pillow's number of the filter, or None where nothing is resized.
-        shortest_edge: what the shorter side becomes; None where both sides are given.
-        size: [height, width] after resizing; None where the shorter side is given.
-        crop: [height, width] of the centre crop, or None.
-        scale, offset: pixel_values = grey level * scale + offset, for each channel.
-    """
-
-    resample: int | None
-    shortest_edge: int | None
-    size: list[int] | None
-    crop: list[int] | None
-    scale: np.ndarray
-    offset: np.ndarray
 
 
 def preprocessing_nodes(processor: "BaseImageProcessor", image_size: list[int]) -> PrePost:
@@ -93,13 +73,14 @@ def read_preprocessing(processor: "BaseImageProcessor", filters: Collection[int]
     if "shortest_edge" in size and processor.do_resize and not cropped:
         raise UnavailableError(f"{name} resizes to size {size} without do_center_crop")
     black, white = (_middle(processor, level) for level in (0, 255))
+    deviation = 1 / (white - black)
     return Preprocessing(
-        resample=resample,
-        shortest_edge=size.get("shortest_edge"),
-        size=[size["height"], size["width"]] if "height" in size else None,
+        size={name: int(side) for name, side in size.items()} if processor.do_resize else None,
         crop=[crop["height"], crop["width"]] if cropped else None,
-        scale=(white - black) / 255,
-        offset=black,
+        resample=resample,
+        rescale_factor=1 / 255,
+        image_mean=[float(value) for value in -black * deviation],
+        image_std=[float(value) for value in deviation],
     )
 
 
@@ -140,15 +121,16 @@ def build_preprocessing(settings: Preprocessing, image_size: list[int]) -> PrePo
 
 
 def _resized(nodes: Nodes, settings: Preprocessing, images: ir.Value, pixels: ir.Value) -> ir.Value:
-    if settings.size is not None:
-        size = nodes.constant(settings.size)
+    assert settings.size is not None  # the caller saw it
+    assert settings.resample is not None
+    if "height" in settings.size:
+        size = nodes.constant([settings.size["height"], settings.size["width"]])
     else:
         given = nodes.add("Shape", [images], start=1, end=3)
-        product = nodes.add("Mul", [given, nodes.constant([settings.shortest_edge])])
+        product = nodes.add("Mul", [given, nodes.constant([settings.size["shortest_edge"]])])
         size = nodes.add("Div", [product, nodes.add("ReduceMin", [given])])  # integers: it cuts, as the processor does
     batch = nodes.add("Shape", [images], start=0, end=1)
     whole = nodes.add("Concat", [batch, nodes.constant([3]), size], axis=0)
-    assert settings.resample is not None  # the caller saw it
     return nodes.add(
         "Resize",
         [pixels, None, None, whole],
@@ -162,9 +144,9 @@ def _resized(nodes: Nodes, settings: Preprocessing, images: ir.Value, pixels: ir
 def _may_be_smaller(settings: Preprocessing) -> bool:
     """Whether an image can be smaller than the crop, so that the processor pads it with black."""
     assert settings.crop is not None  # the caller saw it
-    if settings.resample is None:
+    if settings.size is None:
         return True
-    least = settings.size or [settings.shortest_edge or 0] * 2
+    least = [settings.size.get(name, settings.size.get("shortest_edge", 0)) for name in ("height", "width")]
     return any(side < wanted for side, wanted in zip(least, settings.crop, strict=True))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clip_deploy.core.model import Finding
 from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row
 
@@ -65,5 +66,5 @@ class Report:
     run: dict[str, str] = field(default_factory=dict)
     flows: Sequence[dict[str, Any]] = ()
     shipping: Shipping | None = None
-    findings: Sequence[dict[str, Any]] = ()
+    findings: Sequence[Finding] = ()
     served: dict[str, Any] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import REFERENCE
 from clip_deploy.core.fusions import ADVICE, KINDS
+from clip_deploy.core.model import Finding
 from clip_deploy.report.contents import Block, Key, Report, Section, Table
 from clip_deploy.report.decisive import BETWEEN_RUNS, Judged, again, pace, undecided
 from clip_deploy.report.figures import accuracy_figure, sensitivity_figure, speed_figure, throughput_figure
@@ -250,15 +251,15 @@ def diagnosis_lines(row: Row) -> list[str]:
 def checkpoint_section(report: Report) -> Section | None:
     """What the checkpoint's check found, and which errors model.allow lets pass."""
     body = [
-        [f"`{finding['code']}`", _severity(finding), finding["found"], finding["expected"], finding["consequence"]]
+        [f"`{finding.code}`", _severity(finding), finding.found, finding.expected, finding.consequence]
         for finding in report.findings
     ]
     head = ["Finding", "Severity", "Found", "Expected", "Consequence"]
     return Section("Checkpoint", [Table(head, body, left=5)]) if body else None
 
 
-def _severity(finding: dict[str, Any]) -> str:
-    return "**error**, allowed by `model.allow`" if finding["allowed"] else finding["severity"]
+def _severity(finding: Finding) -> str:
+    return "**error**, allowed by `model.allow`" if finding.allowed else finding.severity
 
 
 def is_waiting(timing: Judged) -> bool:

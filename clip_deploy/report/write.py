@@ -7,6 +7,7 @@ from clip_deploy.core.artifact import read_target
 from clip_deploy.core.environment import Environment
 from clip_deploy.core.files import write_text
 from clip_deploy.core.json_files import read_json, write_json
+from clip_deploy.core.model import Model
 from clip_deploy.core.parsing import read_record
 from clip_deploy.core.recommendation import Recommendation
 from clip_deploy.report.contents import Report
@@ -46,7 +47,7 @@ def gather(
         run=describe_run(machine, rows),
         flows=flows,
         shipping=shown(read_record(Recommendation, recommendation, null_is_nan=False), rows),
-        findings=model.get("findings", []),
+        findings=model.findings,
         served=read_json(served),
     )
 
@@ -58,16 +59,16 @@ def entitle(model: str, environment: Environment, rows: list[Row]) -> str:
     return f"{model} on {on or hardware.cpu}"
 
 
-def describe_inputs(model: str, checkpoint: dict[str, Any], data: str, evaluation: dict[str, Any]) -> dict[str, str]:
+def describe_inputs(model: str, checkpoint: Model, data: str, evaluation: dict[str, Any]) -> dict[str, str]:
     """The lines above the table: model and data."""
     towers = ", ".join(
-        f"{name} {shape['layers']} layers of width {shape['width']}" for name, shape in checkpoint["towers"].items()
+        f"{name} {shape.layers} layers of width {shape.width}" for name, shape in checkpoint.towers.items()
     )
-    weights = "" if checkpoint.get("trained", True) else "; random weights, so accuracy is shown and not judged"
+    weights = "" if checkpoint.trained else "; random weights, so accuracy is shown and not judged"
     images, captions, classes = evaluation["images"], evaluation["captions"], len(evaluation["classes"])
     prompts = f"; prompts: {', '.join(repr(template) for template in evaluation['templates'])}" if classes else ""
     return {
-        "Model": f"{model} ({checkpoint['model_type']}; {towers}){weights}",
+        "Model": f"{model} ({checkpoint.model_type}; {towers}){weights}",
         "Data": f"{data}: {images} images, {captions} captions, {classes} classes{prompts}",
     }
 

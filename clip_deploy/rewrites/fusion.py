@@ -20,10 +20,11 @@ from onnxscript.rewriter.rules.common import gemm_to_matmul_add_rule
 from clip_deploy.core.config import OptimizeConfig, Precision
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.fusions import KINDS
+from clip_deploy.core.model import TowerShape
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.ir_tools import array, initializer
-from clip_deploy.rewrites.attention import fuse_attention, replace_masks
-from clip_deploy.rewrites.early_pooling import pool_early
+from clip_deploy.rewrites.attention import fuse_attention, fuse_packed_attention, replace_masks
+from clip_deploy.rewrites.early_pooling import float_argmax, pool_early
 from clip_deploy.rewrites.gelu import fuse_gelu
 from clip_deploy.rewrites.half_precision import clamp_masks
 from clip_deploy.rewrites.layer_norm import fuse_layer_norm
@@ -67,10 +68,10 @@ def facts_of(made: Mapping[str, Fused], operations: Mapping[str, Mapping[str, in
     return ({"rewrites_undone": undone} if undone else {}) | ({"fusions": fusions} if fusions else {})
 
 
-def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = True) -> list[Step]:
+def rewrites_of(shape: TowerShape, settings: OptimizeConfig, packed: bool = True) -> list[Step]:
     """The rewrites of a tower, step by step; of several in one step, the first that leaves the outputs is kept."""
     return [
-        [("attention", partial(_edit, lambda model: fuse_attention(model, shape["heads"], packed) > 0))],
+        [("attention", partial(_edit, lambda model: fuse_attention(model, shape.heads, packed) > 0))],
         [
             ("causal mask", partial(_edit, lambda model: replace_masks(model, causal=True))),
             ("padding mask", partial(_edit, lambda model: replace_masks(model, causal=False))),
@@ -84,6 +85,23 @@ def rewrites_of(shape: dict[str, int], settings: OptimizeConfig, packed: bool = 
         if settings.skip_layer_norm
         else [],
         [("masks", partial(_edit, clamp_masks))] if settings.precision is Precision.fp16 else [],
+    ]
+
+
+def causal_only(rewrites: list[Step]) -> list[Step]:
+    """The same without a mask of padding where the order of tokens masks enough: a GPU's fastest kernels take none."""
+    alone: Rewrite = partial(_edit, lambda model: replace_masks(model, causal=True, padding=False))
+    first = [("causal mask alone", alone)]
+    return [first + step if step and step[0][0] == "causal mask" else step for step in rewrites]
+
+
+def for_cuda(rewrites: list[Step], context: int) -> list[Step]:
+    """The same with what ONNX Runtime needs on a GPU: the packed matmul inside attention, and no search in integers."""
+    held: Rewrite = partial(_edit, fuse_packed_attention)
+    return [
+        *causal_only(rewrites),
+        [("packed attention", held)],
+        [("end of text", partial(_edit, lambda model: float_argmax(model, context)))],
     ]
 
 

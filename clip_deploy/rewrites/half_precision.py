@@ -5,7 +5,7 @@ whole numbers to 2048 (FP16) and 256 (BF16) only.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,11 @@ def _is_mask(tensor: ir.TensorProtocol) -> bool:
 
 def _clamped(tensor: ir.TensorProtocol) -> ir.Tensor:
     return ir.Tensor(np.maximum(tensor.numpy(), np.float32(MASKED_SCORE)), name=tensor.name)
+
+
+def in_words(tower: str, kept: Mapping[str, float]) -> list[str]:
+    """What to_float16 returns, as a target's `left_in_fp32` says it: "<tower>: <node> (<largest value>)"."""
+    return [f"{tower}: {node} ({value:.3g})" for node, value in kept.items()]
 
 
 def to_float16(

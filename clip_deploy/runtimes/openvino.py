@@ -25,7 +25,7 @@ class Encoder:
             core.compile_model(folder / f"{tower}.xml", "CPU", properties).create_infer_request()
             for tower in ("vision", "text")
         )
-        self.text_inputs = target.model["text_inputs"]
+        self.text_inputs = target.model.text_inputs
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         found: np.ndarray = self.vision.infer({"pixel_values": images}, share_inputs=True)[0].copy()

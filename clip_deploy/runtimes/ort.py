@@ -28,7 +28,7 @@ class Encoder:
 
     def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
         self.folder, self.threads = folder, threads
-        self.text_inputs = target.model["text_inputs"]
+        self.text_inputs = target.model.text_inputs
         self.image_input = target.image_input
         self.names = {"vision": [self.image_input], "text": self.text_inputs}
         self.fixed: dict[tuple[Any, ...], FixedCall] = {}

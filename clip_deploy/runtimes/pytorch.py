@@ -72,7 +72,7 @@ class Encoder(ABC):
             torch.set_num_threads(threads)
         self.device = target.device
         self.takes_device_tensors = self.device == "cuda"
-        self.text_inputs = target.model["text_inputs"]
+        self.text_inputs = target.model.text_inputs
         self.captured: dict[tuple[Any, ...], Graph] = {}
         self.towers: dict[str, Tower] = self.load(folder, target)
 

@@ -10,9 +10,10 @@ from PIL import Image
 
 from clip_deploy.core.artifact import real_graph
 from clip_deploy.core.json_files import read_json
+from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.similarity import normalized
 from clip_deploy.data.preprocessed import Prepared, batches
-from clip_deploy.inference.images import Preprocessor, decode
+from clip_deploy.inference.images import decode
 from clip_deploy.inference.scores import Scoring
 
 BATCH = 32  # images or texts in one call, at most
@@ -40,13 +41,13 @@ def golden_inputs(package: Path, manifest: dict[str, Any], prepared: Prepared) -
     return inputs | file_inputs(groups[0], settings) | label_inputs(package, prepared)
 
 
-def read_preprocessor(package: Path) -> Preprocessor | None:
+def read_preprocessor(package: Path) -> Preprocessing | None:
     """None where the image tower preprocesses itself."""
     path = package / "preprocessor.json"
-    return Preprocessor(**read_json(path)) if path.exists() else None
+    return Preprocessing(**read_json(path)) if path.exists() else None
 
 
-def image_batches(prepared: Prepared, settings: Preprocessor | None, size: int) -> list[np.ndarray]:
+def image_batches(prepared: Prepared, settings: Preprocessing | None, size: int) -> list[np.ndarray]:
     """Golden images as the tower takes them, in batches of one size."""
     images = prepared.images
     if settings is not None or images is None:
@@ -55,7 +56,7 @@ def image_batches(prepared: Prepared, settings: Preprocessor | None, size: int) 
     return [np.stack([images[row] for row in group]) for group in groups]
 
 
-def grey_levels(images: np.ndarray, settings: Preprocessor | None) -> np.ndarray:
+def grey_levels(images: np.ndarray, settings: Preprocessing | None) -> np.ndarray:
     """uint8 [images, height, width, 3] of what the tower takes."""
     if settings is None:
         return images
@@ -64,7 +65,7 @@ def grey_levels(images: np.ndarray, settings: Preprocessor | None) -> np.ndarray
     return found
 
 
-def darkened(images: np.ndarray, settings: Preprocessor | None) -> np.ndarray:
+def darkened(images: np.ndarray, settings: Preprocessing | None) -> np.ndarray:
     levels = (grey_levels(images, settings) * DARK).astype(np.uint8)
     if settings is None:
         return levels
@@ -73,7 +74,7 @@ def darkened(images: np.ndarray, settings: Preprocessor | None) -> np.ndarray:
     return found
 
 
-def file_inputs(images: np.ndarray, settings: Preprocessor | None) -> dict[str, np.ndarray]:
+def file_inputs(images: np.ndarray, settings: Preprocessing | None) -> dict[str, np.ndarray]:
     files = [jpeg(levels) for levels in grey_levels(images[:FILES], settings)]
     lengths = np.array([len(file) for file in files])
     padded = np.zeros((len(files), lengths.max()), dtype=np.uint8)
@@ -143,7 +144,7 @@ def stored(inputs: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
     return [inputs[f"{name}_{row}"] for row in range(count)]
 
 
-def preprocessed(inputs: dict[str, np.ndarray], settings: Preprocessor | None) -> list[np.ndarray]:
+def preprocessed(inputs: dict[str, np.ndarray], settings: Preprocessing | None) -> list[np.ndarray]:
     """Each file by itself, as the tower takes it, by what opens packages without a server."""
     files = [row[:length].tobytes() for row, length in zip(inputs["files"], inputs["lengths"], strict=True)]
     decoded = [decode(file, f"file {row}") for row, file in enumerate(files)]

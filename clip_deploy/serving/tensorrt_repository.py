@@ -83,11 +83,11 @@ def _manifest(
     with np.load(prepared / "evaluation" / "reference.npz") as reference:
         dimension = int(reference["images"].shape[1])
     return {
-        **{name: target.model[name] for name in ("image_size", "context_length", "pad_to_context")},
+        **{name: getattr(target.model, name) for name in ("image_size", "context_length", "pad_to_context")},
         **{name: scores[name] for name in ("logit_scale", "logit_bias", "activation")},
         "towers": {
             "vision": {"target": built.name, "image_input": "pixel_values", "sha256": judged["vision"]},
-            "text": {"target": built.name, "inputs": target.model["text_inputs"], "sha256": judged["text"]},
+            "text": {"target": built.name, "inputs": target.model.text_inputs, "sha256": judged["text"]},
         },
         "dimension": dimension,
         "pad_token": read_json(prepared / "evaluation" / "manifest.json")["pad_token"],

@@ -17,9 +17,10 @@ from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import Target, failure, read_target
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.evaluate.embeddings import encode_images
-from clip_deploy.onnx_graph.preprocessing import Preprocessing, read_preprocessing
+from clip_deploy.onnx_graph.preprocessing import read_preprocessing
 from clip_deploy.runtimes import open_encoder
 from clip_deploy.timing.end_to_end_worker import FeedJob
 from clip_deploy.timing.input_pipelines import FEEDS, check_feed, decode_rgb

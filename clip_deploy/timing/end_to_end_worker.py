@@ -32,7 +32,7 @@ from clip_deploy.timing.input_pipelines import Feed, open_feed
 from clip_deploy.timing.latency_worker import answer_stream, reason, timed
 
 if TYPE_CHECKING:
-    from clip_deploy.onnx_graph.preprocessing import Preprocessing
+    from clip_deploy.core.preprocessing import Preprocessing
 
 MIN_COSINE = 0.99  # below it a feed gives other pixels than the checkpoint's processor: its speed decides nothing
 MIN_CALLS = 3  # of each part alone

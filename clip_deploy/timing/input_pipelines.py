@@ -16,7 +16,7 @@ from clip_deploy.core.errors import UnavailableError
 if TYPE_CHECKING:
     import torch
 
-    from clip_deploy.onnx_graph.preprocessing import Preprocessing
+    from clip_deploy.core.preprocessing import Preprocessing
 
 FEEDS = {"pixel_values": ("pil", "torchvision", "nvjpeg"), "images": ("graph",)}  # by what a tower takes
 
@@ -64,20 +64,6 @@ def open_feed(name: str, settings: "Preprocessing", device_tensors: bool) -> Fee
     return opened[name]()
 
 
-def resized_size(settings: "Preprocessing", height: int, width: int) -> tuple[int, int]:
-    """Height and width after resizing; the longer side is cut to whole pixels, as transformers does."""
-    if settings.size is not None:
-        return settings.size[0], settings.size[1]
-    assert settings.shortest_edge is not None  # where size is missing, this one is given
-    short = min(height, width)
-    return settings.shortest_edge * height // short, settings.shortest_edge * width // short
-
-
-def crop_start(crop: list[int], height: int, width: int) -> tuple[int, int]:
-    """Top and left of the centre crop; negative where the image is smaller, which is black there."""
-    return (height - crop[0]) // 2, (width - crop[1]) // 2
-
-
 def decode_rgb(jpeg: bytes) -> Image.Image:
     """Upright, as EXIF says."""
     with Image.open(io.BytesIO(jpeg)) as image:
@@ -111,24 +97,12 @@ class PilFeed:
 
     def __init__(self, settings: "Preprocessing") -> None:
         self.settings = settings
-        self.scale, self.offset = (
-            part.astype(np.float32).reshape(3, 1, 1) for part in (settings.scale, settings.offset)
-        )
 
     def decode(self, jpegs: list[bytes]) -> list[Image.Image]:
         return [decode_rgb(jpeg) for jpeg in jpegs]
 
     def preprocess(self, images: list[Image.Image]) -> np.ndarray:
-        return np.stack([self._pixels(image) for image in images])
-
-    def _pixels(self, image: Image.Image) -> np.ndarray:
-        if self.settings.resample is not None:
-            height, width = resized_size(self.settings, image.height, image.width)
-            image = image.resize((width, height), Image.Resampling(self.settings.resample))
-        if self.settings.crop is not None:
-            top, left = crop_start(self.settings.crop, image.height, image.width)
-            image = image.crop((left, top, left + self.settings.crop[1], top + self.settings.crop[0]))
-        return np.asarray(image).transpose(2, 0, 1) * self.scale + self.offset
+        return np.stack([self.settings(image) for image in images])
 
 
 class GraphFeed:
@@ -177,11 +151,11 @@ class TorchFeed:
         from torchvision.transforms.v2 import InterpolationMode, functional
 
         if self.settings.resample is not None:
-            size = resized_size(self.settings, *image.shape[-2:])
+            size = self.settings.resized(*image.shape[-2:])
             filters = {2: InterpolationMode.BILINEAR, 3: InterpolationMode.BICUBIC}  # Pillow's numbers
             image = functional.resize(image, list(size), filters[self.settings.resample], antialias=True)
         if self.settings.crop is not None:
-            top, left = crop_start(self.settings.crop, *image.shape[-2:])
+            top, left = self.settings.crop_start(*image.shape[-2:])
             image = functional.crop(image, top, left, *self.settings.crop)
         return image * self.scale + self.offset
 

@@ -99,7 +99,7 @@ def test_every_family_gives_what_its_onnx_graphs_give(convert, family, tmp_path)
     assert "rewrites_undone" not in target.build
     encode = {"vision": encoder.encode_images, "text": encoder.encode_texts}
     for tower in ("vision", "text"):
-        inputs = onnx_file.random_feeds(source / f"{tower}.onnx", target.model["example_texts"])
+        inputs = onnx_file.random_feeds(source / f"{tower}.onnx", target.model.example_texts)
         given = [inputs.get(name, np.ones((1, 1))) for name in ("input_ids", "attention_mask")]
         actual = encode[tower](*([inputs["pixel_values"]] if tower == "vision" else given))
         expected = onnx_file.run(source / f"{tower}.onnx", inputs)

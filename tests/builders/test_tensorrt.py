@@ -144,7 +144,7 @@ def test_every_family_is_built(library, family, engine, tmp_path):
     build(source, lambda folder: export_onnx(family, OnnxConfig(), folder), Target("ort", "fp32"))
     target = read_target(engine(source))
     assert target.unavailable is None
-    assert ("tokens" in target.build) == (not target.model["pad_to_context"])
+    assert ("tokens" in target.build) == (not target.model.pad_to_context)
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.fp16])
@@ -159,7 +159,7 @@ def test_what_stands_around_the_towers_is_left_out(library, checkpoint, engine, 
     settings = OnnxConfig(preprocess=True, normalize=True, classifier=["a red circle", "a blue square"])
     build(source, lambda folder: export_onnx(checkpoint, settings, folder), Target("ort", "fp32"))
     target = read_target(engine(source, precision=Precision.fp16))
-    assert (target.unavailable, target.image_input, target.model["classifier"]) == (None, "pixel_values", None)
+    assert (target.unavailable, target.image_input, target.model.classifier) == (None, "pixel_values", None)
 
 
 def test_operators_that_tensorrt_does_not_know_are_named(library, onnx_target, sets, engine, tmp_path):

@@ -24,6 +24,7 @@ from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import Exporter, ModelConfig, OnnxConfig
 from clip_deploy.core.environment import fingerprint
 from clip_deploy.core.errors import CheckpointError, ConfigError, UnavailableError, one_line
+from clip_deploy.core.model import Origin, TowerShape
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.runtimes import open_encoder
 
@@ -52,10 +53,10 @@ def test_a_local_folder_is_kept_as_it_came(folder, tmp_path):
 
 def test_the_description_holds_each_towers_own_shape():
     described = describe(TINY)
-    assert described["towers"]["vision"] == {"layers": 4, "heads": 4, "width": 128}
-    assert described["towers"]["text"] == {"layers": 2, "heads": 3, "width": 96}
-    assert described["image_size"] == [48, 48]
-    assert described["context_length"] == 32
+    assert described.towers["vision"] == TowerShape(4, 4, 128)
+    assert described.towers["text"] == TowerShape(2, 3, 96)
+    assert described.image_size == [48, 48]
+    assert described.context_length == 32
 
 
 def test_a_missing_folder_is_refused(tmp_path):
@@ -203,7 +204,7 @@ def test_chinese_clip_as_the_hub_has_it_is_read_at_52_tokens_with_transformers_i
         chinese_clip, tmp_path, "\n".join([*special, *"一张红色圆形的照片", "red", "photo"]) + "\n"
     )
     verify(folder)
-    assert describe(folder)["context_length"] == 52
+    assert describe(folder).context_length == 52
     texts = ["一张红色的照片", "A RED photo"]
     ids = load_processor(folder).tokenizer(texts)["input_ids"]
     assert ids == [[2, 5, 6, 7, 8, 11, 12, 13, 3], [2, 1, 14, 15, 3]]
@@ -211,7 +212,7 @@ def test_chinese_clip_as_the_hub_has_it_is_read_at_52_tokens_with_transformers_i
     kinds(
         "28: Chinese-CLIP as the hub has it (vocab.txt, no tokenizer_config.json)",
         before="refused: has no tokenizer_config.json; with one, texts of 512 tokens",
-        now=f"read with transformers' ids, texts of {describe(folder)['context_length']} tokens",
+        now=f"read with transformers' ids, texts of {describe(folder).context_length} tokens",
     )
 
 
@@ -219,7 +220,7 @@ def test_a_length_that_the_tokenizer_states_is_kept(chinese_clip, tmp_path):
     folder = bare_chinese_clip(chinese_clip, tmp_path, "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n")
     stated = {"tokenizer_class": "BertTokenizer", "model_max_length": 64}
     (folder / "tokenizer_config.json").write_text(json.dumps(stated))
-    assert describe(folder)["context_length"] == 64
+    assert describe(folder).context_length == 64
 
 
 def test_weights_of_another_shape_are_refused(folder):
@@ -264,10 +265,10 @@ def taken(folder):
 def test_a_robertas_context_leaves_out_the_padding_and_runs_to_its_end(tmp_path, kinds):
     vit = {"model_type": "vit", **SMALL_VISION}
     _, described, encoder = taken(saved(tmp_path / "roberta", dual(vit, ROBERTA)))
-    assert described["context_length"] == 32
+    assert described.context_length == 32
     ids = np.full((1, 32), 7)
     assert np.isfinite(encoder.encode_texts(ids, np.ones_like(ids))).all()
-    kinds("11: RoBERTa's context", "34 tokens, two too many: an index error", f"{described['context_length']} tokens")
+    kinds("11: RoBERTa's context", "34 tokens, two too many: an index error", f"{described.context_length} tokens")
 
 
 def test_altclips_context_is_its_tokenizers(tmp_path, kinds):
@@ -276,7 +277,7 @@ def test_altclips_context_is_its_tokenizers(tmp_path, kinds):
     crop = {"height": 32, "width": 32}
     images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop)
     found, described, _ = taken(saved(tmp_path / "altclip", transformers.AltCLIPModel(config), images, 512))
-    assert described["context_length"] == 512
+    assert described.context_length == 512
     assert "context-length" not in found
     kinds("28: AltCLIP reads 512 of 514 positions", "a `context-length` warning", "no finding")
 
@@ -285,7 +286,7 @@ def test_a_swin_with_a_bert_is_taken(tmp_path, kinds):
     """Its heads are another number in each stage."""
     vision = {**SWIN, "num_heads": [2, 4], "window_size": 4}
     _, described, encoder = taken(saved(tmp_path / "swin", dual(vision, {**TEXT, "model_type": "bert"}), length=32))
-    assert described["towers"]["vision"] == {"layers": 2, "heads": 0, "width": 32}
+    assert described.towers["vision"] == TowerShape(2, 0, 32)
     assert encoder.encode_images(np.zeros((2, 3, 32, 32), np.float32)).shape == (2, 24)
     target, exported = tmp_path / "torch-fp32", tmp_path / "onnx-fp32"
     exported.mkdir()
@@ -304,7 +305,7 @@ def test_a_clipseg_sees_images_larger_than_its_positions(tmp_path, kinds):
     config = transformers.CLIPSegConfig(text_config=TEXT, vision_config=SMALL_VISION)
     images = transformers.ViTImageProcessorPil(size={"height": 48, "width": 48})
     found, described, _ = taken(saved(tmp_path / "clipseg", transformers.CLIPSegModel(config), images, 32))
-    assert described["image_size"] == [48, 48]
+    assert described.image_size == [48, 48]
     assert "image-size" not in found
     kinds("28: CLIPSeg's larger images", "refused: image-size", "no finding")
 
@@ -342,7 +343,7 @@ def test_settings_of_how_to_run_a_model_change_nothing(name, folder, checkpoint,
     """transformers gives tuples, or asks for a library, where config.json says so."""
     change_config(folder, **KERNELS[name])
     _, _, encoder = taken(folder)
-    ids = np.array(read_target(checkpoint).model["example_texts"]["input_ids"])
+    ids = np.array(read_target(checkpoint).model.example_texts["input_ids"])
     given = ids, np.ones_like(ids)
     assert np.array_equal(encoder.encode_texts(*given), open_encoder(checkpoint).encode_texts(*given))
     if name in ("return_dict", "attn_implementation"):
@@ -407,8 +408,8 @@ def test_an_untrained_model_has_seeded_weights(tmp_path):
         target = fetch(model, tmp_path / name)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
-    assert target.model["image_size"] == [32, 32]
-    assert target.model["trained"] is False
+    assert target.model.image_size == [32, 32]
+    assert target.model.trained is False
 
 
 # The hub: the real client, against its cache and against a server on this machine.
@@ -587,5 +588,5 @@ def test_the_fetched_target_says_what_it_is(checkpoint, tmp_path):
     copied = shutil.copytree(checkpoint, tmp_path / "copied")
     (copied / "target.json").unlink()
     target = read_target(checkpoint)
-    assert (target.runtime, target.precision, target.model["model_type"]) == ("eager", "fp32", "clip")
-    assert target.model["checkpoint"] == {"repo_id": None, "revision": None, "sha256": fingerprint(copied)}
+    assert (target.runtime, target.precision, target.model.model_type) == ("eager", "fp32", "clip")
+    assert target.model.checkpoint == Origin(None, None, fingerprint(copied))

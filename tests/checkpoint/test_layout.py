@@ -129,7 +129,7 @@ def test_a_sentence_transformers_folder_is_led_to_the_model_in_it(tmp_path, kind
     said = refused(folder)
     assert "is a sentence-transformers folder, whose model lies in 0_CLIPModel/: give `model: local` with that" in said
     kinds("16: a sentence-transformers folder", "has no config.json: give a folder in Hugging Face layout", said)
-    assert fetched(inner)[0].model["model_type"] == "clip"
+    assert fetched(inner)[0].model.model_type == "clip"
 
 
 def test_the_model_in_a_sentence_transformers_folder_is_refused_where_a_head_stands_behind_it(tmp_path):
@@ -184,8 +184,8 @@ def test_only_what_transformers_reads_is_copied_counted_and_hashed(folder, kinds
     target = fetch(ModelConfig(path=str(folder)), again)
     assert sorted(path.name for path in again.iterdir()) == FILES
     assert target.files == ["config.json", "model.safetensors"]
-    assert target.model["checkpoint"] == before.model["checkpoint"]
-    assert target.model["left_out"] == ["model.fp16.safetensors", "open_clip_model.safetensors"]
+    assert target.model.checkpoint == before.model.checkpoint
+    assert target.model.left_out == ["model.fp16.safetensors", "open_clip_model.safetensors"]
     size = sum((again / name).stat().st_size for name in target.files)
     kinds(
         "08: a second set of weights", "downloaded, counted (7.64 for 3.82 MB), hashed, linted", f"{size / 1e6:.2f} MB"
@@ -205,7 +205,7 @@ def test_of_one_file_and_shards_the_file_is_read_as_transformers_does(folder):
     target, output = fetched(folder)
     assert target.files == ["config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors"]
     assert all((output / name).is_file() for name in target.files)
-    assert target.model["left_out"] == []
+    assert target.model.left_out == []
 
 
 def test_a_checkpoint_is_another_where_a_file_changes_that_decides_and_no_other(folder):

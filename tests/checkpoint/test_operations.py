@@ -20,8 +20,8 @@ def test_a_familys_towers_have_the_operations_of_their_architecture(family):
     }
     inputs = example_inputs(model)
     for name, tower in split(load_model(family), inputs).items():
-        layers = model["towers"][name]["layers"]
-        attention, norms, skips, gelu, patches, pooled = around[model["model_type"], name]
+        layers = model.towers[name].layers
+        attention, norms, skips, gelu, patches, pooled = around[model.model_type, name]
         assert count_operations(tower, inputs[name]) == {
             "attention": layers + attention,
             "layer_norm": 2 * layers + norms,

@@ -9,7 +9,7 @@ from support.records import checked
 from clip_deploy.__main__ import main
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.files import sha256
-from clip_deploy.core.parsing import parse
+from clip_deploy.core.parsing import parse, plain
 from clip_deploy.core.records import Validation
 from clip_deploy.evaluate.validation import manifest
 
@@ -39,7 +39,7 @@ def test_a_manifest_says_what_a_target_is_and_how_it_was_judged(target, onnx_tar
     assert list(record["files"]) == ["target.json", "text.onnx", "vision.onnx"]
     assert record["files"]["vision.onnx"]["sha256"] == sha256(onnx_target / "vision.onnx")
     assert record["gates"] == {"onnx-fp32": {"status": "pass", "reasons": [], "precision": "fp32", **LIMITS}}
-    assert record["checkpoint"] == read_target(onnx_target).model["checkpoint"]
+    assert record["checkpoint"] == plain(read_target(onnx_target).model.checkpoint)
     assert len(record["checkpoint"]["sha256"]) == 64
     build = record["builds"]["onnx-fp32"]
     assert (build["runtime"], build["precision"], build["device"], build["opset"]) == ("ort", "fp32", "cpu", 18)

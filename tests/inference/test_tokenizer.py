@@ -28,12 +28,12 @@ def test_tokens_are_those_of_the_checkpoints_tokenizer(name, tmp_path, request):
     processor, model = load_processor(family), read_target(family).model
     pad = processor.tokenizer.pad_token_id or 0
     write_tokenizer(processor, model, tmp_path / "tokenizer.json")
-    ours = Tokenizer(tmp_path / "tokenizer.json", model["context_length"], model["pad_to_context"], pad)
+    ours = Tokenizer(tmp_path / "tokenizer.json", model.context_length, model.pad_to_context, pad)
     texts = ["a photo of a red circle", "x", "A large BLUE star left of a hexagon!", " 東京\u3000Straße\n", "</s> b"]
     expected = tokenize(processor, model, texts)
     with warnings.catch_warnings(action="ignore"):
         actual = ours(texts)
-    for name in model["text_inputs"]:
+    for name in model.text_inputs:
         assert np.array_equal(actual[name], getattr(expected, name))
 
 

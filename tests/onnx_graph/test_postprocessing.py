@@ -120,10 +120,10 @@ def test_what_pytorch_runs_with_our_kernels_is_the_encoder_alone(exported, sets,
     settings = OptimizeConfig(precision=Precision.fp16, provider=Provider.torch, skip_layer_norm=True)
     target = optimize(exported, settings, load_prepared(sets / "calibration"), tmp_path, Device.cuda)
     assert (target.runtime, target.precision, target.device) == ("fused", "fp16", "cuda")
-    assert (target.image_input, target.model["normalize"], target.model["classifier"]) == ("pixel_values", False, None)
+    assert (target.image_input, target.model.normalize, target.model.classifier) == ("pixel_values", False, None)
     steps = [step.call for step in GraphModule(ir.load(tmp_path / "vision.onnx")).steps]
     named = [getattr(call, "func", call).__name__ for call in steps]
-    layers = target.model["towers"]["vision"]["layers"]
+    layers = target.model.towers["vision"].layers
     assert [named.count(name) for name in ("patchify", "attention")] == [1, layers - 1]  # the last takes one query
     assert named.count("linear_skip_layer_norm") >= 2 * (layers - 1)
     assert not {"_quick_gelu", "_gelu", "_cast"} & set(named[:-1])

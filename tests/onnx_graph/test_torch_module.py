@@ -3,7 +3,6 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from clip_deploy.builders.fused import for_cuda
 from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs
 from clip_deploy.core.artifact import Target, build, read_target
@@ -12,7 +11,7 @@ from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.torch_module import GraphModule
-from clip_deploy.rewrites.fusion import fuse, rewrites_of
+from clip_deploy.rewrites.fusion import for_cuda, fuse, rewrites_of
 from clip_deploy.rewrites.half_precision import to_bfloat16, to_float16
 
 
@@ -28,10 +27,10 @@ def source(family, request, tmp_path_factory):
 def fused(source, tower, output, on_gpu=False):
     """The tower's fused graph, and its model's description."""
     model = read_target(source).model
-    rewrites = rewrites_of(model["towers"][tower], OptimizeConfig(skip_layer_norm=on_gpu))
+    rewrites = rewrites_of(model.towers[tower], OptimizeConfig(skip_layer_norm=on_gpu))
     if on_gpu:
-        rewrites = for_cuda(rewrites, model["context_length"])
-    made = fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", rewrites, model["example_texts"])
+        rewrites = for_cuda(rewrites, model.context_length)
+    made = fuse(source / f"{tower}.onnx", output / f"{tower}.onnx", rewrites, model.example_texts)
     assert made.undone == []
     return output / f"{tower}.onnx", model
 
@@ -39,7 +38,7 @@ def fused(source, tower, output, on_gpu=False):
 @pytest.mark.parametrize("tower", ["vision", "text"])
 def test_the_module_gives_what_the_graph_gives_and_is_exported_for_any_batch(source, tower, tmp_path):
     path, model = fused(source, tower, tmp_path)
-    feeds = onnx_file.random_feeds(path, model["example_texts"])
+    feeds = onnx_file.random_feeds(path, model.example_texts)
     module = GraphModule(ir.load(path)).eval()
     inputs = tuple(torch.from_numpy(feeds[name]) for name in module.inputs)
     expected = onnx_file.run(path, feeds)
@@ -68,7 +67,7 @@ def test_half_precision_is_the_modules_own_affair(onnx_target, tmp_path):
 @pytest.mark.parametrize("tower", ["vision", "text"])
 def test_a_graph_in_float16_stays_in_float16(onnx_target, sets, tower, tmp_path):
     path, model = fused(onnx_target, tower, tmp_path)
-    inputs = load_prepared(sets / "calibration").inputs(tower, model["text_inputs"])
+    inputs = load_prepared(sets / "calibration").inputs(tower, model.text_inputs)
     feeds = {name: array[:4].copy() for name, array in inputs.items()}
     to_float16(path, lambda: [feeds])
     module = GraphModule(ir.load(path)).eval()
@@ -83,7 +82,7 @@ def test_a_graph_in_float16_stays_in_float16(onnx_target, sets, tower, tmp_path)
 @pytest.mark.parametrize("tower", ["vision", "text"])
 def test_a_graph_in_bfloat16_gives_nearly_what_it_gave(onnx_target, tower, tmp_path):
     path, model = fused(onnx_target, tower, tmp_path)
-    feeds = onnx_file.random_feeds(path, model["example_texts"])
+    feeds = onnx_file.random_feeds(path, model.example_texts)
     expected = onnx_file.run(path, feeds)
     to_bfloat16(path)
     module = GraphModule(ir.load(path), torch.bfloat16).eval()
@@ -101,7 +100,7 @@ def test_a_graph_in_bfloat16_for_a_gpu_lacks_nothing_but_the_gpu(source, tower, 
     stored = {tensor.dtype for value in ir.load(path).graph.initializers.values() if (tensor := value.const_value)}
     assert ir.DataType.BFLOAT16 in stored
     with pytest.raises(DeployError, match="NOT_IMPLEMENTED"):  # what does not fit together is refused before that
-        onnx_file.run(path, onnx_file.random_feeds(path, model["example_texts"]))
+        onnx_file.run(path, onnx_file.random_feeds(path, model.example_texts))
 
 
 def test_an_unknown_operator_is_named(onnx_target, tmp_path):
@@ -115,12 +114,12 @@ def test_a_graph_for_a_gpu_searches_in_float_and_holds_its_products(source, towe
     path, model = fused(source, tower, tmp_path, on_gpu=True)
     graph = ir.load(path).graph
     kinds = [node.op_type for node in graph]
-    layers = model["towers"][tower]["layers"]
+    layers = model.towers[tower].layers
     assert kinds.count("Attention") >= layers - 1
     assert kinds.count("Split") <= 1
     assert "SkipLayerNormalization" in kinds
     searches = [node.inputs[0].producer().op_type for node in graph if node.op_type == "ArgMax"]
     assert set(searches) <= {"Add"}
-    feeds = onnx_file.random_feeds(source / path.name, model["example_texts"])
+    feeds = onnx_file.random_feeds(source / path.name, model.example_texts)
     expected = onnx_file.run(source / path.name, feeds)
     np.testing.assert_allclose(onnx_file.run(path, feeds), expected, atol=1e-4 * np.abs(expected).max())

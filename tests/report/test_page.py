@@ -14,6 +14,7 @@ from support.browser import look, needs_chromium
 from support.project import ROOT
 
 from clip_deploy.core.json_files import write_json
+from clip_deploy.core.model import Finding
 from clip_deploy.core.parsing import plain
 from clip_deploy.core.records import CurvePoint
 from clip_deploy.report.contents import Figure, Report, Table
@@ -66,14 +67,14 @@ FLOW = {
         "nvjpeg": {"status": "unavailable", "reason": "PyTorch sees no GPU"},
     },
 }
-FINDING = {
-    "code": "eos-token",
-    "severity": "error",
-    "found": "eos_token_id is 585",
-    "expected": "586",
-    "consequence": "All texts would look the same",
-    "allowed": True,
-}
+FINDING = Finding(
+    code="eos-token",
+    severity="error",
+    found="eos_token_id is 585",
+    expected="586",
+    consequence="All texts would look the same",
+    allowed=True,
+)
 SHIPPING = Shipping(
     facts=["Ship ort-fp32: an image 2.00 ms, a text 1.00 ms (p50 of a call, batch 1)."],
     losers={

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 from support.records import checked, parity, retrieval, timing, zero_shot
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.json_files import write_json
+from clip_deploy.core.model import Finding
 from clip_deploy.core.parsing import plain
 from clip_deploy.core.records import CurvePoint, Diagnosis, Drop, Search
 from clip_deploy.report.contents import Report
@@ -305,14 +307,14 @@ def test_without_feeds_the_report_has_no_such_section(rows):
     assert "From JPEG" not in markdown(Report("title", rows, flows=[]))
 
 
-FINDING = {
-    "code": "eos-token",
-    "severity": "error",
-    "found": "text_config.eos_token_id is 585",
-    "expected": "the tokenizer's 586",
-    "consequence": "All texts would look the same",
-    "allowed": True,
-}
+FINDING = Finding(
+    code="eos-token",
+    severity="error",
+    found="text_config.eos_token_id is 585",
+    expected="the tokenizer's 586",
+    consequence="All texts would look the same",
+    allowed=True,
+)
 
 
 def shipping(vision, text, batch=1, **losers):
@@ -344,7 +346,7 @@ def test_the_fastest_is_sought_at_the_batch_size_that_is_asked_for(tmp_path):
 
 
 def test_what_was_found_in_the_checkpoint_and_allowed_is_in_the_report(rows):
-    text = markdown(Report("title", rows, findings=[FINDING, {**FINDING, "severity": "warning", "allowed": False}]))
+    text = markdown(Report("title", rows, findings=[FINDING, replace(FINDING, severity="warning", allowed=False)]))
     row = "text_config.eos_token_id is 585 | the tokenizer's 586 | All texts would look the same |"
     assert f"| `eos-token` | **error**, allowed by `model.allow` | {row}" in text
     assert f"| `eos-token` | warning | {row}" in text

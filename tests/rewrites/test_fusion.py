@@ -51,36 +51,36 @@ def test_every_operation_of_both_towers_is_fused(family, tmp_path, opset):
     build(source, lambda folder: export_onnx(family, OnnxConfig(opset=opset), folder), Target("ort", "fp32"))
     target = fused(source, output, skip_layer_norm=True)
     assert "rewrites_undone" not in target.build
-    for tower, shape in target.model["towers"].items():
+    for tower, shape in target.model.towers.items():
         found = target.build["fusions"][tower]
         assert list(found) == list(KINDS)
         assert all(count == expected for count, expected in found.values()), found
         onnx_file.check(output / f"{tower}.onnx")
         census = onnx_file.describe(output / f"{tower}.onnx").fusion
-        pooling_head = tower == "vision" and target.model["model_type"] == "siglip"
-        attentions = shape["layers"] + pooling_head
+        pooling_head = tower == "vision" and target.model.model_type == "siglip"
+        attentions = shape.layers + pooling_head
         assert (census["attention"], census["attention_expected"], census["gelu"]) == (attentions,) * 3
-        assert attributes(output / f"{tower}.onnx", "num_heads") == {shape["heads"]}
+        assert attributes(output / f"{tower}.onnx", "num_heads") == {shape.heads}
 
 
 @pytest.mark.parametrize("opset", [17, 18, 21])
 def test_graphs_of_a_fixed_batch_size_are_fused_too(family, tmp_path, opset):
     target = read_target(family)
-    texts = target.model["example_texts"]
-    pixels = torch.zeros(3, 3, *target.model["image_size"])
-    inputs = {"vision": (pixels,), "text": tuple(torch.tensor(texts[name]) for name in target.model["text_inputs"])}
-    names = {"vision": ["pixel_values"], "text": target.model["text_inputs"]}
+    texts = target.model.example_texts
+    pixels = torch.zeros(3, 3, *target.model.image_size)
+    inputs = {"vision": (pixels,), "text": tuple(torch.tensor(texts[name]) for name in target.model.text_inputs)}
+    names = {"vision": ["pixel_values"], "text": target.model.text_inputs}
     write = onnx_export.WRITERS[OnnxConfig(opset=opset).writer]
     for tower, module in split(load_model(family), inputs).items():
         exported, output = tmp_path / f"{tower}-exported.onnx", tmp_path / f"{tower}.onnx"
         write(module, inputs[tower], exported, names[tower], "embeds", {}, opset)
-        shape = target.model["towers"][tower]
+        shape = target.model.towers[tower]
         assert fusion.fuse(exported, output, fusion.rewrites_of(shape, OptimizeConfig()), texts).undone == []
         description = onnx_file.describe(output)
         assert all(sizes[0] == 3 for sizes in description.inputs.values())
-        pooling_head = tower == "vision" and target.model["model_type"] == "siglip"
+        pooling_head = tower == "vision" and target.model.model_type == "siglip"
         census = description.fusion
-        assert census["attention"] == census["attention_expected"] == shape["layers"] + pooling_head
+        assert census["attention"] == census["attention_expected"] == shape.layers + pooling_head
 
 
 def attributes(path, name):
@@ -93,7 +93,7 @@ def test_fused_graphs_give_the_same_embeddings(onnx_target, sets, tmp_path, prec
     target = fused(onnx_target, tmp_path / "ort", load_prepared(sets / "calibration"), precision=precision)
     for tower in ("vision", "text"):
         onnx_file.check(tmp_path / "ort" / f"{tower}.onnx")
-        feeds = onnx_file.random_feeds(onnx_target / f"{tower}.onnx", target.model["example_texts"])
+        feeds = onnx_file.random_feeds(onnx_target / f"{tower}.onnx", target.model.example_texts)
         expected = onnx_file.run(onnx_target / f"{tower}.onnx", feeds)
         actual = onnx_file.run(tmp_path / "ort" / f"{tower}.onnx", feeds)
         assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
@@ -101,7 +101,7 @@ def test_fused_graphs_give_the_same_embeddings(onnx_target, sets, tmp_path, prec
 
 def test_a_text_padded_in_its_middle_gives_the_same_embedding(onnx_target, tmp_path):
     fused(onnx_target, tmp_path / "ort")
-    feeds = onnx_file.random_feeds(onnx_target / "text.onnx", read_target(onnx_target).model["example_texts"])
+    feeds = onnx_file.random_feeds(onnx_target / "text.onnx", read_target(onnx_target).model.example_texts)
     feeds["attention_mask"][:, 1:3] = 0
     expected = onnx_file.run(onnx_target / "text.onnx", feeds)
     np.testing.assert_allclose(onnx_file.run(tmp_path / "ort" / "text.onnx", feeds), expected, rtol=0, atol=1e-5)
@@ -328,7 +328,7 @@ def test_towers_without_a_fused_attention_keep_the_gate_in_every_precision(unfus
         lowest[target] = min(parity.cosine_min for parity in record.measured.parity.values())
     census = record.graphs["vision"].fusion
     assert (census["attention"], census["gelu"]) == (0, gelus)
-    kind = read_target(checkpoint).model["model_type"]
+    kind = read_target(checkpoint).model.model_type
     kinds(
         *NOTED[kind],
         now="pass, lowest cosine " + ", ".join(f"{target} {cosine:.5f}" for target, cosine in lowest.items()),

@@ -190,7 +190,7 @@ def test_the_pil_feed_is_measured_and_agrees_with_the_processor(job):
 
 
 def test_a_feed_with_other_pixels_is_marked_as_wrong(job):
-    negative = replace(job.preprocessing, scale=-job.preprocessing.scale, offset=-job.preprocessing.offset)
+    negative = replace(job.preprocessing, image_std=[-value for value in job.preprocessing.image_std])
     row = measure_feed(replace(job, preprocessing=negative))
     assert row["status"] == "wrong"
     assert row["reason"].endswith("< 0.99: the embeddings are not those of the checkpoint's own processor")

@@ -1,0 +1,91 @@
+"""What later stages know of a checkpoint's model, so that they can do without transformers."""
+
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Transformer layers, heads of one of them (0 where they differ) and width of a token."""
+
+    layers: int
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from; `sha256` is over all its files (environment.fingerprint)."""
+
+    repo_id: str | None
+    revision: str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """A zero-shot head behind the image tower: one class a label, its text from the template."""
+
+    labels: list[str]
+    template: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as the family's checkpoints have it.
+
+    Attributes:
+        code: one of lint.CODES, by which an error can be allowed.
+        severity: "error" where answers are wrong, "warning" where they may be or others will stumble.
+        consequence: what happens if nothing is changed.
+        allowed: an error that model.allow names.
+    """
+
+    code: str
+    severity: str
+    found: str
+    expected: str
+    consequence: str
+    allowed: bool = False
+
+    def __str__(self) -> str:
+        mark = f"{self.severity}, allowed" if self.allowed else self.severity
+        return f"{self.code} ({mark}): {self.found}; expected {self.expected}. {self.consequence}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A dual encoder. The defaults are those of a target that could not be built.
+
+    Attributes:
+        model_type: transformers' word for it.
+        image_size: [height, width] of pixel_values.
+        context_length: tokens of the longest text.
+        positions: tokens that the text tower has positions for.
+        pad_to_context: whether every text is padded to the context.
+        text_inputs: names of the text tower's inputs.
+        example_texts: three tokenised texts of different length, by input.
+        trained: False for random weights.
+        left_out: weights beside the checkpoint's that were not taken.
+        normalize: whether the graphs give embeddings of unit length.
+        operations: by tower, how often each operation that can be fused occurs (fusions.KINDS).
+    """
+
+    model_type: str = ""
+    image_size: list[int] = field(default_factory=list)
+    context_length: int = 0
+    positions: int = 0
+    pad_to_context: bool = False
+    text_inputs: list[str] = field(default_factory=list)
+    example_texts: dict[str, list[list[int]]] = field(default_factory=dict)
+    towers: dict[str, TowerShape] = field(default_factory=dict)
+    trained: bool = True
+    checkpoint: Origin | None = None
+    left_out: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    normalize: bool = False
+    classifier: Head | None = None
+    operations: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def bare(self) -> "Model":
+        """The same without what stands around the towers in a graph."""
+        return replace(self, normalize=False, classifier=None)
