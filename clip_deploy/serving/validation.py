@@ -18,12 +18,13 @@ from clip_deploy.core.config import TritonCheckConfig
 from clip_deploy.core.environment import located
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import write_text
+from clip_deploy.core.package import DualEncoder
 from clip_deploy.core.similarity import similarity
 from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.serving import drift
 from clip_deploy.serving.golden import TEXTS, encode_offline, golden_inputs, stored
 from clip_deploy.serving.load_test import Work, measure_load, read_metrics
-from clip_deploy.serving.repository import read_package
+from clip_deploy.serving.repository import packaged
 from clip_deploy.serving.server import Environment, Server, find_environment, load_model, model_config, serve, versions
 
 ROOT = Path(__file__).resolve().parents[2]  # the client's program is imported from here
@@ -49,12 +50,12 @@ def check_served(
     """
     try:
         environment = find_environment(located(settings.environment))
-        manifest = read_package(package)
-        if manifest["device"] != "cpu":
+        encoder = packaged(package).encoder
+        if encoder.device != "cpu":
             raise UnavailableError("the package is for a GPU, and this server computes on CPUs only")
-        inputs = golden_inputs(package, manifest, prepared)
-        record, answers = _ask(repository / BACKEND, environment, manifest, inputs, settings)
-        offline = encode_offline(package, manifest, inputs, record["threads"])
+        inputs = golden_inputs(package, prepared)
+        record, answers = _ask(repository / BACKEND, environment, encoder, inputs, settings)
+        offline = encode_offline(package, encoder, inputs, record["threads"])
     except UnavailableError as error:
         return {"status": "unavailable", "reasons": [str(error)]}
     except Exception as error:  # whatever the server and its client do is this check's result
@@ -72,7 +73,7 @@ def check_served(
 def _ask(
     repository: Path,
     environment: Environment,
-    manifest: dict[str, Any],
+    encoder: DualEncoder,
     inputs: dict[str, np.ndarray],
     settings: TritonCheckConfig,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -86,8 +87,8 @@ def _ask(
                 "repository": str(copy),
                 "second": str(changed(repository, Path(name) / "second", negate)),
                 "broken": str(changed(repository, Path(name) / "broken", lambda graph: graph.write_bytes(b"broken"))),
-                "image_input": manifest["towers"]["vision"]["image_input"],
-                "text_inputs": manifest["towers"]["text"]["inputs"],
+                "image_input": encoder.towers.vision.image_input,
+                "text_inputs": encoder.towers.text.inputs,
                 "max_batch": config["max_batch_size"],
             }
             record, answers = run_client(server, environment, job, inputs, Path(name))
