@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clip_deploy.core.served import Served
 from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row
 
@@ -66,4 +67,4 @@ class Report:
     flows: Sequence[dict[str, Any]] = ()
     shipping: Shipping | None = None
     findings: Sequence[dict[str, Any]] = ()
-    served: dict[str, Any] | None = None
+    served: Served | None = None

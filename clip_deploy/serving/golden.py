@@ -14,6 +14,7 @@ from clip_deploy.core.similarity import normalized
 from clip_deploy.data.preprocessed import Prepared, batches
 from clip_deploy.inference.images import Preprocessor, decode
 from clip_deploy.inference.scores import Scoring
+from clip_deploy.serving.job import stored
 
 BATCH = 32  # images or texts in one call, at most
 FILES = 32  # image files that the ensemble is asked about
@@ -133,12 +134,6 @@ def encode_offline(
         pixels = preprocessed(inputs, read_preprocessor(package))
         found["probabilities"] = probabilities(np.concatenate([images(each) for each in pixels]), labels, encoder)
     return found
-
-
-def stored(inputs: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
-    """Arrays that are named name_0, name_1 and so on."""
-    count = sum(key.removeprefix(f"{name}_").isdigit() for key in inputs)
-    return [inputs[f"{name}_{row}"] for row in range(count)]
 
 
 def preprocessed(inputs: dict[str, np.ndarray], settings: Preprocessor | None) -> list[np.ndarray]:
