@@ -18,6 +18,7 @@ from pathlib import Path
 
 from clip_deploy.core.environment import hardware
 from clip_deploy.core.files import write_text
+from clip_deploy.core.package import read_package
 from clip_deploy.data import scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +44,7 @@ def main(count: int) -> None:
     print(embed(images, killed))
     record["resumed_s"] = round(time.monotonic() - started, 1)
     record["same_bytes"] = contents(whole) == contents(killed)
-    package = json.loads((ROOT / "artifacts/package/manifest.json").read_text())
-    record["target"] = package["towers"]["vision"]["target"]
+    record["target"] = read_package(ROOT / "artifacts/package").encoder.towers.vision.target
     record["machine"] = asdict(hardware())
     write_text(OUTPUT, json.dumps(record, indent=2) + "\n")
     print(", ".join(f"{name} {value}" for name, value in record.items() if name != "machine"))

@@ -12,6 +12,7 @@ from clip_deploy.builders.package import Sources, write_package
 from clip_deploy.core.config import GatesConfig
 from clip_deploy.core.environment import Environment
 from clip_deploy.core.files import new_folder
+from clip_deploy.core.manifest import Run
 from clip_deploy.core.parsing import read_record
 from clip_deploy.core.recommendation import Recommendation
 from stages import stage
@@ -37,11 +38,10 @@ def package(settings: Settings) -> None:
     advice = read_record(Recommendation, settings.recommendation, null_is_nan=False)
     software = read_record(Environment, settings.environment, null_is_nan=False).software
     sources = Sources(settings.built, settings.validation, settings.portable, settings.evaluation)
-    facts = {"model": settings.model_name, "seed": settings.seed, "versions": software}
+    run = Run(settings.model_name, settings.seed, software)
     with new_folder(settings.output) as folder:
-        manifest = write_package(advice, settings.target, sources, settings.gates, facts, folder)
-    towers = ", ".join(f"{tower} {chosen['target']}" for tower, chosen in manifest.get("towers", {}).items())
-    print(f"{settings.output}: {towers or 'nothing to ship: ' + manifest['unavailable']}")
+        manifest = write_package(advice, settings.target, sources, settings.gates, run, folder)
+    print(f"{settings.output}: {manifest.summary()}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.config import BuildEngineConfig, GatesConfig, TritonConfig
-from clip_deploy.core.json_files import read_json
+from clip_deploy.core.manifest import TargetManifest
 from clip_deploy.core.parsing import read_record
 from clip_deploy.core.records import Validation
+from clip_deploy.serving.repository import NoRepository
 from clip_deploy.serving.tensorrt_repository import write_engine_repository
 from stages import stage
 
@@ -33,14 +34,15 @@ def triton_engines(settings: Settings) -> None:
         settings.built,
         read_record(Validation, settings.validation),
         settings.gates,
-        read_json(settings.manifest),
+        read_record(TargetManifest, settings.manifest).origin,
         settings.prepared,
         settings.benchmark_results,
         settings.build_engine[settings.target],
         settings.triton,
         settings.output,
     )
-    print(f"{settings.output}: {record.get('library') or 'unavailable: ' + record['unavailable']}")
+    said = f"unavailable: {record.unavailable}" if isinstance(record, NoRepository) else record.library
+    print(f"{settings.output}: {said}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clip_deploy.core.config import TritonConfig
-from clip_deploy.serving.repository import write_repository
+from clip_deploy.serving.repository import NoRepository, write_repository
 from stages import stage
 
 
@@ -21,11 +21,11 @@ class Settings:
 @stage
 def triton_repository(settings: Settings) -> None:
     record = write_repository(settings.package, settings.benchmark_results, settings.triton, settings.output)
-    if "unavailable" in record:
-        print(f"{settings.output}: unavailable: {record['unavailable']}")
+    if isinstance(record, NoRepository):
+        print(f"{settings.output}: unavailable: {record.unavailable}")
         return
-    towers = ", ".join(f"{tower}: {facts['target']}" for tower, facts in record["towers"].items())
-    print(f"{settings.output}: {towers}; for {' and '.join(record['backends'])}")
+    towers = ", ".join(f"{tower}: {served.target}" for tower, served in record.towers.items())
+    print(f"{settings.output}: {towers}; for {' and '.join(record.backends)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Check one target against the untouched FP32 model, hold it to its gate, and write its manifest."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +7,8 @@ from omegaconf import MISSING
 
 from clip_deploy.core.config import GatesConfig
 from clip_deploy.core.environment import Environment
-from clip_deploy.core.files import write_text
 from clip_deploy.core.json_files import write_json
+from clip_deploy.core.manifest import Run, save_manifest
 from clip_deploy.core.parsing import plain, read_record
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import manifest
@@ -34,9 +33,8 @@ def validate(settings: Settings) -> None:
     prepared = load_prepared(settings.evaluation)
     found = check(settings.source, prepared, settings.evaluation / "reference.npz", settings.gates, settings.seed)
     software = read_record(Environment, settings.environment, null_is_nan=False).software
-    facts = {"model": settings.model_name, "seed": settings.seed, "versions": software}
-    described = manifest(settings.source, found, facts)
-    write_text(settings.manifest, json.dumps(described, indent=1) + "\n")
+    run = Run(settings.model_name, settings.seed, software)
+    save_manifest(settings.manifest, manifest(settings.source, found, run), indent=1)
     write_json(settings.output, plain(found))
     print(f"{settings.source.name}: {found.status}", *found.reasons, sep="\n  ")
 

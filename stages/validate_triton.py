@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from clip_deploy.core.config import TritonCheckConfig
 from clip_deploy.core.json_files import write_json
+from clip_deploy.core.parsing import plain
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.serving.validation import check_served
 from stages import stage
@@ -26,8 +27,8 @@ class Settings:
 def validate_triton(settings: Settings) -> None:
     prepared = load_prepared(settings.evaluation)
     record = check_served(settings.repository, settings.package, prepared, settings.triton_check, settings.seed)
-    write_json(settings.output, record)
-    print(f"triton: {record['status']}", *record["reasons"], sep="\n  ")
+    write_json(settings.output, plain(record))
+    print(f"triton: {record.status}", *record.reasons, sep="\n  ")
 
 
 if __name__ == "__main__":

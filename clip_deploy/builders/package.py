@@ -6,16 +6,26 @@ and transformers.
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from clip_deploy.core.artifact import TOWERS, Target, read_target
+from clip_deploy.core.artifact import TOWERS, read_target
 from clip_deploy.core.config import GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import sha256, write_text
 from clip_deploy.core.json_files import read_json
-from clip_deploy.core.manifest import provenance
+from clip_deploy.core.manifest import INSIDE, File, Run, files_of, provenance, save_manifest
+from clip_deploy.core.package import (
+    FORMAT,
+    LABELS,
+    DualEncoder,
+    EmptyPackage,
+    ImageTower,
+    Labels,
+    Package,
+    TextTower,
+    Towers,
+)
 from clip_deploy.core.parsing import plain, read_record
 from clip_deploy.core.recommendation import Recommendation
 from clip_deploy.core.records import Validation
@@ -23,10 +33,8 @@ from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER
 from clip_deploy.evaluate.embeddings import load_embeddings
 from clip_deploy.evaluate.gates import failures_now
 
-FORMAT = 1  # of manifest.json
 RUNTIME = "ort"  # the one that needs neither torch nor a library of its own
 RECOMMENDED = "recommended"
-MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -47,15 +55,14 @@ class Sources:
 
 
 def write_package(
-    advice: Recommendation, wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
-) -> dict[str, Any]:
+    advice: Recommendation, wanted: str, sources: Sources, gates: GatesConfig, run: Run, folder: Path
+) -> Package | EmptyPackage:
     """Fill `folder`, and return its manifest.
 
     Args:
         advice: reports/recommendation.json.
         wanted: a target for both towers, or "recommended" for what the advice says.
         gates: what each precision class must reach now.
-        facts: entries of the manifest that stand as they are (model, seed, versions).
 
     Where the advice has nothing to ship, or what it has cannot be packaged, the folder holds only a manifest with the
     reason, which no runtime opens.
@@ -65,21 +72,22 @@ def write_package(
             were judged.
         UnavailableError: the target asked for by name needs transformers for its texts or images.
     """
+    manifest: Package | EmptyPackage
     try:
-        manifest = _packaged(advice, wanted, sources, gates, facts, folder)
+        manifest = _packaged(advice, wanted, sources, gates, run, folder)
     except UnavailableError as error:
         if wanted != RECOMMENDED:
             raise
         for path in folder.iterdir():
             path.unlink()
-        manifest = {"format": FORMAT, **facts, "unavailable": str(error)}
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        manifest = EmptyPackage(FORMAT, run, str(error))
+    save_manifest(folder / INSIDE, manifest, indent=1, ensure_ascii=False)
     return manifest
 
 
 def _packaged(
-    advice: Recommendation, wanted: str, sources: Sources, gates: GatesConfig, facts: dict[str, Any], folder: Path
-) -> dict[str, Any]:
+    advice: Recommendation, wanted: str, sources: Sources, gates: GatesConfig, run: Run, folder: Path
+) -> Package:
     if wanted == RECOMMENDED and not advice.package:
         raise UnavailableError(said(advice))
     towers = advice.package if wanted == RECOMMENDED else dict.fromkeys(TOWERS, wanted)
@@ -88,15 +96,18 @@ def _packaged(
     pair = " with ".join(towers[tower] for tower in TOWERS)
     if len(names) > 1 and not (pair in advice.pairs and advice.pairs[pair].status == "pass"):
         raise DeployError(f"{pair} did not pass together (reports/recommendation.json): run `dvc repro`")
-    origin = provenance({name: (read_target(sources.built / name), record) for name, record in records.items()}, facts)
-    origin["gates"] |= plain(advice.pairs) if wanted == RECOMMENDED else {}
-    return {
-        "format": FORMAT,
-        **origin,
-        **_fill(folder, towers, sources),
-        "metrics": {name: advice.targets[name].metrics for name in names},
-        "note": said(advice) if wanted == RECOMMENDED else f"{wanted} was asked for by name",
-    }
+    origin = provenance({name: (read_target(sources.built / name), record) for name, record in records.items()}, run)
+    pairs = advice.pairs if wanted == RECOMMENDED else {}
+    _fill(folder, towers, sources)
+    files = files_of(folder)
+    return Package(
+        format=FORMAT,
+        origin=replace(origin, gates={**origin.gates, **pairs}),
+        encoder=_encoder(towers, sources, files),
+        files=files,
+        metrics={name: advice.targets[name].metrics for name in names},
+        note=said(advice) if wanted == RECOMMENDED else f"{wanted} was asked for by name",
+    )
 
 
 def said(advice: Recommendation) -> str:
@@ -144,11 +155,9 @@ def check_fit(name: str, advice: Recommendation, sources: Sources, gates: GatesC
     return record
 
 
-def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, Any]:
-    """Put all files but the manifest into `folder`, and return what the manifest says of them."""
+def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> None:
+    """Put all files but the manifest into `folder`."""
     targets = {tower: read_target(sources.built / name) for tower, name in towers.items()}
-    model, evaluation = targets["vision"].model, read_json(sources.evaluation / MANIFEST)
-    scores = read_json(sources.portable / SCORES)
     for name in towers.values():
         if reason := unpackable(sources.built / name, sources.portable):
             raise UnavailableError(reason)
@@ -159,24 +168,29 @@ def _fill(folder: Path, towers: dict[str, str], sources: Sources) -> dict[str, A
     for file in parts(targets["vision"].image_input):
         if file != SCORES:
             shutil.copyfile(sources.portable / file, folder / file)
-    labels = {key: evaluation[key] for key in ("classes", "templates")}
-    write_text(folder / "labels.json", json.dumps(labels, indent=1, ensure_ascii=False) + "\n")
-    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
-    return {
-        "towers": {tower: _tower(tower, towers[tower], targets[tower], files) for tower in TOWERS},
-        "dimension": int(load_embeddings(sources.evaluation / "reference.npz").images.shape[1]),
-        "image_size": model.image_size,
-        "context_length": model.context_length,
-        "pad_to_context": model.pad_to_context,
-        "pad_token": evaluation["pad_token"],
-        **{key: value for key, value in scores.items() if key != "unavailable"},
-        "normalized": bool(model.normalize),
-        "device": targets["vision"].device,
-        "files": files,
-    }
+    evaluation = read_json(sources.evaluation / INSIDE)
+    labels = Labels(evaluation["classes"], evaluation["templates"])
+    write_text(folder / LABELS, json.dumps(plain(labels), indent=1, ensure_ascii=False) + "\n")
 
 
-def _tower(tower: str, name: str, target: Target, files: dict[str, Any]) -> dict[str, Any]:
-    file = f"{tower}.onnx"
-    takes = {"image_input": target.image_input} if tower == "vision" else {"inputs": target.model.text_inputs}
-    return {"target": name, "precision": target.precision, "file": file, **takes, "sha256": files[file]["sha256"]}
+def _encoder(towers: dict[str, str], sources: Sources, files: dict[str, File]) -> DualEncoder:
+    vision, text = (read_target(sources.built / towers[tower]) for tower in TOWERS)
+    model, scores = vision.model, read_json(sources.portable / SCORES)
+    graphs = {tower: f"{tower}.onnx" for tower in TOWERS}
+    judged = {tower: files[graph].sha256 for tower, graph in graphs.items()}
+    return DualEncoder(
+        towers=Towers(
+            ImageTower(towers["vision"], vision.precision, graphs["vision"], vision.image_input, judged["vision"]),
+            TextTower(towers["text"], text.precision, graphs["text"], text.model.text_inputs, judged["text"]),
+        ),
+        dimension=int(load_embeddings(sources.evaluation / "reference.npz").images.shape[1]),
+        image_size=model.image_size,
+        context_length=model.context_length,
+        pad_to_context=model.pad_to_context,
+        pad_token=read_json(sources.evaluation / INSIDE)["pad_token"],
+        logit_scale=scores["logit_scale"],
+        logit_bias=scores["logit_bias"],
+        activation=scores["activation"],
+        normalized=model.normalize,
+        device=vision.device,
+    )

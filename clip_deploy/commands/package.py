@@ -14,9 +14,9 @@ from pathlib import Path
 
 from dvc.repo import Repo
 
-from clip_deploy.builders.package import MANIFEST
 from clip_deploy.commands.project import PARAMS, PIPELINE, check_project
 from clip_deploy.core.errors import ConfigError
+from clip_deploy.core.manifest import INSIDE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(given: argparse.Namespace) -> int:
 
 def check_output(folder: Path) -> None:
     """Raises ConfigError where something else than a package would be replaced."""
-    if folder.exists() and not (folder / MANIFEST).is_file():
+    if folder.exists() and not (folder / INSIDE).is_file():
         raise ConfigError(f"--output is {folder}, which is there and no package: give a new folder")
 
 

@@ -1,16 +1,75 @@
-"""Whether a folder is what its manifest says: a target, a package, or the model repositories of Triton."""
+"""What a manifest says of a target, a package or Triton's model repositories, and whether the folder is that."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.core.artifact import MANIFEST_NAME, Target, differences
+from clip_deploy.core.artifact import MANIFEST_NAME, Target, differences, hashes
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.files import write_text
 from clip_deploy.core.json_files import read_json, rounded
-from clip_deploy.core.parsing import plain
-from clip_deploy.core.records import Validation
+from clip_deploy.core.model import Origin
+from clip_deploy.core.parsing import FLAT, plain
+from clip_deploy.core.records import Facts, Limit, PairVerdict, Validation
 
-INSIDE = "manifest.json"  # of packages and repositories
+INSIDE = "manifest.json"  # of packages, repositories and prepared sets
+
+
+@dataclass(frozen=True)
+class File:
+    """A file by its content."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the pipeline: its model's name, its seed, and the versions of its libraries, None where missing."""
+
+    model: str
+    seed: int
+    versions: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What validate said of a target, with what was held against each limit; no limit where it could not be run."""
+
+    status: str
+    reasons: list[str]
+    precision: str
+    min_cosine: Limit | None = None
+    max_top1_drop: Limit | None = None
+    max_flips: Limit | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where targets come from, and how they were judged; in every manifest.
+
+    Attributes:
+        checkpoint: hub id, revision and SHA-256; None where nothing could be built.
+        builds: by target, how it was made.
+        gates: by target, or by the name of a pair of targets.
+    """
+
+    run: Run = field(metadata=FLAT)
+    checkpoint: Origin | None
+    builds: dict[str, Facts]
+    gates: dict[str, Gate | PairVerdict]
+
+
+@dataclass(frozen=True)
+class TargetManifest:
+    """artifacts/<target>.manifest.json."""
+
+    format: int
+    target: str
+    origin: Provenance = field(metadata=FLAT)
+    files: dict[str, File]
 
 
 def verify(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -24,13 +83,19 @@ def verify(folder: Path) -> tuple[dict[str, Any], list[str]]:
     if not folder.is_dir():
         raise DeployError(f"{folder}: no such folder; give a target's, artifacts/package or artifacts/triton")
     path = find_manifest(folder)
-    manifest = read_json(path)
-    if fault := _fault(manifest):
-        raise DeployError(f"{path} {fault}; make it anew with `dvc repro`")
+    manifest = read_manifest(path)
     try:
         return manifest, differences(folder, manifest.get("files", {}), INSIDE if path.name == INSIDE else None)
     except OSError as error:
         raise DeployError(f"{folder} cannot be read: {error}") from error
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Any manifest as it stands. Raises DeployError where it is none of ours."""
+    manifest: dict[str, Any] = read_json(path)
+    if fault := _fault(manifest):
+        raise DeployError(f"{path} {fault}; make it anew with `dvc repro`")
+    return manifest
 
 
 def _fault(manifest: Any) -> str | None:
@@ -83,31 +148,31 @@ def described(manifest: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-PROVENANCE = ("model", "seed", "versions", "checkpoint", "builds", "gates")  # in every manifest
-
-
-def provenance(judged: Mapping[str, tuple[Target, Validation]], facts: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says of its targets: PROVENANCE.
-
-    Args:
-        judged: by its name, each target with what validate said of it.
-        facts: model, seed, versions.
-    """
+def provenance(judged: Mapping[str, tuple[Target, Validation]], run: Run) -> Provenance:
+    """What a manifest says of its targets; `judged` has by its name each target with what validate said of it."""
     first, _ = next(iter(judged.values()))
-    return {
-        **facts,
-        "checkpoint": plain(first.model.checkpoint),
-        "builds": {
+    return Provenance(
+        run=run,
+        checkpoint=first.model.checkpoint,
+        builds={
             name: {"runtime": target.runtime, "precision": target.precision, "device": target.device, **target.build}
             for name, (target, _) in judged.items()
         },
-        "gates": {
-            name: {
-                "status": record.status,
-                "reasons": record.reasons,
-                "precision": record.precision,
-                **rounded(plain(record.limits)),
-            }
+        gates={
+            name: Gate(record.status, record.reasons, record.precision, **record.limits)
             for name, (_, record) in judged.items()
         },
-    }
+    )
+
+
+def files_of(folder: Path, known: Mapping[str, str] = {}) -> dict[str, File]:
+    """What `artifact.hashes` says of every file below `folder`."""
+    return {name: File(str(facts["sha256"]), int(facts["bytes"])) for name, facts in hashes(folder, known).items()}
+
+
+def save_manifest(path: Path, manifest: object, indent: int, ensure_ascii: bool = True) -> None:
+    """Write a dataclass as a manifest; what was measured for its gates is rounded, all else stands as it is."""
+    content = plain(manifest)
+    if "gates" in content:
+        content["gates"] = rounded(content["gates"])
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=ensure_ascii) + "\n")

@@ -108,7 +108,7 @@ def _record(kind: Any, content: dict[str, Any], at: str, null_is_nan: bool) -> A
     given, types = {}, _types(kind)
     for item in fields(kind):
         if item.metadata.get("flat"):
-            given[item.name] = _flat(_inner(types[item.name]), content, at, null_is_nan)
+            given[item.name] = _flat(item, _inner(types[item.name]), content, at, null_is_nan)
         elif item.name in content:
             given[item.name] = _parsed(types[item.name], content[item.name], _below(at, item.name), null_is_nan)
         elif _is_required(item):
@@ -116,10 +116,10 @@ def _record(kind: Any, content: dict[str, Any], at: str, null_is_nan: bool) -> A
     return kind(**given)
 
 
-def _flat(kind: Any, content: dict[str, Any], at: str, null_is_nan: bool) -> Any:
-    """What stands among the entries of the dataclass around it; None where nothing of it does."""
-    known = {key: item for key, item in content.items() if key in _entries(kind)}
-    return _record(kind, known, at, null_is_nan) if known else None
+def _flat(item: "Field[Any]", kind: Any, content: dict[str, Any], at: str, null_is_nan: bool) -> Any:
+    """What stands among the entries of the dataclass around it; None where nothing of it does and nothing must."""
+    known = {key: entry for key, entry in content.items() if key in _entries(kind)}
+    return _record(kind, known, at, null_is_nan) if known or _is_required(item) else None
 
 
 @cache

@@ -3,17 +3,7 @@
 from dataclasses import dataclass
 
 from clip_deploy.core.config import RecommendConfig
-from clip_deploy.core.records import Metrics
-
-
-@dataclass(frozen=True)
-class PairVerdict:
-    """What was found of two targets as one: which for each tower, the gate that they were held to, and what it said."""
-
-    towers: dict[str, str]
-    precision: str
-    status: str
-    reasons: list[str]
+from clip_deploy.core.records import Metrics, PairVerdict
 
 
 @dataclass(frozen=True)

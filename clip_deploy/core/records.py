@@ -177,6 +177,16 @@ class Limit:
     unchecked: str | None = None
 
 
+@dataclass(frozen=True)
+class PairVerdict:
+    """What was found of two targets as one: which for each tower, the gate that they were held to, and what it said."""
+
+    towers: dict[str, str]
+    precision: str
+    status: str
+    reasons: list[str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """reports/validate/<target>.json.

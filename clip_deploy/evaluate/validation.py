@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import Target, failure, hashes, read_target, size_bytes
+from clip_deploy.core.artifact import Target, failure, read_target, size_bytes
 from clip_deploy.core.config import GateLimits, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError, first_line
 from clip_deploy.core.files import sha256
-from clip_deploy.core.manifest import provenance
+from clip_deploy.core.manifest import Run, TargetManifest, files_of, provenance
 from clip_deploy.core.model import Head
 from clip_deploy.core.records import Diagnosis, Graph, HeadAgreement, Measured, PixelParity, Validation
 from clip_deploy.core.similarity import normalized, row_cosines, similarity
@@ -109,20 +109,13 @@ def _judged(
     return replace(record, status=status, reasons=reasons, limits=limits(measured, record.trained, gate))
 
 
-def manifest(folder: Path, record: Validation, facts: dict[str, Any]) -> dict[str, Any]:
+def manifest(folder: Path, record: Validation, run: Run) -> TargetManifest:
     """What stands beside a target's folder: what it was made from and how, how it was judged, and all its files.
 
-    Args:
-        record: what validate said of it.
-        facts: model, seed, versions.
+    `record` is what validate said of it.
     """
-    described = provenance({folder.name: (read_target(folder), record)}, facts)
-    return {
-        "format": FORMAT,
-        "target": folder.name,
-        **described,
-        "files": hashes(folder, record.files),
-    }
+    origin = provenance({folder.name: (read_target(folder), record)}, run)
+    return TargetManifest(FORMAT, folder.name, origin, files_of(folder, record.files))
 
 
 def graphs(folder: Path, opset: int | None) -> dict[str, Graph]:

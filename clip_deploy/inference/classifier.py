@@ -1,7 +1,5 @@
 """A package, opened: zero-shot answers and embeddings with numpy, Pillow, tokenizers and onnxruntime alone."""
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +15,7 @@ from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 from clip_deploy.core.artifact import EMBEDS, real_graph
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError, first_line
-from clip_deploy.core.files import sha256
-from clip_deploy.core.preprocessing import Preprocessing
+from clip_deploy.core.package import Package, read_labels, read_package, read_preprocessing
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
 from clip_deploy.inference.embedding_sample import EmbeddingSample
 from clip_deploy.inference.images import read_image, rgb
@@ -26,7 +23,6 @@ from clip_deploy.inference.scores import Scoring
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
 
-FORMAT = 1  # of manifest.json
 DEVICES = {"cpu": [CPU], "cuda": [CUDA, CPU]}  # ONNX Runtime's providers; what CUDA has no kernel for runs on the CPU
 MIN_ONNXRUNTIME = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
 AHEAD = 2  # batches that are read and preprocessed while one is encoded
@@ -46,36 +42,35 @@ class ZeroShotClassifier:
     its batch; the gates hold for batches of 1, 3 and 8.
 
     Attributes:
-        manifest: what manifest.json says.
-        labels: the classes and templates that the package came with; both may be empty.
+        package: what manifest.json says.
+        labels: the classes and templates that the package came with.
         fingerprint: a hash of all that makes an embedding of an image or a text.
         sample: what keeps some of the images' embeddings, or None.
     """
 
     def __init__(
         self,
-        package: Path,
-        manifest: dict[str, Any],
+        folder: Path,
+        package: Package,
         device: str,
         threads: int | None,
         cache_size: int,
         cache_folder: Path | None,
         sample: EmbeddingSample | None,
     ) -> None:
-        self.manifest, self.device, self.sample = manifest, device, sample
-        self.labels = json.loads((package / "labels.json").read_text(encoding="utf-8"))
-        self.scoring = Scoring(manifest["logit_scale"], manifest["logit_bias"], manifest["activation"])
-        self.fingerprint = fingerprint(manifest)
-        self.image_input = manifest["towers"]["vision"]["image_input"]
-        self.preprocessor = _preprocessor(package) if self.image_input == "pixel_values" else None
+        self.package, self.device, self.sample = package, device, sample
+        encoder = package.encoder
+        self.dimension, self.towers = encoder.dimension, encoder.towers
+        self.labels = read_labels(folder)
+        self.scoring = Scoring(encoder.logit_scale, encoder.logit_bias, encoder.activation)
+        self.fingerprint = package.fingerprint()
+        self.preprocessor = read_preprocessing(folder)
         self.tokenizer = Tokenizer(
-            package / "tokenizer.json", *(manifest[key] for key in ("context_length", "pad_to_context", "pad_token"))
+            folder / "tokenizer.json", encoder.context_length, encoder.pad_to_context, encoder.pad_token
         )
-        tower = _fingerprint(manifest, ("text", "tokenizer"))
-        self.cache = TextCache(tower, manifest["dimension"], cache_size, cache_folder)
-        self.sessions = {
-            tower: _session(package / manifest["towers"][tower]["file"], device, threads) for tower in EMBEDS
-        }
+        of_texts = package.fingerprint("text", "tokenizer")
+        self.cache = TextCache(of_texts, encoder.dimension, cache_size, cache_folder)
+        self.sessions = {tower: _session(folder / self.towers[tower].file, device, threads) for tower in EMBEDS}
 
     @classmethod
     def open(
@@ -106,8 +101,8 @@ class ZeroShotClassifier:
         """
         _refuse_old_runtime(onnxruntime.__version__)
         folder = Path(package)
-        manifest = read_manifest(folder)
-        chosen = device or manifest["device"]
+        found = read_package(folder)
+        chosen = device or found.encoder.device
         if chosen not in DEVICES:
             raise DeployError(f"device is {chosen!r}: accepted are {', '.join(DEVICES)}")
         if threads is not None and threads < 1:
@@ -115,7 +110,7 @@ class ZeroShotClassifier:
         sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None
         if chosen == "cuda":
             load_cuda()
-        return cls(folder, manifest, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None, sample)
+        return cls(folder, found, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None, sample)
 
     def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
         """The probability of each text for one image, the highest first.
@@ -128,7 +123,7 @@ class ZeroShotClassifier:
 
         Raises DataError where the image cannot be read, there are no texts, or one is empty.
         """
-        names = self.labels["classes"] if texts is None else texts
+        names = self.labels.classes if texts is None else texts
         if texts is None and not names:
             raise DataError("the package has no classes of its own: give texts")
         targets = self._classes() if texts is None else self.embed_texts(texts)
@@ -146,7 +141,7 @@ class ZeroShotClassifier:
         Raises DataError where one cannot be read, or `images` is a single one and no list.
         """
         _check_list(images)
-        rows = np.empty((len(images), self.manifest["dimension"]), dtype=np.float32)
+        rows = np.empty((len(images), self.dimension), dtype=np.float32)
         steps = tqdm(self.embed_each(images, batch_size), total=len(images), desc="embed images", disable=None)
         for row, embedding in enumerate(steps):
             if isinstance(embedding, DataError):
@@ -192,7 +187,7 @@ class ZeroShotClassifier:
 
     def _classes(self) -> np.ndarray:
         """Embeddings of the package's classes: of each the mean over its templates, of unit length."""
-        classes, templates = self.labels["classes"], self.labels["templates"]
+        classes, templates = self.labels.classes, self.labels.templates
         prompts = self.embed_texts([template.format(name) for name in classes for template in templates])
         return _unit(prompts.reshape(len(classes), len(templates), -1).mean(axis=1))
 
@@ -211,7 +206,7 @@ class ZeroShotClassifier:
             if isinstance(image, np.ndarray):
                 sizes.setdefault(image.shape, {})[row] = image
         for alike in sizes.values():
-            embeddings = self._run("vision", {self.image_input: np.stack(list(alike.values()))})
+            embeddings = self._run("vision", {self.towers.vision.image_input: np.stack(list(alike.values()))})
             for row, embedding in zip(alike, embeddings, strict=True):
                 answers[row] = embedding
             if self.sample:
@@ -220,7 +215,7 @@ class ZeroShotClassifier:
 
     def _encode_texts(self, texts: list[str]) -> np.ndarray:
         tokens = self.tokenizer(texts)
-        return self._run("text", {name: tokens[name] for name in self.manifest["towers"]["text"]["inputs"]})
+        return self._run("text", {name: tokens[name] for name in self.towers.text.inputs})
 
     def _run(self, tower: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         return _unit(self.sessions[tower].run([EMBEDS[tower]], inputs)[0])
@@ -233,39 +228,6 @@ def _refuse_old_runtime(version: str) -> None:
             f"onnxruntime is {version}: from {least} on it computes fused texts right; "
             f"pip install 'onnxruntime>={least}'"
         )
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a package's manifest.json and hold its files against the hashes in it.
-
-    Raises DeployError where it is no package, holds nothing to ship, or a file is missing or another.
-    """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DeployError(f"{folder} is no package ({error}): `dvc repro package` writes one") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DeployError(f"{path} has no format {FORMAT}, which this version reads: package it anew")
-    if reason := manifest.get("unavailable"):
-        raise DeployError(f"{folder} holds nothing to ship: {reason}")
-    for name, wanted in manifest["files"].items():
-        file = folder / name
-        if not file.is_file() or sha256(file) != wanted["sha256"]:
-            what = "is not the file that was packaged" if file.is_file() else "is missing"
-            raise DeployError(f"{file} {what} (its hash is in manifest.json): package or copy it anew")
-    return manifest
-
-
-def fingerprint(manifest: dict[str, Any]) -> str:
-    """A hash of all that makes an embedding of an image or a text."""
-    return _fingerprint(manifest, ("vision", "preprocessor", "text", "tokenizer"))
-
-
-def _fingerprint(manifest: dict[str, Any], parts: tuple[str, ...]) -> str:
-    """SHA-256 over the hashes of the files whose names begin so."""
-    files = sorted((name, facts["sha256"]) for name, facts in manifest["files"].items() if name.startswith(parts))
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def check_count(name: str, value: int) -> None:
@@ -284,10 +246,6 @@ def _read(image: Picture) -> Image.Image:
     if isinstance(image, Image.Image):
         return rgb(image)
     return image() if callable(image) else read_image(Path(image))
-
-
-def _preprocessor(package: Path) -> Preprocessing:
-    return Preprocessing(**json.loads((package / "preprocessor.json").read_text(encoding="utf-8")))
 
 
 def _session(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:

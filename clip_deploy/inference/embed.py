@@ -95,7 +95,7 @@ class EmbedJob:
 class Package(Protocol):
     """A package that is open, or will be on other machines."""
 
-    manifest: dict[str, Any]
+    dimension: int
     fingerprint: str
 
 
@@ -126,7 +126,7 @@ def embed(package: Package, source: Source, output: str, settings: EmbedSettings
             be written.
     """
     remove_partial(output)
-    job = EmbedJob(output, _maker(package, source, settings), package.manifest["dimension"], settings)
+    job = EmbedJob(output, _maker(package, source, settings), package.dimension, settings)
     present = {number: check_header(job, number) for number in _present(output)}
     plan = _resumed(job, source, present) if isinstance(source, Tables) else _updated(job, source, present)
     kept, missing, gone = plan

@@ -18,7 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from clip_deploy.core.errors import DataError, DeployError, first_line
-from clip_deploy.inference.classifier import ZeroShotClassifier, fingerprint, read_manifest
+from clip_deploy.core.manifest import INSIDE
+from clip_deploy.core.package import read_package
+from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.inference.embed import PART, EmbedJob, Header, check_header, make_part
 from clip_deploy.inference.storage import Part, has_part, local
 
@@ -36,7 +38,7 @@ class Shipped:
         threads: of each worker, and the CPUs that it takes.
     """
 
-    manifest: dict[str, Any]
+    dimension: int
     fingerprint: str
     files: dict[str, bytes]
     device: str
@@ -45,9 +47,10 @@ class Shipped:
     @classmethod
     def read(cls, folder: Path, device: str | None, threads: int | None) -> "Shipped":
         """Raises DeployError where it is no package, or a file is not the one that was judged."""
-        manifest = read_manifest(folder)
-        files = {name: (folder / name).read_bytes() for name in ("manifest.json", *manifest["files"])}
-        return cls(manifest, fingerprint(manifest), files, device or manifest["device"], threads or 1)
+        package = read_package(folder)
+        files = {name: (folder / name).read_bytes() for name in (INSIDE, *package.files)}
+        encoder = package.encoder
+        return cls(encoder.dimension, package.fingerprint(), files, device or encoder.device, threads or 1)
 
     def open(self) -> ZeroShotClassifier:
         """Open it on a worker. Raises DeployError where what arrived is not what was sent."""

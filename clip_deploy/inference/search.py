@@ -79,7 +79,7 @@ def _embed(classifier: ZeroShotClassifier, folder: Path, unreadable: list[str]) 
         else:
             paths.append(printable(name))
             embeddings.append(embedding)
-    return paths, np.array(embeddings, np.float32).reshape(-1, classifier.manifest["dimension"])
+    return paths, np.array(embeddings, np.float32).reshape(-1, classifier.dimension)
 
 
 def _read(classifier: ZeroShotClassifier, source: str, name: str) -> Embedded:
@@ -89,4 +89,4 @@ def _read(classifier: ZeroShotClassifier, source: str, name: str) -> Embedded:
         )
     with open_part(source, name) as part:
         table = part.read().combine_chunks()
-    return table.column("path").to_pylist(), vectors(table).reshape(-1, classifier.manifest["dimension"])
+    return table.column("path").to_pylist(), vectors(table).reshape(-1, classifier.dimension)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clip_deploy.core.model import Finding
+from clip_deploy.core.served import Served
 from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row
 
@@ -67,4 +68,4 @@ class Report:
     flows: Sequence[dict[str, Any]] = ()
     shipping: Shipping | None = None
     findings: Sequence[Finding] = ()
-    served: dict[str, Any] | None = None
+    served: Served | None = None

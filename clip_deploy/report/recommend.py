@@ -7,7 +7,8 @@ from math import inf
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import RecommendConfig
 from clip_deploy.core.parsing import plain
-from clip_deploy.core.recommendation import PairVerdict, Recommendation, TargetVerdict
+from clip_deploy.core.recommendation import Recommendation, TargetVerdict
+from clip_deploy.core.records import PairVerdict
 from clip_deploy.report.decisive import Pace, again
 from clip_deploy.report.decisive import pace as pace_of
 from clip_deploy.report.rows import Row, doubts, metrics

@@ -10,6 +10,7 @@ from clip_deploy.core.json_files import read_json, write_json
 from clip_deploy.core.model import Model
 from clip_deploy.core.parsing import read_record
 from clip_deploy.core.recommendation import Recommendation
+from clip_deploy.core.served import Served
 from clip_deploy.report.contents import Report
 from clip_deploy.report.markdown import markdown
 from clip_deploy.report.page import page
@@ -48,7 +49,7 @@ def gather(
         flows=flows,
         shipping=shown(read_record(Recommendation, recommendation, null_is_nan=False), rows),
         findings=model.findings,
-        served=read_json(served),
+        served=read_record(Served, served),
     )
 
 

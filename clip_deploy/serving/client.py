@@ -1,6 +1,6 @@
 """What clients do to a running server: golden inputs, versions, faults. A program for the server's own environment.
 
-    PYTHON -m clip_deploy.serving.client JOB     reads JOB/job.json and JOB/inputs.npz, writes answers.json, answers.npz
+    PYTHON -m clip_deploy.serving.client JOB     reads and writes what job.py names in the folder JOB
 
 It imports numpy and tritonclient only, and of this project what needs no library: `faults`, `publish` and `core`.
 """
@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.parsing import plain
+from clip_deploy.core.served import Asked, VersionStep
+from clip_deploy.serving.job import ANSWERS, ASKED, ClientJob
 from clip_deploy.serving.publish import PARTS, WHOLE, publish, withdraw
 from clip_deploy.serving.triton_client import (
     PROTOCOLS,
@@ -26,7 +29,6 @@ from clip_deploy.serving.triton_client import (
     SAME_ANSWER,
     TIMEOUT_S,
     Client,
-    ClientJob,
     ask,
     cosine,
     embed_images,
@@ -43,16 +45,16 @@ ENDPOINTS = ("/v2/health/live", "/v2/health/ready", *(f"/v2/models/{model}/ready
 
 
 def main(folder: Path) -> None:
-    job = ClientJob(**json.loads((folder / "job.json").read_text()), inputs=dict(np.load(folder / "inputs.npz")))
+    job = ClientJob.read(folder)
     from clip_deploy.serving.faults import provoke
 
     arrays: dict[str, np.ndarray] = {}
     for protocol in PROTOCOLS:
         arrays |= {f"{protocol}_{name}": array for name, array in golden(job, protocol).items()}
     arrays["together"] = encode_together(job)
-    record = {"versions": change_versions(job), "faults": provoke(job), "health": health(job)}
-    np.savez(folder / "answers.npz", **arrays)  # type: ignore[arg-type]
-    (folder / "answers.json").write_text(json.dumps(record))
+    asked = Asked(change_versions(job), provoke(job), health(job))
+    np.savez(folder / ANSWERS, **arrays)  # type: ignore[arg-type]
+    (folder / ASKED).write_text(json.dumps(plain(asked)))
 
 
 def golden(job: ClientJob, protocol: str) -> dict[str, np.ndarray]:
@@ -136,12 +138,12 @@ class Traffic:
                 self.sent += 1
 
 
-def change_versions(job: ClientJob) -> list[dict[str, Any]]:
+def change_versions(job: ClientJob) -> list[VersionStep]:
     """Add version 2, have a broken version 3 refused, go back to version 1; all of it while clients go on asking."""
     repository, url = Path(job.repository), f"http://127.0.0.1:{job.ports['http']}"
     add, both = partial(publish, served=repository, url=url), ["1", "2"]
     with Traffic(job) as traffic:
-        asked = Asked(job, traffic)
+        asked = Repeated(job, traffic)
         return [
             asked.step("version 2 is added", partial(add, Path(job.second)), both),
             asked.step("a broken version 3 is refused", partial(add, Path(job.broken)), both),
@@ -149,7 +151,7 @@ def change_versions(job: ClientJob) -> list[dict[str, Any]]:
         ]
 
 
-class Asked:
+class Repeated:
     """One image and one question, asked again at every step."""
 
     def __init__(self, job: ClientJob, traffic: Traffic) -> None:
@@ -158,8 +160,8 @@ class Asked:
         first = embed_images(self.client, job, self.image)
         self.embeddings, self.answer = {"1": first, "2": -first}, question(self.client, job)
 
-    def step(self, name: str, change: Callable[[], object], expected: list[str]) -> dict[str, Any]:
-        """Which versions answer after a change, which one where none is named, and whether by their own weights."""
+    def step(self, name: str, change: Callable[[], object], expected: list[str]) -> VersionStep:
+        """What answers after a change."""
         self.traffic.restart()
         refused = ""
         try:
@@ -167,18 +169,20 @@ class Asked:
         except DeployError as error:
             refused = short(error)
         self.traffic.wait(STEP_REQUESTS)
-        counted = {"sent": self.traffic.sent, "failed": self.traffic.failed, "error": self.traffic.error}
+        sent, failed, last = self.traffic.sent, self.traffic.failed, self.traffic.error
         ready = [version for version in ("1", "2", "3") if self.client.inner.is_model_ready("clip_vision", version)]
         newest = self.client.version_of(self._embed(""))
-        return {
-            "step": name,
-            "ready": ready,
-            "answers": newest,
-            "refused": refused,
-            "as_expected": ready == expected and newest == expected[-1],
-            "right": all(self._is_right(version) for version in ["", *ready]) and self._answers_by(newest),
-            **counted,
-        }
+        return VersionStep(
+            step=name,
+            ready=ready,
+            answers=newest,
+            refused=refused,
+            as_expected=ready == expected and newest == expected[-1],
+            right=all(self._is_right(version) for version in ["", *ready]) and self._answers_by(newest),
+            sent=sent,
+            failed=failed,
+            error=last,
+        )
 
     def _embed(self, version: str) -> Any:
         return self.client.infer("clip_vision", {self.job.image_input: self.image}, version)

@@ -5,37 +5,16 @@ where both distributions are the same. Its threshold comes from the pooled sampl
 holds for any distribution and any two sizes (Gretton et al., A Kernel Two-Sample Test, JMLR 13, 2012).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from clip_deploy.core.errors import DataError
+from clip_deploy.core.served import Drift
 from clip_deploy.core.similarity import normalized
 
 MIN_ROWS = 20  # of each side: below, even a plain drift goes unseen
 MAX_ROWS = 1000  # of each side: the kernel has the square of both together
 SHUFFLES = 999
 LEVEL = 0.01  # share of undrifted samples that are called drifted
-
-
-@dataclass
-class Drift:
-    """What was found.
-
-    Attributes:
-        mmd2: squared discrepancy, unbiased: about 0 without drift, below 0 by chance.
-        threshold: what the discrepancy of undrifted samples stays below, but for LEVEL of them.
-        p_value: share of shuffles with a discrepancy as large.
-        mean_cosine: cosine between both means, to see how far the whole cloud has moved.
-        drifted: whether p_value is at most LEVEL.
-    """
-
-    mmd2: float
-    threshold: float
-    p_value: float
-    mean_cosine: float
-    rows: tuple[int, int]
-    drifted: bool
 
 
 def measure_drift(live: np.ndarray, golden: np.ndarray, seed: int = 0) -> Drift:

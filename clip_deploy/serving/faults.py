@@ -15,17 +15,17 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 from tritonclient.utils import InferenceServerException
 
+from clip_deploy.core.served import Fault
+from clip_deploy.serving.job import ClientJob
 from clip_deploy.serving.triton_client import (
     SAME,
     SAME_ANSWER,
     TIMEOUT_S,
     Client,
-    ClientJob,
     cosine,
     embed_images,
     question,
@@ -60,12 +60,8 @@ for thread in threads:
 """
 
 
-def provoke(job: ClientJob) -> list[dict[str, Any]]:
-    """Each fault, and what came of it.
-
-    Returns rows of: fault; answer; refused: whether a mistake was refused as one (None where it is no mistake);
-    survived: whether the server then is ready and answers an image and a question as before.
-    """
+def provoke(job: ClientJob) -> list[Fault]:
+    """Each fault, and what came of it; the server survived where it then answers an image and a question as before."""
     expected = asked(job)
     record = []
     for name, fault in FAULTS.items():
@@ -75,14 +71,8 @@ def provoke(job: ClientJob) -> list[dict[str, Any]]:
             answer, code = short(error), str(error.status())
         except OSError as error:  # the connection was closed
             answer, code = short(error), ""
-        record.append(
-            {
-                "fault": name,
-                "answer": answer,
-                "refused": code in REFUSED if fault in MISTAKES else None,
-                "survived": answers_as_before(job, expected),
-            }
-        )
+        refused = code in REFUSED if fault in MISTAKES else None
+        record.append(Fault(name, answer, refused, answers_as_before(job, expected)))
     return record
 
 

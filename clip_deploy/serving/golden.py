@@ -2,19 +2,19 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 from PIL import Image
 
-from clip_deploy.core.artifact import real_graph
-from clip_deploy.core.json_files import read_json
+from clip_deploy.core.artifact import EMBEDS, real_graph
+from clip_deploy.core.package import DualEncoder, read_labels, read_preprocessing
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.similarity import normalized
 from clip_deploy.data.preprocessed import Prepared, batches
 from clip_deploy.inference.images import decode
 from clip_deploy.inference.scores import Scoring
+from clip_deploy.serving.job import stored
 
 BATCH = 32  # images or texts in one call, at most
 FILES = 32  # image files that the ensemble is asked about
@@ -25,13 +25,13 @@ DARK = 0.35  # of the light: a camera whose pictures have become dark, the drift
 TEXTS = ("input_ids", "attention_mask")
 
 
-def golden_inputs(package: Path, manifest: dict[str, Any], prepared: Prepared) -> dict[str, np.ndarray]:
+def golden_inputs(package: Path, prepared: Prepared) -> dict[str, np.ndarray]:
     """Batches as images_0, images_1..., the second half of them darkened as moved_0..., texts as input_ids_0...
 
     Besides, files: uint8 [files, bytes], padded, with their lengths; and, where the data have classes, labels with
     their label_input_ids and label_attention_mask.
     """
-    settings = read_preprocessor(package)
+    settings = read_preprocessing(package)
     size = min(BATCH, len(prepared.pixel_values))
     groups = image_batches(prepared, settings, size)
     inputs = {f"images_{row}": group for row, group in enumerate(groups)}
@@ -39,12 +39,6 @@ def golden_inputs(package: Path, manifest: dict[str, Any], prepared: Prepared) -
     for row, rows in enumerate(batches(len(prepared.texts), BATCH)):
         inputs |= {f"{name}_{row}": getattr(prepared.texts, name)[rows] for name in TEXTS}
     return inputs | file_inputs(groups[0], settings) | label_inputs(package, prepared)
-
-
-def read_preprocessor(package: Path) -> Preprocessing | None:
-    """None where the image tower preprocesses itself."""
-    path = package / "preprocessor.json"
-    return Preprocessing(**read_json(path)) if path.exists() else None
 
 
 def image_batches(prepared: Prepared, settings: Preprocessing | None, size: int) -> list[np.ndarray]:
@@ -93,37 +87,35 @@ def jpeg(levels: np.ndarray) -> bytes:
 
 def label_inputs(package: Path, prepared: Prepared) -> dict[str, np.ndarray]:
     """The first classes in the first template, and their tokens, which prepared.prompts holds class by class."""
-    found = read_json(package / "labels.json")
-    if not found["classes"]:
+    found = read_labels(package)
+    if not found.classes:
         return {}
-    names, step = found["classes"][:MAX_LABELS], len(found["templates"])
+    names, step = found.classes[:MAX_LABELS], len(found.templates)
     rows = slice(0, len(names) * step, step)
     return {
-        "labels": np.array([found["templates"][0].format(name) for name in names]),
+        "labels": np.array([found.templates[0].format(name) for name in names]),
         **{f"label_{name}": getattr(prepared.prompts, name)[rows] for name in TEXTS},
     }
 
 
 def encode_offline(
-    package: Path, manifest: dict[str, Any], inputs: dict[str, np.ndarray], threads: int
+    package: Path, encoder: DualEncoder, inputs: dict[str, np.ndarray], threads: int
 ) -> dict[str, np.ndarray]:
     """images, texts and probabilities as the package's own graphs give them in this process."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     sessions = {}
-    for tower, facts in manifest["towers"].items():
-        with real_graph(package / facts["file"]) as path:
+    for tower in EMBEDS:
+        with real_graph(package / encoder.towers[tower].file) as path:
             sessions[tower] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def images(batch: np.ndarray) -> np.ndarray:
-        found: np.ndarray = sessions["vision"].run(
-            ["image_embeds"], {manifest["towers"]["vision"]["image_input"]: batch}
-        )[0]
+        found: np.ndarray = sessions["vision"].run(["image_embeds"], {encoder.towers.vision.image_input: batch})[0]
         return found
 
     def texts(*batch: np.ndarray) -> np.ndarray:
         given = dict(zip(TEXTS, batch, strict=True))
-        fed = {name: given[name] for name in manifest["towers"]["text"]["inputs"]}
+        fed = {name: given[name] for name in encoder.towers.text.inputs}
         found: np.ndarray = sessions["text"].run(["text_embeds"], fed)[0]
         return found
 
@@ -133,15 +125,9 @@ def encode_offline(
     }
     if "labels" in inputs:
         labels = texts(*(inputs[f"label_{name}"] for name in TEXTS))
-        pixels = preprocessed(inputs, read_preprocessor(package))
-        found["probabilities"] = probabilities(np.concatenate([images(each) for each in pixels]), labels, manifest)
+        pixels = preprocessed(inputs, read_preprocessing(package))
+        found["probabilities"] = probabilities(np.concatenate([images(each) for each in pixels]), labels, encoder)
     return found
-
-
-def stored(inputs: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
-    """Arrays that are named name_0, name_1 and so on."""
-    count = sum(key.removeprefix(f"{name}_").isdigit() for key in inputs)
-    return [inputs[f"{name}_{row}"] for row in range(count)]
 
 
 def preprocessed(inputs: dict[str, np.ndarray], settings: Preprocessing | None) -> list[np.ndarray]:
@@ -151,7 +137,7 @@ def preprocessed(inputs: dict[str, np.ndarray], settings: Preprocessing | None) 
     return [(np.asarray(image) if settings is None else settings(image))[None] for image in decoded]
 
 
-def probabilities(images: np.ndarray, texts: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
+def probabilities(images: np.ndarray, texts: np.ndarray, encoder: DualEncoder) -> np.ndarray:
     """float [images, texts], as the model scores pairs."""
-    scoring = Scoring(manifest["logit_scale"], manifest["logit_bias"], manifest["activation"])
+    scoring = Scoring(encoder.logit_scale, encoder.logit_bias, encoder.activation)
     return scoring.probabilities(normalized(images) @ normalized(texts).T)

@@ -17,6 +17,7 @@ import numpy as np
 
 from clip_deploy.core.config import TritonCheckConfig
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.served import Load
 from clip_deploy.serving.server import Environment, Server
 
 WINDOWS = 3  # measured at one number of clients; perf_analyzer means over them
@@ -46,15 +47,8 @@ class Work:
     note: str = ""
 
 
-def measure_load(
-    server: Server, environment: Environment, work: Work, settings: TritonCheckConfig
-) -> list[dict[str, Any]]:
-    """A row for each number of clients.
-
-    Returns:
-        model, protocol, note, clients, requests_per_s, p50_ms (p90_ms, p99_ms where enough calls lie beyond), queue_ms,
-        mean_batch (none where the cache answered), and windows_per_s: the rate of each window.
-    """
+def measure_load(server: Server, environment: Environment, work: Work, settings: TritonCheckConfig) -> list[Load]:
+    """A row for each number of clients."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data.json").write_text(json.dumps({"data": [encoded(request) for request in work.requests]}))
@@ -70,7 +64,7 @@ def _measure(
     folder: Path,
     variables: dict[str, str],
     clients: int,
-) -> dict[str, Any]:
+) -> Load:
     port = server.http if work.protocol == "http" else server.grpc
     command = [str(environment.python.with_name("perf_analyzer")), "-m", work.model, "-u", f"127.0.0.1:{port}"]
     command += ["-i", work.protocol, "--concurrency-range", str(clients), "--input-data", str(folder / "data.json")]
@@ -86,14 +80,14 @@ def _measure(
         raise DeployError(f"perf_analyzer measured nothing of {work.model}: {_last(done)}") from error
     finally:
         (folder / "latency.csv").unlink(missing_ok=True)
-    return {
-        "model": work.model,
-        "protocol": work.protocol,
-        "note": work.note,
-        "clients": clients,
+    return Load(
+        model=work.model,
+        protocol=work.protocol,
+        note=work.note,
+        clients=clients,
         **summary(row, *(after[name] - before[name] for name in ("success", "count", "executions"))),
-        "windows_per_s": [float(rate) for rate in PASS.findall(done.stdout)][-WINDOWS:],
-    }
+        windows_per_s=[float(rate) for rate in PASS.findall(done.stdout)][-WINDOWS:],
+    )
 
 
 def summary(row: dict[str, str], requests: float, rows: float, executions: float) -> dict[str, float]:

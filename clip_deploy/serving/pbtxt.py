@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+Message = dict[str, Any]  # the fields that are set: scalars, messages, and lists of them
+
 
 class Word(str):
     """An enum's value: written without quotes."""
@@ -14,7 +16,7 @@ def pbtxt(message: Mapping[str, Any], indent: str = "") -> str:
     return "".join(_field(name, value, indent) for name, value in message.items())
 
 
-def mapped(entries: Mapping[str, Any]) -> list[dict[str, Any]]:
+def mapped(entries: Mapping[str, Any]) -> list[Message]:
     """A map field, which is a repeated message of keys and values."""
     return [{"key": key, "value": value} for key, value in entries.items()]
 

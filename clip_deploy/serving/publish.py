@@ -13,12 +13,11 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from clip_deploy.core.artifact import differences
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.files import disk_errors, new_folder, write_text
-from clip_deploy.core.json_files import read_json
+from clip_deploy.core.manifest import INSIDE, read_manifest
 
 PARTS = ("clip_preprocess", "clip_tokenize", "clip_score", "clip_vision", "clip_text")
 WHOLE = "clip_zero_shot"
@@ -89,8 +88,7 @@ def versions(served: Path) -> list[str]:
 
 def _check_whole(new: Path) -> None:
     """Hold a repository's files against the manifest beside it."""
-    files: dict[str, Any] = read_json(new.parent / "manifest.json").get("files", {})
-    within = f"{new.name}/"
+    files, within = read_manifest(new.parent / INSIDE).get("files", {}), f"{new.name}/"
     inside = {name.removeprefix(within): facts for name, facts in files.items() if name.startswith(within)}
     if found := differences(new, inside):
         raise DeployError(f"{new}/{found[0]} (by manifest.json beside it): lay it out anew with `dvc repro`")

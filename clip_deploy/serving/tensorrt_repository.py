@@ -4,23 +4,25 @@ The models around the towers are those of every repository (repository.py). An e
 version of TensorRT: manifest.json names both, and the container must bring that version.
 """
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from clip_deploy.core.artifact import EMBEDS, Target, hashes, read_target
+from clip_deploy.core.artifact import EMBEDS, Target, read_target
 from clip_deploy.core.config import BuildEngineConfig, GatesConfig, TritonConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
-from clip_deploy.core.files import new_folder, sha256, write_text
+from clip_deploy.core.files import new_folder, sha256
 from clip_deploy.core.json_files import read_json
-from clip_deploy.core.manifest import PROVENANCE
+from clip_deploy.core.manifest import INSIDE, Provenance, files_of, save_manifest
+from clip_deploy.core.package import DualEncoder, ImageTower, TextTower, Towers
 from clip_deploy.core.records import Validation
 from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER
 from clip_deploy.evaluate.gates import failures_now
 from clip_deploy.serving.repository import (
+    NoRepository,
+    Repository,
+    ServedTower,
     described,
     preferred_sizes,
     tower_config,
@@ -36,64 +38,75 @@ def write_engine_repository(
     built: Path,
     record: Validation,
     gates: GatesConfig,
-    origin: dict[str, Any],
+    origin: Provenance,
     prepared: Path,
     benchmark: Path,
     engine: BuildEngineConfig,
     settings: TritonConfig,
     output: Path,
-) -> dict[str, Any]:
+) -> Repository | NoRepository:
     """Write tensorrt/ and manifest.json into `output`, whole or not at all.
 
     Args:
         built: the target with the engines.
         record: its reports/validate/<target>.json: only what passes its gate is served.
         gates: what each precision class must reach now.
-        origin: its manifest, artifacts/<target>.manifest.json.
+        origin: what artifacts/<target>.manifest.json says of it.
         prepared: artifacts/data, for the tokenizer, the preprocessing and what turns cosines into probabilities.
         benchmark: reports/benchmark, whose curves say which batch sizes are preferred.
         engine: the batches that it was built for.
 
-    Returns what output/manifest.json holds: only the reason where there is nothing to serve.
+    Returns what output/manifest.json holds.
 
     Raises DeployError where the engines are not those that were judged.
     """
+    found: Repository | NoRepository
     with new_folder(output) as folder:
         try:
-            manifest = _manifest(built, record, gates, prepared, engine)
-            found = _fill(folder / "tensorrt", built, manifest, prepared / "portable", benchmark, engine, settings)
-            found = {**{key: origin[key] for key in PROVENANCE}, **found, "files": hashes(folder)}
+            target = read_target(built)
+            _check(target, built, record, gates, engine)
+            encoder = _encoder(target, built, record, prepared)
+            towers = _fill(folder / "tensorrt", built, encoder, prepared / "portable", benchmark, engine, settings)
+            found = Repository(
+                origin=origin,
+                towers=towers,
+                backends=["tensorrt"],
+                library=target.said("library"),
+                built_for=target.said("built_for"),
+                files=files_of(folder),
+            )
         except UnavailableError as error:
-            found = {"unavailable": str(error)}
-        write_text(folder / "manifest.json", json.dumps(found, indent=2) + "\n")
+            found = NoRepository(str(error))
+        save_manifest(folder / INSIDE, found, indent=2)
     return found
 
 
-def _manifest(
-    built: Path, record: Validation, gates: GatesConfig, prepared: Path, engine: BuildEngineConfig
-) -> dict[str, Any]:
-    """What repository.py reads of a package's manifest."""
-    target = read_target(built)
-    _check(target, built, record, gates, engine)
+def _encoder(target: Target, built: Path, record: Validation, prepared: Path) -> DualEncoder:
+    """What a package's manifest would say of the engines."""
     scores = read_json(prepared / "portable" / SCORES)
     for name in (SCORES, TOKENIZER, PREPROCESSOR):
         if name in scores["unavailable"]:
             raise UnavailableError(scores["unavailable"][name])
-    judged = {tower: record.files[f"{tower}.engine"] for tower in EMBEDS}
+    files = {tower: f"{tower}.engine" for tower in EMBEDS}
+    judged = {tower: record.files[file] for tower, file in files.items()}
     with np.load(prepared / "evaluation" / "reference.npz") as reference:
         dimension = int(reference["images"].shape[1])
-    return {
-        **{name: getattr(target.model, name) for name in ("image_size", "context_length", "pad_to_context")},
-        **{name: scores[name] for name in ("logit_scale", "logit_bias", "activation")},
-        "towers": {
-            "vision": {"target": built.name, "image_input": "pixel_values", "sha256": judged["vision"]},
-            "text": {"target": built.name, "inputs": target.model.text_inputs, "sha256": judged["text"]},
-        },
-        "dimension": dimension,
-        "pad_token": read_json(prepared / "evaluation" / "manifest.json")["pad_token"],
-        "device": "cuda",
-        "valid_for": {name: target.said(name) for name in ("library", "built_for")},
-    }
+    return DualEncoder(
+        towers=Towers(
+            ImageTower(built.name, target.precision, files["vision"], "pixel_values", judged["vision"]),
+            TextTower(built.name, target.precision, files["text"], target.model.text_inputs, judged["text"]),
+        ),
+        dimension=dimension,
+        image_size=target.model.image_size,
+        context_length=target.model.context_length,
+        pad_to_context=target.model.pad_to_context,
+        pad_token=read_json(prepared / "evaluation" / INSIDE)["pad_token"],
+        logit_scale=scores["logit_scale"],
+        logit_bias=scores["logit_bias"],
+        activation=scores["activation"],
+        normalized=target.model.normalize,
+        device="cuda",
+    )
 
 
 def _check(target: Target, built: Path, record: Validation, gates: GatesConfig, engine: BuildEngineConfig) -> None:
@@ -116,25 +129,20 @@ def _check(target: Target, built: Path, record: Validation, gates: GatesConfig, 
 def _fill(
     repository: Path,
     built: Path,
-    manifest: dict[str, Any],
+    encoder: DualEncoder,
     portable: Path,
     benchmark: Path,
     engine: BuildEngineConfig,
     settings: TritonConfig,
-) -> dict[str, Any]:
+) -> dict[str, ServedTower]:
     towers = {}
     for tower in EMBEDS:
         most = min(settings.max_batch if tower == "vision" else settings.max_texts, engine.max_batch)
-        preferred = preferred_sizes(manifest, tower, benchmark, most)
-        config = tower_config(tower, "tensorrt", manifest, preferred, settings) | {"max_batch_size": most}
+        preferred = preferred_sizes(built.name, tower, benchmark, most)
+        config = tower_config(tower, "tensorrt", encoder, preferred, settings) | {"max_batch_size": most}
         del config["parameters"]  # ONNX Runtime's threads
         shutil.copyfile(built / f"{tower}.engine", write_model(repository, config, None) / "model.plan")
-        towers[tower] = described(manifest["towers"][tower], preferred)
-    write_warm_up(repository / "clip_text", np.ones(manifest["context_length"], dtype=np.int64))
-    write_companions(repository, portable, manifest, settings)
-    return {
-        "towers": towers,
-        "backends": ["tensorrt"],
-        **manifest["valid_for"],
-        "files": hashes(repository.parent),
-    }
+        towers[tower] = described(encoder.towers[tower], preferred)
+    write_warm_up(repository / "clip_text", encoder.context_length)
+    write_companions(repository, portable, encoder, settings)
+    return towers

@@ -3,7 +3,6 @@
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -13,39 +12,12 @@ import tritonclient.http as http
 from tritonclient.utils import np_to_triton_dtype
 
 from clip_deploy.core.errors import first_line
+from clip_deploy.serving.job import ClientJob
 
 TIMEOUT_S = 60.0  # of one request
 SAME = 0.99  # cosine of one image's embeddings, whoever was batched with it: of the two versions it is -1
 SAME_ANSWER = 0.01  # largest difference of one question's probabilities
 PROTOCOLS: dict[str, ModuleType] = {"http": http, "grpc": grpc}
-
-
-@dataclass
-class ClientJob:
-    """Where the server is and what its towers take.
-
-    Attributes:
-        ports: by protocol.
-        repository: the server's own copy, which may be changed.
-        second: another repository, whose image embeddings are the first one's negated.
-        broken: one whose image tower does not load.
-        image_input: of clip_vision; text_inputs: of clip_text.
-        max_batch: images in one call.
-    """
-
-    ports: dict[str, int]
-    repository: str
-    second: str
-    broken: str
-    image_input: str
-    text_inputs: list[str]
-    max_batch: int
-    inputs: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def batches(self, name: str) -> list[np.ndarray]:
-        """Arrays that are named name_0, name_1 and so on."""
-        count = sum(key.removeprefix(f"{name}_").isdigit() for key in self.inputs)
-        return [self.inputs[f"{name}_{row}"] for row in range(count)]
 
 
 class Client:

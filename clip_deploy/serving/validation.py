@@ -6,9 +6,8 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,12 +17,17 @@ from clip_deploy.core.config import TritonCheckConfig
 from clip_deploy.core.environment import located
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import write_text
+from clip_deploy.core.package import DualEncoder
+from clip_deploy.core.parsing import read_record
+from clip_deploy.core.records import Parity
+from clip_deploy.core.served import Agreement, Answers, Asked, Drift, Load, Served
 from clip_deploy.core.similarity import similarity
 from clip_deploy.data.preprocessed import Prepared
-from clip_deploy.serving import drift
-from clip_deploy.serving.golden import TEXTS, encode_offline, golden_inputs, stored
+from clip_deploy.serving.drift import measure_drift
+from clip_deploy.serving.golden import TEXTS, encode_offline, golden_inputs
+from clip_deploy.serving.job import ANSWERS, ASKED, ClientJob
 from clip_deploy.serving.load_test import Work, measure_load, read_metrics
-from clip_deploy.serving.repository import read_package
+from clip_deploy.serving.repository import packaged
 from clip_deploy.serving.server import Environment, Server, find_environment, load_model, model_config, serve, versions
 
 ROOT = Path(__file__).resolve().parents[2]  # the client's program is imported from here
@@ -37,67 +41,74 @@ MIN_SENT = 50  # requests while versions come or go: the client waits for as man
 MIN_AGREEMENT = 95.0  # percent of the files whose most probable text is the same
 
 
-def check_served(
-    repository: Path, package: Path, prepared: Prepared, settings: TritonCheckConfig, seed: int
-) -> dict[str, Any]:
-    """What a real server answers with the repository's models.
-
-    Returns:
-        status ("pass", "fail" or "unavailable") and reasons; server: versions; threads of each tower; parity by what
-        was asked; versions, faults and health as the client's program records them; load: rows of load.measure_load;
-        metrics: names that the server exposes; drift: of undisturbed and of darkened images.
-    """
+def check_served(repository: Path, package: Path, prepared: Prepared, settings: TritonCheckConfig, seed: int) -> Served:
+    """What a real server answers with the repository's models."""
     try:
         environment = find_environment(located(settings.environment))
-        manifest = read_package(package)
-        if manifest["device"] != "cpu":
+        encoder = packaged(package).encoder
+        if encoder.device != "cpu":
             raise UnavailableError("the package is for a GPU, and this server computes on CPUs only")
-        inputs = golden_inputs(package, manifest, prepared)
-        record, answers = _ask(repository / BACKEND, environment, manifest, inputs, settings)
-        offline = encode_offline(package, manifest, inputs, record["threads"])
+        inputs = golden_inputs(package, prepared)
+        run, arrays = _ask(repository / BACKEND, environment, encoder, inputs, settings)
+        offline = encode_offline(package, encoder, inputs, run.threads)
     except UnavailableError as error:
-        return {"status": "unavailable", "reasons": [str(error)]}
+        return Served("unavailable", [str(error)])
     except Exception as error:  # whatever the server and its client do is this check's result
-        return {"status": "fail", "reasons": [failure(error)]}
-    record |= {"parity": parities(answers, offline), "drift": drifts(answers, seed)}
-    reasons = check_answers(record)
-    return {
-        "status": "fail" if reasons else "pass",
-        "reasons": reasons,
-        "server": versions(located(settings.environment)),
-        **record,
-    }
+        return Served("fail", [failure(error)])
+    answers = Answers(
+        server=versions(located(settings.environment)),
+        backend=BACKEND,
+        threads=run.threads,
+        asked=run.asked,
+        load=run.load,
+        metrics=run.metrics,
+        parity=parities(arrays, offline),
+        drift=drifts(arrays, seed),
+    )
+    reasons = check_answers(answers)
+    return Served("fail" if reasons else "pass", reasons, answers)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What was found while the server ran, as served.Answers has it."""
+
+    threads: int
+    asked: Asked
+    load: list[Load]
+    metrics: list[str]
 
 
 def _ask(
     repository: Path,
     environment: Environment,
-    manifest: dict[str, Any],
+    encoder: DualEncoder,
     inputs: dict[str, np.ndarray],
     settings: TritonCheckConfig,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[Session, dict[str, np.ndarray]]:
     """Start a server over a copy, in which versions come and go, and let clients do all they do."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(shutil.copytree(repository, Path(name) / "repository"))
         with serve(copy, environment, Path(name) / "server.log") as server:
             config = model_config(server, "clip_vision")
-            job = {
-                "ports": {"http": server.http, "grpc": server.grpc},
-                "repository": str(copy),
-                "second": str(changed(repository, Path(name) / "second", negate)),
-                "broken": str(changed(repository, Path(name) / "broken", lambda graph: graph.write_bytes(b"broken"))),
-                "image_input": manifest["towers"]["vision"]["image_input"],
-                "text_inputs": manifest["towers"]["text"]["inputs"],
-                "max_batch": config["max_batch_size"],
-            }
-            record, answers = run_client(server, environment, job, inputs, Path(name))
+            job = ClientJob(
+                ports={"http": server.http, "grpc": server.grpc},
+                repository=str(copy),
+                second=str(changed(repository, Path(name) / "second", negate)),
+                broken=str(changed(repository, Path(name) / "broken", lambda graph: graph.write_bytes(b"broken"))),
+                image_input=encoder.towers.vision.image_input,
+                text_inputs=encoder.towers.text.inputs,
+                max_batch=config["max_batch_size"],
+                inputs=inputs,
+            )
+            asked, arrays = run_client(server, environment, job, Path(name))
             if server.process.poll() is not None:
-                last = next((fault["fault"] for fault in record["faults"] if not fault["survived"]), "the last fault")
+                last = next((fault.fault for fault in asked.faults if not fault.survived), "the last fault")
                 raise DeployError(f"Triton ended with code {server.process.returncode} after {last}")
-            record["load"] = under_load(server, environment, job, inputs, settings)
-            record["metrics"] = sorted({key.partition("{")[0] for key, _ in read_metrics(server)})
+            load = under_load(server, environment, job, settings)
+            metrics = sorted({key.partition("{")[0] for key, _ in read_metrics(server)})
     threads = int(config["parameters"]["intra_op_thread_count"]["string_value"])
-    return {"backend": BACKEND, "threads": threads, **record}, answers
+    return Session(threads, asked, load, metrics), arrays
 
 
 def changed(repository: Path, folder: Path, change: Callable[[Path], object]) -> Path:
@@ -119,11 +130,10 @@ def negate(path: Path) -> None:
 
 
 def run_client(
-    server: Server, environment: Environment, job: dict[str, Any], inputs: dict[str, np.ndarray], folder: Path
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    server: Server, environment: Environment, job: ClientJob, folder: Path
+) -> tuple[Asked, dict[str, np.ndarray]]:
     """The record and the arrays of the client's program, which runs in the server's environment."""
-    (folder / "job.json").write_text(json.dumps(job))
-    np.savez(folder / "inputs.npz", **inputs)  # type: ignore[arg-type]
+    job.write(folder)
     command = [str(environment.python), "-m", "clip_deploy.serving.client", str(folder)]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
@@ -131,27 +141,21 @@ def run_client(
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = str(getattr(error, "stderr", "") or error).strip().splitlines()
         raise DeployError(f"the client failed: {said[-1]}; the server's last line: {server.last_line()}") from error
-    with np.load(folder / "answers.npz") as content:
-        return json.loads((folder / "answers.json").read_text()), dict(content)
+    with np.load(folder / ANSWERS) as content:
+        return read_record(Asked, folder / ASKED), dict(content)
 
 
-def under_load(
-    server: Server,
-    environment: Environment,
-    job: dict[str, Any],
-    inputs: dict[str, np.ndarray],
-    settings: TritonCheckConfig,
-) -> list[dict[str, Any]]:
+def under_load(server: Server, environment: Environment, job: ClientJob, settings: TritonCheckConfig) -> list[Load]:
     """Both towers and the ensemble; texts from the cache, as under load they come again and again, and without it."""
-    vision = [{job["image_input"]: image} for image in inputs["images_0"][:REQUESTS]]
-    pairs = zip(*(stored(inputs, name)[0][:REQUESTS] for name in TEXTS), strict=True)
-    text = [{name: row for name, row in zip(TEXTS, pair, strict=True) if name in job["text_inputs"]} for pair in pairs]
+    vision = [{job.image_input: image} for image in job.inputs["images_0"][:REQUESTS]]
+    pairs = zip(*(job.batches(name)[0][:REQUESTS] for name in TEXTS), strict=True)
+    text = [{name: row for name, row in zip(TEXTS, pair, strict=True) if name in job.text_inputs} for pair in pairs]
     rows = []
     for protocol in ("http", "grpc"):
         rows += measure_load(server, environment, Work("clip_vision", protocol, vision, "one image"), settings)
     rows += measure_load(server, environment, Work("clip_text", "grpc", text, "one text, cached"), settings)
-    if "labels" in inputs:
-        work = Work("clip_zero_shot", "grpc", questions(inputs), f"one image file, {LABELS} texts")
+    if "labels" in job.inputs:
+        work = Work("clip_zero_shot", "grpc", questions(job.inputs), f"one image file, {LABELS} texts")
         rows += measure_load(server, environment, work, settings)
     load_model(server, "clip_text", {**model_config(server, "clip_text"), "response_cache": {"enable": False}})
     return rows + measure_load(server, environment, Work("clip_text", "grpc", text, "one text"), settings)
@@ -164,58 +168,58 @@ def questions(inputs: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     return [{"encoded": np.array([[row[:length].tobytes()]], dtype=object), "texts": texts} for row, length in files]
 
 
-def parities(answers: dict[str, np.ndarray], offline: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """By protocol and tower: parity.compare with the offline artifact; and of the ensemble's probabilities."""
-    found = {}
+def parities(answers: dict[str, np.ndarray], offline: dict[str, np.ndarray]) -> dict[str, Parity | Agreement]:
+    """By protocol and tower, what is held against the offline artifact; and of the ensemble's probabilities."""
+    found: dict[str, Parity | Agreement] = {}
     for protocol in ("http", "grpc"):
         for name in ("images", "texts"):
-            found[f"{name}, {protocol}"] = asdict(similarity(answers[f"{protocol}_{name}"], offline[name]))
+            found[f"{name}, {protocol}"] = similarity(answers[f"{protocol}_{name}"], offline[name])
         if "probabilities" in offline:
             found[f"probabilities, {protocol}"] = agreement(
                 answers[f"{protocol}_probabilities"], offline["probabilities"]
             )
     together = answers["together"]
-    found["images, one by one from several clients"] = asdict(similarity(together, offline["images"][: len(together)]))
+    found["images, one by one from several clients"] = similarity(together, offline["images"][: len(together)])
     return found
 
 
-def agreement(actual: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
-    return {
-        "files": len(actual),
-        "same_answer_percent": 100 * float((actual.argmax(axis=1) == expected.argmax(axis=1)).mean()),
-        "max_abs_diff": float(np.abs(actual - expected).max()),
-    }
+def agreement(actual: np.ndarray, expected: np.ndarray) -> Agreement:
+    return Agreement(
+        files=len(actual),
+        same_answer_percent=100 * float((actual.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+        max_abs_diff=float(np.abs(actual - expected).max()),
+    )
 
 
-def drifts(answers: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, Any]]:
+def drifts(answers: dict[str, np.ndarray], seed: int) -> dict[str, Drift]:
     """The second half of the golden set as live traffic, as it is and darkened, held against the first half."""
     images, moved = answers["grpc_images"], answers["grpc_moved"]
     golden, live = images[: -len(moved)], images[-len(moved) :]
     return {
-        "golden images, the other half": asdict(drift.measure_drift(live, golden, seed)),
-        "the same, darkened": asdict(drift.measure_drift(moved, golden, seed)),
+        "golden images, the other half": measure_drift(live, golden, seed),
+        "the same, darkened": measure_drift(moved, golden, seed),
     }
 
 
-def check_answers(record: dict[str, Any]) -> list[str]:
+def check_answers(found: Answers) -> list[str]:
     """What went wrong; nothing where the repository is fit to serve."""
     wrong = []
-    for name, parity in record["parity"].items():
+    for name, parity in found.parity.items():
         least = MIN_TOGETHER if "several clients" in name else MIN_COSINE
-        if "cosine_min" in parity and not parity["cosine_min"] > least:
-            wrong.append(f"{name}: lowest cosine with the offline artifact is {parity['cosine_min']:.6f}")
-        if parity.get("same_answer_percent", 100.0) < MIN_AGREEMENT:
-            wrong.append(f"{name}: {parity['same_answer_percent']:.0f} % of the answers are the offline artifact's")
-    for fault in record["faults"]:
-        wrong += [] if fault["survived"] else [f"after {fault['fault']} the server was not as before"]
-        wrong += [f"{fault['fault']} was not refused as a client's mistake"] if fault["refused"] is False else []
-    for step in record["versions"]:
-        wrong += [f"{step['step']}: {step['failed']} requests failed ({step['error']})"] if step["failed"] else []
-        wrong += [] if step["sent"] >= MIN_SENT else [f"{step['step']}: only {step['sent']} requests were sent"]
-        wrong += [] if step["as_expected"] else [f"{step['step']}: versions {', '.join(step['ready'])} answer"]
-        wrong += [] if step["right"] else [f"{step['step']}: an answer is not of the version that gave it"]
-    wrong += [f"{path} answers {status}" for path, status in record["health"].items() if status != 200]
-    undisturbed, darkened = record["drift"].values()
-    wrong += ["drift was found where there is none"] if undisturbed["drifted"] else []
-    wrong += [] if darkened["drifted"] else ["darkened images were not found to have drifted"]
+        if isinstance(parity, Parity) and not parity.cosine_min > least:
+            wrong.append(f"{name}: lowest cosine with the offline artifact is {parity.cosine_min:.6f}")
+        if isinstance(parity, Agreement) and parity.same_answer_percent < MIN_AGREEMENT:
+            wrong.append(f"{name}: {parity.same_answer_percent:.0f} % of the answers are the offline artifact's")
+    for fault in found.asked.faults:
+        wrong += [] if fault.survived else [f"after {fault.fault} the server was not as before"]
+        wrong += [f"{fault.fault} was not refused as a client's mistake"] if fault.refused is False else []
+    for step in found.asked.versions:
+        wrong += [f"{step.step}: {step.failed} requests failed ({step.error})"] if step.failed else []
+        wrong += [] if step.sent >= MIN_SENT else [f"{step.step}: only {step.sent} requests were sent"]
+        wrong += [] if step.as_expected else [f"{step.step}: versions {', '.join(step.ready)} answer"]
+        wrong += [] if step.right else [f"{step.step}: an answer is not of the version that gave it"]
+    wrong += [f"{path} answers {status}" for path, status in found.asked.health.items() if status != 200]
+    undisturbed, darkened = found.drift.values()
+    wrong += ["drift was found where there is none"] if undisturbed.drifted else []
+    wrong += [] if darkened.drifted else ["darkened images were not found to have drifted"]
     return wrong

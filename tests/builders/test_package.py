@@ -12,9 +12,12 @@ from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import GateLimits, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import sha256
+from clip_deploy.core.manifest import Run
+from clip_deploy.core.package import EmptyPackage
 from clip_deploy.core.parsing import plain
+from clip_deploy.core.records import Limit, PairVerdict
 
-FACTS = {"model": "tiny", "seed": 0, "versions": {"onnxruntime": "1"}}
+RUN = Run("tiny", 0, {"onnxruntime": "1"})
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def test_what_the_report_finds_not_fit_is_refused(sources, tmp_path, change, sai
     known = advice(sources.built)
     known.targets["onnx-fp32"] = replace(known.targets["onnx-fp32"], **change)
     with pytest.raises(DeployError, match=said):
-        write_package(known, "onnx-fp32", sources, GatesConfig(), FACTS, tmp_path)
+        write_package(known, "onnx-fp32", sources, GatesConfig(), RUN, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,28 +107,29 @@ def test_what_did_not_pass_its_gate_as_it_is_now_is_refused_whatever_was_recomme
     known = advice(sources.built, package=dict.fromkeys(("vision", "text"), "onnx-fp32"))
     for wanted in ("onnx-fp32", "recommended"):
         with pytest.raises(DeployError, match=said):
-            write_package(known, wanted, sources, gates, FACTS, tmp_path)
+            write_package(known, wanted, sources, gates, RUN, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_limit_is_said_to_be_kept_that_was_not_checked(sources, tmp_path):
     records(sources.built, sources.validation, trained=False)
-    manifest = write_package(advice(sources.built), "onnx-fp32", sources, GatesConfig(), FACTS, tmp_path)
-    gate = manifest["gates"]["onnx-fp32"]
-    assert gate["min_cosine"] == {"limit": 0.999, "value": 0.9999}
-    assert gate["max_top1_drop"] == {"limit": 100.0, "unchecked": "the weights are random"}
-    assert gate["max_flips"] == {"limit": 100.0, "unchecked": "the weights are random"}
+    manifest = write_package(advice(sources.built), "onnx-fp32", sources, GatesConfig(), RUN, tmp_path)
+    gate = manifest.origin.gates["onnx-fp32"]
+    assert gate.min_cosine == Limit(0.999, value=0.9999)
+    assert gate.max_top1_drop == gate.max_flips == Limit(100.0, unchecked="the weights are random")
 
 
 def test_an_unknown_target_is_named_with_the_known_ones(sources, tmp_path):
     with pytest.raises(DeployError, match=r"target is .ort-fp31.: the report knows .*onnx-fp32"):
-        write_package(advice(sources.built), "ort-fp31", sources, GatesConfig(), FACTS, tmp_path)
+        write_package(advice(sources.built), "ort-fp31", sources, GatesConfig(), RUN, tmp_path)
 
 
 def test_nothing_to_ship_leaves_a_manifest_with_the_reason_and_no_graph(sources, tmp_path):
     known = advice(sources.built, note="no target passes its gate")
-    manifest = write_package(known, "recommended", sources, GatesConfig(), FACTS, tmp_path)
-    assert manifest == {"format": 1, **FACTS, "unavailable": "no target passes its gate"}
+    manifest = write_package(known, "recommended", sources, GatesConfig(), RUN, tmp_path)
+    assert manifest == EmptyPackage(1, RUN, "no target passes its gate")
+    written = {"format": 1, **plain(RUN), "unavailable": "no target passes its gate"}
+    assert json.loads((tmp_path / "manifest.json").read_text()) == written
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
@@ -142,13 +146,11 @@ def test_a_tokenizer_that_needs_transformers_is_no_package_and_no_failure_of_the
     sources, folder = replace(sources, portable=tmp_path / "portable"), tmp_path / "package"
     folder.mkdir()
     known = advice(sources.built, package={"vision": "onnx-fp32", "text": "onnx-fp32"})
-    assert (
-        write_package(known, "recommended", sources, GatesConfig(), FACTS, folder)["unavailable"] == "no fast tokenizer"
-    )
+    assert write_package(known, "recommended", sources, GatesConfig(), RUN, folder).unavailable == "no fast tokenizer"
     assert unpackable(sources.built / "onnx-fp32", sources.portable) == "no fast tokenizer"  # as the advice says before
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
     with pytest.raises(UnavailableError, match="no fast tokenizer"):
-        write_package(known, "onnx-fp32", sources, GatesConfig(), FACTS, folder)
+        write_package(known, "onnx-fp32", sources, GatesConfig(), RUN, folder)
 
 
 def test_only_what_onnx_runtime_runs_with_all_portable_parts_can_be_packaged(sources):
@@ -160,7 +162,7 @@ def test_only_what_onnx_runtime_runs_with_all_portable_parts_can_be_packaged(sou
 
 def test_a_package_carries_what_speaks_against_the_reference(sources, tmp_path):
     known = advice(sources.built, package=dict.fromkeys(("vision", "text"), "onnx-fp32"), doubts=["at chance"])
-    assert write_package(known, "recommended", sources, GatesConfig(), FACTS, tmp_path)["note"] == "at chance; as asked"
+    assert write_package(known, "recommended", sources, GatesConfig(), RUN, tmp_path).note == "at chance; as asked"
 
 
 def test_two_targets_are_packaged_tower_by_tower_with_what_was_found_of_the_pair(fused, sources, tmp_path):
@@ -168,12 +170,12 @@ def test_two_targets_are_packaged_tower_by_tower_with_what_was_found_of_the_pair
     found = {"towers": towers, "precision": "fp32", "status": "pass", "reasons": []}
     known = advice(sources.built, package=towers, pairs={"ort-fp32 with onnx-fp32": found})
     gates = GatesConfig(fp32=GateLimits(min_cosine=0.999, max_top1_drop=5, max_flips=5))
-    manifest = write_package(known, "recommended", sources, gates, FACTS, tmp_path)
-    assert {tower: chosen["target"] for tower, chosen in manifest["towers"].items()} == towers
+    manifest = write_package(known, "recommended", sources, gates, RUN, tmp_path)
+    assert {tower: manifest.encoder.towers[tower].target for tower in towers} == towers
     assert sha256(tmp_path / "vision.onnx") == known.targets["ort-fp32"].files["vision.onnx"]
     assert sha256(tmp_path / "text.onnx") == known.targets["onnx-fp32"].files["text.onnx"]
-    assert manifest["gates"]["ort-fp32 with onnx-fp32"] == found
-    assert list(manifest["builds"]) == ["ort-fp32", "onnx-fp32"]
+    assert manifest.origin.gates["ort-fp32 with onnx-fp32"] == PairVerdict(**found)
+    assert list(manifest.origin.builds) == ["ort-fp32", "onnx-fp32"]
 
 
 def test_a_pair_that_did_not_pass_together_is_refused(fused, sources, tmp_path):
@@ -182,7 +184,7 @@ def test_a_pair_that_did_not_pass_together_is_refused(fused, sources, tmp_path):
     for pairs in ({}, {"ort-fp32 with onnx-fp32": failed}):
         known = advice(sources.built, package=towers, pairs=pairs)
         with pytest.raises(DeployError, match="ort-fp32 with onnx-fp32 did not pass together"):
-            write_package(known, "recommended", sources, GatesConfig(), FACTS, tmp_path)
+            write_package(known, "recommended", sources, GatesConfig(), RUN, tmp_path)
 
 
 def test_the_processors_numbers_survive_as_they_are_written(package):

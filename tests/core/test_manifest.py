@@ -9,12 +9,13 @@ from support.records import checked
 from clip_deploy.__main__ import main
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.files import sha256
+from clip_deploy.core.manifest import Run, save_manifest
 from clip_deploy.core.parsing import parse, plain
 from clip_deploy.core.records import Validation
 from clip_deploy.evaluate.validation import manifest
 
 LIMITS = {"min_cosine": {"limit": 0.999, "value": 1.0}}
-FACTS = {"model": "tiny-shapes", "seed": 0, "versions": {"onnx": "1.23.2"}}
+RUN = Run("tiny-shapes", 0, {"onnx": "1.23.2"})
 
 
 @pytest.fixture
@@ -22,8 +23,7 @@ def target(onnx_target, tmp_path):
     """A copy of the exported target, with a manifest beside it."""
     folder = shutil.copytree(onnx_target, tmp_path / "onnx-fp32")
     record = parse(Validation, checked(limits=LIMITS), "the record")
-    text = json.dumps(manifest(folder, record, FACTS))
-    (tmp_path / "onnx-fp32.manifest.json").write_text(text)
+    save_manifest(tmp_path / "onnx-fp32.manifest.json", manifest(folder, record, RUN), indent=1)
     return folder
 
 
@@ -43,7 +43,7 @@ def test_a_manifest_says_what_a_target_is_and_how_it_was_judged(target, onnx_tar
     assert len(record["checkpoint"]["sha256"]) == 64
     build = record["builds"]["onnx-fp32"]
     assert (build["runtime"], build["precision"], build["device"], build["opset"]) == ("ort", "fp32", "cpu", 18)
-    assert {name: record[name] for name in FACTS} == FACTS
+    assert {name: record[name] for name in plain(RUN)} == plain(RUN)
 
 
 def test_what_was_built_is_accepted(target, capsys):

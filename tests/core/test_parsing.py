@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from math import isnan, nan
 
 import pytest
@@ -13,7 +13,7 @@ from support.records import checked, judged, measured, parity, timing
 from clip_deploy.core.config import Device, RecommendConfig
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.json_files import rounded, write_json
-from clip_deploy.core.parsing import parse, plain, read_record
+from clip_deploy.core.parsing import FLAT, parse, plain, read_record
 from clip_deploy.core.records import Benchmark, Timing, Validation
 
 WHERE = "reports/validate/ort-fp32.json"
@@ -121,3 +121,22 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(Exception, match=r"cannot read .*x.json .*; run `dvc repro`"):
         read_record(Benchmark, tmp_path / "x.json")
+
+
+@dataclass(frozen=True)
+class Size:
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str
+    size: Size = field(metadata=FLAT)
+
+
+def test_entries_of_a_dataclass_that_must_be_there_are_missed_one_and_all():
+    assert parse(Picture, {"name": "a", "height": 2, "width": 3}, WHERE) == Picture("a", Size(2, 3))
+    for content in ({"name": "a"}, {"name": "a", "width": 3}):
+        with pytest.raises(ConfigError, match="it lacks height"):
+            parse(Picture, content, WHERE)

@@ -21,6 +21,7 @@ from clip_deploy.builders.torchscript import export_torchscript
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import GateLimits, GatesConfig, OptimizeConfig, Precision, QuantizeConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
+from clip_deploy.core.manifest import Run
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate import validation
 from clip_deploy.evaluate.gates import check_gate
@@ -229,10 +230,9 @@ def test_weights_beside_a_graph_may_be_links_into_dvcs_cache(sets, onnx_target, 
         statuses[name] = record.status
     package = tmp_path / "package"
     package.mkdir()
-    facts = {"model": "tiny", "seed": 0, "versions": {}}
     known = records(tmp_path, tmp_path / "validate")
     sources = Sources(tmp_path, known, sets / "portable", evaluation)
-    write_package(advice(tmp_path), "ort-fp32", sources, GatesConfig(), facts, package)
+    write_package(advice(tmp_path), "ort-fp32", sources, GatesConfig(), Run("tiny", 0, {}), package)
     dvc(tmp_path, "add", "-q", "package")
     shown = ZeroShotClassifier.open(package).predict(Image.new("RGB", (48, 48)), ["a red circle", "a blue star"])
     assert sum(probability for _, probability in shown) == pytest.approx(1, abs=1e-5)

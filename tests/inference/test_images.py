@@ -1,5 +1,4 @@
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from clip_deploy.builders.processor_files import write_preprocessor
 from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.errors import DataError
-from clip_deploy.core.preprocessing import Preprocessing
+from clip_deploy.core.package import read_preprocessing
 from clip_deploy.data import scenes
 from clip_deploy.inference.images import decode, read_image, rgb
 
@@ -27,7 +26,7 @@ def both(family, tmp_path_factory):
     path = tmp_path_factory.mktemp("preprocessor") / "preprocessor.json"
     processor = load_processor(family)
     write_preprocessor(processor.image_processor, read_target(family).model.image_size, path)
-    return processor, Preprocessing(**json.loads(path.read_text()))
+    return processor, read_preprocessing(path.parent)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (301, 97), (97, 302), (640, 480), (20, 31), (1, 1), (3, 500)])
@@ -70,7 +69,7 @@ ODD = {
 def test_odd_images_become_what_the_checkpoints_processor_makes_of_them(checkpoint, package, tmp_path, kind):
     image, suffix, options = ODD[kind]()
     path = saved(tmp_path, image, suffix, **options)
-    ours = Preprocessing(**json.loads((package / "preprocessor.json").read_text()))
+    ours = read_preprocessing(package)
     with Image.open(path) as given:
         upright = ImageOps.exif_transpose(given)
         assert np.abs(ours(read_image(path)) - pixels(load_processor(checkpoint), upright)).max() < 1e-5
@@ -80,7 +79,7 @@ def test_odd_images_become_what_the_checkpoints_processor_makes_of_them(checkpoi
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
 def test_a_photograph_is_turned_as_the_processor_turns_what_it_opens(checkpoint, package, tmp_path, kind, orientation):
     path = saved(tmp_path, SCENE.resize((64, 48)), kind, exif=turned(orientation))
-    ours = Preprocessing(**json.loads((package / "preprocessor.json").read_text()))
+    ours = read_preprocessing(package)
     expected = pixels(load_processor(checkpoint), str(path))
     assert np.abs(ours(read_image(path)) - expected).max() < 1e-5
     assert np.abs(ours(decode(path.read_bytes(), "")) - expected).max() < 1e-5
@@ -89,7 +88,7 @@ def test_a_photograph_is_turned_as_the_processor_turns_what_it_opens(checkpoint,
 def test_a_picture_in_memory_is_taken_as_it_is_as_the_processor_takes_it(checkpoint, package, tmp_path, kinds):
     path = saved(tmp_path, SCENE.resize((64, 48)), "jpg", exif=turned(6))
     ours, processor = (
-        Preprocessing(**json.loads((package / "preprocessor.json").read_text())),
+        read_preprocessing(package),
         load_processor(checkpoint),
     )
     with Image.open(path) as given:

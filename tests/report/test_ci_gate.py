@@ -19,6 +19,7 @@ from clip_deploy.core.config import CiConfig, GateLimits, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.files import sha256
 from clip_deploy.core.json_files import rounded
+from clip_deploy.core.manifest import Run, save_manifest
 from clip_deploy.core.parsing import parse, plain
 from clip_deploy.core.records import Validation
 from clip_deploy.data.preprocessed import load_prepared
@@ -86,8 +87,8 @@ def artifacts(tmp_path, onnx_target, sound, sets):
 def deliver(artifacts, folder, checked):
     if folder != artifacts / TARGET:
         shutil.copytree(folder, artifacts / TARGET)
-    text = json.dumps(manifest(artifacts / TARGET, parse(Validation, checked, "it"), {}))
-    (artifacts / f"{TARGET}.manifest.json").write_text(text)
+    described = manifest(artifacts / TARGET, parse(Validation, checked, "it"), Run("tiny", 0, {}))
+    save_manifest(artifacts / f"{TARGET}.manifest.json", described, indent=1)
 
 
 def missed(reports, artifacts):

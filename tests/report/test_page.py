@@ -17,6 +17,7 @@ from clip_deploy.core.json_files import write_json
 from clip_deploy.core.model import Finding
 from clip_deploy.core.parsing import plain
 from clip_deploy.core.records import CurvePoint
+from clip_deploy.core.served import Fault, VersionStep
 from clip_deploy.report.contents import Figure, Report, Table
 from clip_deploy.report.markdown import markdown
 from clip_deploy.report.page import page
@@ -86,18 +87,10 @@ SHIPPING = Shipping(
     ship={"vision": "ort-fp32", "text": "ort-fp32"},
     batch=1,
 )
-SERVED = {
-    "status": "pass",
-    "reasons": [],
-    "server": {"nvidia_pytriton": "0.7.0"},
-    "backend": "python",
-    "threads": 2,
-    "load": [],
-    "parity": {"images, grpc": {"cosine_min": 0.99999951, "max_abs_diff": 0.00123}},
-    "versions": [{"step": "two", "ready": ["1", "2"], "answers": "2", "right": True, "sent": 40, "failed": 0}],
-    "faults": [{"fault": "noise", "answer": "400: a|b", "refused": True, "survived": True}],
-    "drift": {},
-}
+SERVED = records.served(
+    versions=[VersionStep("two", ["1", "2"], "2", "", as_expected=True, right=True, sent=40, failed=0, error="")],
+    faults=[Fault("noise", "400: a|b", refused=True, survived=True)],
+)
 
 
 def timing(p50_ms, speedup):

@@ -6,7 +6,7 @@ from support.records import judged, zero_shot
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import Device, RecommendConfig
 from clip_deploy.core.errors import ConfigError
-from clip_deploy.core.recommendation import PairVerdict
+from clip_deploy.core.records import PairVerdict
 from clip_deploy.report import recommend as module
 from clip_deploy.report.contents import Report
 from clip_deploy.report.markdown import markdown

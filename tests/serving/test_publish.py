@@ -142,6 +142,13 @@ def test_a_damaged_repository_is_refused(new, served):
         publish(new, served)
 
 
+@pytest.mark.parametrize("content", ["[]", '{"files": {"a": 3}}'])
+def test_a_repository_whose_manifest_names_no_files_is_refused(new, served, content):
+    (new.parent / "manifest.json").write_text(content)
+    with pytest.raises(DeployError, match=r"manifest\.json names no files; make it anew with `dvc repro`"):
+        publish(new, served)
+
+
 def test_by_hand(new, served, server, tmp_path, capsys):
     assert main(["publish", str(new), str(served)]) == 0
     assert capsys.readouterr().out == f"{served}: version 2 is the newest; a server takes it at its next start\n"

@@ -4,8 +4,8 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +14,15 @@ import pytest
 import yaml
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from PIL import Image
-from support.project import ROOT
 from support.records import timing
+from support.triton import ENVIRONMENT, MODEL_NAMES, accepted
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from clip_deploy.builders.processor_files import write_preprocessor
 from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import ConfigError, DataError, DeployError
-from clip_deploy.core.manifest import PROVENANCE
+from clip_deploy.core.package import read_package
 from clip_deploy.core.parsing import plain
 from clip_deploy.core.records import Benchmark
 from clip_deploy.data.preprocessed import tokenize
@@ -32,17 +32,15 @@ from clip_deploy.serving.repository import (
     BACKENDS,
     FLAGS,
     MODELS,
+    NoRepository,
     preferred_sizes,
-    read_package,
     tower_config,
     write_repository,
 )
 from clip_deploy.serving.server import command, find_environment
 
-MODEL_NAMES = ["clip_preprocess", "clip_score", "clip_text", "clip_tokenize", "clip_vision", "clip_zero_shot"]
 ALLOWED = {"numpy", "onnxruntime", "tokenizers", "PIL", "triton_python_backend_utils", *sys.stdlib_module_names}
 IF_INSTALLED = {"pillow_heif"}
-TRITON = ROOT / "build" / "triton-venv"
 
 
 @pytest.fixture(scope="module")
@@ -135,40 +133,40 @@ def test_every_backend_gets_all_models_in_numbered_versions(repository):
 
 def test_the_manifest_says_where_the_package_came_from(package, repository):
     described, packaged = (json.loads((path / "manifest.json").read_text()) for path in (repository, package))
-    assert {name: described[name] for name in PROVENANCE} == {name: packaged[name] for name in PROVENANCE}
+    origin = plain(read_package(package).origin)
+    assert list(origin) == ["model", "seed", "versions", "checkpoint", "builds", "gates"]
+    assert {name: described[name] for name in origin} == {name: packaged[name] for name in origin} == origin
 
 
-def test_preferred_sizes_are_those_up_to_which_the_curve_rises(package, benchmark):
-    manifest = read_package(package)
-    assert preferred_sizes(manifest, "vision", benchmark, most=32) == [8]
-    assert preferred_sizes(manifest, "vision", benchmark, most=64) == [8, 64]
-    assert preferred_sizes(manifest, "text", benchmark, most=32) == [8]
+def test_preferred_sizes_are_those_up_to_which_the_curve_rises(benchmark):
+    assert preferred_sizes("onnx-fp32", "vision", benchmark, most=32) == [8]
+    assert preferred_sizes("onnx-fp32", "vision", benchmark, most=64) == [8, 64]
+    assert preferred_sizes("onnx-fp32", "text", benchmark, most=32) == [8]
 
 
 def test_without_a_curve_the_batcher_prefers_no_size(package, tmp_path):
-    manifest = read_package(package)
-    assert preferred_sizes(manifest, "vision", tmp_path, most=32) == []
-    batching = tower_config("vision", "python", manifest, [], TritonConfig())["dynamic_batching"]
+    assert preferred_sizes("onnx-fp32", "vision", tmp_path, most=32) == []
+    batching = tower_config("vision", "python", read_package(package).encoder, [], TritonConfig())["dynamic_batching"]
     assert "preferred_batch_size" not in batching
 
 
 def test_a_tower_for_the_gpu_gets_instances_there(package):
-    manifest = {**read_package(package), "device": "cuda"}
-    config = tower_config("vision", "onnxruntime", manifest, [8], TritonConfig(instances=2))
+    encoder = replace(read_package(package).encoder, device="cuda")
+    config = tower_config("vision", "onnxruntime", encoder, [8], TritonConfig(instances=2))
     assert config["instance_group"] == [{"count": 2, "kind": "KIND_GPU"}]
 
 
 def test_a_tower_that_preprocesses_takes_images_of_any_size(package):
-    manifest = read_package(package)
-    manifest["towers"]["vision"]["image_input"] = "images"
-    config = tower_config("vision", "onnxruntime", manifest, [], TritonConfig())
+    encoder = read_package(package).encoder
+    towers = replace(encoder.towers, vision=replace(encoder.towers.vision, image_input="images"))
+    config = tower_config("vision", "onnxruntime", replace(encoder, towers=towers), [], TritonConfig())
     assert config["input"] == [{"name": "images", "data_type": "TYPE_UINT8", "dims": [-1, -1, 3]}]
 
 
 def test_a_package_that_was_changed_is_refused(package, tmp_path):
     folder = Path(shutil.copytree(package, tmp_path / "package"))
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(DeployError, match=r"tokenizer\.json is missing or was changed"):
+    with pytest.raises(DeployError, match=r"tokenizer\.json is not the file that was packaged"):
         write_repository(folder, tmp_path, TritonConfig(), tmp_path / "triton")
     assert not (tmp_path / "triton").exists()
 
@@ -177,8 +175,8 @@ def test_where_nothing_was_packaged_the_repository_says_so(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "manifest.json").write_text('{"format": 1, "unavailable": "no target passed"}')
     found = write_repository(tmp_path / "package", tmp_path, TritonConfig(), tmp_path / "triton")
-    assert found == {"unavailable": "nothing was packaged: no target passed"}
-    assert json.loads((tmp_path / "triton" / "manifest.json").read_text()) == found
+    assert found == NoRepository("nothing was packaged: no target passed")
+    assert json.loads((tmp_path / "triton" / "manifest.json").read_text()) == plain(found)
 
 
 def test_settings_out_of_range_are_refused():
@@ -325,9 +323,9 @@ def test_a_text_that_is_not_utf8_or_says_nothing_is_refused(program, repository,
 
 
 def test_scores_are_scaled_as_the_version_says(program, repository, package):
-    score, manifest = started(program, repository, "score"), read_package(package)
-    assert (score.scale, score.bias) == (manifest["logit_scale"], 0.0)
-    assert score.activation.__name__ == manifest["activation"]
+    score, encoder = started(program, repository, "score"), read_package(package).encoder
+    assert (score.scale, score.bias) == (encoder.logit_scale, 0.0)
+    assert score.activation.__name__ == encoder.activation
 
 
 @pytest.mark.parametrize("count", [0, 33])
@@ -436,29 +434,15 @@ def find(document, key):
     return [*document.get(key, []), *(item for value in document.values() for item in find(value, key))]
 
 
-CHECK = """
-import sys
-from pathlib import Path
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
-for path in sys.argv[1:]:
-    text_format.Parse(Path(path).read_text(), model_config_pb2.ModelConfig())
-"""
-
-
 def test_tritons_own_schema_accepts_every_config(repository, tmp_path):
     """tritonclient pins a protobuf of its own, so that it lives in the server's environment."""
     try:
-        python = find_environment(TRITON).python
+        python = find_environment(ENVIRONMENT).python
     except DeployError as error:
         pytest.skip(str(error))
     wrong = tmp_path / "config.pbtxt"
     wrong.write_text((repository / "python" / "clip_text" / "config.pbtxt").read_text() + 'colour: "red"\n')
     configs = sorted(repository.glob("*/*/config.pbtxt"))
     assert len(configs) == 12
-    assert check(python, *configs).returncode == 0
-    assert '"colour"' in check(python, wrong).stderr
-
-
-def check(python: Path, *configs: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([python, "-c", CHECK, *configs], capture_output=True, text=True, check=False)
+    assert accepted(python, *configs).returncode == 0
+    assert '"colour"' in accepted(python, wrong).stderr

@@ -4,25 +4,23 @@ bytes, which nothing here loads."""
 import hashlib
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from serving.test_repository import MODEL_NAMES, check
-from support.project import ROOT
 from support.records import checked, parity, timing
+from support.triton import ENVIRONMENT, MODEL_NAMES, accepted
 
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import BuildEngineConfig, GateLimits, GatesConfig, TritonConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.files import sha256
-from clip_deploy.core.manifest import PROVENANCE, verify
+from clip_deploy.core.manifest import Provenance, Run, verify
 from clip_deploy.core.parsing import parse, plain
 from clip_deploy.core.records import Benchmark, Validation
 from clip_deploy.serving.server import find_environment
 from clip_deploy.serving.tensorrt_repository import write_engine_repository
 
 LIBRARY = {"library": "TensorRT 10.14.1", "built_for": "NVIDIA H200, 143771 MiB, 580.95.05"}
-ORIGIN = {"model": "tiny", "seed": 0, "versions": {}, "checkpoint": None, "builds": {}, "gates": {}, "files": {}}
+ORIGIN = Provenance(Run("tiny", 0, {}), checkpoint=None, builds={}, gates={})
 ENGINES = {"text.engine": b"text", "vision.engine": b"vision"}
 GATES = GatesConfig(fp16=GateLimits(min_cosine=0.999))
 CLOSE = {"vision": parity(0.9995), "text": parity(0.9995)}
@@ -60,7 +58,7 @@ def write(checkpoint, sets, tmp_path):
             TritonConfig(max_batch=32),
             output,
         )
-        assert json.loads((output / "manifest.json").read_text()) == found
+        assert json.loads((output / "manifest.json").read_text()) == plain(found)
         return found, output
 
     return run
@@ -68,10 +66,10 @@ def write(checkpoint, sets, tmp_path):
 
 def test_towers_are_engines_and_the_rest_is_as_everywhere(write):
     found, output = write()
-    assert found["library"] == "TensorRT 10.14.1"
-    assert found["built_for"].startswith("NVIDIA H200")
-    assert {name: found[name] for name in PROVENANCE} == {name: ORIGIN[name] for name in PROVENANCE}
-    assert verify(output) == (found, [])
+    assert found.library == "TensorRT 10.14.1"
+    assert found.built_for.startswith("NVIDIA H200")
+    assert found.origin == ORIGIN
+    assert verify(output) == (plain(found), [])
     repository = output / "tensorrt"
     assert sorted(path.name for path in repository.iterdir()) == MODEL_NAMES
     assert (repository / "clip_vision" / "1" / "model.plan").read_bytes() == b"vision"
@@ -103,7 +101,7 @@ def test_towers_are_engines_and_the_rest_is_as_everywhere(write):
 )
 def test_what_the_backend_cannot_serve_keeps_its_reason(write, changed, said):
     found, output = write(**changed)
-    assert said in found["unavailable"]
+    assert said in found.unavailable
     assert [path.name for path in output.iterdir()] == ["manifest.json"]
 
 
@@ -115,9 +113,9 @@ def test_an_engine_that_was_not_judged_is_refused(write, tmp_path):
 
 def test_tritons_own_schema_accepts_the_engines_configs(write):
     try:
-        python = find_environment(Path(ROOT / "build" / "triton-venv")).python
+        python = find_environment(ENVIRONMENT).python
     except DeployError as error:
         pytest.skip(str(error))
     configs = sorted((write()[1] / "tensorrt").glob("*/config.pbtxt"))
     assert len(configs) == 6
-    assert check(python, *configs).returncode == 0
+    assert accepted(python, *configs).returncode == 0

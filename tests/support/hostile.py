@@ -27,7 +27,7 @@ from clip_deploy.checkpoint.lint import lint
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import GateLimits, GatesConfig, ModelConfig
 from clip_deploy.core.errors import DeployError
-from clip_deploy.core.preprocessing import Preprocessing
+from clip_deploy.core.package import read_preprocessing
 from clip_deploy.data import scenes
 from clip_deploy.data.preprocessed import Prepared, Texts, load_prepared, pad_token_of, tokenize
 from clip_deploy.evaluate.validation import validate_apart
@@ -58,7 +58,7 @@ def read_checkpoint(folder: Path) -> None:
     assert alike(encoder.encode_images(pixels), images), "another image embedding than transformers'"
     assert alike(encoder.encode_texts(tokens.input_ids, tokens.attention_mask), texts), "another text embedding"
     if (packed := portable / "preprocessor.json").is_file():
-        ours = Preprocessing(**json.loads(packed.read_text()))
+        ours = read_preprocessing(packed.parent)
         assert max(np.abs(ours(photo) - own).max() for photo, own in zip(PHOTOS, pixels, strict=True)) < 1e-4, (
             "the package sees other pixels than transformers"
         )
@@ -116,7 +116,7 @@ def read_picture(folder: Path) -> None:
     """
     path = folder / "image"
     image = read_image(path)
-    ours = Preprocessing(**json.loads((folder / "preprocessor.json").read_text()))
+    ours = read_preprocessing(folder)
     with Image.open(path) as given:
         if given.mode.startswith("I;16"):
             return  # its processor clips what is above 255; ours keeps the upper 8 bits, as README says

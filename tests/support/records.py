@@ -1,6 +1,7 @@
 """Whole records, as validate, benchmark and recommend write them, where a test says only what matters to it."""
 
 from clip_deploy.core.records import Measured, Parity, Retrieval, Timing, ZeroShot
+from clip_deploy.core.served import Answers, Asked, Drift, Served
 from clip_deploy.report.decisive import Judged
 
 HARDWARE = {
@@ -73,3 +74,22 @@ def advised(targets, **changes):
     known = {name: {**sound, "metrics": {}, **target} for name, target in targets.items()}
     empty = {name: {} for name in ("limits", "ship", "package", "pairs", "alike", "packaged", "losers")}
     return {**empty, "note": "as asked", "doubts": [], "front": [], "targets": known, **changes}
+
+
+def drift(drifted):
+    return Drift(0.035, threshold=0.0021, p_value=0.001, mean_cosine=0.91, rows=(480, 480), drifted=drifted)
+
+
+def served(status="pass", reasons=(), versions=(), faults=(), health=None, **changes):
+    """Of a server that answered as the package does, but for `changes`."""
+    sound = {
+        "server": {"numpy": "1.26.4", "nvidia_pytriton": "0.7.0"},
+        "backend": "python",
+        "threads": 2,
+        "asked": Asked(list(versions), list(faults), health or {"/v2/health/live": 200}),
+        "load": [],
+        "metrics": [],
+        "parity": {"images, grpc": parity()},
+        "drift": {"same": drift(False), "dark": drift(True)},
+    }
+    return Served(status, list(reasons), Answers(**{**sound, **changes}))

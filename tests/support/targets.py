@@ -46,10 +46,10 @@ def records(built, folder, **changes):
 def packed(target, sets, folder):
     from clip_deploy.builders.package import Sources, write_package
     from clip_deploy.core.config import GatesConfig
+    from clip_deploy.core.manifest import Run
 
-    facts = {"model": "tiny", "seed": 0, "versions": {}}
     with tempfile.TemporaryDirectory() as validation:
         known = records(target.parent, Path(validation))
         sources = Sources(target.parent, known, sets / "portable", sets / "evaluation")
-        write_package(advice(target.parent), target.name, sources, GatesConfig(), facts, folder)
+        write_package(advice(target.parent), target.name, sources, GatesConfig(), Run("tiny", 0, {}), folder)
     return folder
