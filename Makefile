@@ -70,7 +70,7 @@ test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory $(RAY)/ready || echo "no Ray: the test of a cluster is skipped"
 	@$(MAKE) --no-print-directory $(MOTO)/ready || echo "no moto: the tests of an object store are skipped"
 	@$(MAKE) --no-print-directory $(RUNTIMES) || echo "no other ONNX Runtime: the tests of its versions are skipped"
-	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov
 
 reliability: $(VENV)/ready ## kill, starve and feed it nonsense, many times more than `test`; writes reports/reliability.md
 	@$(MAKE) --no-print-directory -j 2 $(COUNTS)

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
 from clip_deploy.core.json_files import write_json
+from clip_deploy.core.parsing import plain
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.timing.end_to_end import measure_feeds
 from stages import stage
@@ -29,12 +30,11 @@ def end_to_end(settings: Settings) -> None:
     record = measure_feeds(
         settings.source, settings.checkpoint, prepared, settings.benchmark, settings.end_to_end, settings.seed
     )
-    write_json(settings.output, record)
-    for name, row in record["feeds"].items():
-        best = row.get("batches", {}).get(str(row.get("best_batch")), {})
-        speed = f", {best['images_per_s']:.0f} images/s, bottleneck: {best['bottleneck']}" if best else ""
-        reason = f": {row['reason']}" if "reason" in row else ""
-        print(f"{settings.source.name} {name}: {row['status']}{reason}{speed}")
+    write_json(settings.output, plain(record))
+    for name, row in record.feeds.items():
+        speed = f", {row.best.images_per_s:.0f} images/s, bottleneck: {row.best.bottleneck}" if row.best else ""
+        reason = f": {row.reason}" if row.reason else ""
+        print(f"{settings.source.name} {name}: {row.status}{reason}{speed}")
 
 
 if __name__ == "__main__":

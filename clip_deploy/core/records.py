@@ -278,3 +278,61 @@ class Benchmark:
     power: Power | None = None
     matrix_tflops: float | None = None
     size_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """A feed and an encoder at one batch size: images per second of the median pass, milliseconds of one image."""
+
+    images_per_s: float
+    images_per_s_low: float
+    images_per_s_high: float
+    decode_ms: float
+    preprocess_ms: float
+    encode_ms: float
+    bottleneck: str
+
+
+@dataclass(frozen=True)
+class FeedTiming:
+    """reports/benchmark/end_to_end/<target>.json: one feed into the target.
+
+    Attributes:
+        status: "measured", "wrong" where its pixels give other embeddings, or "unavailable".
+        cosine_min: lowest cosine with the embeddings of what the checkpoint's own processor makes of the photos.
+        workers: threads that decode and preprocess.
+        through_host: whether pixels leave the GPU before the encoder takes them.
+        batches: by batch size; `best_batch` has most images per second.
+    """
+
+    status: str
+    reason: str | None = None
+    cosine_min: float | None = None
+    workers: int | None = None
+    through_host: bool | None = None
+    best_batch: int | None = None
+    batches: dict[int, FlowBatch] = field(default_factory=dict)
+
+    @property
+    def best(self) -> FlowBatch | None:
+        return None if self.best_batch is None else self.batches[self.best_batch]
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The JPEG files that are fed: pixels of a side, JPEG quality, mean kilobytes of a file."""
+
+    count: int
+    height: int
+    width: int
+    quality: int
+    kilobytes: float
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """From JPEG bytes to embeddings, by the name of the feed; nothing but reasons where none could be fed."""
+
+    feeds: dict[str, FeedTiming]
+    photos: Photos | None = None
+    threads: int | None = None

@@ -1,10 +1,11 @@
 """What the report holds, before it gets a face: sections of Markdown, tables and plots."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from clip_deploy.core.model import Finding
+from clip_deploy.core.records import EndToEnd
 from clip_deploy.core.served import Served
 from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row
@@ -65,7 +66,7 @@ class Report:
     rows: list[Row]
     about: dict[str, str] = field(default_factory=dict)
     run: dict[str, str] = field(default_factory=dict)
-    flows: Sequence[dict[str, Any]] = ()
+    flows: Mapping[str, EndToEnd] = field(default_factory=dict)
     shipping: Shipping | None = None
     findings: Sequence[Finding] = ()
     served: Served | None = None

@@ -192,7 +192,7 @@ def _slower(row: Row, ship: dict[str, str], by_name: dict[str, Row], batch: int)
             tower: pace(row, tower, batch).middle / pace(by_name[winner], tower, batch).middle for tower in towers
         }
         said = ", ".join(f"{ratio:.2f}x on {tower}" for tower, ratio in ratios.items())
-        beaten = min(ratios.values()) >= 1
+        beaten = min(ratios.values()) >= 1.005  # what is said is rounded
         cost = f"slower than {winner} by {said}" if beaten else f"takes, of {winner}'s time, {said}"
         near = [tower for tower in towers if alike(row, by_name[winner], tower, batch)]
         told = f" (not to be told apart on {' and '.join(near)}: the intervals overlap)" if near else ""

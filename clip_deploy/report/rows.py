@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from clip_deploy.core.artifact import TOWERS
-from clip_deploy.core.json_files import read_json
 from clip_deploy.core.parsing import parse, read_record
 from clip_deploy.core.records import (
     Benchmark,
     Diagnosis,
+    EndToEnd,
     Fact,
     Facts,
     Graph,
@@ -154,9 +154,9 @@ def _attention(graphs: dict[str, Graph]) -> str:
     return f"{fused}/{sum(graph.fusion['attention_expected'] for graph in graphs.values())}"
 
 
-def read_flows(targets: list[str], folder: Path) -> list[dict[str, Any]]:
-    """What end_to_end.measure_feeds found for each target, with its name."""
-    return [{"target": target, **read_json(folder / f"{target}.json")} for target in targets]
+def read_flows(targets: list[str], folder: Path) -> dict[str, EndToEnd]:
+    """What end_to_end.measure_feeds found for each target."""
+    return {target: read_record(EndToEnd, folder / f"{target}.json") for target in targets}
 
 
 def metrics(rows: list[Row]) -> dict[str, Metrics]:

@@ -1,14 +1,14 @@
 """The sections of the report, in their order; each has both faces, report.md and report.html."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import REFERENCE
 from clip_deploy.core.fusions import ADVICE, KINDS
 from clip_deploy.core.model import Finding
+from clip_deploy.core.records import EndToEnd, FeedTiming
 from clip_deploy.report.contents import Block, Key, Report, Section, Table
 from clip_deploy.report.decisive import BETWEEN_RUNS, Judged, again, pace, undecided
 from clip_deploy.report.figures import accuracy_figure, sensitivity_figure, speed_figure, throughput_figure
@@ -316,47 +316,49 @@ def flow_section(report: Report) -> Section | None:
         "Lowest cosine",
         "Workers",
     ]
-    rows = [(flow["target"], feed, row) for flow in flows for feed, row in flow["feeds"].items()]
-    absent = [found for found in rows if found[2]["status"] == "unavailable"]
+    rows = [(target, feed, row) for target, flow in flows.items() for feed, row in flow.feeds.items()]
+    absent = [found for found in rows if found[2].status == "unavailable"]
     table = Table(
         head,
         [_flow_cells(*found) for found in rows],
         folded=[place for place, found in enumerate(rows) if found in absent],
-        folded_as=_absent((f"`{target}` {feed}", row["reason"]) for target, feed, row in absent),
+        folded_as=_absent((f"`{target}` {feed}", row.reason or "") for target, feed, row in absent),
     )
     present = [found for found in rows if found not in absent]
-    notes = [f"`{target}` {feed} {row['status']}: {row['reason']}" for target, feed, row in present if "reason" in row]
-    notes += [f"`{target}` {feed}: {THROUGH_HOST}" for target, feed, row in rows if row.get("through_host")]
+    notes = [f"`{target}` {feed} {row.status}: {row.reason}" for target, feed, row in present if row.reason]
+    notes += [f"`{target}` {feed}: {THROUGH_HOST}" for target, feed, row in rows if row.through_host]
     return Section("From JPEG to embedding", [*_flow_facts(flows), table, *([_listed(notes)] if notes else [])])
 
 
-def _flow_facts(flows: Sequence[dict[str, Any]]) -> list[Block]:
+def _flow_facts(flows: Mapping[str, EndToEnd]) -> list[Block]:
     """What was fed and how; the same for every target that ran."""
-    flow = next((flow for flow in flows if "photos" in flow), None)
-    if flow is None:
+    flow = next((flow for flow in flows.values() if flow.photos), None)
+    if flow is None or flow.photos is None:
         return []
-    photos = flow["photos"]
+    photos = flow.photos
     return [
-        f"{photos['count']} JPEGs of {photos['height']} x {photos['width']} pixels, quality {photos['quality']}, "
-        f"{number(photos['kilobytes'])} kB each, from memory. Workers decode and preprocess the next batches while the "
-        f"encoder, with {flow['threads']} threads, encodes one. Milliseconds are of one image, each part alone on the "
+        f"{photos.count} JPEGs of {photos.height} x {photos.width} pixels, quality {photos.quality}, "
+        f"{number(photos.kilobytes)} kB each, from memory. Workers decode and preprocess the next batches while the "
+        f"encoder, with {flow.threads} threads, encodes one. Milliseconds are of one image, each part alone on the "
         "machine, decoding and preprocessing in one worker; where workers and encoder share the cores, the whole can "
         "be slower than its slowest part. The cosine is with what the checkpoint's own processor makes of the files.",
     ]
 
 
-def _flow_cells(target: str, feed: str, row: dict[str, Any]) -> list[str]:
-    best = row.get("batches", {}).get(str(row.get("best_batch")), {})
-    low, high = number(best.get("images_per_s_low")), number(best.get("images_per_s_high"))
+def _flow_cells(target: str, feed: str, row: FeedTiming) -> list[str]:
+    name = f"`{target}`, {feed}"
+    best = row.best
+    if best is None:
+        return [name, f"**{row.status}**", *[MISSING] * 8]
     return [
-        f"`{target}`, {feed}",
-        row["status"] if row["status"] == "measured" else f"**{row['status']}**",
-        f"{number(best['images_per_s'])} [{low}, {high}]" if best else MISSING,
-        str(row.get("best_batch", MISSING)),
-        *(number(best.get(f"{part}_ms")) for part in ("decode", "preprocess", "encode")),
-        best.get("bottleneck", MISSING),
-        f"{row['cosine_min']:.4f}" if "cosine_min" in row else MISSING,
-        str(row.get("workers", MISSING)),
+        name,
+        row.status if row.status == "measured" else f"**{row.status}**",
+        f"{number(best.images_per_s)} [{number(best.images_per_s_low)}, {number(best.images_per_s_high)}]",
+        str(row.best_batch),
+        *(number(part) for part in (best.decode_ms, best.preprocess_ms, best.encode_ms)),
+        best.bottleneck,
+        f"{row.cosine_min:.4f}",
+        str(row.workers),
     ]
 
 

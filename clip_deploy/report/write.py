@@ -1,5 +1,6 @@
 """Write the report: Markdown, page, metrics and plots."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from clip_deploy.core.json_files import read_json, write_json
 from clip_deploy.core.model import Model
 from clip_deploy.core.parsing import read_record
 from clip_deploy.core.recommendation import Recommendation
+from clip_deploy.core.records import EndToEnd
 from clip_deploy.core.served import Served
 from clip_deploy.report.contents import Report
 from clip_deploy.report.markdown import markdown
@@ -29,7 +31,7 @@ def write_report(report: Report, output: Path) -> None:
 
 def gather(
     rows: list[Row],
-    flows: list[dict[str, Any]],
+    flows: Mapping[str, EndToEnd],
     model_name: str,
     data_name: str,
     environment: Path,

@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,9 @@ from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import Target, failure, read_target
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.parsing import parse
 from clip_deploy.core.preprocessing import Preprocessing
+from clip_deploy.core.records import EndToEnd, FeedTiming, Photos
 from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.evaluate.embeddings import encode_images
 from clip_deploy.onnx_graph.preprocessing import read_preprocessing
@@ -37,25 +39,20 @@ PROGRAM = (sys.executable, "-m", "clip_deploy.timing.end_to_end_worker")
 
 def measure_feeds(
     folder: Path, checkpoint: Path, prepared: Prepared, benchmark: BenchmarkConfig, settings: EndToEndConfig, seed: int
-) -> dict[str, Any]:
-    """Time every feed that suits the target in `folder`, each in a process of its own.
-
-    Returns:
-        photos (count, height, width, quality, mean kilobytes), threads of the encoder, and feeds: by name, what
-        flow.measure_feed gives, or `{"status": "unavailable", "reason": ...}`.
-    """
+) -> EndToEnd:
+    """Time every feed that suits the target in `folder`, each in a process of its own."""
     target = read_target(folder)
     names = FEEDS[target.image_input]
     try:
         job, photos = _first_job(folder, target, checkpoint, prepared, benchmark, settings, seed)
     except Exception as error:  # whatever a library raises is this row's result
         reason = str(error) if isinstance(error, UnavailableError) else failure(error)
-        return {"feeds": {name: {"status": "unavailable", "reason": reason} for name in names}}
+        return EndToEnd(dict.fromkeys(names, FeedTiming("unavailable", reason)))
     feeds = {}
     for name in tqdm(names, desc="end to end", disable=None):
         job.feed = name
         feeds[name] = run_feed(job)
-    return {"photos": photos, "threads": benchmark.threads, "feeds": feeds}
+    return EndToEnd(feeds, photos, benchmark.threads)
 
 
 def _first_job(
@@ -66,7 +63,7 @@ def _first_job(
     benchmark: BenchmarkConfig,
     settings: EndToEndConfig,
     seed: int,
-) -> tuple[FeedJob, dict[str, Any]]:
+) -> tuple[FeedJob, Photos]:
     """The photos, and the embeddings that the checkpoint's processor makes of them, for the first feed."""
     if target.unavailable:
         raise UnavailableError(target.unavailable)
@@ -77,7 +74,7 @@ def _first_job(
     reference = reference_embeddings(encoder, processor, jpegs)
     height, width = benchmark.image_size
     kilobytes = sum(map(len, jpegs)) / len(jpegs) / 1e3
-    photos = {"count": len(jpegs), "height": height, "width": width, "quality": QUALITY, "kilobytes": kilobytes}
+    photos = Photos(len(jpegs), height, width, QUALITY, kilobytes)
     return FeedJob(FEEDS[target.image_input][0], folder, preprocessing, jpegs, reference, benchmark, settings), photos
 
 
@@ -123,15 +120,14 @@ def reference_embeddings(folder: Path, processor: "BaseImageProcessor", jpegs: l
     return encode_images(open_encoder(folder), pixels)
 
 
-def run_feed(job: FeedJob) -> dict[str, Any]:
+def run_feed(job: FeedJob) -> FeedTiming:
     """One feed in a process of its own: with a server's allocator, and nothing that another one left behind."""
     try:
         check_feed(job.feed)
     except UnavailableError as error:
-        return {"status": "unavailable", "reason": str(error)}
+        return FeedTiming("unavailable", str(error))
     variables = {**os.environ, **thread_variables(job.benchmark.threads), **ALLOCATOR}
     done = subprocess.run(PROGRAM, input=pickle.dumps(job), stdout=subprocess.PIPE, env=variables, check=False)
     if not done.stdout:
-        return {"status": "unavailable", "reason": f"it stopped with exit code {done.returncode} while it was timed"}
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+        return FeedTiming("unavailable", f"it stopped with exit code {done.returncode} while it was timed")
+    return parse(FeedTiming, json.loads(done.stdout), job.feed)

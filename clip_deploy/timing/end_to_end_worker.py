@@ -24,6 +24,8 @@ import numpy as np
 
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.parsing import plain
+from clip_deploy.core.records import FeedTiming, FlowBatch
 from clip_deploy.core.similarity import similarity
 from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.data.preprocessed import batches
@@ -62,42 +64,36 @@ def main() -> None:
     try:
         row = measure_feed(pickle.load(sys.stdin.buffer))
     except Exception as error:  # of a library: they share no base class
-        print(json.dumps({"status": "unavailable", "reason": reason(error)}), file=answers)
+        print(json.dumps(plain(FeedTiming("unavailable", reason(error)))), file=answers)
         if not isinstance(error, DeployError):
             raise
     else:
-        print(json.dumps(row), file=answers)
+        print(json.dumps(plain(row)), file=answers)
 
 
-def measure_feed(job: FeedJob) -> dict[str, Any]:
-    """Time the flow at every batch size, and each of its parts alone.
-
-    Returns:
-        status ("measured", or "wrong" with a reason where an embedding is not that of the checkpoint's processor),
-        cosine_min, workers, through_host (True where pixels leave the GPU before the encoder takes them), best_batch,
-        and batches: by size, what measure_batch gives.
-    """
+def measure_feed(job: FeedJob) -> FeedTiming:
+    """Time the flow at every batch size, and each of its parts alone."""
     encoder = open_encoder(job.folder, job.benchmark.threads)
     feed = open_feed(job.feed, job.preprocessing, getattr(encoder, "takes_device_tensors", False))
     cosine = similarity(_embeddings(feed, encoder, job.jpegs), job.reference).cosine_min
     workers = 1 if feed.whole_batches else job.settings.workers or job.benchmark.threads
     found = {batch: measure_batch(feed, encoder, job, batch, workers) for batch in job.benchmark.batch_sizes}
-    return {
-        **check_embeddings(cosine),
-        "cosine_min": cosine,
-        "workers": workers,
-        "through_host": feed.whole_batches and not getattr(encoder, "takes_device_tensors", False),
-        "best_batch": max(found, key=lambda batch: found[batch]["images_per_s"]),
-        "batches": {str(batch): row for batch, row in found.items()},
-    }
+    return FeedTiming(
+        *check_embeddings(cosine),
+        cosine_min=cosine,
+        workers=workers,
+        through_host=feed.whole_batches and not getattr(encoder, "takes_device_tensors", False),
+        best_batch=max(found, key=lambda batch: found[batch].images_per_s),
+        batches=found,
+    )
 
 
-def check_embeddings(cosine: float) -> dict[str, str]:
-    """Status of a feed by the lowest cosine of its embeddings with those of the checkpoint's own processor."""
+def check_embeddings(cosine: float) -> tuple[str, str | None]:
+    """Status of a feed, and a reason, by its embeddings' lowest cosine with those of the checkpoint's own processor."""
     if cosine >= MIN_COSINE:
-        return {"status": "measured"}
+        return "measured", None
     why = "the embeddings are not those of the checkpoint's own processor"
-    return {"status": "wrong", "reason": f"cosine {cosine:.4f} < {MIN_COSINE}: {why}"}
+    return "wrong", f"cosine {cosine:.4f} < {MIN_COSINE}: {why}"
 
 
 def _embeddings(feed: Feed, encoder: Encoder, jpegs: list[bytes]) -> np.ndarray:
@@ -105,25 +101,20 @@ def _embeddings(feed: Feed, encoder: Encoder, jpegs: list[bytes]) -> np.ndarray:
     return np.concatenate([encoder.encode_images(feed.preprocess(feed.decode(part))) for part in parts])
 
 
-def measure_batch(feed: Feed, encoder: Encoder, job: FeedJob, batch: int, workers: int) -> dict[str, Any]:
-    """The flow at one batch size, and its parts with the machine to themselves.
-
-    Returns:
-        images_per_s (median of the passes; images_per_s_low and _high are the slowest and the fastest), decode_ms,
-        preprocess_ms and encode_ms of one image, and the bottleneck among them.
-    """
+def measure_batch(feed: Feed, encoder: Encoder, job: FeedJob, batch: int, workers: int) -> FlowBatch:
+    """The flow at one batch size, and its parts with the machine to themselves."""
     with closing(prefetched(feed, job.jpegs, batch, workers)) as inputs:
         for _ in range(1 + job.benchmark.warmup):
             encoder.encode_images(next(inputs))
         rates = [pass_rate(inputs, encoder, batch, job.settings.seconds) for _ in range(job.settings.passes)]
     parts = parts_alone(feed, encoder, job.jpegs, batch, job.settings.seconds / 2)
-    return {
-        "images_per_s": float(np.median(rates)),
-        "images_per_s_low": min(rates),
-        "images_per_s_high": max(rates),
+    return FlowBatch(
+        images_per_s=float(np.median(rates)),
+        images_per_s_low=min(rates),
+        images_per_s_high=max(rates),
         **parts,
-        "bottleneck": bottleneck(**parts, workers=workers),
-    }
+        bottleneck=bottleneck(**parts, workers=workers),
+    )
 
 
 def prefetched(feed: Feed, jpegs: list[bytes], batch: int, workers: int) -> Generator[Any, None, None]:

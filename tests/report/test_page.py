@@ -16,7 +16,7 @@ from support.project import ROOT
 from clip_deploy.core.json_files import write_json
 from clip_deploy.core.model import Finding
 from clip_deploy.core.parsing import plain
-from clip_deploy.core.records import CurvePoint
+from clip_deploy.core.records import CurvePoint, EndToEnd, FeedTiming, FlowBatch, Photos
 from clip_deploy.core.served import Fault, VersionStep
 from clip_deploy.report.contents import Figure, Report, Table
 from clip_deploy.report.markdown import markdown
@@ -53,21 +53,15 @@ SEARCH = {
 }
 DROP = {"tower": "vision", "layer": "layers.2", "node": "MatMul_42", "nodes": ["vision: MatMul_42"]}
 DIAGNOSIS = {"reference": "onnx-fp32", "drops": [DROP | {"cosine_before": 1.0, "cosine_after": 0.9}], "notes": []}
-FLOW = {
-    "target": "ort-fp32",
-    "threads": 2,
-    "photos": {"count": 32, "height": 480, "width": 640, "quality": 90, "kilobytes": 82.0},
-    "feeds": {
-        "pil": {
-            "status": "wrong",
-            "reason": "cosine 0.5 < 0.99",
-            "cosine_min": 0.5,
-            "workers": 2,
-            "through_host": True,
-        },
-        "nvjpeg": {"status": "unavailable", "reason": "PyTorch sees no GPU"},
+BEST = FlowBatch(400.0, 390.0, 410.0, decode_ms=3.0, preprocess_ms=1.5, encode_ms=0.5, bottleneck="decode")
+FLOW = EndToEnd(
+    feeds={
+        "pil": FeedTiming("wrong", "cosine 0.5 < 0.99", 0.5, 2, through_host=True, best_batch=8, batches={8: BEST}),
+        "nvjpeg": FeedTiming("unavailable", "PyTorch sees no GPU"),
     },
-}
+    photos=Photos(32, 480, 640, 90, 82.0),
+    threads=2,
+)
 FINDING = Finding(
     code="eos-token",
     severity="error",
@@ -163,7 +157,7 @@ def report_of(targets, folder):
         rows=read_rows(list(targets), folder / "validate", folder / "benchmark"),
         about={"Model": "tiny", "Data": "shapes"},
         run={"Machine": "EPYC", "Versions": "python 3.11"},
-        flows=[FLOW],
+        flows={"ort-fp32": FLOW},
         shipping=SHIPPING,
         findings=[FINDING],
         served=SERVED,

@@ -8,7 +8,7 @@ from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.json_files import write_json
 from clip_deploy.core.model import Finding
 from clip_deploy.core.parsing import plain
-from clip_deploy.core.records import CurvePoint, Diagnosis, Drop, Search
+from clip_deploy.core.records import CurvePoint, Diagnosis, Drop, EndToEnd, FeedTiming, FlowBatch, Photos, Search
 from clip_deploy.report.contents import Report
 from clip_deploy.report.markdown import markdown
 from clip_deploy.report.recommend import Shipping
@@ -253,37 +253,18 @@ def test_on_a_gpu_a_row_whose_own_calls_differ_is_undecided_whatever_its_speed_u
     )
 
 
-FLOW = {
-    "target": "ort-fp32",
-    "threads": 2,
-    "photos": {"count": 32, "height": 480, "width": 640, "quality": 90, "kilobytes": 82.0},
-    "feeds": {
-        "pil": {
-            "status": "measured",
-            "cosine_min": 1.0,
-            "workers": 2,
-            "through_host": False,
-            "best_batch": 8,
-            "batches": {
-                "1": {"images_per_s": 300.0},
-                "8": {
-                    "images_per_s": 400.0,
-                    "images_per_s_low": 390.0,
-                    "images_per_s_high": 410.0,
-                    "decode_ms": 3.0,
-                    "preprocess_ms": 1.5,
-                    "encode_ms": 0.5,
-                    "bottleneck": "decode",
-                },
-            },
-        },
-        "nvjpeg": {"status": "unavailable", "reason": "PyTorch sees no <GPU>"},
-    },
-}
+SLOW = FlowBatch(300.0, 290.0, 310.0, 3.0, 1.5, 0.8, "decode")
+BEST = FlowBatch(400.0, 390.0, 410.0, decode_ms=3.0, preprocess_ms=1.5, encode_ms=0.5, bottleneck="decode")
+FED = FeedTiming("measured", None, 1.0, workers=2, through_host=False, best_batch=8, batches={1: SLOW, 8: BEST})
+FLOW = EndToEnd(
+    feeds={"pil": FED, "nvjpeg": FeedTiming("unavailable", "PyTorch sees no <GPU>")},
+    photos=Photos(32, 480, 640, 90, 82.0),
+    threads=2,
+)
 
 
 def test_the_way_from_jpeg_to_embedding_has_a_row_for_each_feed(rows):
-    text = markdown(Report("title", rows, flows=[FLOW]))
+    text = markdown(Report("title", rows, flows={"ort-fp32": FLOW}))
     assert "32 JPEGs of 480 x 640 pixels, quality 90, 82.0 kB each" in text
     assert "| `ort-fp32`, pil | measured | 400 [390, 410] | 8 | 3.00 | 1.50 | 0.500 | decode | 1.0000 | 2 |" in text
     assert "| `ort-fp32`, nvjpeg | **unavailable** | - | - | - | - | - | - | - | - |" in text
@@ -291,20 +272,16 @@ def test_the_way_from_jpeg_to_embedding_has_a_row_for_each_feed(rows):
 
 
 def test_a_feed_with_wrong_embeddings_is_marked_beside_its_speed(rows):
-    wrong = {
-        **FLOW["feeds"]["pil"],
-        "status": "wrong",
-        "reason": "cosine 0.5000 < 0.99: other pixels",
-        "cosine_min": 0.5,
-    }
-    text = markdown(Report("title", rows, flows=[{**FLOW, "feeds": {"nvjpeg": {**wrong, "through_host": True}}}]))
+    reason = "cosine 0.5000 < 0.99: other pixels"
+    wrong = replace(FED, status="wrong", reason=reason, cosine_min=0.5, through_host=True)
+    text = markdown(Report("title", rows, flows={"ort-fp32": replace(FLOW, feeds={"nvjpeg": wrong})}))
     assert "| `ort-fp32`, nvjpeg | **wrong** | 400 [390, 410] |" in text
     assert "- `ort-fp32` nvjpeg wrong: cosine 0.5000 < 0.99: other pixels" in text
     assert "- `ort-fp32` nvjpeg: the encoder takes no GPU tensors, so pixels go through the host" in text
 
 
 def test_without_feeds_the_report_has_no_such_section(rows):
-    assert "From JPEG" not in markdown(Report("title", rows, flows=[]))
+    assert "From JPEG" not in markdown(Report("title", rows, flows={}))
 
 
 FINDING = Finding(

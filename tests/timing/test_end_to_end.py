@@ -15,6 +15,7 @@ from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, OnnxConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
+from clip_deploy.core.records import EndToEnd, FeedTiming
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.onnx_graph.preprocessing import read_preprocessing
 from clip_deploy.timing import end_to_end, end_to_end_worker, input_pipelines
@@ -178,40 +179,40 @@ def test_the_next_batch_is_made_while_the_encoder_works(job):
 
 def test_the_pil_feed_is_measured_and_agrees_with_the_processor(job):
     row = measure_feed(job)
-    assert row["status"] == "measured"
-    assert row["cosine_min"] == pytest.approx(1, abs=1e-6)
-    assert row["workers"] == 2
-    assert list(row["batches"]) == ["1", "4"]
-    assert row["best_batch"] in (1, 4)
-    for found in row["batches"].values():
-        assert 0 < found["images_per_s_low"] <= found["images_per_s"] <= found["images_per_s_high"]
-        assert min(found[f"{part}_ms"] for part in ("decode", "preprocess", "encode")) > 0
-        assert found["bottleneck"] in ("decode", "preprocess", "encode")
+    assert row.status == "measured"
+    assert row.cosine_min == pytest.approx(1, abs=1e-6)
+    assert row.workers == 2
+    assert list(row.batches) == [1, 4]
+    assert row.best_batch in (1, 4)
+    for found in row.batches.values():
+        assert 0 < found.images_per_s_low <= found.images_per_s <= found.images_per_s_high
+        assert min([found.decode_ms, found.preprocess_ms, found.encode_ms]) > 0
+        assert found.bottleneck in ("decode", "preprocess", "encode")
 
 
 def test_a_feed_with_other_pixels_is_marked_as_wrong(job):
     negative = replace(job.preprocessing, image_std=[-value for value in job.preprocessing.image_std])
     row = measure_feed(replace(job, preprocessing=negative))
-    assert row["status"] == "wrong"
-    assert row["reason"].endswith("< 0.99: the embeddings are not those of the checkpoint's own processor")
-    assert row["cosine_min"] < 0.99
+    assert row.status == "wrong"
+    assert row.reason.endswith("< 0.99: the embeddings are not those of the checkpoint's own processor")
+    assert row.cosine_min < 0.99
 
 
 def test_the_limit_of_agreement_is_099():
-    assert check_embeddings(0.99) == {"status": "measured"}
-    assert check_embeddings(0.98999)["status"] == "wrong"
+    assert check_embeddings(0.99) == ("measured", None)
+    assert check_embeddings(0.98999)[0] == "wrong"
 
 
 def test_a_missing_library_keeps_the_rows(checkpoint, onnx_target, sets, monkeypatch):
     monkeypatch.setattr(input_pipelines, "find_spec", lambda name: None)
     prepared = load_prepared(sets / "evaluation")
     record = measure_feeds(onnx_target, checkpoint, prepared, BENCHMARK, SETTINGS, seed=0)
-    assert list(record["feeds"]) == ["pil", "torchvision", "nvjpeg"]
-    assert record["feeds"]["pil"]["status"] == "measured"
-    missing = {"status": "unavailable", "reason": "torchvision is not installed (pip install torchvision)"}
-    assert record["feeds"]["torchvision"] == record["feeds"]["nvjpeg"] == missing
-    assert record["photos"]["count"] == 6
-    assert record["photos"]["height"] == 120
+    assert list(record.feeds) == ["pil", "torchvision", "nvjpeg"]
+    assert record.feeds["pil"].status == "measured"
+    missing = FeedTiming("unavailable", "torchvision is not installed (pip install torchvision)")
+    assert record.feeds["torchvision"] == record.feeds["nvjpeg"] == missing
+    assert record.photos.count == 6
+    assert record.photos.height == 120
 
 
 def test_nvjpeg_needs_a_gpu(monkeypatch):
@@ -230,8 +231,8 @@ def test_a_target_that_could_not_be_built_keeps_its_rows(checkpoint, sets, tmp_p
     record = measure_feeds(
         tmp_path / "target", checkpoint, load_prepared(sets / "evaluation"), BENCHMARK, SETTINGS, seed=0
     )
-    unavailable = {"status": "unavailable", "reason": "no such library"}
-    assert record == {"feeds": dict.fromkeys(("pil", "torchvision", "nvjpeg"), unavailable)}
+    unavailable = FeedTiming("unavailable", "no such library")
+    assert record == EndToEnd(dict.fromkeys(("pil", "torchvision", "nvjpeg"), unavailable))
 
 
 def test_a_target_that_fails_in_front_of_its_feeds_keeps_its_rows(checkpoint, onnx_target, sets, monkeypatch):
@@ -240,16 +241,16 @@ def test_a_target_that_fails_in_front_of_its_feeds_keeps_its_rows(checkpoint, on
 
     monkeypatch.setattr(end_to_end, "reference_embeddings", wrong)
     record = measure_feeds(onnx_target, checkpoint, load_prepared(sets / "evaluation"), BENCHMARK, SETTINGS, seed=0)
-    assert {row["status"] for row in record["feeds"].values()} == {"unavailable"}
-    assert record["feeds"]["pil"]["reason"].startswith("RuntimeError: of a library (its traceback is in the terminal)")
+    assert {row.status for row in record.feeds.values()} == {"unavailable"}
+    assert record.feeds["pil"].reason.startswith("RuntimeError: of a library (its traceback is in the terminal)")
 
 
 def test_a_process_that_fails_or_dies_is_reported_with_its_reason(job, monkeypatch, tmp_path):
     row = run_feed(replace(job, folder=tmp_path / "nowhere"))
-    assert row["status"] == "unavailable"
-    assert "nowhere is not a built target" in row["reason"]
+    assert row.status == "unavailable"
+    assert "nowhere is not a built target" in row.reason
     monkeypatch.setattr(end_to_end, "PROGRAM", (sys.executable, "-c", "import os; os.abort()"))
-    dead = {"status": "unavailable", "reason": "it stopped with exit code -6 while it was timed"}
+    dead = FeedTiming("unavailable", "it stopped with exit code -6 while it was timed")
     assert run_feed(job) == dead
 
 
@@ -258,9 +259,9 @@ def test_a_graph_that_preprocesses_is_fed_with_decoded_images(checkpoint, sets, 
     settings = OnnxConfig(preprocess=True)
     build(folder, lambda output: export_onnx(checkpoint, settings, output), Target("ort", "fp32"))
     record = measure_feeds(folder, checkpoint, load_prepared(sets / "evaluation"), BENCHMARK, SETTINGS, seed=0)
-    assert list(record["feeds"]) == ["graph"]
-    assert record["feeds"]["graph"]["status"] == "measured"
-    assert record["feeds"]["graph"]["cosine_min"] > 0.999
+    assert list(record.feeds) == ["graph"]
+    assert record.feeds["graph"].status == "measured"
+    assert record.feeds["graph"].cosine_min > 0.999
 
 
 def test_an_encoder_that_takes_gpu_tensors_says_so_by_an_attribute(job, monkeypatch):
@@ -285,8 +286,8 @@ def test_an_encoder_that_takes_gpu_tensors_says_so_by_an_attribute(job, monkeypa
     monkeypatch.setattr(end_to_end_worker, "open_encoder", takes_tensors)
     straight = measure_feed(job)
     assert told == [False, True]
-    assert (through_host["through_host"], straight["through_host"]) == (True, False)
-    assert through_host["workers"] == straight["workers"] == 1  # one job is a whole batch
+    assert (through_host.through_host, straight.through_host) == (True, False)
+    assert through_host.workers == straight.workers == 1  # one job is a whole batch
 
 
 def test_wrong_settings_are_refused():
