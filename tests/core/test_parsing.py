@@ -9,7 +9,7 @@ from support.records import checked, judged, measured, parity, timing
 from support.stages import run_stage
 
 from clip_deploy.core.config import Device, RecommendConfig
-from clip_deploy.core.errors import ConfigError
+from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.json_files import rounded, write_json
 from clip_deploy.core.parsing import FLAT, parse, plain, read_record
 from clip_deploy.core.records import Benchmark, Timing, Validation
@@ -105,7 +105,7 @@ def test_a_stage_that_reads_a_record_of_another_version_fails_in_one_line(tmp_pa
 
 def test_a_file_that_is_no_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(Exception, match=r"cannot read .*x.json .*; run `dvc repro`"):
+    with pytest.raises(DeployError, match=r"cannot read .*x.json .*; run `dvc repro`"):
         read_record(Benchmark, tmp_path / "x.json")
 
 
