@@ -197,6 +197,26 @@ def onnx_target(checkpoint):
 
 
 @pytest.fixture(scope="session")
+def onnx_of(checkpoint, onnx_target, tmp_path_factory):
+    """onnx_of(checkpoint, opset): a checkpoint's export, which is made once and left as it is."""
+    from clip_deploy.builders.onnx_export import export_onnx
+    from clip_deploy.core.artifact import Target, build
+    from clip_deploy.core.config import OnnxConfig
+
+    made = {(checkpoint, 18): onnx_target}
+
+    def export(source, opset=18):
+        if (source, opset) not in made:
+            folder = tmp_path_factory.mktemp("onnx") / "onnx-fp32"
+            settings = OnnxConfig(opset=opset)
+            build(folder, lambda output: export_onnx(source, settings, output), Target("ort", "fp32"))
+            made[source, opset] = folder
+        return made[source, opset]
+
+    return export
+
+
+@pytest.fixture(scope="session")
 def fused(onnx_target, sets):
     """A second target beside the exported one."""
     from clip_deploy.builders.fused import optimize

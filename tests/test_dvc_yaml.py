@@ -25,6 +25,10 @@ def stage(name):
     return entry.get("do", entry)
 
 
+def test_every_stage_has_its_script_and_every_script_its_stage():
+    assert sorted(STAGES) == SCRIPTS
+
+
 def test_dvc_yaml_has_the_code_and_the_versions_that_each_stage_needs():
     text = (ROOT / "dvc.yaml").read_text()
     assert with_deps(text) == text, "run `make deps`"

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,4 +215,4 @@ def test_a_checkpoint_in_half_precision_is_half_as_large_and_loads(checkpoint, t
     images = np.zeros((1, 3, *read_target(checkpoint).model.image_size), np.float32)
     half, whole = (open_encoder(path).encode_images(images)[0] for path in (folder, checkpoint))
     assert half @ whole / np.linalg.norm(half) / np.linalg.norm(whole) > 0.999
-    assert replace(read_target(folder), build={}).runtime == "eager"
+    assert read_target(folder).runtime == "eager"

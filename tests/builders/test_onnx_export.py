@@ -12,9 +12,8 @@ from clip_deploy.runtimes import open_encoder
 
 
 @pytest.mark.parametrize("opset", [14, 17, 20, 21])
-def test_the_file_declares_the_opset_asked_for_and_takes_every_batch(checkpoint, tmp_path, opset):
-    output = tmp_path / "onnx"
-    build(output, lambda folder: export_onnx(checkpoint, OnnxConfig(opset=opset), folder), Target("ort", "fp32"))
+def test_the_file_declares_the_opset_asked_for_and_takes_every_batch(checkpoint, onnx_of, opset):
+    output = onnx_of(checkpoint, opset)
     rng = np.random.default_rng(0)
     encoder, reference = open_encoder(output), open_encoder(checkpoint)
     for tower in ("vision", "text"):
@@ -62,9 +61,8 @@ def test_an_exporter_that_ignores_the_opset_is_caught(checkpoint, tmp_path):
         export_onnx(checkpoint, settings, tmp_path)
 
 
-def test_siglip_takes_no_mask_and_whole_contexts(siglip, tmp_path):
-    output = tmp_path / "onnx"
-    build(output, lambda folder: export_onnx(siglip, OnnxConfig(), folder), Target("ort", "fp32"))
+def test_siglip_takes_no_mask_and_whole_contexts(siglip, onnx_of):
+    output = onnx_of(siglip)
     ids = np.random.default_rng(0).integers(0, 300, (3, 16))
     encoder, reference = open_encoder(output), open_encoder(siglip)
     difference = encoder.encode_texts(ids, np.ones_like(ids)) - reference.encode_texts(ids, np.ones_like(ids))

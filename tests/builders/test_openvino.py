@@ -90,10 +90,9 @@ def test_int8_is_calibrated_by_nncf_within_the_budget(convert, sets, budget):
     assert ("budget_spent_by_vision" in facts) == (budget is not None)
 
 
-def test_every_family_gives_what_its_onnx_graphs_give(convert, family, tmp_path):
+def test_every_family_gives_what_its_onnx_graphs_give(convert, family, onnx_of):
     pytest.importorskip("openvino")
-    source = tmp_path / "onnx-fp32"
-    build(source, lambda folder: export_onnx(family, OnnxConfig(), folder), Target("ort", "fp32"))
+    source = onnx_of(family)
     folder = convert(source=source)
     target, encoder = read_target(folder), open_encoder(folder)
     assert "rewrites_undone" not in target.build

@@ -2,10 +2,9 @@ import numpy as np
 import onnx
 import pytest
 
-from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.quantize import quantize, reduces_range
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import Calibration, OptimizeConfig, Quantization, QuantizeConfig, ReduceRange
+from clip_deploy.core.config import Calibration, Quantization, QuantizeConfig, ReduceRange
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.onnx_graph import onnx_file
@@ -40,21 +39,17 @@ def test_quantised_graphs_are_small_and_close(onnx_target, sets, tmp_path, setti
     assert (fusion["quantized_matmul"] > 0) == (settings.method is Quantization.dynamic)
 
 
-def test_a_fused_graph_can_be_quantised_too(onnx_target, sets, tmp_path):
-    fused, output = tmp_path / "fused", tmp_path / "int8"
-    calibration = load_prepared(sets / "calibration")
-    build(fused, lambda folder: optimize(onnx_target, OptimizeConfig(), calibration, folder), Target("ort", "fp32"))
+def test_a_fused_graph_can_be_quantised_too(onnx_target, fused, sets, tmp_path):
+    output, calibration = tmp_path / "int8", load_prepared(sets / "calibration")
     build(output, lambda folder: quantize(fused, QuantizeConfig(), calibration, VNNI, 0, folder), Target("ort", "int8"))
     pixels = np.array(load_prepared(sets / "evaluation").pixel_values[:16])
     small, full = (open_encoder(folder).encode_images(pixels) for folder in (output, onnx_target))
     assert row_cosines(small, full).min() > 0.8
 
 
-def test_every_product_of_a_fused_graph_is_quantised_on_both_sides(onnx_target, sets, tmp_path):
+def test_every_product_of_a_fused_graph_is_quantised_on_both_sides(fused, sets, tmp_path):
     """The quantiser knows no type of what ONNX Runtime's own operators give, and would leave it in float."""
-    fused, output = tmp_path / "fused", tmp_path / "int8"
-    calibration = load_prepared(sets / "calibration")
-    build(fused, lambda folder: optimize(onnx_target, OptimizeConfig(), calibration, folder), Target("ort", "fp32"))
+    output, calibration = tmp_path / "int8", load_prepared(sets / "calibration")
     settings = QuantizeConfig(method=Quantization.static)
     build(output, lambda folder: quantize(fused, settings, calibration, VNNI, 0, folder), Target("ort", "int8"))
     for tower in ("vision", "text"):

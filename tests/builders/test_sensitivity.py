@@ -7,11 +7,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.quantize import prepare, quantize
 from clip_deploy.builders.smooth_quant import smooth
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import AccuracyBudget, OptimizeConfig, Quantization, QuantizeConfig
+from clip_deploy.core.config import AccuracyBudget, Quantization, QuantizeConfig
 from clip_deploy.core.environment import hardware
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import load_prepared
@@ -27,13 +26,6 @@ OUTLIER = 3000.0
 @pytest.fixture(scope="module")
 def calibration(sets):
     return load_prepared(sets / "calibration")
-
-
-@pytest.fixture(scope="module")
-def fused(onnx_target, calibration, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fused") / "ort-fp32"
-    build(folder, lambda output: optimize(onnx_target, OptimizeConfig(), calibration, output), Target("ort", "fp32"))
-    return folder
 
 
 @pytest.fixture(scope="module")

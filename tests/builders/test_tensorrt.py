@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from clip_deploy.builders import tensorrt
-from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.tensorrt import build_engine, shapes_of
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import BuildEngineConfig, GateLimits, GatesConfig, OnnxConfig, OptimizeConfig, Precision
+from clip_deploy.core.config import BuildEngineConfig, GateLimits, GatesConfig, OnnxConfig, Precision
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import validate
@@ -139,19 +138,15 @@ def test_an_fp16_engine_lacks_half_of_the_weights(engine, library, onnx_target):
     assert size(whole) - size(half) > 0.4 * size(onnx_target)  # each holds megabytes of kernels besides
 
 
-def test_every_family_is_built(library, family, engine, tmp_path):
-    source = tmp_path / "onnx-fp32"
-    build(source, lambda folder: export_onnx(family, OnnxConfig(), folder), Target("ort", "fp32"))
-    target = read_target(engine(source))
+def test_every_family_is_built(library, family, engine, onnx_of):
+    target = read_target(engine(onnx_of(family)))
     assert target.unavailable is None
     assert ("tokens" in target.build) == (not target.model.pad_to_context)
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.fp16])
-def test_attention_of_opset_23_is_built_in_both_precisions(library, checkpoint, engine, tmp_path, precision):
-    source = tmp_path / "onnx-fp32"
-    build(source, lambda folder: export_onnx(checkpoint, OnnxConfig(opset=23), folder), Target("ort", "fp32"))
-    assert read_target(engine(source, precision=precision)).unavailable is None
+def test_attention_of_opset_23_is_built_in_both_precisions(library, checkpoint, engine, onnx_of, precision):
+    assert read_target(engine(onnx_of(checkpoint, 23), precision=precision)).unavailable is None
 
 
 def test_what_stands_around_the_towers_is_left_out(library, checkpoint, engine, tmp_path):
@@ -162,9 +157,7 @@ def test_what_stands_around_the_towers_is_left_out(library, checkpoint, engine, 
     assert (target.unavailable, target.image_input, target.model.classifier) == (None, "pixel_values", None)
 
 
-def test_operators_that_tensorrt_does_not_know_are_named(library, onnx_target, sets, engine, tmp_path):
-    fused, calibration = tmp_path / "ort-fp32", load_prepared(sets / "calibration")
-    build(fused, lambda folder: optimize(onnx_target, OptimizeConfig(), calibration, folder), Target("ort", "fp32"))
+def test_operators_that_tensorrt_does_not_know_are_named(library, fused, engine):
     reason = read_target(engine(fused)).unavailable
     assert reason.startswith("TensorRT does not read the vision tower: ")
     assert "\n" not in reason

@@ -17,12 +17,6 @@ def put(folder, **contents):
     return folder
 
 
-def aged(folder):
-    """As if the files had been written an hour ago, as far as anyone can set that."""
-    for path in folder.rglob("*"):
-        os.utime(path, ns=(time.time_ns(), time.time_ns() - 3_600_000_000_000))
-
-
 @pytest.fixture
 def reads(monkeypatch):
     """Names of the files whose content is read."""

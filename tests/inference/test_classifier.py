@@ -171,10 +171,10 @@ def test_a_graph_that_preprocesses_takes_images_of_any_size(checkpoint, sets, tm
 
 
 @pytest.mark.parametrize("name", ["siglip", "siglip2"])
-def test_siglip_gives_each_text_a_probability_of_its_own_and_reads_capitals_as_small_letters(name, tmp_path, request):
-    siglip = request.getfixturevalue(name)
-    target, evaluation = tmp_path / "built" / "onnx-fp32", tmp_path / "evaluation"
-    build(target, lambda output: export_onnx(siglip, OnnxConfig(), output), Target("ort", "fp32"))
+def test_siglip_gives_each_text_a_probability_of_its_own_and_reads_capitals_as_small_letters(
+    name, onnx_of, tmp_path, request
+):
+    siglip, evaluation = request.getfixturevalue(name), tmp_path / "evaluation"
     evaluation.mkdir()
     pad = {"siglip": 1, "siglip2": 0}[name]  # </s> and <pad>
     (evaluation / "manifest.json").write_text(json.dumps({"classes": [], "templates": [], "pad_token": pad}))
@@ -183,7 +183,7 @@ def test_siglip_gives_each_text_a_probability_of_its_own_and_reads_capitals_as_s
     for name in ("portable", "package"):
         (tmp_path / name).mkdir()
     write_portable(siglip, tmp_path / "portable")
-    classifier = ZeroShotClassifier.open(packed(target, tmp_path, tmp_path / "package"))
+    classifier = ZeroShotClassifier.open(packed(onnx_of(siglip), tmp_path, tmp_path / "package"))
     texts = ["A photo of a RED circle", "a star"]
     lower = [text.lower() for text in texts]
     expected = expected_logits(siglip, IMAGES[:1], lower, padding="max_length", max_length=16).sigmoid()[0].numpy()
@@ -213,8 +213,10 @@ def test_the_runtime_imports_nothing_but_its_four_packages():
         assert not top & ON_DEMAND, f"{module} needs {top & ON_DEMAND} to be imported"
 
 
-def wheel(folder):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
     """The wheel of this code, built beside it: setuptools would take what an earlier build left in build/."""
+    folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     shutil.copytree(ROOT / "clip_deploy", source / "clip_deploy", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -225,8 +227,8 @@ def wheel(folder):
     return built
 
 
-def test_four_libraries_are_all_that_the_wheel_asks_for(tmp_path):
-    with zipfile.ZipFile(wheel(tmp_path)) as file:
+def test_four_libraries_are_all_that_the_wheel_asks_for(wheel):
+    with zipfile.ZipFile(wheel) as file:
         (metadata,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
         required = message_from_bytes(file.read(metadata)).get_all("Requires-Dist")
     direct = {re.match(r"[\w-]+", need)[0] for need in required if "extra ==" not in need}
@@ -234,10 +236,10 @@ def test_four_libraries_are_all_that_the_wheel_asks_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wheel_alone_opens_a_package_where_torch_and_transformers_never_were(package, tmp_path):
+def test_the_wheel_alone_opens_a_package_where_torch_and_transformers_never_were(package, wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = str(tmp_path / "venv" / "bin" / "python")
-    install = [python, "-m", "pip", "install", "--quiet", wheel(tmp_path)]
+    install = [python, "-m", "pip", "install", "--quiet", wheel]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no package index: {done.stderr.strip().splitlines()[-1]}")

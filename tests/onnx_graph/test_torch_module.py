@@ -1,12 +1,15 @@
+import shutil
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
-from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.checkpoint.towers import dynamic_axes, example_inputs
-from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import OnnxConfig, OptimizeConfig
+from clip_deploy.core.artifact import read_target
+from clip_deploy.core.config import OptimizeConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.onnx_graph import onnx_file
@@ -16,15 +19,18 @@ from clip_deploy.rewrites.half_precision import to_bfloat16, to_float16
 
 
 @pytest.fixture(scope="module", params=[17, 18, 23])
-def source(family, request, tmp_path_factory):
+def source(family, onnx_of, request):
     """An ONNX target of each family, of both exporters, and with ONNX's own Attention."""
-    folder = tmp_path_factory.mktemp("onnx") / "onnx-fp32"
-    settings = OnnxConfig(opset=request.param)
-    build(folder, lambda output: export_onnx(family, settings, output), Target("ort", "fp32"))
-    return folder
+    return onnx_of(family, request.param)
 
 
-def fused(source, tower, output, on_gpu=False):
+@pytest.fixture(scope="module")
+def for_gpu(source, tmp_path_factory):
+    """for_gpu(tower): what is fused for a GPU, once for all tests, and its model's description."""
+    return cache(lambda tower: rewritten(source, tower, tmp_path_factory.mktemp("gpu"), on_gpu=True))
+
+
+def rewritten(source, tower, output, on_gpu=False):
     """The tower's fused graph, and its model's description."""
     model = read_target(source).model
     rewrites = rewrites_of(model.towers[tower], OptimizeConfig(skip_layer_norm=on_gpu))
@@ -37,7 +43,7 @@ def fused(source, tower, output, on_gpu=False):
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
 def test_the_module_gives_what_the_graph_gives_and_is_exported_for_any_batch(source, tower, tmp_path):
-    path, model = fused(source, tower, tmp_path)
+    path, model = rewritten(source, tower, tmp_path)
     feeds = onnx_file.random_feeds(path, model.example_texts)
     module = GraphModule(ir.load(path)).eval()
     inputs = tuple(torch.from_numpy(feeds[name]) for name in module.inputs)
@@ -52,8 +58,8 @@ def test_the_module_gives_what_the_graph_gives_and_is_exported_for_any_batch(sou
     np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_half_precision_is_the_modules_own_affair(onnx_target, tmp_path):
-    path = fused(onnx_target, "vision", tmp_path)[0]
+def test_half_precision_is_the_modules_own_affair(fused):
+    path = fused / "vision.onnx"
     feeds = onnx_file.random_feeds(path, {})
     module = GraphModule(ir.load(path), torch.bfloat16).eval()
     assert {buffer.dtype for buffer in module.buffers() if buffer.is_floating_point()} == {torch.bfloat16}
@@ -65,8 +71,8 @@ def test_half_precision_is_the_modules_own_affair(onnx_target, tmp_path):
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
-def test_a_graph_in_float16_stays_in_float16(onnx_target, sets, tower, tmp_path):
-    path, model = fused(onnx_target, tower, tmp_path)
+def test_a_graph_in_float16_stays_in_float16(fused, sets, tower, tmp_path):
+    path, model = Path(shutil.copy(fused / f"{tower}.onnx", tmp_path)), read_target(fused).model
     inputs = load_prepared(sets / "calibration").inputs(tower, model.text_inputs)
     feeds = {name: array[:4].copy() for name, array in inputs.items()}
     to_float16(path, lambda: [feeds])
@@ -80,8 +86,8 @@ def test_a_graph_in_float16_stays_in_float16(onnx_target, sets, tower, tmp_path)
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
-def test_a_graph_in_bfloat16_gives_nearly_what_it_gave(onnx_target, tower, tmp_path):
-    path, model = fused(onnx_target, tower, tmp_path)
+def test_a_graph_in_bfloat16_gives_nearly_what_it_gave(fused, tower, tmp_path):
+    path, model = Path(shutil.copy(fused / f"{tower}.onnx", tmp_path)), read_target(fused).model
     feeds = onnx_file.random_feeds(path, model.example_texts)
     expected = onnx_file.run(path, feeds)
     to_bfloat16(path)
@@ -94,8 +100,9 @@ def test_a_graph_in_bfloat16_gives_nearly_what_it_gave(onnx_target, tower, tmp_p
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
-def test_a_graph_in_bfloat16_for_a_gpu_lacks_nothing_but_the_gpu(source, tower, tmp_path):
-    path, model = fused(source, tower, tmp_path, on_gpu=True)
+def test_a_graph_in_bfloat16_for_a_gpu_lacks_nothing_but_the_gpu(for_gpu, tower, tmp_path):
+    made, model = for_gpu(tower)
+    path = Path(shutil.copy(made, tmp_path))
     to_bfloat16(path)
     stored = {tensor.dtype for value in ir.load(path).graph.initializers.values() if (tensor := value.const_value)}
     assert ir.DataType.BFLOAT16 in stored
@@ -110,8 +117,8 @@ def test_an_unknown_operator_is_named(onnx_target, tmp_path):
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
-def test_a_graph_for_a_gpu_searches_in_float_and_holds_its_products(source, tower, tmp_path):
-    path, model = fused(source, tower, tmp_path, on_gpu=True)
+def test_a_graph_for_a_gpu_searches_in_float_and_holds_its_products(source, for_gpu, tower):
+    path, model = for_gpu(tower)
     graph = ir.load(path).graph
     kinds = [node.op_type for node in graph]
     layers = model.towers[tower].layers

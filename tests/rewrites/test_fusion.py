@@ -38,7 +38,7 @@ from clip_deploy.rewrites import fusion
 from clip_deploy.runtimes import open_encoder
 
 
-def fused(source, folder, calibration=None, **settings):
+def optimized(source, folder, calibration=None, **settings):
     settings = OptimizeConfig(**settings)
     fallback = Target("ort", settings.precision.value)
     build(folder, lambda output: optimize(source, settings, calibration, output), fallback)
@@ -46,10 +46,9 @@ def fused(source, folder, calibration=None, **settings):
 
 
 @pytest.mark.parametrize("opset", [14, 17, 18, 21, 23])
-def test_every_operation_of_both_towers_is_fused(family, tmp_path, opset):
-    source, output = tmp_path / "onnx", tmp_path / "ort"
-    build(source, lambda folder: export_onnx(family, OnnxConfig(opset=opset), folder), Target("ort", "fp32"))
-    target = fused(source, output, skip_layer_norm=True)
+def test_every_operation_of_both_towers_is_fused(family, onnx_of, tmp_path, opset):
+    output = tmp_path / "ort"
+    target = optimized(onnx_of(family, opset), output, skip_layer_norm=True)
     assert "rewrites_undone" not in target.build
     for tower, shape in target.model.towers.items():
         found = target.build["fusions"][tower]
@@ -88,32 +87,36 @@ def attributes(path, name):
     return {attribute.i for node in nodes for attribute in node.attribute if attribute.name == name}
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [(Precision.fp32, 1e-4), (Precision.fp16, 3e-2)])
-def test_fused_graphs_give_the_same_embeddings(onnx_target, sets, tmp_path, precision, tolerance):
-    target = fused(onnx_target, tmp_path / "ort", load_prepared(sets / "calibration"), precision=precision)
+@pytest.fixture(scope="module")
+def half(onnx_target, sets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("half") / "ort-fp16"
+    optimized(onnx_target, folder, load_prepared(sets / "calibration"), precision=Precision.fp16)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("fused", 1e-4), ("half", 3e-2)])
+def test_fused_graphs_give_the_same_embeddings(onnx_target, name, tolerance, request):
+    folder = request.getfixturevalue(name)
     for tower in ("vision", "text"):
-        onnx_file.check(tmp_path / "ort" / f"{tower}.onnx")
-        feeds = onnx_file.random_feeds(onnx_target / f"{tower}.onnx", target.model.example_texts)
+        onnx_file.check(folder / f"{tower}.onnx")
+        feeds = onnx_file.random_feeds(onnx_target / f"{tower}.onnx", read_target(folder).model.example_texts)
         expected = onnx_file.run(onnx_target / f"{tower}.onnx", feeds)
-        actual = onnx_file.run(tmp_path / "ort" / f"{tower}.onnx", feeds)
+        actual = onnx_file.run(folder / f"{tower}.onnx", feeds)
         assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
 
 
-def test_a_text_padded_in_its_middle_gives_the_same_embedding(onnx_target, tmp_path):
-    fused(onnx_target, tmp_path / "ort")
+def test_a_text_padded_in_its_middle_gives_the_same_embedding(onnx_target, fused):
     feeds = onnx_file.random_feeds(onnx_target / "text.onnx", read_target(onnx_target).model.example_texts)
     feeds["attention_mask"][:, 1:3] = 0
     expected = onnx_file.run(onnx_target / "text.onnx", feeds)
-    np.testing.assert_allclose(onnx_file.run(tmp_path / "ort" / "text.onnx", feeds), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(onnx_file.run(fused / "text.onnx", feeds), expected, rtol=0, atol=1e-5)
     feeds["attention_mask"][:, 1:3] = 1
-    assert np.abs(onnx_file.run(tmp_path / "ort" / "text.onnx", feeds) - expected).max() > 1e-3
+    assert np.abs(onnx_file.run(fused / "text.onnx", feeds) - expected).max() > 1e-3
 
 
 @pytest.mark.parametrize("opset", [17, 18])
-def test_the_last_layer_runs_on_the_pooled_token_only(checkpoint, tmp_path, opset):
-    source = tmp_path / "onnx"
-    build(source, lambda folder: export_onnx(checkpoint, OnnxConfig(opset=opset), folder), Target("ort", "fp32"))
-    fused(source, tmp_path / "ort")
+def test_the_last_layer_runs_on_the_pooled_token_only(checkpoint, onnx_of, tmp_path, opset):
+    optimized(onnx_of(checkpoint, opset), tmp_path / "ort")
     for tower, tokens in (("vision", 37), ("text", 20)):
         *whole, last = attention_shapes(tmp_path / "ort" / f"{tower}.onnx", tokens)
         assert {shape[1] for shape in whole} == {tokens}
@@ -132,17 +135,16 @@ def attention_shapes(path, tokens):
     return [output.shape for output in session.run(None, feeds)[1:]]
 
 
-def test_packed_weights_are_constants(onnx_target, tmp_path):
-    fused(onnx_target, tmp_path / "ort")
-    graph = onnx.load(tmp_path / "ort" / "vision.onnx").graph
+def test_packed_weights_are_constants(fused):
+    graph = onnx.load(fused / "vision.onnx").graph
     constants = {tensor.name for tensor in graph.initializer}
     products = [node for node in graph.node if node.op_type == "MatMul"]
     assert len(products) == 4 * 4 + 3  # four layers, of which the last has its query apart; patches; projection
     assert all(node.input[1] in constants for node in products)
 
 
-def test_skip_connections_are_fused_where_asked(onnx_target, tmp_path):
-    with_skips, without = (fused(onnx_target, tmp_path / f"{asked}", skip_layer_norm=asked) for asked in (True, False))
+def test_skip_connections_are_fused_where_asked(onnx_target, fused, tmp_path):
+    with_skips, without = optimized(onnx_target, tmp_path / "ort", skip_layer_norm=True), read_target(fused)
     found = with_skips.build["fusions"]
     assert found["vision"]["skip_layer_norm"] == [7, 7]  # 4 layers, of which the first norm follows none
     assert found["text"]["skip_layer_norm"] == [4, 4]
@@ -174,7 +176,7 @@ def test_a_layer_norm_in_an_unknown_form_is_missed_said_shown_and_refused_by_the
 ):
     source = shutil.copytree(onnx_target, tmp_path / "onnx-fp32")
     write_out(source / "vision.onnx")
-    build_facts = fused(source, tmp_path / "ort-fp32").build
+    build_facts = optimized(source, tmp_path / "ort-fp32").build
     assert build_facts["fusions"]["vision"]["layer_norm"] == [9, 10]
     line = f"vision: 9 of 10 LayerNormalization fused: {ADVICE}"
     print_missed("ort-fp32", build_facts)
@@ -188,16 +190,14 @@ def test_a_layer_norm_in_an_unknown_form_is_missed_said_shown_and_refused_by_the
     assert [str(miss) for miss in failures_now(records[0], GatesConfig(fusions=True))] == [f"{line} (gates.fusions)"]
 
 
-def test_a_target_that_missed_nothing_keeps_the_gate(onnx_target, sets, tmp_path):
-    fused(onnx_target, tmp_path / "ort-fp32")
+def test_a_target_that_missed_nothing_keeps_the_gate(fused, sets):
     evaluation = load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz"
-    assert validate(tmp_path / "ort-fp32", *evaluation, GatesConfig(fusions=True), 0).status == "pass"
+    assert validate(fused, *evaluation, GatesConfig(fusions=True), 0).status == "pass"
 
 
-def test_half_precision_halves_the_file_and_says_what_stays_in_fp32(onnx_target, sets, tmp_path):
-    target = fused(onnx_target, tmp_path / "ort", load_prepared(sets / "calibration"), precision=Precision.fp16)
-    assert target.build["left_in_fp32"] == []
-    sizes = [(folder / "vision.onnx").stat().st_size for folder in (onnx_target, tmp_path / "ort")]
+def test_half_precision_halves_the_file_and_says_what_stays_in_fp32(onnx_target, half):
+    assert read_target(half).build["left_in_fp32"] == []
+    sizes = [(folder / "vision.onnx").stat().st_size for folder in (onnx_target, half)]
     assert sizes[1] < 0.55 * sizes[0]
 
 
@@ -312,7 +312,7 @@ def test_towers_without_a_fused_attention_keep_the_gate_in_every_precision(unfus
     for precision in (Precision.fp32, Precision.fp16):
         assert (
             "rewrites_undone"
-            not in fused(onnx_fp32, tmp_path / f"ort-{precision.value}", calibration, precision=precision).build
+            not in optimized(onnx_fp32, tmp_path / f"ort-{precision.value}", calibration, precision=precision).build
         )
     build(
         int8,

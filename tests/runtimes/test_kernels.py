@@ -99,16 +99,21 @@ def test_the_fastest_way_is_found_once_for_each_shape(monkeypatch):
     assert len(timed) == count
 
 
+@pytest.fixture(scope="module")
+def target(onnx_target, sets, tmp_path_factory):
+    """The built-in model as our kernels run it."""
+    folder, calibration = tmp_path_factory.mktemp("kernels") / "torch-fused-fp16", load_prepared(sets / "calibration")
+    settings = OptimizeConfig(precision=Precision.fp16, provider=Provider.torch, skip_layer_norm=True)
+    build(folder, lambda output: optimize(onnx_target, settings, calibration, output), Target("fused", "fp16"))
+    return folder
+
+
 @pytest.mark.parametrize("tower", ["vision", "text"])
-def test_a_tower_by_our_kernels_gives_the_references_embeddings(
-    tower, checkpoint, onnx_target, sets, tmp_path, monkeypatch
-):
+def test_a_tower_by_our_kernels_gives_the_references_embeddings(tower, checkpoint, target, sets, monkeypatch):
     """Every choice falls on the last way, which is ours; on a GPU the faster one is taken."""
     from clip_deploy.runtimes import autotune
 
-    calibration, target = load_prepared(sets / "calibration"), tmp_path / "torch-fused-fp16"
-    settings = OptimizeConfig(precision=Precision.fp16, provider=Provider.torch, skip_layer_norm=True)
-    build(target, lambda folder: optimize(onnx_target, settings, calibration, folder), Target("fused", "fp16"))
+    calibration = load_prepared(sets / "calibration")
     monkeypatch.setattr(autotune.TunedOperators, "_choose", lambda self, key, ways, *given: ways[-1](*given))
     module = GraphModule(ir.load(target / f"{tower}.onnx"), torch.float32, autotune.TunedOperators()).to(DEVICE)
     reference, model = open_encoder(checkpoint), read_target(checkpoint).model

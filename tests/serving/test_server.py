@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -258,7 +259,11 @@ def test_a_numpy_with_which_the_server_answers_with_nothing_is_refused(tmp_path)
 
 
 def test_ports_are_free_and_differ():
-    assert len(set(free_ports(3))) == 3
+    ports = free_ports(3)
+    assert len(set(ports)) == 3
+    for port in ports:
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", port))
 
 
 ROW = {"Inferences/Second": "100", "p50 latency": "5000", "p90 latency": "7000", "p99 latency": "9000"}
