@@ -30,6 +30,7 @@ ADAPTER, MODULES, MODALITIES = "adapter_config.json", "modules.json", "sentence_
 OPEN_CLIP, PIPELINE = "open_clip_config.json", "model_index.json"
 OTHERS = (ADAPTER, MODULES, MODALITIES, OPEN_CLIP, PIPELINE)  # what tells that a folder is another tool's
 ADAPTERS = (ADAPTER, "adapter_model.*")
+WHOLE = (WEIGHTS, INDEX, "pytorch_model*")  # weights of a whole model, which an adapter can lie beside
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 FIRST_MODULES = ("Transformer", "CLIPModel")  # of sentence-transformers: what runs the checkpoint itself
 FEATURES = {"text": "get_text_features", "image": "get_image_features"}
@@ -38,12 +39,12 @@ SHOWN = 5  # names in a message
 
 def model_files(folder: Path) -> list[str]:
     """Names of all files that transformers reads in `folder`: settings, tokenizer, processor and weights."""
-    return sorted({*_matching(folder, SETTINGS), *(name for name in weight_names(folder) if (folder / name).is_file())})
+    return sorted({*matching(folder, SETTINGS), *(name for name in weight_names(folder) if (folder / name).is_file())})
 
 
 def looked_at(folder: Path) -> list[str]:
     """The same, and what decides whether the folder is taken: all whose change makes another checkpoint of it."""
-    return sorted({*model_files(folder), *_matching(folder, (*OTHERS, *ADAPTERS))})
+    return sorted({*model_files(folder), *matching(folder, (*OTHERS, *ADAPTERS))})
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -60,10 +61,11 @@ def weight_names(folder: Path) -> list[str]:
 
 def other_weights(folder: Path) -> list[str]:
     """Files of weights that transformers leaves alone."""
-    return sorted(set(_matching(folder, ("*.safetensors",))) - set(weight_names(folder)))
+    return sorted(set(matching(folder, ("*.safetensors",))) - set(weight_names(folder)))
 
 
-def _matching(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+def matching(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the files of a folder that match one of the patterns."""
     return sorted({path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
@@ -87,22 +89,23 @@ def refuse_other_layouts(folder: Path) -> None:
         raise CheckpointError(f"{folder} {_seen(folder)}")
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds an adapter of PEFT, and no weights of a whole model."""
+    return bool(matching(folder, ADAPTERS)) and not matching(folder, WHOLE)
+
+
 def _refuse_adapter(folder: Path) -> None:
-    if not (names := _matching(folder, ADAPTERS)):
+    """An adapter beside a whole model may be merged into it already, or not: nothing in the files tells."""
+    if not (names := matching(folder, ADAPTERS)):
         return
-    settings = read_object(folder / ADAPTER) if ADAPTER in names else {}
-    base = settings.get("base_model_name_or_path") or "BASE"
     files = " and ".join(names)
-    way = (
-        f"merge it, `PeftModel.from_pretrained(AutoModel.from_pretrained({base!r:.80}), FOLDER).merge_and_unload()"
-        ".save_pretrained(NEW_FOLDER)`, and save the processor there too"
+    if is_adapter(folder):
+        raise CheckpointError(f"{folder} holds an adapter ({files}), and no model: give the model that it was made for")
+    raise CheckpointError(
+        f"{folder} holds an adapter ({files}) beside a whole model, and nothing tells whether it is merged into it: if "
+        f"not, move these files to a folder of their own, and give that as the path with `base: {folder}`; if it is, "
+        "or to deploy the base, move them away"
     )
-    if (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds an adapter ({files}) beside its base, which alone would be deployed: {way}; to deploy the "
-            "base, move the adapter's files away"
-        )
-    raise CheckpointError(f"{folder} holds an adapter of {base!r:.80} ({files}), and no model: {way}")
 
 
 def _refuse_modules(folder: Path, path: Path, inner: str) -> None:
@@ -172,7 +175,7 @@ def _seen(folder: Path) -> str:
     if inside:
         named = ", ".join(str(path.relative_to(folder)) for path in sorted(inside)[:SHOWN])
         return f"has no config.json, and below it {named} has: give that folder as the path"
-    if pickled := _matching(folder, PICKLES):
+    if pickled := matching(folder, PICKLES):
         return (
             f"has no config.json, and {pickled[0]}: a training checkpoint or state_dict. Load it into its model of "
             "transformers, then `model.save_pretrained(folder)` and `processor.save_pretrained(folder)`"
@@ -184,7 +187,7 @@ def _seen(folder: Path) -> str:
 
 def own_code(folder: Path) -> list[str]:
     """The JSON files that name code of the checkpoint's own (auto_map), which is never run here."""
-    names = _matching(folder, tuple(name for name in SETTINGS if name.endswith("config.json")))
+    names = matching(folder, tuple(name for name in SETTINGS if name.endswith("config.json")))
     return [name for name in names if _names_code(read_object(folder / name))]
 
 

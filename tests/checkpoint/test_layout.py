@@ -74,22 +74,12 @@ def test_an_adapter_beside_its_base_is_refused_whatever_is_installed(folder, kin
     adapter(folder)
     said = refused(folder)
     assert (
-        "an adapter (adapter_config.json and adapter_model.safetensors) beside its base, which alone would be" in said
+        "an adapter (adapter_config.json and adapter_model.safetensors) beside a whole model, and nothing tells" in said
     )
-    assert "from_pretrained('someone/clip'), FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)" in said
+    assert f"move these files to a folder of their own, and give that as the path with `base: {folder}`" in said
     kinds(
         "03: an adapter beside its base", "the base deployed, the adapter ignored: cosine 0.247 image, 0.781 text", said
     )
-
-
-def test_an_adapter_alone_is_named_with_its_base(folder, kinds):
-    adapter(folder)
-    keep(folder, [*FILES[2:], "adapter_config.json", "adapter_model.safetensors"])
-    said = refused(folder)
-    assert (
-        "holds an adapter of 'someone/clip' (adapter_config.json and adapter_model.safetensors), and no model" in said
-    )
-    kinds("16: an adapter alone", "has no config.json: give a folder in Hugging Face layout", said)
 
 
 def test_adapter_weights_without_their_settings_are_refused_too(folder):
