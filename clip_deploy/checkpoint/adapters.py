@@ -6,7 +6,7 @@ work beside its base.
 
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from clip_deploy.checkpoint.layout import ADAPTER, read_object
-from clip_deploy.checkpoint.load import describe, load_model, load_with_report
+from clip_deploy.checkpoint.load import describe, load_model
+from clip_deploy.checkpoint.trial import apart, embed, load_whole, some, trial_inputs
 from clip_deploy.core.errors import CheckpointError, one_line
-from clip_deploy.core.model import Model
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
@@ -96,13 +95,14 @@ def merge(adapter: Path, base: Path, output: Path) -> str:
 
     Raises CheckpointError where the adapter was not made for that base, or changes nothing in it.
     """
-    model = _whole(base)
+    model = load_whole(base)
     shutil.copyfile(base / "config.json", output / "config.json")
-    inputs, own = _inputs(describe(output), model), {name: value.clone() for name, value in model.state_dict().items()}
+    inputs = trial_inputs(describe(output), model)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
     with _library_errors(adapter), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = _adapted(adapter, model)
-        expected = _embed(adapted, inputs)
+        expected = embed(adapted, inputs)
         merged = adapted.merge_and_unload(safe_merge=True)
         merged.save_pretrained(output)
     shutil.copyfile(base / "config.json", output / "config.json")  # as it stands: the linter reads what it leaves out
@@ -112,30 +112,16 @@ def merge(adapter: Path, base: Path, output: Path) -> str:
             f"{adapter} holds an adapter that changes nothing in its base: all that it adds is zero, as before "
             "training; give the one that was trained, or deploy the base"
         )
-    _hold_against(expected, _embed(load_model(output), inputs), adapter)
+    if (difference := max(apart(expected, embed(load_model(output), inputs)))) > SAME:
+        # PEFT wraps a layer that its module does not call, as PyTorch's own attention does not call its out_proj
+        raise CheckpointError(
+            f"{adapter} holds an adapter that embeds otherwise when merged (1 - cosine is {difference:.2g}): one of "
+            "its target_modules is not run as a layer of its own; leave it out in training"
+        )
     settings = read_object(adapter / ADAPTER)
     rank = f" of rank {settings['r']}" if isinstance(settings.get("r"), int) else ""
     parts = sorted({name.split(".")[0] for name in changed})
     return f"{settings.get('peft_type')}{rank} merged into {len(changed)} weights ({', '.join(parts)})"
-
-
-def _whole(base: Path) -> "PreTrainedModel":
-    """The base, whose own faults the linter would not see in what is merged of it."""
-    model, loading = load_with_report(base)
-    faults = {
-        "lacks": sorted(loading["missing_keys"]),
-        "has in another shape than config.json says": sorted(entry[0] for entry in loading["mismatched_keys"]),
-        "has without a place in the architecture": sorted(
-            name for name in loading["unexpected_keys"] if not name.endswith("position_ids")
-        ),
-    }
-    for what, names in faults.items():
-        if names:
-            raise CheckpointError(
-                f"{base}, the adapter's base, {what} {_some(names)}: it is not a whole {type(model).__name__}; "
-                "`download` of the base alone says more"
-            )
-    return model.eval()
 
 
 def _adapted(folder: Path, model: "PreTrainedModel") -> "PeftModel":
@@ -147,19 +133,13 @@ def _adapted(folder: Path, model: "PreTrainedModel") -> "PeftModel":
     places = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     way = "it is of another base; name its own, `base:` in the model's file in conf/model/, a folder or an id"
     if left := sorted(given - places):
-        raise CheckpointError(
-            f"{folder} holds an adapter that does not fit its base: no place for {_some(left)}: {way}"
-        )
+        raise CheckpointError(f"{folder} holds an adapter that does not fit its base: no place for {some(left)}: {way}")
     if empty := sorted(places - given):
         raise CheckpointError(
-            f"{folder} holds an adapter that does not fit its base: nothing for {_some(empty)}: {way}, or, if it was "
+            f"{folder} holds an adapter that does not fit its base: nothing for {some(empty)}: {way}, or, if it was "
             f"trained on one tower alone, let target_modules in {ADAPTER} name the modules of that tower"
         )
     return adapted
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 @contextmanager
@@ -173,37 +153,3 @@ def _library_errors(folder: Path) -> Iterator[None]:
             f"{folder} holds an adapter that cannot be merged into its base, which may be another than it was trained "
             f"on: {one_line(error)}"
         ) from error
-
-
-def _inputs(described: Model, model: "PreTrainedModel") -> dict[str, Any]:
-    """Two random images and three texts, as arguments of a model's two methods."""
-    import torch
-
-    stated = getattr(model.config.vision_config, "image_size", None)
-    size = [stated, stated] if isinstance(stated, int) else described.image_size
-    pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    texts = {name: torch.tensor(ids) for name, ids in described.example_texts.items()}
-    return {"get_image_features": {"pixel_values": pixels}, "get_text_features": texts}
-
-
-def _embed(model: "PreTrainedModel | PeftModel", inputs: dict[str, Any]) -> "list[Tensor]":
-    import torch
-
-    with torch.inference_mode():
-        return [getattr(model, method)(**given).pooler_output for method, given in inputs.items()]
-
-
-def _hold_against(expected: "list[Tensor]", found: "list[Tensor]", adapter: Path) -> None:
-    """Raise CheckpointError where the merged model embeds otherwise than base and adapter side by side.
-
-    So it is where PEFT wraps a layer that its module does not call, as the out_proj of PyTorch's own attention.
-    """
-    import torch
-
-    for what, one, other in zip(("images", "texts"), expected, found, strict=True):
-        apart = 1 - float(torch.nn.functional.cosine_similarity(one.double(), other.double()).min())
-        if not apart <= SAME:
-            raise CheckpointError(
-                f"{adapter} holds an adapter that embeds {what} otherwise when merged (1 - cosine is {apart:.2g}): one "
-                "of its target_modules is not run as a layer of its own; leave it out in training"
-            )

@@ -23,6 +23,13 @@ from clip_deploy.checkpoint.layout import (
 from clip_deploy.checkpoint.load import describe
 from clip_deploy.checkpoint.places import Place, base_place, model_place, processor_place
 from clip_deploy.checkpoint.processor import processor_files, refuse_unused
+from clip_deploy.checkpoint.sentence_transformers import (
+    fold,
+    model_folder,
+    modules_of,
+    refuse_modules,
+    refuse_other_texts,
+)
 from clip_deploy.checkpoint.verify import read_config, verify, verify_model, verify_processor, without_weights
 from clip_deploy.core.artifact import Target
 from clip_deploy.core.config import Device, ModelConfig
@@ -79,20 +86,36 @@ def _put_together(model: ModelConfig, output: Path) -> Made:
         for path in files:
             shutil.copyfile(path, output / path.name)
         parts = {"processor": _origin(other, lent[0], [path.name for path in files])} if other else {}
+        heads = [head for folder in folders for head in _heads(folder, read_config(weights))]
+        if adapter is None and heads:
+            note = fold(weights, heads, output)
+            parts |= {head.name: _origin(place, head, ["config.json", WEIGHTS]) for head in heads}
+            return Made(weights, parts, {"note": note})
         if adapter is None:
             for name in ("config.json", *weight_names(weights)):
                 shutil.copyfile(weights / name, output / name)
             return Made(weights, parts)
+        if heads:
+            raise CheckpointError(f"{given} holds an adapter with Dense behind it: merge it, and save the whole model")
         merged = merge(given, weights, output)
     names = {"adapter": (place, given, FILES), "base": (base, weights, model_files(weights))}
     parts = {name: _origin(*part) for name, part in names.items()} | parts
     return Made(weights, parts, {"note": merged})
 
 
+def _heads(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The Dense heads of sentence-transformers behind a model or an adapter."""
+    found = modules_of(folder)
+    if found:
+        refuse_other_texts(found, config)
+    return found.heads if found else []
+
+
 def _adapter_settings(folder: Path, place: Place, model: ModelConfig) -> dict[str, Any] | None:
     """Those of an adapter in `folder`; None where it holds a model."""
     if is_adapter(folder):
         with called(folder, place):
+            refuse_modules(folder)
             settings = check_settings(folder)
             check_weights(folder)
         return settings
@@ -126,7 +149,7 @@ def _bring_processor(place: Place) -> Path:
     if not place.repo_id:
         return _local_folder(place)
     with _hub_errors(place):
-        return _snapshot(place, SETTINGS)
+        return _settings(place)
 
 
 def _local_folder(place: Place) -> Path:
@@ -134,7 +157,8 @@ def _local_folder(place: Place) -> Path:
     if not folder.is_dir():
         what = "a file, and no folder" if folder.is_file() else "no such folder"
         raise CheckpointError(f"{place.setting} is {place.path}: {what}; give one in Hugging Face layout")
-    return folder
+    with called(folder, place):
+        return model_folder(folder)
 
 
 def _snapshot(place: Place, names: Iterable[str]) -> Path:
@@ -147,24 +171,38 @@ def _snapshot(place: Place, names: Iterable[str]) -> Path:
     return Path(snapshot_download(str(place.repo_id), revision=place.revision, allow_patterns=list(names)))
 
 
+def _settings(place: Place) -> Path:
+    """The folder of a repository in which the model lies, with all but its weights."""
+    names = [*SETTINGS, INDEX, *OTHERS]
+    folder = _snapshot(place, names)
+    with called(folder, place):
+        if found := modules_of(folder):
+            _snapshot(place, [f"{where}/{name}" for where in found.folders for name in names])
+        return model_folder(folder)
+
+
 def _download(place: Place, is_whole: bool) -> Path:
     """Fetch a repository: its settings first, so that what they show to be no checkpoint costs no weights."""
     from huggingface_hub import HfApi
 
     with _hub_errors(place):
-        folder = _snapshot(place, [*SETTINGS, INDEX, *OTHERS])
+        folder = _settings(place)
+        found = modules_of(folder)
+        root, inner = (found.root, found.where) if found else (folder, "")
         if (folder / ADAPTER).is_file():
             with called(folder, place):
                 check_settings(folder)
             whole = [WEIGHTS] if (folder / "config.json").is_file() else []
-            _snapshot(place, [FILES[1], *whole])
+            _snapshot(place, [str(Path(inner, name)) for name in (FILES[1], *whole)])
             return folder
-        with called(folder, place):
+        with called(root, place), called(folder, place):
+            refuse_modules(folder)
             refuse_other_layouts(folder)
             if is_whole:
                 verify_processor(folder, read_config(folder))
-        _snapshot(place, [WEIGHTS])
-        _snapshot(place, weight_names(folder))
+        heads = found.heads if found else []
+        _snapshot(place, [str(Path(inner, WEIGHTS)), *(f"{head.name}/{WEIGHTS}" for head in heads)])
+        _snapshot(place, [str(Path(inner, name)) for name in weight_names(folder)])
         if not set(weight_names(folder)) & set(model_files(folder)):  # or the network was lost since
             listed = HfApi().list_repo_files(str(place.repo_id), revision=place.revision)
             raise CheckpointError(without_weights(str(place), [Path(name) for name in listed]))

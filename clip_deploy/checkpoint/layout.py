@@ -26,14 +26,13 @@ SETTINGS = (
     "*.model",
 )
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER, MODULES, MODALITIES = "adapter_config.json", "modules.json", "sentence_bert_config.json"
+ADAPTER = "adapter_config.json"
+MODULES, MODALITIES, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 OPEN_CLIP, PIPELINE = "open_clip_config.json", "model_index.json"
-OTHERS = (ADAPTER, MODULES, MODALITIES, OPEN_CLIP, PIPELINE)  # what tells that a folder is another tool's
+OTHERS = (ADAPTER, MODULES, MODALITIES, PROMPTS, OPEN_CLIP, PIPELINE)  # what tells that a folder is another tool's
 ADAPTERS = (ADAPTER, "adapter_model.*")
 WHOLE = (WEIGHTS, INDEX, "pytorch_model*")  # weights of a whole model, which an adapter can lie beside
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-FIRST_MODULES = ("Transformer", "CLIPModel")  # of sentence-transformers: what runs the checkpoint itself
-FEATURES = {"text": "get_text_features", "image": "get_image_features"}
 SHOWN = 5  # names in a message
 
 
@@ -83,8 +82,6 @@ def read_object(path: Path) -> dict[str, Any]:
 def refuse_other_layouts(folder: Path) -> None:
     """Raise CheckpointError, with the way out, where `folder` is or holds what another tool made."""
     _refuse_adapter(folder)
-    _refuse_modules(folder, folder / MODULES, "")
-    _refuse_modules(folder, folder.parent / MODULES, folder.name)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} {_seen(folder)}")
 
@@ -106,60 +103,6 @@ def _refuse_adapter(folder: Path) -> None:
         f"not, move these files to a folder of their own, and give that as the path with `base: {folder}`; if it is, "
         "or to deploy the base, move them away"
     )
-
-
-def _refuse_modules(folder: Path, path: Path, inner: str) -> None:
-    """Of sentence-transformers: what stands behind the model in modules.json would be left out.
-
-    Args:
-        path: the modules.json, in `folder` or above it.
-        inner: where `folder` lies below that file.
-    """
-    if not path.is_file():
-        return
-    modules = _modules(path)
-    first = modules[0] if modules else {}
-    where = str(first.get("path", "")).strip("/")
-    if inner and where != inner:
-        return
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-    behind = [kind for kind in kinds[1:] if kind != "Normalize"]  # cosines are the same with and without
-    if kinds[:1] and kinds[0] not in FIRST_MODULES:
-        behind = kinds
-    if behind:
-        raise CheckpointError(
-            f"{folder} is of a sentence-transformers model with {' and '.join(behind)} ({MODULES}), which would be "
-            "left out, and embeddings would be others: only a CLIP model with at most Normalize behind can be deployed"
-        )
-    if not inner and where and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is a sentence-transformers folder, whose model lies in {where}/: give `model: local` with that "
-            "folder as its path"
-        )
-    _refuse_methods(path.parent / where)
-
-
-def _modules(path: Path) -> list[dict[str, Any]]:
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise CheckpointError(f"{path} lists no modules of sentence-transformers")
-    return modules
-
-
-def _refuse_methods(folder: Path) -> None:
-    """sentence-transformers may take another output of the model than its features."""
-    if not (folder / MODALITIES).is_file():
-        return
-    stated = read_object(folder / MODALITIES).get("modality_config")
-    for modality, settings in (stated if isinstance(stated, dict) else {}).items():
-        method = settings.get("method") if isinstance(settings, dict) else None
-        if modality in FEATURES and method not in (None, FEATURES[modality]):
-            raise CheckpointError(
-                f"{folder / MODALITIES} takes {method} for {modality}s: only {FEATURES[modality]} can be deployed"
-            )
 
 
 def _seen(folder: Path) -> str:

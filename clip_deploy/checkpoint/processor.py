@@ -25,8 +25,8 @@ def processor_files(folders: Sequence[Path], config: dict[str, Any]) -> list[Pat
 
     Raises CheckpointError where none has it.
     """
-    images = next((folder for folder in folders if has_image_processor(folder)), folders[0])
-    words = next((folder for folder in folders if not lacking_vocabulary(folder, config)[1]), folders[0])
+    images = next((folder for folder in folders if has_image_processor(folder)), folders[-1])
+    words = next((folder for folder in folders if not lacking_vocabulary(folder, config)[1]), folders[-1])
     verify_image_processor(images)
     verify_tokenizer(words, config)
     found = [(images, name) for name in matching(images, IMAGE_SETTINGS)]

@@ -13,6 +13,7 @@ from clip_deploy.checkpoint.layout import (
     refuse_other_layouts,
     weight_names,
 )
+from clip_deploy.checkpoint.sentence_transformers import refuse_modules
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.errors import CheckpointError
 
@@ -28,6 +29,7 @@ def verify(folder: Path) -> None:
 
 def verify_model(folder: Path) -> None:
     """The same without its processor, which may come from elsewhere."""
+    refuse_modules(folder)
     refuse_other_layouts(folder)
     config = read_config(folder)
     if not all(_stated(config, tower) for tower in TOWERS):

@@ -327,7 +327,7 @@ def test_repeated_layers_are_refused(lora):
 def test_a_layer_that_peft_wraps_and_its_module_does_not_call_is_never_merged_wrongly(peft, siglip, tmp_path):
     """SigLIP pools with PyTorch's own attention, which takes the weights of its out_proj and does not call it."""
     adapter(peft, tmp_path / "given", base=siglip.parent, **{**LORA, "target_modules": ["out_proj"]})
-    assert "embeds images otherwise when merged (1 - cosine is " in refused(tmp_path / "given")
+    assert "embeds otherwise when merged (1 - cosine is " in refused(tmp_path / "given")
 
 
 def test_a_base_that_is_not_whole_or_holds_more_is_refused(lora, tmp_path):
@@ -335,10 +335,10 @@ def test_a_base_that_is_not_whole_or_holds_more_is_refused(lora, tmp_path):
     weights = load_file(TINY / "model.safetensors")
     save_file({**weights, "extra.layers.0.weight": torch.ones(2)}, base / "model.safetensors", {"format": "pt"})
     said = refused(lora, base=str(base))
-    assert f"{base}, the adapter's base, has without a place in the architecture extra.layers.0.weight" in said
+    assert f"{base} has without a place extra.layers.0.weight" in said
     weights.pop("text_projection.weight")
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    assert "the adapter's base, lacks text_projection.weight" in refused(lora, base=str(base))
+    assert "lacks text_projection.weight" in refused(lora, base=str(base))
 
 
 def test_a_base_that_is_an_adapter_itself_is_refused(lora):
