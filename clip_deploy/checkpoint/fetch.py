@@ -85,7 +85,8 @@ def _put_together(model: ModelConfig, output: Path) -> Made:
             refuse_unused(other, lent[0], files)
         for path in files:
             shutil.copyfile(path, output / path.name)
-        parts = {"processor": _origin(other, lent[0], [path.name for path in files])} if other else {}
+        borrowed = [path.name for path in files if path.parent in lent]
+        parts = {"processor": _origin(other, lent[0], borrowed)} if other else {}
         heads = [head for folder in folders for head in _heads(folder, read_config(weights))]
         if adapter is None and heads:
             note = fold(weights, heads, output)
