@@ -41,7 +41,7 @@ def check_settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds weights of an adapter without {ADAPTER}: copy that file here too")
     settings = read_object(folder / ADAPTER)
     kind, rank = settings.get("peft_type"), settings.get("r")
-    if kind in NOT_MERGEABLE:
+    if isinstance(kind, str) and kind in NOT_MERGEABLE:
         raise CheckpointError(
             f"{folder} holds an adapter of the kind {kind}, which changes no weights of its base: it cannot be merged "
             "into it, as LoRA and its like can"

@@ -62,7 +62,7 @@ def base_place(model: ModelConfig, adapter: dict[str, Any]) -> Place:
 
 
 def _place(setting: str, name: str, revision: str | None, pin: str, local: bool = True) -> Place:
-    if local and located(name).exists():
+    if local and _is_here(name):
         return Place(setting, path=name)
     way = f"; set `{pin.removesuffix('_revision')}:` in {FILE}, a folder or an id with `{pin}:`"
     if not HUB_ID.fullmatch(name):
@@ -72,6 +72,13 @@ def _place(setting: str, name: str, revision: str | None, pin: str, local: bool 
         here = "no such folder here, and " if local else ""
         raise CheckpointError(f"{setting} is {name!r:.120}: {here}as an id it is not pinned to a commit{way}")
     return Place(setting, repo_id=name, revision=revision)
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return located(name).exists()
+    except (OSError, RuntimeError):  # too long a name, or the home of an unknown user
+        return False
 
 
 def local_parts(model: ModelConfig) -> dict[str, Path]:

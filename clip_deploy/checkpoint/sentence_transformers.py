@@ -63,7 +63,7 @@ def _read(root: Path) -> Modules | None:
     if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
         raise CheckpointError(f"{path} lists no modules of sentence-transformers")
     found = [(_kind(module), str(module.get("path", "")).strip("/")) for module in listed] or [("nothing", "")]
-    if outside := next((where for _, where in found if Path(where).name != where), None):
+    if outside := next((where for _, where in found if Path(where).name != where or where == ".."), None):
         raise CheckpointError(f"{path} names {outside!r:.80}, which is no folder beside it: save the model again")
     return Modules(root, *found[0], found[1:])
 
@@ -122,7 +122,7 @@ def _refuse_texts(found: Modules) -> None:
     if not path.is_file():
         return
     settings = read_object(path)
-    prompts, name = settings.get("prompts"), settings.get("default_prompt_name")
+    prompts, name = settings.get("prompts"), str(settings.get("default_prompt_name"))
     if isinstance(prompts, dict) and prompts.get(name):
         raise CheckpointError(
             f"{path} puts {prompts[name]!r:.60} before every text (default_prompt_name): the towers do not; set it to "
@@ -194,8 +194,8 @@ def _refuse_head(folder: Path) -> None:
     stated = str(settings.get("activation_function", "Tanh"))
     told = [f"the activation {stated.rpartition('.')[2]}"] if stated != IDENTITY else []
     told += ["a bias"] * bool(settings.get("bias", True)) + ["a residual"] * bool(settings.get("use_residual"))
-    names = {settings.get(f"module_{end}_name") for end in ("input", "output")} - {None, "sentence_embedding"}
-    told += [f"another input or output ({', '.join(map(str, sorted(names, key=str)))})"] if names else []
+    names = {str(settings.get(f"module_{end}_name")) for end in ("input", "output")} - {"None", "sentence_embedding"}
+    told += [f"another input or output ({', '.join(sorted(names))})"] if names else []
     if told:
         raise CheckpointError(
             f"{folder} is a Dense head with {' and '.join(told)}, and only a plain product (bias=False, "

@@ -261,6 +261,18 @@ def test_a_base_that_is_nowhere_is_refused(lora):
     assert "model.base is 'no where': no such folder here, and no id of the hub" in refused(lora, base="no where")
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-this-name/clip", "../" * 2000, "a\x00b"])
+def test_odd_names_of_a_base_are_refused_in_one_line(name, lora):
+    change(lora, base_model_name_or_path=name)
+    assert "the adapter's base is " in refused(lora)
+
+
+@pytest.mark.parametrize("values", [{"peft_type": ["LORA"]}, {"peft_type": None}, {"r": "4"}, {"target_modules": 3}])
+def test_odd_settings_of_an_adapter_are_refused_in_one_line(values, lora):
+    change(lora, **values)
+    assert "cannot be merged into its base" in refused(lora)
+
+
 def test_an_adapter_of_another_base_is_refused(peft, lora, siglip, tmp_path, kinds):
     wide = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {**wide, "vocab_size": 587, "max_position_embeddings": 32, "eos_token_id": 586}

@@ -196,7 +196,11 @@ def test_two_models_in_one_folder_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("0_Other", "lacks 0_Other/, which modules.json names"), ("../x", "names '../x', which is no folder beside it")],
+    [
+        ("0_Other", "lacks 0_Other/, which modules.json names"),
+        ("../x", "names '../x', which is no"),
+        ("..", "names '..', which is no"),
+    ],
 )
 def test_a_folder_that_is_not_there_is_named(path, said, tmp_path):
     assert said in refused(put(tmp_path / "given", [(CLIP, path)]))
