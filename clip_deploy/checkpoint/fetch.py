@@ -78,7 +78,7 @@ def _put_together(model: ModelConfig, output: Path) -> Made:
         weights = _bring(base, is_whole=False)
         folders = [given, weights]
     lent = [_bring_processor(other)] if other else []
-    with called(given, place), called(weights, base):
+    with called(output, place), called(given, place), called(weights, base):
         verify_model(weights)
         files = processor_files([*folders, *lent], read_config(weights))
         if other:
