@@ -50,6 +50,15 @@ $(MOTO)/ready:
 	  responses==0.26.3 s3transfer==0.19.3 werkzeug==3.1.9 xmltodict==1.0.4
 	@touch $@
 
+# peft merges adapters, sentence-transformers saves folders for tests: with what of their needs requirements.lock lacks.
+# In .venv their presence would change what transformers does.
+PEFT := build/peft
+$(PEFT)/ready:
+	rm -rf $(PEFT)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(PEFT) peft==0.21.2 \
+	  accelerate==1.15.0 sentence-transformers==6.2.0
+	@touch $@
+
 # Other versions of ONNX Runtime, for the test that each leads to the same fused graph.
 RUNTIMES := build/onnxruntime-1.24.4/ready build/onnxruntime-1.30.0/ready
 $(RUNTIMES): build/onnxruntime-%/ready:
@@ -69,6 +78,7 @@ test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory $(LANGUAGE)/ready || echo "no Triton language: the tests of our GPU kernels are skipped"
 	@$(MAKE) --no-print-directory $(RAY)/ready || echo "no Ray: the test of a cluster is skipped"
 	@$(MAKE) --no-print-directory $(MOTO)/ready || echo "no moto: the tests of an object store are skipped"
+	@$(MAKE) --no-print-directory $(PEFT)/ready || echo "no peft: the tests of adapters are skipped"
 	@$(MAKE) --no-print-directory $(RUNTIMES) || echo "no other ONNX Runtime: the tests of its versions are skipped"
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.checkpoint.layout import looked_at
+from clip_deploy.checkpoint.places import local_parts
+from clip_deploy.checkpoint.sentence_transformers import read_here
 from clip_deploy.core.config import load_choice, load_params
 from clip_deploy.core.environment import environment_record, fingerprint_input, located
 from clip_deploy.core.errors import ConfigError
@@ -38,11 +39,14 @@ def identity(group: str, choice: str) -> str:
     """What a local checkpoint or data set holds, so that DVC sees it change."""
     settings = load_choice(CONF, group, choice)
     path = located(name := settings.path or getattr(settings, "dataset_id", None) or "")  # which may be a folder too
+    others = local_parts(settings) if group == "model" else {}
+    parts = [f"{part} {fingerprint_input(folder, settings, read_here(folder))}" for part, folder in others.items()]
     if not settings.path and not (name and path.is_dir()):
-        return "not local"
+        return ", ".join(["not local", *parts])
     if not path.exists():
         raise ConfigError(f"{group}.path is {name}: no such file or folder; set it in conf/{group}/{choice}.yaml")
-    return fingerprint_input(path, settings, looked_at(path) if group == "model" and path.is_dir() else None)
+    names = read_here(path) if group == "model" and path.is_dir() else None
+    return ", ".join([fingerprint_input(path, settings, names), *parts])
 
 
 if __name__ == "__main__":

@@ -235,6 +235,14 @@ def package(onnx_target, sets, tmp_path_factory):
     return packed(onnx_target, sets, tmp_path_factory.mktemp("package"))
 
 
+@pytest.fixture(scope="module")
+def peft():
+    """The library, on the path of one module's tests alone: what is installed is part of a result's identity."""
+    with pytest.MonkeyPatch.context() as path:
+        path.syspath_prepend(ROOT / "build" / "peft")  # `make test` puts it and sentence-transformers there
+        yield pytest.importorskip("peft", reason="peft is not installed: pip install 'clip-deploy[peft]'")
+
+
 @pytest.fixture
 def project(tmp_path):
     """A fresh copy in which nothing has been built."""

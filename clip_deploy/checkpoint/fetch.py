@@ -1,28 +1,42 @@
 """Bring a checkpoint into a folder: from the hub, from a local folder, or with random weights."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from clip_deploy.checkpoint.adapters import FILES, check_settings, check_weights, merge
 from clip_deploy.checkpoint.layout import (
+    ADAPTER,
     INDEX,
     OTHERS,
     SETTINGS,
     WEIGHTS,
+    is_adapter,
     model_files,
     other_weights,
     refuse_other_layouts,
     weight_names,
 )
 from clip_deploy.checkpoint.load import describe
-from clip_deploy.checkpoint.verify import read_config, verify, verify_processor, without_weights
+from clip_deploy.checkpoint.places import Place, base_place, model_place, processor_place
+from clip_deploy.checkpoint.processor import processor_files, refuse_unused
+from clip_deploy.checkpoint.sentence_transformers import (
+    fold,
+    model_folder,
+    modules_of,
+    refuse_modules,
+    refuse_other_texts,
+)
+from clip_deploy.checkpoint.verify import read_config, verify, verify_model, verify_processor, without_weights
 from clip_deploy.core.artifact import Target
 from clip_deploy.core.config import Device, ModelConfig
 from clip_deploy.core.environment import fingerprint, located
 from clip_deploy.core.errors import CheckpointError
 from clip_deploy.core.model import Origin
+from clip_deploy.core.records import Facts
 
 
 def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Target:
@@ -30,72 +44,174 @@ def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Targ
 
     Raises CheckpointError where there is none, its weights are pickled or truncated, or it is no dual encoder.
     """
-    source = output
     if model.architecture:
         _initialise(model, output)
+        made = Made(output)
     else:
-        source = _download(model) if model.repo_id else _local_folder(model)
-        with called(source, model):
-            _copy(source, output)
+        made = _put_together(model, output)
     with called(output, model):
         verify(output)
         described = describe(output)
-    origin = Origin(model.repo_id, model.revision, fingerprint(output))
-    known = replace(described, trained=model.trained, checkpoint=origin, left_out=other_weights(source))
-    return Target("eager", "fp32", ["config.json", *weight_names(output)], known, device=device.value)
+    origin = Origin(model.repo_id, model.revision, fingerprint(output), made.parts)
+    known = replace(described, trained=model.trained, checkpoint=origin, left_out=other_weights(made.weights))
+    return Target("eager", "fp32", ["config.json", *weight_names(output)], known, made.build, device=device.value)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Where the weights come from, what else the checkpoint was made of, and how, for the report."""
+
+    weights: Path
+    parts: dict[str, Origin] = field(default_factory=dict)
+    build: Facts = field(default_factory=dict)
+
+
+def _put_together(model: ModelConfig, output: Path) -> Made:
+    """Fill `output` with the model, or an adapter merged into its base, and with the processor that goes with it."""
+    place, other = model_place(model), processor_place(model)
+    given = _bring(place, is_whole=other is None)
+    adapter = _adapter_settings(given, place, model)
+    if adapter is None:
+        base, weights, folders = place, given, [given]
+    else:
+        base = base_place(model, adapter)
+        weights = _bring(base, is_whole=False)
+        folders = [given, weights]
+    lent = [_bring_processor(other)] if other else []
+    with called(output, place), called(given, place), called(weights, base):
+        verify_model(weights)
+        files = processor_files([*folders, *lent], read_config(weights))
+        if other:
+            refuse_unused(other, lent[0], files)
+        for path in files:
+            shutil.copyfile(path, output / path.name)
+        borrowed = [path.name for path in files if path.parent in lent]
+        parts = {"processor": _origin(other, lent[0], borrowed)} if other else {}
+        heads = [head for folder in folders for head in _heads(folder, read_config(weights))]
+        if adapter is None and heads:
+            note = fold(weights, heads, output)
+            parts |= {head.name: _origin(place, head, ["config.json", WEIGHTS]) for head in heads}
+            return Made(weights, parts, {"note": note})
+        if adapter is None:
+            for name in ("config.json", *weight_names(weights)):
+                shutil.copyfile(weights / name, output / name)
+            return Made(weights, parts)
+        if heads:
+            raise CheckpointError(f"{given} holds an adapter with Dense behind it: merge it, and save the whole model")
+        merged = merge(given, weights, output)
+    names = {"adapter": (place, given, FILES), "base": (base, weights, model_files(weights))}
+    parts = {name: _origin(*part) for name, part in names.items()} | parts
+    return Made(weights, parts, {"note": merged})
+
+
+def _heads(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The Dense heads of sentence-transformers behind a model or an adapter."""
+    found = modules_of(folder)
+    if found:
+        refuse_other_texts(found, config)
+    return found.heads if found else []
+
+
+def _adapter_settings(folder: Path, place: Place, model: ModelConfig) -> dict[str, Any] | None:
+    """Those of an adapter in `folder`; None where it holds a model."""
+    if is_adapter(folder):
+        with called(folder, place):
+            refuse_modules(folder)
+            settings = check_settings(folder)
+            check_weights(folder)
+        return settings
+    if model.base:
+        raise CheckpointError(f"model.base is {model.base}, and {place} holds no adapter ({ADAPTER}): take it out")
+    return None
+
+
+def _origin(place: Place, folder: Path, names: Iterable[str]) -> Origin:
+    here = [name for name in names if (folder / name).is_file()]
+    return Origin(place.repo_id, place.revision, fingerprint(folder, here))
 
 
 @contextmanager
-def called(folder: Path, model: ModelConfig) -> Iterator[None]:
+def called(folder: Path, place: Place | ModelConfig) -> Iterator[None]:
     """Let messages name the checkpoint as its user does, and not the folder that it is read in."""
     try:
         yield
     except CheckpointError as error:
-        name = f"{model.repo_id} at {model.revision}" if model.repo_id else str(model.path)
+        name = f"{place.repo_id} at {place.revision}" if place.repo_id else str(place.path)
         raise CheckpointError(str(error).replace(str(folder), name)) from error
 
 
-def _local_folder(model: ModelConfig) -> Path:
-    folder = located(str(model.path))
+def _bring(place: Place, is_whole: bool) -> Path:
+    """The folder of a model or an adapter, fetched where it is a repository; `is_whole`: it has its processor too."""
+    return _download(place, is_whole) if place.repo_id else _local_folder(place)
+
+
+def _bring_processor(place: Place) -> Path:
+    """The folder that a processor is taken from: of a repository, its settings alone."""
+    if not place.repo_id:
+        return _local_folder(place)
+    with _hub_errors(place):
+        return _settings(place)
+
+
+def _local_folder(place: Place) -> Path:
+    folder = located(str(place.path))
     if not folder.is_dir():
         what = "a file, and no folder" if folder.is_file() else "no such folder"
-        raise CheckpointError(f"model.path is {model.path}: {what}; give one in Hugging Face layout")
-    return folder
+        raise CheckpointError(f"{place.setting} is {place.path}: {what}; give one in Hugging Face layout")
+    with called(folder, place):
+        return model_folder(folder)
 
 
-def _copy(source: Path, output: Path) -> None:
-    verify(source)
-    for name in model_files(source):
-        shutil.copyfile(source / name, output / name)
+def _snapshot(place: Place, names: Iterable[str]) -> Path:
+    """The files of a repository that match, through the Hugging Face cache.
 
-
-def _download(model: ModelConfig) -> Path:
-    """Fetch a repository through the Hugging Face cache; HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE hold as usual.
-
-    Its settings come first: what they show to be no checkpoint is refused before the weights are fetched.
+    HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE hold as usual.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    repo_id, revision = str(model.repo_id), str(model.revision)
+    return Path(snapshot_download(str(place.repo_id), revision=place.revision, allow_patterns=list(names)))
 
-    def snapshot(names: list[str]) -> Path:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
 
-    with _hub_errors(repo_id, revision):
-        folder = snapshot([*SETTINGS, INDEX, *OTHERS])
-        with called(folder, model):
+def _settings(place: Place) -> Path:
+    """The folder of a repository in which the model lies, with all but its weights."""
+    names = [*SETTINGS, INDEX, *OTHERS]
+    folder = _snapshot(place, names)
+    with called(folder, place):
+        if found := modules_of(folder):
+            _snapshot(place, [f"{where}/{name}" for where in found.folders for name in names])
+        return model_folder(folder)
+
+
+def _download(place: Place, is_whole: bool) -> Path:
+    """Fetch a repository: its settings first, so that what they show to be no checkpoint costs no weights."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(place):
+        folder = _settings(place)
+        found = modules_of(folder)
+        root, inner = (found.root, found.where) if found else (folder, "")
+        if (folder / ADAPTER).is_file():
+            with called(folder, place):
+                check_settings(folder)
+            whole = [WEIGHTS] if (folder / "config.json").is_file() else []
+            _snapshot(place, [str(Path(inner, name)) for name in (FILES[1], *whole)])
+            return folder
+        with called(root, place), called(folder, place):
+            refuse_modules(folder)
             refuse_other_layouts(folder)
-            verify_processor(folder, read_config(folder))
-        snapshot([WEIGHTS])
-        snapshot(weight_names(folder))
+            if is_whole:
+                verify_processor(folder, read_config(folder))
+        heads = found.heads if found else []
+        _snapshot(place, [str(Path(inner, WEIGHTS)), *(f"{head.name}/{WEIGHTS}" for head in heads)])
+        _snapshot(place, [str(Path(inner, name)) for name in weight_names(folder)])
         if not set(weight_names(folder)) & set(model_files(folder)):  # or the network was lost since
-            listed = HfApi().list_repo_files(repo_id, revision=revision)
-            raise CheckpointError(without_weights(f"{repo_id} at {revision}", [Path(name) for name in listed]))
+            listed = HfApi().list_repo_files(str(place.repo_id), revision=place.revision)
+            raise CheckpointError(without_weights(str(place), [Path(name) for name in listed]))
     return folder
 
 
 @contextmanager
-def _hub_errors(repo_id: str, revision: str) -> Iterator[None]:
+def _hub_errors(place: Place) -> Iterator[None]:
     """Say in one line why the hub gives no files, and the way out."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -107,7 +223,7 @@ def _hub_errors(repo_id: str, revision: str) -> Iterator[None]:
     )
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-    what = f"{repo_id} at {revision}"
+    repo_id, revision, what = place.repo_id, place.revision, str(place)
     try:
         yield
     except GatedRepoError as error:
@@ -134,7 +250,7 @@ def _initialise(model: ModelConfig, output: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModel, AutoProcessor
 
-    tokens = AutoProcessor.from_pretrained(_local_folder(model))
+    tokens = AutoProcessor.from_pretrained(_local_folder(model_place(model)))
     architecture = dict(model.architecture or {})
     try:
         config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)

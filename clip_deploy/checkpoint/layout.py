@@ -26,24 +26,24 @@ SETTINGS = (
     "*.model",
 )
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER, MODULES, MODALITIES = "adapter_config.json", "modules.json", "sentence_bert_config.json"
+ADAPTER = "adapter_config.json"
+MODULES, MODALITIES, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 OPEN_CLIP, PIPELINE = "open_clip_config.json", "model_index.json"
-OTHERS = (ADAPTER, MODULES, MODALITIES, OPEN_CLIP, PIPELINE)  # what tells that a folder is another tool's
+OTHERS = (ADAPTER, MODULES, MODALITIES, PROMPTS, OPEN_CLIP, PIPELINE)  # what tells that a folder is another tool's
 ADAPTERS = (ADAPTER, "adapter_model.*")
+WHOLE = (WEIGHTS, INDEX, "pytorch_model*")  # weights of a whole model, which an adapter can lie beside
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-FIRST_MODULES = ("Transformer", "CLIPModel")  # of sentence-transformers: what runs the checkpoint itself
-FEATURES = {"text": "get_text_features", "image": "get_image_features"}
 SHOWN = 5  # names in a message
 
 
 def model_files(folder: Path) -> list[str]:
     """Names of all files that transformers reads in `folder`: settings, tokenizer, processor and weights."""
-    return sorted({*_matching(folder, SETTINGS), *(name for name in weight_names(folder) if (folder / name).is_file())})
+    return sorted({*matching(folder, SETTINGS), *(name for name in weight_names(folder) if (folder / name).is_file())})
 
 
 def looked_at(folder: Path) -> list[str]:
     """The same, and what decides whether the folder is taken: all whose change makes another checkpoint of it."""
-    return sorted({*model_files(folder), *_matching(folder, (*OTHERS, *ADAPTERS))})
+    return sorted({*model_files(folder), *matching(folder, (*OTHERS, *ADAPTERS))})
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -60,10 +60,11 @@ def weight_names(folder: Path) -> list[str]:
 
 def other_weights(folder: Path) -> list[str]:
     """Files of weights that transformers leaves alone."""
-    return sorted(set(_matching(folder, ("*.safetensors",))) - set(weight_names(folder)))
+    return sorted(set(matching(folder, ("*.safetensors",))) - set(weight_names(folder)))
 
 
-def _matching(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+def matching(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the files of a folder that match one of the patterns."""
     return sorted({path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
@@ -81,82 +82,27 @@ def read_object(path: Path) -> dict[str, Any]:
 def refuse_other_layouts(folder: Path) -> None:
     """Raise CheckpointError, with the way out, where `folder` is or holds what another tool made."""
     _refuse_adapter(folder)
-    _refuse_modules(folder, folder / MODULES, "")
-    _refuse_modules(folder, folder.parent / MODULES, folder.name)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} {_seen(folder)}")
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds an adapter of PEFT, and no weights of a whole model."""
+    return bool(matching(folder, ADAPTERS)) and not matching(folder, WHOLE)
+
+
 def _refuse_adapter(folder: Path) -> None:
-    if not (names := _matching(folder, ADAPTERS)):
+    """An adapter beside a whole model may be merged into it already, or not: nothing in the files tells."""
+    if not (names := matching(folder, ADAPTERS)):
         return
-    settings = read_object(folder / ADAPTER) if ADAPTER in names else {}
-    base = settings.get("base_model_name_or_path") or "BASE"
     files = " and ".join(names)
-    way = (
-        f"merge it, `PeftModel.from_pretrained(AutoModel.from_pretrained({base!r:.80}), FOLDER).merge_and_unload()"
-        ".save_pretrained(NEW_FOLDER)`, and save the processor there too"
+    if is_adapter(folder):
+        raise CheckpointError(f"{folder} holds an adapter ({files}), and no model: give the model that it was made for")
+    raise CheckpointError(
+        f"{folder} holds an adapter ({files}) beside a whole model, and nothing tells whether it is merged into it: if "
+        f"not, move these files to a folder of their own, and give that as the path with `base: {folder}`; if it is, "
+        "or to deploy the base, move them away"
     )
-    if (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds an adapter ({files}) beside its base, which alone would be deployed: {way}; to deploy the "
-            "base, move the adapter's files away"
-        )
-    raise CheckpointError(f"{folder} holds an adapter of {base!r:.80} ({files}), and no model: {way}")
-
-
-def _refuse_modules(folder: Path, path: Path, inner: str) -> None:
-    """Of sentence-transformers: what stands behind the model in modules.json would be left out.
-
-    Args:
-        path: the modules.json, in `folder` or above it.
-        inner: where `folder` lies below that file.
-    """
-    if not path.is_file():
-        return
-    modules = _modules(path)
-    first = modules[0] if modules else {}
-    where = str(first.get("path", "")).strip("/")
-    if inner and where != inner:
-        return
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-    behind = [kind for kind in kinds[1:] if kind != "Normalize"]  # cosines are the same with and without
-    if kinds[:1] and kinds[0] not in FIRST_MODULES:
-        behind = kinds
-    if behind:
-        raise CheckpointError(
-            f"{folder} is of a sentence-transformers model with {' and '.join(behind)} ({MODULES}), which would be "
-            "left out, and embeddings would be others: only a CLIP model with at most Normalize behind can be deployed"
-        )
-    if not inner and where and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is a sentence-transformers folder, whose model lies in {where}/: give `model: local` with that "
-            "folder as its path"
-        )
-    _refuse_methods(path.parent / where)
-
-
-def _modules(path: Path) -> list[dict[str, Any]]:
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise CheckpointError(f"{path} lists no modules of sentence-transformers")
-    return modules
-
-
-def _refuse_methods(folder: Path) -> None:
-    """sentence-transformers may take another output of the model than its features."""
-    if not (folder / MODALITIES).is_file():
-        return
-    stated = read_object(folder / MODALITIES).get("modality_config")
-    for modality, settings in (stated if isinstance(stated, dict) else {}).items():
-        method = settings.get("method") if isinstance(settings, dict) else None
-        if modality in FEATURES and method not in (None, FEATURES[modality]):
-            raise CheckpointError(
-                f"{folder / MODALITIES} takes {method} for {modality}s: only {FEATURES[modality]} can be deployed"
-            )
 
 
 def _seen(folder: Path) -> str:
@@ -172,7 +118,7 @@ def _seen(folder: Path) -> str:
     if inside:
         named = ", ".join(str(path.relative_to(folder)) for path in sorted(inside)[:SHOWN])
         return f"has no config.json, and below it {named} has: give that folder as the path"
-    if pickled := _matching(folder, PICKLES):
+    if pickled := matching(folder, PICKLES):
         return (
             f"has no config.json, and {pickled[0]}: a training checkpoint or state_dict. Load it into its model of "
             "transformers, then `model.save_pretrained(folder)` and `processor.save_pretrained(folder)`"
@@ -184,7 +130,7 @@ def _seen(folder: Path) -> str:
 
 def own_code(folder: Path) -> list[str]:
     """The JSON files that name code of the checkpoint's own (auto_map), which is never run here."""
-    names = _matching(folder, tuple(name for name in SETTINGS if name.endswith("config.json")))
+    names = matching(folder, tuple(name for name in SETTINGS if name.endswith("config.json")))
     return [name for name in names if _names_code(read_object(folder / name))]
 
 

@@ -199,9 +199,16 @@ class Opened:
     def origins(self) -> str:
         """Ids of the repositories that it, or what it was fine-tuned from, came from, as far as files say so."""
         parts = [self.written, *(tower_settings(self.written, tower) for tower in TOWERS)]
-        cached = CACHED.search(str(Path(str(self.settings.path)).expanduser().resolve()))
-        known = [self.settings.repo_id, "/".join(cached.groups()) if cached else None]
+        folders = [name for name in (self.settings.path, self.settings.base) if name]
+        cached = [CACHED.search(str(Path(name).expanduser().resolve())) for name in folders]
+        known = [self.settings.repo_id, *("/".join(found.groups()) for found in cached if found), *self._merged]
         return " ".join(str(name) for name in (*known, *(part.get("_name_or_path") for part in parts)) if name).lower()
+
+    @property
+    def _merged(self) -> list[str | None]:
+        """The id of the base that an adapter was merged into, where it has one."""
+        checkpoint = self.described.checkpoint
+        return [checkpoint.parts["base"].repo_id] if checkpoint and "base" in checkpoint.parts else []
 
     @property
     def names(self) -> str:

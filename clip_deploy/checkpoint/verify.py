@@ -13,12 +13,23 @@ from clip_deploy.checkpoint.layout import (
     refuse_other_layouts,
     weight_names,
 )
+from clip_deploy.checkpoint.sentence_transformers import refuse_modules
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.errors import CheckpointError
+
+IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
+ELSEWHERE = "name the model that has it: `processor:` in the model's file in conf/model/, a folder or an id"
 
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError where `folder` is not a dual encoder with whole safetensors weights, and nothing more."""
+    verify_model(folder)
+    verify_processor(folder, read_config(folder))
+
+
+def verify_model(folder: Path) -> None:
+    """The same without its processor, which may come from elsewhere."""
+    refuse_modules(folder)
     refuse_other_layouts(folder)
     config = read_config(folder)
     if not all(_stated(config, tower) for tower in TOWERS):
@@ -38,27 +49,42 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder} lacks {missing[0]}, which {INDEX} names: fetch it again")
         raise CheckpointError(without_weights(str(folder), [path for path in folder.iterdir() if path.is_file()]))
     _verify_depth(folder, config, sum(_tensors(folder / name) for name in names if name != INDEX))
-    verify_processor(folder, config)
 
 
 def verify_processor(folder: Path, config: dict[str, Any]) -> None:
     """Raise CheckpointError where the image processor's settings or the tokenizer's vocabulary are missing."""
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+    verify_image_processor(folder)
+    verify_tokenizer(folder, config)
+
+
+def verify_image_processor(folder: Path) -> None:
+    """Raise CheckpointError where its settings are missing."""
+    if not has_image_processor(folder):
         raise CheckpointError(
-            f"{folder} has no preprocessor_config.json: save the processor with `processor.save_pretrained(folder)`"
+            f"{folder} has no preprocessor_config.json: save the processor with `processor.save_pretrained(folder)`, "
+            f"or {ELSEWHERE}"
         )
-    kind, lacking = _lacking_vocabulary(folder, config)
+
+
+def verify_tokenizer(folder: Path, config: dict[str, Any]) -> None:
+    """Raise CheckpointError where its vocabulary is missing; `config` is the model's config.json."""
+    kind, lacking = lacking_vocabulary(folder, config)
     if lacking:
         unread = lacking == "spiece.model" and (folder / "tokenizer.json").is_file()
         way = ', or set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json to read tokenizer.json'
         raise CheckpointError(
             f"{folder} lacks the vocabulary of its {kind}, without which all texts are read alike: missing is "
-            f"{lacking}; copy it from the model that this one was fine-tuned from, or write it with "
-            f"`tokenizer.save_pretrained(folder)`{way if unread else ''}"
+            f"{lacking}; copy it from the model that this one was fine-tuned from, write it with "
+            f"`tokenizer.save_pretrained(folder)`{way if unread else ''}, or {ELSEWHERE}"
         )
 
 
-def _lacking_vocabulary(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
+def has_image_processor(folder: Path) -> bool:
+    """Whether the image processor's settings are there."""
+    return any((folder / name).is_file() for name in IMAGE_SETTINGS)
+
+
+def lacking_vocabulary(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
     """The tokenizer's class, as transformers chooses it, and the files that it needs and that are not there."""
     from transformers import PreTrainedTokenizerBase, TokenizersBackend
     from transformers.models.auto import tokenization_auto as auto

@@ -85,6 +85,10 @@ class ModelConfig:
     repo_id: str | None = None
     revision: str | None = None  # a commit, so that the same name stays the same weights
     path: str | None = None
+    base: str | None = None  # of an adapter: an id or a folder, where its adapter_config.json names another or none
+    base_revision: str | None = None  # a commit, where the base is an id
+    processor: str | None = None  # an id or a folder that processor and tokenizer come from where the model has none
+    processor_revision: str | None = None
     architecture: dict[str, Any] | None = None  # a config.json; its tokenizer and processor come from `path`
     seed: int = 0
     trained: bool = True  # random weights are timed and compared, not judged by their accuracy
@@ -98,6 +102,13 @@ class ModelConfig:
             )
         if self.repo_id and not self.revision:
             raise ConfigError(f"model.revision is missing for {self.repo_id}: pin a commit of the repository")
+        if self.processor_revision and not self.processor:
+            raise ConfigError("model.processor_revision is set without model.processor: set both, or neither")
+        others = [name for name in ("base", "base_revision", "processor") if getattr(self, name)]
+        if self.architecture and others:
+            raise ConfigError(
+                f"model.{others[0]} is set beside model.architecture, which has random weights: take it out"
+            )
 
 
 @dataclass

@@ -27,6 +27,7 @@ LIBRARIES = {  # by the name that is imported (pillow aside): the distributions 
     "tokenizers": ("tokenizers",),
     "sentencepiece": ("sentencepiece",),
     "safetensors": ("safetensors",),
+    "peft": ("peft",),
     "onnx": ("onnx",),
     "onnx_ir": ("onnx-ir",),
     "onnxscript": ("onnxscript",),

@@ -104,10 +104,12 @@ def _fault(manifest: Any) -> str | None:
         return "names no files"
     if not manifest.get("files") and "unavailable" not in manifest:
         return "names no files"
+    checkpoint = manifest.get("checkpoint") or {}
+    parts = checkpoint.get("parts", {}) if isinstance(checkpoint, dict) else {}
     sound = {
         "unavailable": isinstance(manifest.get("unavailable", ""), str),
         "model": isinstance(manifest.get("model", ""), str),
-        "checkpoint": _are({"": manifest.get("checkpoint") or {}}, repo_id=str | None, revision=str | None),
+        "checkpoint": all(_are(known, repo_id=str | None, revision=str | None) for known in ({"": checkpoint}, parts)),
         "gates": _are(manifest.get("gates", {}), status=str),
         "towers": _are(manifest.get("towers", {}), target=str, sha256=str),
     }
@@ -144,6 +146,11 @@ def described(manifest: dict[str, Any]) -> str:
     origin = manifest.get("checkpoint") or {}
     said += [f"model {manifest['model']}"] if "model" in manifest else []
     said += [f"{origin['repo_id']} at {origin['revision']}"] if origin.get("repo_id") else []
+    said += [
+        f"{part} {known['repo_id']} at {known['revision']}"
+        for part, known in origin.get("parts", {}).items()
+        if part != "adapter" and known.get("repo_id")
+    ]
     said += [f"{name}: gate {gate['status']}" for name, gate in manifest.get("gates", {}).items()]
     return ", ".join(said)
 

@@ -14,11 +14,17 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from; `sha256` is over all its files (environment.fingerprint)."""
+    """Where a checkpoint comes from; `sha256` is over all its files (environment.fingerprint).
+
+    Attributes:
+        parts: what it was put together from, where that is more than one folder: "adapter" and "base", which were
+            merged, and the "processor" that the model has from elsewhere.
+    """
 
     repo_id: str | None
     revision: str | None
     sha256: str
+    parts: dict[str, "Origin"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -526,16 +526,17 @@ def test_a_repository_with_pickles_alone_is_told_so(tmp_path, hub, monkeypatch, 
 
 
 def test_what_a_repositorys_settings_show_is_refused_before_its_weights_are_fetched(tmp_path, hub, monkeypatch, kinds):
-    listed = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
+    kind = "sentence_transformers.models."
+    listed = [{"path": "0_CLIPModel", "type": f"{kind}CLIPModel"}, {"path": "1_LSTM", "type": f"{kind}LSTM"}]
     inner = {f"0_CLIPModel/{name}": b"{}" for name in Hub.files}
     monkeypatch.setattr(Hub, "files", ())
     monkeypatch.setattr(Hub, "written", {"modules.json": json.dumps(listed).encode(), **inner})
     monkeypatch.setattr(Hub, "asked", [])
     done, _ = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub)
     said = done.stderr.strip().splitlines()[-1]
-    assert "is a sentence-transformers folder, whose model lies in 0_CLIPModel/" in said
-    assert set(Hub.asked) == {"modules.json"}
-    kinds("28: sentence-transformers' repository", "downloaded whole, then refused without 0_CLIPModel/", said)
+    assert f"someone/tiny-clip at {REVISION} is of a sentence-transformers model with LSTM (modules.json)" in said
+    assert not [name for name in Hub.asked if name.endswith("model.safetensors")]
+    kinds("28: what a repository's settings rule out", "downloaded whole, then refused", said)
 
 
 def test_the_shards_of_a_repository_are_those_of_its_index(tmp_path, hub, monkeypatch):

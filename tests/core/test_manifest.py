@@ -9,7 +9,7 @@ from support.records import checked
 from clip_deploy.__main__ import main
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.files import sha256
-from clip_deploy.core.manifest import Run, save_manifest
+from clip_deploy.core.manifest import Run, described, save_manifest
 from clip_deploy.core.parsing import parse, plain
 from clip_deploy.core.records import Validation
 from clip_deploy.evaluate.validation import manifest
@@ -164,3 +164,10 @@ def test_a_package_into_which_nothing_went_is_no_delivery(tmp_path, capsys):
 def test_a_folder_that_is_not_there_is_named(capsys):
     assert main(["verify", "no-such-folder"]) == 1
     assert "no such folder; give" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_was_put_together_from_is_named():
+    known = {"repo_id": "someone/lora", "revision": "1", "sha256": "a"}
+    parts = {"adapter": known, "base": {**known, "repo_id": "someone/clip", "revision": "2"}}
+    content = {"files": {"a": {"sha256": "0", "bytes": 1}}, "checkpoint": {**known, "parts": parts}}
+    assert described(content) == "files: 1, 0.00 MB, someone/lora at 1, base someone/clip at 2"

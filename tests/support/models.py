@@ -71,3 +71,16 @@ def reference(model, processor, source):
     folder = source / "torch-fp32"
     build(folder, lambda output: fetch(ModelConfig(path=str(source)), output), Target("eager", "fp32"))
     return folder
+
+
+def embedded(target, photos, words, checkpoint=None):
+    """What a target makes of images and texts, prepared as its checkpoint says."""
+    from clip_deploy.checkpoint.load import load_processor
+    from clip_deploy.core.artifact import read_target
+    from clip_deploy.data.preprocessed import tokenize
+    from clip_deploy.runtimes import open_encoder
+
+    processor, encoder = load_processor(checkpoint or target), open_encoder(target)
+    tokens = tokenize(processor, read_target(target).model, words)
+    pixels = processor.image_processor(photos, return_tensors="np")["pixel_values"]
+    return encoder.encode_images(pixels), encoder.encode_texts(tokens.input_ids, tokens.attention_mask)
