@@ -8,16 +8,20 @@ from pathlib import Path
 
 from clip_deploy.checkpoint.layout import (
     INDEX,
+    OPEN_CLIP_WEIGHTS,
     OTHERS,
     SETTINGS,
     WEIGHTS,
+    is_open_clip,
+    main_files,
     model_files,
     other_weights,
     refuse_other_layouts,
+    tokenizer_files,
     weight_names,
 )
 from clip_deploy.checkpoint.load import describe
-from clip_deploy.checkpoint.verify import read_config, verify, verify_processor, without_weights
+from clip_deploy.checkpoint.verify import verify, verify_settings, without_weights
 from clip_deploy.core.artifact import Target
 from clip_deploy.core.config import Device, ModelConfig
 from clip_deploy.core.environment import fingerprint, located
@@ -33,6 +37,9 @@ def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Targ
     source = output
     if model.architecture:
         _initialise(model, output)
+    elif model.open_clip:
+        with called(output, model):
+            source = _convert(model, output)
     else:
         source = _download(model) if model.repo_id else _local_folder(model)
         with called(source, model):
@@ -42,7 +49,7 @@ def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Targ
         described = describe(output)
     origin = Origin(model.repo_id, model.revision, fingerprint(output))
     known = replace(described, trained=model.trained, checkpoint=origin, left_out=other_weights(source))
-    return Target("eager", "fp32", ["config.json", *weight_names(output)], known, device=device.value)
+    return Target("eager", "fp32", main_files(output), known, device=device.value)
 
 
 @contextmanager
@@ -59,8 +66,25 @@ def _local_folder(model: ModelConfig) -> Path:
     folder = located(str(model.path))
     if not folder.is_dir():
         what = "a file, and no folder" if folder.is_file() else "no such folder"
-        raise CheckpointError(f"model.path is {model.path}: {what}; give one in Hugging Face layout")
+        raise CheckpointError(f"model.path is {model.path}: {what}; give one in Hugging Face or open_clip layout")
     return folder
+
+
+def _convert(model: ModelConfig, output: Path) -> Path:
+    """Write a training checkpoint of open_clip in its layout, with the tokenizer's files that lie beside it."""
+    from clip_deploy.checkpoint.open_clip import convert_training_checkpoint
+
+    path = located(str(model.path))
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise CheckpointError(
+            f"model.path is {model.path}: {what}; with model.open_clip it names a checkpoint of open_clip's training, "
+            "such as epoch_32.pt"
+        )
+    convert_training_checkpoint(path, str(model.open_clip), output)
+    for name in tokenizer_files(path.parent):
+        shutil.copyfile(path.parent / name, output / name)
+    return output
 
 
 def _copy(source: Path, output: Path) -> None:
@@ -85,12 +109,13 @@ def _download(model: ModelConfig) -> Path:
         folder = snapshot([*SETTINGS, INDEX, *OTHERS])
         with called(folder, model):
             refuse_other_layouts(folder)
-            verify_processor(folder, read_config(folder))
-        snapshot([WEIGHTS])
+            verify_settings(folder)
+        snapshot(list(OPEN_CLIP_WEIGHTS) if is_open_clip(folder) else [WEIGHTS])
         snapshot(weight_names(folder))
         if not set(weight_names(folder)) & set(model_files(folder)):  # or the network was lost since
             listed = HfApi().list_repo_files(repo_id, revision=revision)
-            raise CheckpointError(without_weights(f"{repo_id} at {revision}", [Path(name) for name in listed]))
+            files, wanted = [Path(name) for name in listed], weight_names(folder)[0]
+            raise CheckpointError(without_weights(f"{repo_id} at {revision}", files, wanted))
     return folder
 
 

@@ -85,12 +85,18 @@ class ModelConfig:
     repo_id: str | None = None
     revision: str | None = None  # a commit, so that the same name stays the same weights
     path: str | None = None
+    open_clip: str | None = None  # the architecture's name there, where `path` is a checkpoint of open_clip's training
     architecture: dict[str, Any] | None = None  # a config.json; its tokenizer and processor come from `path`
     seed: int = 0
     trained: bool = True  # random weights are timed and compared, not judged by their accuracy
     allow: list[str] = field(default_factory=list)  # codes of lint.py: errors that are meant so
 
     def __post_init__(self) -> None:
+        if self.open_clip and (self.repo_id or not self.path):
+            raise ConfigError(
+                "model.open_clip names the architecture of a training checkpoint (epoch_*.pt): set that file as path, "
+                "in conf/model/open-clip-training.yaml"
+            )
         if bool(self.repo_id) == bool(self.path):
             raise ConfigError(
                 "model: give either repo_id (a Hugging Face id) or path (a local folder); "
