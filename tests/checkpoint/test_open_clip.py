@@ -19,20 +19,25 @@ from safetensors.torch import load_file, save_file
 from support.models import small_tokenizer
 from support.open_clip import SMALL, SMALL_IMAGES, SMALL_TEXTS, need_library, save
 from support.project import ROOT
+from support.targets import packed
 
 from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.onnx_export import export_onnx
-from clip_deploy.builders.processor_files import probe_texts, write_preprocessor, write_tokenizer
+from clip_deploy.builders.processor_files import probe_texts, write_portable, write_preprocessor, write_tokenizer
 from clip_deploy.builders.torch_checkpoint import export_torch
 from clip_deploy.builders.torchscript import export_torchscript
 from clip_deploy.checkpoint.fetch import fetch
 from clip_deploy.checkpoint.lint import lint
 from clip_deploy.checkpoint.load import describe, load_model, load_processor
 from clip_deploy.core.artifact import build, read_target
-from clip_deploy.core.config import Device, ModelConfig, OnnxConfig, OptimizeConfig, Precision, TorchConfig
+from clip_deploy.core.config import DataConfig, Device, ModelConfig, OnnxConfig, OptimizeConfig, Precision, TorchConfig
 from clip_deploy.core.errors import CheckpointError
 from clip_deploy.core.fusions import missed
 from clip_deploy.core.preprocessing import Preprocessing
+from clip_deploy.data.dataset import load as load_data
+from clip_deploy.data.preprocessed import load_prepared, write_prepared
+from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
+from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.inference.images import rgb
 from clip_deploy.inference.tokenizer import Tokenizer
 from clip_deploy.onnx_graph.preprocessing import preprocessing_nodes
@@ -256,6 +261,36 @@ def test_tokens_of_a_tokenizer_of_transformers_are_open_clips_own(clean, tmp_pat
     given = probe_texts()[:300]
     expected = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(given).numpy()
     np.testing.assert_array_equal(processor.tokenizer(given, return_tensors="np")["input_ids"], expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_a_packages_probabilities_are_open_clips_own(name, targets, tmp_path):
+    """A softmax, and where the model has a bias a sigmoid; pictures and texts go in as a user has them."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    target, own = targets(name)
+    built, sets = tmp_path / "built", tmp_path / "sets"
+    build(built / "onnx-fp32", lambda output: export_onnx(target, OnnxConfig(), output), None)
+    dataset = load_data(DataConfig(evaluation_samples=8, calibration_samples=1, templates=["a {}"]), 0)
+    (sets / "evaluation").mkdir(parents=True)
+    (sets / "portable").mkdir()
+    processor, model = load_processor(target), read_target(target).model
+    write_prepared("evaluation", dataset, ["a {}"], processor, model, sets / "evaluation")
+    reference = encode_set(open_encoder(target), load_prepared(sets / "evaluation"))
+    save_embeddings(reference, sets / "evaluation" / "reference.npz")
+    write_portable(target, sets / "portable")
+    (tmp_path / "package").mkdir()
+    classifier = ZeroShotClassifier.open(packed(built / "onnx-fp32", sets, tmp_path / "package"), device="cpu")
+    texts = ["a red circle", "TWO blue Squares", "\u201ccaf\u00e9\u201d"]
+    picture = dataset.evaluation[0].open()
+    given = {found.text: found.probability for found in classifier.predict(picture, texts)}
+    preprocess = image_transform_v2(PreprocessCfg(**own.visual.preprocess_cfg), is_train=False)
+    with torch.inference_mode():
+        tokens = open_clip.get_tokenizer(f"local-dir:{target}")(texts)
+        logits = own.get_logits(preprocess(picture)[None], tokens)[0][0]
+    expected = logits.sigmoid() if own.logit_bias is not None else logits.softmax(dim=-1)
+    np.testing.assert_allclose([given[text] for text in texts], expected.numpy(), rtol=1e-4)
 
 
 def test_a_training_checkpoint_is_read_without_its_code(folders, tmp_path):
