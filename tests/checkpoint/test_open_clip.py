@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.models import small_tokenizer
 from support.open_clip import SMALL, SMALL_IMAGES, SMALL_TEXTS, need_library, save
-from support.project import ROOT
+from support.project import ROOT, TINY
 from support.targets import packed
 
 from clip_deploy.builders.fused import optimize
@@ -344,6 +344,28 @@ def test_what_cannot_be_deployed_is_refused_with_the_way_out(change, said, folde
     with pytest.raises(CheckpointError, match=re.escape(said)) as error:
         fetch(ModelConfig(path=str(path)), tmp_path)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_hub_repository_comes_in_by_its_id(folders, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    path, own = folders("vit")
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--vit"
+    shutil.copytree(path, repository / "snapshots" / revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    settings = ModelConfig(repo_id="someone/vit", revision=revision, trained=False)
+    build(tmp_path / "torch-fp32", lambda folder: fetch(settings, folder), None)
+    assert min(lowest_cosines(tmp_path / "torch-fp32", own).values()) > 0.99999
+
+
+def test_where_transformers_form_lies_beside_it_is_taken(folders, tmp_path):
+    both = shutil.copytree(TINY, tmp_path / "both")
+    shutil.copytree(folders("vit")[0], both, dirs_exist_ok=True)
+    build(tmp_path / "torch-fp32", lambda folder: fetch(ModelConfig(path=str(both)), folder), None)
+    known = read_target(tmp_path / "torch-fp32")
+    assert known.files == ["config.json", "model.safetensors"]
+    assert (known.model.model_type, known.model.left_out) == ("clip", ["open_clip_model.safetensors"])
 
 
 def test_pickled_weights_are_refused(folders, tmp_path):
