@@ -59,6 +59,15 @@ $(PEFT)/ready:
 	  accelerate==1.15.0 sentence-transformers==6.2.0
 	@touch $@
 
+# open_clip, for the tests of its checkpoints. torchvision comes with a CUDA build, which PyTorch's CPU build cannot load
+# (tests/support/open_clip.py mends it): in .venv, transformers would take it for images.
+OPEN_CLIP := build/open-clip
+$(OPEN_CLIP)/ready:
+	rm -rf $(OPEN_CLIP)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OPEN_CLIP) \
+	  open_clip_torch==3.3.0 timm==1.0.31 ftfy==6.3.1 torchvision==0.28.0
+	@touch $@
+
 # Other versions of ONNX Runtime, for the test that each leads to the same fused graph.
 RUNTIMES := build/onnxruntime-1.24.4/ready build/onnxruntime-1.30.0/ready
 $(RUNTIMES): build/onnxruntime-%/ready:
@@ -79,6 +88,7 @@ test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory $(RAY)/ready || echo "no Ray: the test of a cluster is skipped"
 	@$(MAKE) --no-print-directory $(MOTO)/ready || echo "no moto: the tests of an object store are skipped"
 	@$(MAKE) --no-print-directory $(PEFT)/ready || echo "no peft: the tests of adapters are skipped"
+	@$(MAKE) --no-print-directory $(OPEN_CLIP)/ready || echo "no open_clip: the tests of its checkpoints are skipped"
 	@$(MAKE) --no-print-directory $(RUNTIMES) || echo "no other ONNX Runtime: the tests of its versions are skipped"
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov
 

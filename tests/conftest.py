@@ -240,7 +240,12 @@ def peft():
     """The library, on the path of one module's tests alone: what is installed is part of a result's identity."""
     with pytest.MonkeyPatch.context() as path:
         path.syspath_prepend(ROOT / "build" / "peft")  # `make test` puts it and sentence-transformers there
-        yield pytest.importorskip("peft", reason="peft is not installed: pip install 'clip-deploy[peft]'")
+        found = pytest.importorskip("peft", reason="peft is not installed: pip install 'clip-deploy[peft]'")
+        from transformers.utils import is_peft_available  # which remembers what it saw before
+
+        is_peft_available.cache_clear()
+        yield found
+    is_peft_available.cache_clear()
 
 
 @pytest.fixture

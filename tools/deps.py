@@ -62,6 +62,8 @@ IDLE = {  # stages in which a library decides nothing: it checks what was made, 
     "onnx": {"prepare"},
     "onnx_ir": {"prepare"},
     "tokenizers": {"export_torch", "export_torchscript"},
+    "ftfy": {"export_torch", "export_torchscript"},
+    "torchvision": {"export_torch", "export_torchscript"},
     "pillow": {  # pictures are read by prepare, and by what depends on all libraries
         *("download", "export_torch", "export_torchscript", "export_aoti", "export_openvino", "export_onnx"),
         *("optimize", "quantize", "build_engine", "triton_engines"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from clip_deploy.builders.open_clip_tokenizer import backend_of
 from clip_deploy.checkpoint.load import load_model, load_processor
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.errors import UnavailableError
@@ -115,6 +116,8 @@ def write_tokenizer(processor: "ProcessorMixin", model: Model, path: Path) -> No
 def _backend(tokenizer: Any) -> Any:
     """The tokenizer as `tokenizers` has it, made anew where it is SigLIP's, which is SentencePiece behind Python."""
     name = type(tokenizer).__name__
+    if name == "OpenClipTokenizer":
+        return backend_of(tokenizer)
     if name == "SiglipTokenizer":
         return _of_sentencepiece(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -4,10 +4,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_deploy.checkpoint.layout import (
-    model_files,
-    weight_names,
-)
+from clip_deploy.checkpoint.layout import main_files, model_files
 from clip_deploy.checkpoint.load import load_model
 from clip_deploy.core.artifact import Target, read_target
 from clip_deploy.core.config import Device, Precision, TorchConfig
@@ -34,7 +31,7 @@ def export_torch(checkpoint: Path, settings: TorchConfig, device: Device, output
         runtime="compiled" if settings.compile else "eager",
         precision=settings.precision.value,
         device=device.value,
-        files=["config.json", *weight_names(output)],
+        files=main_files(output),
         model=source.model,
         build={"note": note},
     )

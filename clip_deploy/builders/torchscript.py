@@ -20,7 +20,8 @@ from clip_deploy.runtimes.pytorch import require
 
 NOTE = "torch.jit.trace, deprecated"
 HALVES = {Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16}
-WRITERS_OWN = ("version", "byteorder", ".data/serialization_id")  # records that every archive's writer adds
+VERSIONS = ("version", ".data/version")  # the second where an operator asks for a newer format, as exact GELU does
+WRITERS_OWN = (*VERSIONS, "byteorder", ".data/serialization_id")  # records that every archive's writer adds
 INT8_NOTE = "quantize_dynamic on every Linear, deprecated, saved as TorchScript"
 
 
@@ -80,8 +81,9 @@ def _save(module: torch.jit.ScriptModule, path: Path) -> None:
     stripped = io.BytesIO()
     reader = torch._C.PyTorchFileReader(io.BytesIO(module.save_to_buffer()))
     writer = torch._C.PyTorchFileWriter(stripped)
-    writer.set_min_version(int(reader.get_record("version")))
-    for name in reader.get_all_records():
+    records = reader.get_all_records()
+    writer.set_min_version(int(reader.get_record(next(name for name in VERSIONS if name in records))))
+    for name in records:
         if not name.endswith(".debug_pkl") and name not in WRITERS_OWN:
             record = reader.get_record(name)
             writer.write_record(name, record, len(record))

@@ -11,16 +11,21 @@ from clip_deploy.checkpoint.adapters import FILES, check_settings, check_weights
 from clip_deploy.checkpoint.layout import (
     ADAPTER,
     INDEX,
+    OPEN_CLIP_WEIGHTS,
     OTHERS,
     SETTINGS,
     WEIGHTS,
     is_adapter,
+    is_open_clip,
+    main_files,
     model_files,
     other_weights,
     refuse_other_layouts,
+    tokenizer_files,
     weight_names,
 )
 from clip_deploy.checkpoint.load import describe
+from clip_deploy.checkpoint.open_clip_files import require_library, verify_folder
 from clip_deploy.checkpoint.places import Place, base_place, model_place, processor_place
 from clip_deploy.checkpoint.processor import processor_files, refuse_unused
 from clip_deploy.checkpoint.sentence_transformers import (
@@ -47,6 +52,10 @@ def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Targ
     if model.architecture:
         _initialise(model, output)
         made = Made(output)
+    elif model.open_clip:
+        with called(output, model):
+            _convert(model, output)
+        made = Made(output)
     else:
         made = _put_together(model, output)
     with called(output, model):
@@ -54,7 +63,7 @@ def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Targ
         described = describe(output)
     origin = Origin(model.repo_id, model.revision, fingerprint(output), made.parts)
     known = replace(described, trained=model.trained, checkpoint=origin, left_out=other_weights(made.weights))
-    return Target("eager", "fp32", ["config.json", *weight_names(output)], known, made.build, device=device.value)
+    return Target("eager", "fp32", main_files(output), known, made.build, device=device.value)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,8 @@ def _put_together(model: ModelConfig, output: Path) -> Made:
     """Fill `output` with the model, or an adapter merged into its base, and with the processor that goes with it."""
     place, other = model_place(model), processor_place(model)
     given = _bring(place, is_whole=other is None)
+    if is_open_clip(given):
+        return _take_open_clip(given, place, model, output)
     adapter = _adapter_settings(given, place, model)
     if adapter is None:
         base, weights, folders = place, given, [given]
@@ -102,6 +113,17 @@ def _put_together(model: ModelConfig, output: Path) -> Made:
     names = {"adapter": (place, given, FILES), "base": (base, weights, model_files(weights))}
     parts = {name: _origin(*part) for name, part in names.items()} | parts
     return Made(weights, parts, {"note": merged})
+
+
+def _take_open_clip(given: Path, place: Place, model: ModelConfig, output: Path) -> Made:
+    """Copy a folder in open_clip's layout, which names tokenizer and preprocessing itself."""
+    if set_here := next((name for name in ("base", "processor") if getattr(model, name)), None):
+        raise CheckpointError(f"model.{set_here} is set, and {place} is open_clip's, which needs none: take it out")
+    with called(given, place):
+        verify(given)
+    for name in model_files(given):
+        shutil.copyfile(given / name, output / name)
+    return Made(given)
 
 
 def _heads(folder: Path, config: dict[str, Any]) -> list[Path]:
@@ -157,9 +179,25 @@ def _local_folder(place: Place) -> Path:
     folder = located(str(place.path))
     if not folder.is_dir():
         what = "a file, and no folder" if folder.is_file() else "no such folder"
-        raise CheckpointError(f"{place.setting} is {place.path}: {what}; give one in Hugging Face layout")
+        raise CheckpointError(f"{place.setting} is {place.path}: {what}; give one in Hugging Face or open_clip layout")
     with called(folder, place):
         return model_folder(folder)
+
+
+def _convert(model: ModelConfig, output: Path) -> None:
+    """Write a training checkpoint of open_clip in its layout, with the tokenizer's files that lie beside it."""
+    from clip_deploy.checkpoint.open_clip import convert_training_checkpoint
+
+    path = located(str(model.path))
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise CheckpointError(
+            f"model.path is {model.path}: {what}; with model.open_clip it names a checkpoint of open_clip's training, "
+            "such as epoch_32.pt"
+        )
+    convert_training_checkpoint(path, str(model.open_clip), output)
+    for name in tokenizer_files(path.parent):
+        shutil.copyfile(path.parent / name, output / name)
 
 
 def _snapshot(place: Place, names: Iterable[str]) -> Path:
@@ -199,14 +237,18 @@ def _download(place: Place, is_whole: bool) -> Path:
         with called(root, place), called(folder, place):
             refuse_modules(folder)
             refuse_other_layouts(folder)
-            if is_whole:
+            if is_open_clip(folder):
+                require_library()
+                verify_folder(folder)
+            elif is_whole:
                 verify_processor(folder, read_config(folder))
         heads = found.heads if found else []
-        _snapshot(place, [str(Path(inner, WEIGHTS)), *(f"{head.name}/{WEIGHTS}" for head in heads)])
+        weights = OPEN_CLIP_WEIGHTS if is_open_clip(folder) else [WEIGHTS]
+        _snapshot(place, [*(str(Path(inner, name)) for name in weights), *(f"{head.name}/{WEIGHTS}" for head in heads)])
         _snapshot(place, [str(Path(inner, name)) for name in weight_names(folder)])
         if not set(weight_names(folder)) & set(model_files(folder)):  # or the network was lost since
             listed = HfApi().list_repo_files(str(place.repo_id), revision=place.revision)
-            raise CheckpointError(without_weights(str(place), [Path(name) for name in listed]))
+            raise CheckpointError(without_weights(str(place), [Path(name) for name in listed], weight_names(folder)[0]))
     return folder
 
 

@@ -29,6 +29,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 MODULES, MODALITIES, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 OPEN_CLIP, PIPELINE = "open_clip_config.json", "model_index.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")  # as open_clip prefers them
+OF_TRANSFORMERS = ("config.json", "preprocessor_config.json", "processor_config.json")  # all other settings: tokenizers
 OTHERS = (ADAPTER, MODULES, MODALITIES, PROMPTS, OPEN_CLIP, PIPELINE)  # what tells that a folder is another tool's
 ADAPTERS = (ADAPTER, "adapter_model.*")
 WHOLE = (WEIGHTS, INDEX, "pytorch_model*")  # weights of a whole model, which an adapter can lie beside
@@ -37,8 +39,24 @@ SHOWN = 5  # names in a message
 
 
 def model_files(folder: Path) -> list[str]:
-    """Names of all files that transformers reads in `folder`: settings, tokenizer, processor and weights."""
-    return sorted({*matching(folder, SETTINGS), *(name for name in weight_names(folder) if (folder / name).is_file())})
+    """Names of all files that make the model in `folder`: settings, tokenizer, processor and weights."""
+    settings = [OPEN_CLIP, *tokenizer_files(folder)] if is_open_clip(folder) else matching(folder, SETTINGS)
+    return sorted({*settings, *(name for name in weight_names(folder) if (folder / name).is_file())})
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the files of a tokenizer of transformers."""
+    return matching(folder, tuple(name for name in SETTINGS if name not in OF_TRANSFORMERS))
+
+
+def is_open_clip(folder: Path) -> bool:
+    """Whether it is read with open_clip's library; where transformers' form lies beside, that one is taken."""
+    return (folder / OPEN_CLIP).is_file() and not (folder / "config.json").is_file()
+
+
+def main_files(folder: Path) -> list[str]:
+    """The files that hold the model itself: its configuration and weights."""
+    return [OPEN_CLIP if is_open_clip(folder) else "config.json", *weight_names(folder)]
 
 
 def looked_at(folder: Path) -> list[str]:
@@ -47,7 +65,12 @@ def looked_at(folder: Path) -> list[str]:
 
 
 def weight_names(folder: Path) -> list[str]:
-    """The files of weights, as transformers chooses them: model.safetensors, or else the shards of its index."""
+    """The files of weights, as transformers chooses them: model.safetensors, or else the shards of its index.
+
+    Of an open_clip checkpoint the one that open_clip prefers.
+    """
+    if is_open_clip(folder):
+        return [next((name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), OPEN_CLIP_WEIGHTS[0])]
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [WEIGHTS]
     shards = read_object(folder / INDEX).get("weight_map")
@@ -59,7 +82,7 @@ def weight_names(folder: Path) -> list[str]:
 
 
 def other_weights(folder: Path) -> list[str]:
-    """Files of weights that transformers leaves alone."""
+    """Files of weights that are left alone."""
     return sorted(set(matching(folder, ("*.safetensors",))) - set(weight_names(folder)))
 
 
@@ -82,7 +105,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def refuse_other_layouts(folder: Path) -> None:
     """Raise CheckpointError, with the way out, where `folder` is or holds what another tool made."""
     _refuse_adapter(folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_open_clip(folder):
         raise CheckpointError(f"{folder} {_seen(folder)}")
 
 
@@ -107,11 +130,6 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _seen(folder: Path) -> str:
     """What a folder without config.json is, and the way to one that has it."""
-    if (folder / OPEN_CLIP).is_file():
-        return (
-            f"is an open_clip checkpoint ({OPEN_CLIP}), which this version does not read: give it as transformers "
-            "saves it; LAION's repositories on the hub hold both forms"
-        )
     if (folder / PIPELINE).is_file():
         return f"is a diffusers pipeline ({PIPELINE}), and no dual encoder: give a CLIP checkpoint"
     inside = [path.parent for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/config.json")]
@@ -120,7 +138,8 @@ def _seen(folder: Path) -> str:
         return f"has no config.json, and below it {named} has: give that folder as the path"
     if pickled := matching(folder, PICKLES):
         return (
-            f"has no config.json, and {pickled[0]}: a training checkpoint or state_dict. Load it into its model of "
+            f"has no config.json, and {pickled[0]}: a training checkpoint or state_dict. Of open_clip's "
+            "training, give the file itself as the path and `open_clip: ARCHITECTURE`; else load it into its model of "
             "transformers, then `model.save_pretrained(folder)` and `processor.save_pretrained(folder)`"
         )
     names = sorted(path.name for path in folder.iterdir())

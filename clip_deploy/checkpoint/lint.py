@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from clip_deploy.checkpoint.fetch import called
-from clip_deploy.checkpoint.layout import own_code
+from clip_deploy.checkpoint.layout import is_open_clip, own_code
 from clip_deploy.checkpoint.load import CAPITALS, EXAMPLE_TEXTS, load_processor, load_with_report
 from clip_deploy.checkpoint.verify import read_config, stated_settings, tower_settings
 from clip_deploy.core.artifact import TOWERS
@@ -136,7 +136,7 @@ def lint(folder: Path, model: ModelConfig, described: Model) -> list[Finding]:
     with called(folder, model):
         findings = [
             Finding(**{**asdict(finding), "allowed": finding.severity == ERROR and finding.code in model.allow})
-            for check in CHECKS
+            for check in (OF_OPEN_CLIP if is_open_clip(folder) else CHECKS)
             for finding in check(opened)
         ]
     if wrong := [finding for finding in findings if finding.severity == ERROR and not finding.allowed]:
@@ -182,6 +182,12 @@ class Opened:
     @property
     def config(self) -> Any:
         return self.loaded[0].config
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the text tower has embeddings for."""
+        model = self.loaded[0]
+        return int(model.text.vocab_size if is_open_clip(self.folder) else model.config.text_config.vocab_size)
 
     @property
     def kind(self) -> str:
@@ -260,7 +266,7 @@ def left_out(opened: Opened) -> Iterator[Finding]:
     """A second set of weights in the folder."""
     if names := opened.described.left_out:
         found = f"{_some(names)} {'lie' if len(names) > 1 else 'lies'} beside the weights"
-        consequence = "transformers does not read it: it is neither deployed nor counted"
+        consequence = "It is not read: it is neither deployed nor counted"
         yield Finding("other-weights", WARNING, found, "one set of weights", consequence)
 
 
@@ -402,13 +408,13 @@ def padding(opened: Opened) -> Iterator[Finding]:
 
 def vocabulary(opened: Opened) -> Iterator[Finding]:
     """Ids that the embedding table does not have."""
-    size = opened.config.text_config.vocab_size
+    size = opened.vocabulary_size
     highest = max(opened.processor.tokenizer.get_vocab().values())
     if highest >= size:
         consequence = "A text with such a token reads beyond the embedding table: it fails, or gives noise"
         found = f"the tokenizer's ids go up to {highest}"
         yield Finding("vocabulary", ERROR, found, f"less than vocab_size, {size}", consequence)
-    tokens = len(opened.processor.tokenizer)
+    tokens = len(opened.processor.tokenizer.get_vocab())
     if opened.settings.trained and tokens < FILLED * size and size - tokens >= ROUNDING:
         consequence = "It is not the tokenizer of this model: its ids stand for other words than in training"
         found = f"the tokenizer has {tokens} tokens"
@@ -739,3 +745,6 @@ CHECKS: tuple[Callable[[Opened], Iterator[Finding]], ...] = (
     weights,
     alike,
 )
+
+# open_clip's configuration states activation, pooling and pixels itself, and its own code follows it.
+OF_OPEN_CLIP = (left_out, vocabulary, context, scale, stored_types, weights, alike)

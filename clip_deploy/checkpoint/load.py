@@ -4,9 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_deploy.checkpoint.layout import (
-    own_code,
-)
+from clip_deploy.checkpoint.layout import is_open_clip, own_code
 from clip_deploy.checkpoint.verify import stated_settings
 from clip_deploy.core.errors import CheckpointError, one_line
 from clip_deploy.core.model import Model, TowerShape
@@ -39,6 +37,10 @@ def load_with_report(folder: Path) -> tuple["PreTrainedModel", dict[str, Any]]:
 
 
 def _load(folder: Path, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:
+    if is_open_clip(folder):
+        from clip_deploy.checkpoint import open_clip
+
+        return open_clip.load(folder)
     import torch
     from transformers import AutoModel
     from transformers.utils import logging
@@ -85,6 +87,10 @@ def load_config(folder: Path) -> "PreTrainedConfig":
 
 def load_processor(folder: Path) -> "ProcessorMixin":
     """The checkpoint's own tokenizer and image processor (the PIL one: it runs everywhere)."""
+    if is_open_clip(folder):
+        from clip_deploy.checkpoint import open_clip
+
+        return open_clip.load_processor(folder)
     from transformers import AutoImageProcessor, AutoProcessor
 
     local = {"local_files_only": True, "trust_remote_code": False}
@@ -147,6 +153,10 @@ def describe(folder: Path) -> Model:
 
     Raises CheckpointError where its files do not say so, or contradict each other.
     """
+    if is_open_clip(folder):
+        from clip_deploy.checkpoint import open_clip
+
+        return open_clip.describe(folder, EXAMPLE_TEXTS)
     try:
         return _describe(folder)
     except CheckpointError:

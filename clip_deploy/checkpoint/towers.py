@@ -1,6 +1,6 @@
 """The two towers of a dual encoder as modules of their own, each with its projection and none of the other's weights.
 
-Works on every model of transformers with get_image_features and get_text_features, CLIP and SigLIP alike.
+Works on every model with get_image_features and get_text_features: transformers' CLIP and SigLIP, open_clip's alike.
 """
 
 import copy
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from clip_deploy.checkpoint.plain_attention import replace_attention
 from clip_deploy.core.model import Model
 
 
@@ -53,55 +54,14 @@ class CastWrapper(nn.Module):  # type: ignore[misc]
         return self.tower(*rounded).float()
 
 
-class PoolingAttention(nn.Module):  # type: ignore[misc]
-    """nn.MultiheadAttention as transformers' own layers compute attention, so that exporters write one pattern.
-
-    SigLIP pools its image tokens with it: batch first, a mask [batch * heads, 1, tokens] or none; no attention weights
-    are returned.
-    """
-
-    def __init__(self, source: nn.MultiheadAttention) -> None:
-        super().__init__()
-        width = source.embed_dim
-        self.heads, self.head_width = source.num_heads, width // source.num_heads
-        self.projections = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
-        for index, projection in enumerate(self.projections):
-            rows = slice(index * width, (index + 1) * width)
-            projection.weight = nn.Parameter(source.in_proj_weight[rows].detach().clone())
-            projection.bias = nn.Parameter(source.in_proj_bias[rows].detach().clone())
-        self.out_proj = nn.Linear(width, width)
-        self.out_proj.weight, self.out_proj.bias = source.out_proj.weight, source.out_proj.bias
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, None]:
-        given = zip(self.projections, (query, key, value), strict=True)
-        query, key, value = (self._to_heads(projection(tokens)) for projection, tokens in given)
-        mask = None if attn_mask is None else attn_mask.unflatten(0, (-1, self.heads))
-        attended = nn.functional.scaled_dot_product_attention(
-            query, key, value, mask, scale=self.head_width**-0.5
-        ).transpose(1, 2)
-        return self.out_proj(attended.flatten(2)), None
-
-    def _to_heads(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
-
-
-def _replace_pooling(model: nn.Module) -> None:
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.MultiheadAttention):
-                setattr(module, name, PoolingAttention(child).eval())
-
-
 def split(model: PreTrainedModel, inputs: dict[str, tuple[torch.Tensor, ...]]) -> dict[str, nn.Module]:
-    """Cut `model` in two. It is not to be used afterwards: its pooling attention is replaced by an equal one.
+    """Cut `model` in two. It is not to be used afterwards: its attention is replaced by an equal one.
 
     Args:
         model: a dual encoder in evaluation mode.
         inputs: example arguments of each tower, by name ("vision", "text").
     """
-    _replace_pooling(model)
+    replace_attention(model)
     towers: dict[str, nn.Module] = {}
     for name, wrap in (("vision", ImageTower), ("text", TextTower)):
         whole: nn.Module = wrap(model)

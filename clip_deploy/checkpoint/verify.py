@@ -7,12 +7,15 @@ from safetensors import SafetensorError, safe_open
 
 from clip_deploy.checkpoint.layout import (
     INDEX,
+    OPEN_CLIP_WEIGHTS,
     PICKLES,
     WEIGHTS,
+    is_open_clip,
     read_object,
     refuse_other_layouts,
     weight_names,
 )
+from clip_deploy.checkpoint.open_clip_files import require_library, verify_folder
 from clip_deploy.checkpoint.sentence_transformers import refuse_modules
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.errors import CheckpointError
@@ -24,13 +27,17 @@ ELSEWHERE = "name the model that has it: `processor:` in the model's file in con
 def verify(folder: Path) -> None:
     """Raise CheckpointError where `folder` is not a dual encoder with whole safetensors weights, and nothing more."""
     verify_model(folder)
-    verify_processor(folder, read_config(folder))
+    if not is_open_clip(folder):
+        verify_processor(folder, read_config(folder))
 
 
 def verify_model(folder: Path) -> None:
     """The same without its processor, which may come from elsewhere."""
     refuse_modules(folder)
     refuse_other_layouts(folder)
+    if is_open_clip(folder):
+        _verify_open_clip(folder)
+        return
     config = read_config(folder)
     if not all(_stated(config, tower) for tower in TOWERS):
         raise CheckpointError(
@@ -49,6 +56,15 @@ def verify_model(folder: Path) -> None:
             raise CheckpointError(f"{folder} lacks {missing[0]}, which {INDEX} names: fetch it again")
         raise CheckpointError(without_weights(str(folder), [path for path in folder.iterdir() if path.is_file()]))
     _verify_depth(folder, config, sum(_tensors(folder / name) for name in names if name != INDEX))
+
+
+def _verify_open_clip(folder: Path) -> None:
+    require_library()
+    verify_folder(folder)
+    (name,) = weight_names(folder)
+    if not (folder / name).is_file():
+        raise CheckpointError(without_weights(str(folder), [path for path in folder.iterdir() if path.is_file()], name))
+    _tensors(folder / name)
 
 
 def verify_processor(folder: Path, config: dict[str, Any]) -> None:
@@ -149,13 +165,22 @@ def _verify_depth(folder: Path, config: dict[str, Any], tensors: int) -> None:
             )
 
 
-def without_weights(name: str, files: list[Path]) -> str:
+def without_weights(name: str, files: list[Path], wanted: str = WEIGHTS) -> str:
     """Why a folder or repository that lacks model.safetensors cannot be deployed, and what it has in its place."""
+    of_open_clip = wanted in OPEN_CLIP_WEIGHTS
     if pickled := sorted(file.name for file in files if any(file.match(pattern) for pattern in PICKLES)):
+        way = (
+            f"safetensors.torch.save_file(state_dict, {wanted!r})" if of_open_clip else "model.save_pretrained(folder)"
+        )
         return (
             f"{name} has only pickled weights ({pickled[0]}), which can run code when loaded: where you "
-            "trust it, load it once and `model.save_pretrained(folder)`, or pin a revision with model.safetensors"
+            f"trust it, load it once and `{way}`, or pin a revision with {wanted}"
         )
     other = sorted(file.name for file in files if file.suffix == ".safetensors")
-    also = f"; {', '.join(other[:3])} is none that transformers reads" if other else ""
-    return f"{name} has no weights: a file {WEIGHTS} is needed, or shards with {INDEX}{also}"
+    also = (
+        f"; {', '.join(other[:3])} is none that {'open_clip' if of_open_clip else 'transformers'} reads"
+        if other
+        else ""
+    )
+    shards = "" if of_open_clip else f", or shards with {INDEX}"
+    return f"{name} has no weights: a file {wanted} is needed{shards}{also}"

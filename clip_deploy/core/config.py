@@ -89,12 +89,18 @@ class ModelConfig:
     base_revision: str | None = None  # a commit, where the base is an id
     processor: str | None = None  # an id or a folder that processor and tokenizer come from where the model has none
     processor_revision: str | None = None
+    open_clip: str | None = None  # the architecture's name there, where `path` is a checkpoint of open_clip's training
     architecture: dict[str, Any] | None = None  # a config.json; its tokenizer and processor come from `path`
     seed: int = 0
     trained: bool = True  # random weights are timed and compared, not judged by their accuracy
     allow: list[str] = field(default_factory=list)  # codes of lint.py: errors that are meant so
 
     def __post_init__(self) -> None:
+        if self.open_clip and (self.repo_id or not self.path):
+            raise ConfigError(
+                "model.open_clip names the architecture of a training checkpoint (epoch_*.pt): set that file as path, "
+                "in conf/model/open-clip-training.yaml"
+            )
         if bool(self.repo_id) == bool(self.path):
             raise ConfigError(
                 "model: give either repo_id (a Hugging Face id) or path (a local folder); "
@@ -109,6 +115,8 @@ class ModelConfig:
             raise ConfigError(
                 f"model.{others[0]} is set beside model.architecture, which has random weights: take it out"
             )
+        if self.open_clip and others:
+            raise ConfigError(f"model.{others[0]} is set beside model.open_clip, which needs none: take it out")
 
 
 @dataclass

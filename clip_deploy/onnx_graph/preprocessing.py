@@ -59,6 +59,8 @@ def preprocessing_nodes(processor: "BaseImageProcessor", image_size: list[int]) 
 def read_preprocessing(processor: "BaseImageProcessor", filters: Collection[int] = tuple(FILTERS)) -> Preprocessing:
     """Raises UnavailableError naming the option that is none of those that Preprocessing holds, with these filters."""
     name = type(processor).__name__
+    if hasattr(processor, "preprocessing"):
+        return _stated(name, processor.preprocessing, filters)
     size, crop = dict(processor.size or {}), dict(processor.crop_size or {})
     if getattr(processor, "do_pad", None):
         raise UnavailableError(f"{name} pads (do_pad)")
@@ -84,11 +86,20 @@ def read_preprocessing(processor: "BaseImageProcessor", filters: Collection[int]
     )
 
 
+def _stated(name: str, settings: Preprocessing | None, filters: Collection[int]) -> Preprocessing:
+    """Of a processor that says itself what it does."""
+    if settings is None:
+        raise UnavailableError(f"{name} resizes to an edge of images that are no squares")
+    if settings.resample is not None and settings.resample not in filters:
+        raise UnavailableError(f"{name} resizes with resample {FILTER_NAMES.get(settings.resample, settings.resample)}")
+    return settings
+
+
 def _unavailable(what: str) -> UnavailableError:
     filters = "bilinear and bicubic"
     return UnavailableError(
-        f"onnx.preprocess: {what}; a graph can resize ({filters}) to a shortest edge with a centre crop or to a height "
-        "and width, rescale and normalise: set onnx.preprocess: false and preprocess before the graph"
+        f"onnx.preprocess: {what}; a graph can resize ({filters}) to a shortest or longest edge with a centre crop or "
+        "to a height and width, rescale and normalise: set onnx.preprocess: false and preprocess before the graph"
     )
 
 
@@ -110,7 +121,7 @@ def build_preprocessing(settings: Preprocessing, image_size: list[int]) -> PrePo
     if settings.resample is not None:
         pixels = _resized(nodes, settings, images, pixels)
     if settings.crop is not None:
-        pixels = _cropped(nodes, settings.crop, _may_be_smaller(settings), pixels)
+        pixels = _cropped(nodes, settings, settings.crop, pixels)
     levels = nodes.add("Cast", [pixels], to=ir.DataType.FLOAT)
     scale, offset = (nodes.constant(part.reshape(1, 3, 1, 1), np.float32) for part in (settings.scale, settings.offset))
     scale.name = SCALE
@@ -125,6 +136,8 @@ def _resized(nodes: Nodes, settings: Preprocessing, images: ir.Value, pixels: ir
     assert settings.resample is not None
     if "height" in settings.size:
         size = nodes.constant([settings.size["height"], settings.size["width"]])
+    elif "longest_edge" in settings.size:
+        size = _longest(nodes, nodes.add("Shape", [images], start=1, end=3), settings.size["longest_edge"])
     else:
         given = nodes.add("Shape", [images], start=1, end=3)
         product = nodes.add("Mul", [given, nodes.constant([settings.size["shortest_edge"]])])
@@ -141,30 +154,43 @@ def _resized(nodes: Nodes, settings: Preprocessing, images: ir.Value, pixels: ir
     )
 
 
+def _longest(nodes: Nodes, given: ir.Value, edge: int) -> ir.Value:
+    """Height and width with the longest edge as asked for: in float64 and to the even number, as Python rounds."""
+    sides = nodes.add("Cast", [given], to=ir.DataType.DOUBLE)
+    ratio = nodes.add("Div", [nodes.add("ReduceMax", [sides]), nodes.constant([edge], np.float64)])
+    return nodes.add("Cast", [nodes.add("Round", [nodes.add("Div", [sides, ratio])])], to=ir.DataType.INT64)
+
+
 def _may_be_smaller(settings: Preprocessing) -> bool:
-    """Whether an image can be smaller than the crop, so that the processor pads it with black."""
+    """Whether an image can be smaller than the crop, so that the processor pads it."""
     assert settings.crop is not None  # the caller saw it
-    if settings.size is None:
+    if settings.size is None or "longest_edge" in settings.size:
         return True
     least = [settings.size.get(name, settings.size.get("shortest_edge", 0)) for name in ("height", "width")]
     return any(side < wanted for side, wanted in zip(least, settings.crop, strict=True))
 
 
-def _cropped(nodes: Nodes, crop: list[int], pad: bool, pixels: ir.Value) -> ir.Value:
-    """The middle; of an odd rest, the larger part is cut after it, and padded before it."""
+def _cropped(nodes: Nodes, settings: Preprocessing, crop: list[int], pixels: ir.Value) -> ir.Value:
+    """The middle; of an odd rest, settings.crop_rounding says on which side a pixel more is cut and padded."""
     wanted, one, two = nodes.constant(crop), nodes.constant([1]), nodes.constant([2])
-    nothing = nodes.constant([0, 0])
-    if pad:
+    nothing, down = nodes.constant([0, 0]), settings.crop_rounding == "down"
+    if _may_be_smaller(settings):
         size = nodes.add("Shape", [pixels], start=2, end=4)
         missing = nodes.add("Max", [nodes.add("Sub", [wanted, size]), nothing])
-        before = nodes.add("Div", [nodes.add("Add", [missing, one]), two])
+        before = nodes.add("Div", [nodes.add("Add", [missing, one]) if down else missing, two])
         after = nodes.add("Sub", [missing, before])
         pads = nodes.add("Concat", [nothing, before, nothing, after], axis=0)
-        pixels = nodes.add("Pad", [pixels, pads])
+        pixels = nodes.add("Pad", [pixels, pads, nodes.constant(settings.fill, np.uint8)])
     size = nodes.add("Shape", [pixels], start=2, end=4)
-    start = nodes.add("Div", [nodes.add("Sub", [size, wanted]), two])
+    rest = nodes.add("Sub", [size, wanted])
+    start = nodes.add("Div", [rest, two]) if down else _half_to_even(nodes, rest)
     end = nodes.add("Add", [start, wanted])
     return nodes.add("Slice", [pixels, start, end, nodes.constant([2, 3])])
+
+
+def _half_to_even(nodes: Nodes, rest: ir.Value) -> ir.Value:
+    half = nodes.add("Mul", [nodes.add("Cast", [rest], to=ir.DataType.FLOAT), nodes.constant([0.5], np.float32)])
+    return nodes.add("Cast", [nodes.add("Round", [half])], to=ir.DataType.INT64)
 
 
 def _hold_against(processor: "BaseImageProcessor", settings: Preprocessing, image_size: list[int]) -> None:

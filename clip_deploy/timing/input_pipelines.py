@@ -156,6 +156,11 @@ class TorchFeed:
             image = functional.resize(image, list(size), filters[self.settings.resample], antialias=True)
         if self.settings.crop is not None:
             top, left = self.settings.crop_start(*image.shape[-2:])
+            if min(top, left) < 0:  # what the image lacks; functional.crop knows black alone
+                lacks = (max(0, want - side) for want, side in zip(self.settings.crop, image.shape[-2:], strict=True))
+                below, right = lacks  # and more than that is cut again
+                image = functional.pad(image, [max(0, -left), max(0, -top), right, below], fill=self.settings.fill)
+                top, left = max(0, top), max(0, left)
             image = functional.crop(image, top, left, *self.settings.crop)
         return image * self.scale + self.offset
 

@@ -495,6 +495,7 @@ def hub():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+    server.server_close()
 
 
 def test_a_hub_checkpoint_is_downloaded_without_pickles_or_code(tmp_path, hub):

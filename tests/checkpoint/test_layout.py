@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -118,7 +119,6 @@ def test_modules_that_are_none_are_refused(folder, content):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"open_clip_config.json": {}, "open_clip_model.safetensors": {}}, "is an open_clip checkpoint"),
         ({"model_index.json": {}, "text_encoder/config.json": {}}, "is a diffusers pipeline"),
         ({"checkpoint-1000/config.json": {}}, "has no config.json, and below it checkpoint-1000 has"),
         ({"snapshots/0123/config.json": {}}, "has no config.json, and below it snapshots/0123 has"),
@@ -127,15 +127,21 @@ def test_modules_that_are_none_are_refused(folder, content):
         ({}, "has no config.json, and holds nothing: give a folder"),
     ],
 )
-def test_a_folder_without_config_is_called_what_it_is(tmp_path, files, said, kinds):
+def test_a_folder_without_config_is_called_what_it_is(tmp_path, files, said):
     folder = tmp_path / "given"
     folder.mkdir()
     for name, content in files.items():
         put(folder, name, content)
-    found = refused(folder)
-    assert f"{folder} {said}" in found
-    if "open_clip_config.json" in files:
-        kinds("16: an open_clip folder", "has no config.json: give a folder in Hugging Face layout", found)
+    assert f"{folder} {said}" in refused(folder)
+
+
+def test_an_open_clip_folder_without_its_library_is_one_message(tmp_path, monkeypatch):
+    folder = tmp_path / "given"
+    put(folder, "open_clip_config.json", {"model_cfg": {"vision_cfg": {}, "text_cfg": {}}})
+    put(folder, "open_clip_model.safetensors", {})
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    assert "is read with open_clip_torch, which cannot be imported" in (said := refused(folder))
+    assert "pip install 'clip-deploy[open-clip]'" in said
 
 
 def test_a_file_in_the_place_of_a_folder_is_called_a_file(folder):

@@ -464,6 +464,7 @@ def test_released_checkpoints_have_no_error(name, tmp_path, request):
         ({"crop_size": {"height": 0, "width": 48}}, r"makes pixel_values of shape \[3, 0, 48\]"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:divide by zero")
 def test_pixels_that_are_no_numbers_are_refused(folder, values, said):
     pictures(**values)(folder)
     with pytest.raises(CheckpointError, match=said):

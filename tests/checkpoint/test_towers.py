@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from clip_deploy.checkpoint.towers import example_inputs, split
+from clip_deploy.core.model import Model
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"vocab_size": 600, **SMALL}
@@ -29,8 +30,7 @@ def test_a_tower_gives_the_whole_models_embedding_and_owns_nothing_of_the_other(
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     text_inputs = ["input_ids"] if name == "siglip" else ["input_ids", "attention_mask"]
-    facts = {"image_size": [32, 32], "context_length": 16, "text_inputs": text_inputs, "pad_to_context": False}
-    inputs = example_inputs(facts)
+    inputs = example_inputs(Model(image_size=[32, 32], context_length=16, text_inputs=text_inputs))
     inputs = {"vision": (torch.randn(2, 3, 32, 32),), "text": inputs["text"]}
     texts = dict(zip(text_inputs, inputs["text"], strict=True))
     with torch.inference_mode():

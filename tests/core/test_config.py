@@ -8,7 +8,13 @@ from clip_deploy.core.errors import ConfigError
 
 CONF = ROOT / "conf"
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-NEEDS_A_PATH = {("model", "local"), ("data", "image-folder"), ("data", "captions"), ("data", "hub")}
+NEEDS_A_PATH = {
+    ("model", "open-clip-training"),
+    ("model", "local"),
+    ("data", "image-folder"),
+    ("data", "captions"),
+    ("data", "hub"),
+}
 
 
 @pytest.fixture
@@ -33,7 +39,9 @@ def test_the_shipped_params_are_valid(params):
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
     if (group, name) in NEEDS_A_PATH:
-        with pytest.raises(ConfigError, match=r"local\.yaml|image-folder\.yaml|captions\.yaml|hub\.yaml"):
+        with pytest.raises(
+            ConfigError, match=r"local\.yaml|open-clip-training\.yaml|image-folder\.yaml|captions\.yaml|hub\.yaml"
+        ):
             load_choice(CONF, group, name)
     else:
         load_choice(CONF, group, name)

@@ -59,3 +59,4 @@ def served(repositories):
         yield f"http://127.0.0.1:{server.server_port}", asked
     finally:
         server.shutdown()
+        server.server_close()

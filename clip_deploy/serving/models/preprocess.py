@@ -116,18 +116,38 @@ def pixel_values(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     if settings["size"] is not None:
         image = image.resize(resized(image, settings["size"]), Image.Resampling(settings["resample"]))
     if settings["crop"] is not None:
-        height, width = settings["crop"]
-        top, left = (image.height - height) // 2, (image.width - width) // 2  # outside the image it is black
-        image = image.crop((left, top, left + width, top + height))
+        image = cropped(image, settings)
     pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # contiguous, as the tower takes it
     pixels *= np.divide(settings["rescale_factor"], settings["image_std"]).astype(np.float32).reshape(3, 1, 1)
     pixels -= np.divide(settings["image_mean"], settings["image_std"]).astype(np.float32).reshape(3, 1, 1)
     return pixels
 
 
+def cropped(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
+    """The middle; what the image lacks is padded."""
+    height, width = settings["crop"]
+    rounding, fill = settings.get("crop_rounding", "down"), settings.get("fill", 0)  # older packages have neither
+    top, left = start(image.height, height, rounding), start(image.width, width, rounding)
+    if fill and (image.height < height or image.width < width):
+        padded = Image.new("RGB", (width, height), (fill,) * 3)
+        padded.paste(image, (-left, -top))
+        return padded
+    return image.crop((left, top, left + width, top + height))
+
+
+def start(side: int, wanted: int, rounding: str) -> int:
+    """Where the middle begins, negative where the side is padded: "down" as transformers does it, "even" open_clip."""
+    if rounding == "down":
+        return (side - wanted) // 2
+    return round((side - wanted) / 2) if side >= wanted else -((wanted - side) // 2)
+
+
 def resized(image: Image.Image, size: dict[str, int]) -> tuple[int, int]:
-    """[width, height] after resizing; the longer side is cut to whole pixels."""
+    """[width, height] after resizing; the longer side is cut to whole pixels, or both are rounded."""
     if "height" in size:
         return size["width"], size["height"]
+    if "longest_edge" in size:
+        ratio = max(image.size) / size["longest_edge"]
+        return round(image.width / ratio), round(image.height / ratio)
     short, edge = min(image.size), size["shortest_edge"]
     return edge * image.width // short, edge * image.height // short

@@ -1,0 +1,59 @@
+"""Whether a folder in open_clip's layout is whole, and one of those that can be deployed."""
+
+from pathlib import Path
+from typing import Any
+
+from clip_deploy.checkpoint.layout import OPEN_CLIP, read_object
+from clip_deploy.core.errors import CheckpointError, one_line
+
+INSTALL = "pip install 'clip-deploy[open-clip]'"
+
+
+def require_library() -> None:
+    """Raise CheckpointError, with the way out, where open_clip or what it needs is not installed."""
+    try:
+        import ftfy  # noqa: F401 - its version decides how texts are cleaned
+        import open_clip  # noqa: F401
+        import timm  # noqa: F401
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # torchvision of another PyTorch raises the second
+        raise CheckpointError(
+            f"an open_clip checkpoint is read with open_clip_torch, which cannot be imported ({one_line(error)}): "
+            f"{INSTALL}, with a torchvision that was made for the PyTorch that is installed"
+        ) from error
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """open_clip_config.json as it stands; CheckpointError where it lacks a tower, or names one that is not built here.
+
+    The library is not needed for it.
+    """
+    path = folder / OPEN_CLIP
+    settings = read_object(path)
+    model = settings.get("model_cfg")
+    towers = [model.get(name) if isinstance(model, dict) else None for name in ("vision_cfg", "text_cfg")]
+    if not all(isinstance(tower, dict) for tower in towers):
+        raise CheckpointError(f"{path} lacks model_cfg with vision_cfg and text_cfg: fetch it again")
+    vision, text = (dict(tower or {}) for tower in towers)
+    if name := text.get("hf_model_name"):
+        raise CheckpointError(
+            f"{path}: its text tower is {name!r:.60} of transformers (hf_model_name), whose settings are not in the "
+            "folder; only open_clip's own text towers are read: take a checkpoint in transformers' layout"
+        )
+    if ":" in str(name := vision.get("timm_model_name", "")):
+        raise CheckpointError(f"{path}: timm_model_name is {name!r:.60}: only architectures that timm holds are built")
+    tokenizer = text.get("tokenizer_kwargs") or {}
+    if (mode := text.get("tokenizer_mode")) or (mode := tokenizer.get("reduction_mask")):
+        raise CheckpointError(f"{path}: its tokenizer works in mode {mode!r:.40}, which cannot be deployed")
+    return settings
+
+
+def verify_folder(folder: Path) -> None:
+    """Raise CheckpointError where the settings or the tokenizer of an open_clip checkpoint are missing or unknown."""
+    settings = read_settings(folder)
+    name = settings["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+    if name and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(
+            f"{folder} lacks its tokenizer, {name!r:.60} (hf_tokenizer_name): put its files beside, with "
+            f"`AutoTokenizer.from_pretrained({name!r:.60}).save_pretrained(folder)`"
+        )

@@ -1,0 +1,163 @@
+"""Attention of PyTorch, timm and open_clip as transformers' own layers compute it, so that exporters write one pattern.
+
+The pattern is three projections, heads as an axis, scaled_dot_product_attention, and a projection of its rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+Projection = tuple[torch.Tensor, torch.Tensor | None]  # weight [out, in] and bias [out]
+
+
+class PlainAttention(nn.Module):  # type: ignore[misc]
+    """Attention from three projections of rows [batch, tokens, width]; no attention weights are returned.
+
+    Args:
+        projections: of query, key and value.
+        out_proj: what the attended rows go through.
+        norms: of the heads of query and key.
+    """
+
+    def __init__(
+        self,
+        projections: list[Projection],
+        out_proj: nn.Module,
+        heads: int,
+        norms: tuple[nn.Module, nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, len(projections[0][0]) // heads
+        self.projections = nn.ModuleList(_linear(*projection) for projection in projections)
+        self.norms = nn.ModuleList(norms or (nn.Identity(), nn.Identity()))
+        self.out_proj = out_proj
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A mask is added to the scores: [batch, heads, queries, keys], or broadcast to it."""
+        given = zip(self.projections, (query, key, value), strict=True)
+        queries, keys, values = (self._to_heads(projection(tokens)) for projection, tokens in given)
+        queries, keys = self.norms[0](queries), self.norms[1](keys)
+        attended = scaled_dot_product_attention(queries, keys, values, mask, scale=self.head_width**-0.5)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+    def _to_heads(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    made = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone())
+    return made
+
+
+class MultiheadAttention(nn.Module):  # type: ignore[misc]
+    """nn.MultiheadAttention, batch first, without attention weights.
+
+    Its mask is [queries, keys] or [batch * heads, queries, keys]; None for none.
+    """
+
+    def __init__(self, source: nn.MultiheadAttention) -> None:
+        super().__init__()
+        weights = [source.q_proj_weight, source.k_proj_weight, source.v_proj_weight]
+        if source.in_proj_weight is not None:
+            weights = source.in_proj_weight.chunk(3)
+        biases = [None] * 3 if source.in_proj_bias is None else source.in_proj_bias.chunk(3)
+        projections = list(zip(weights, biases, strict=True))
+        out_proj = _linear(source.out_proj.weight, source.out_proj.bias)  # its own kind is never quantised
+        self.plain = PlainAttention(projections, out_proj, source.num_heads)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        need_weights: bool = False,
+        attn_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        mask = attn_mask
+        if mask is not None:
+            mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, self.plain.heads))
+        return self.plain(query, key, value, mask), None
+
+
+class TimmAttention(nn.Module):  # type: ignore[misc]
+    """timm's Attention, whose one Linear projects query, key and value, in evaluation mode."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        out = nn.Sequential(source.norm, source.proj)
+        self.plain = PlainAttention(_parts(source.qkv, 3), out, source.num_heads, (source.q_norm, source.k_norm))
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        return self.plain(x, x, x, attn_mask)
+
+
+class TimmPoolLatent(nn.Module):  # type: ignore[misc]
+    """timm's AttentionPoolLatent, which SigLIP pools its image tokens with, in evaluation mode."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.source = source
+        projections = [(source.q.weight, source.q.bias), *_parts(source.kv, 2)]
+        self.plain = PlainAttention(projections, source.proj, source.num_heads, (source.q_norm, source.k_norm))
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        source = self.source
+        if source.pos_embed is not None:
+            x = x + source.pos_embed.unsqueeze(0).to(x.dtype)
+        x = self.plain(source.latent.expand(x.shape[0], -1, -1), x, x, attn_mask)
+        if source.mlp is not None:
+            x = x + source.mlp(source.norm(x))
+        pooled = {"token": lambda: x[:, 0], "avg": lambda: x.mean(1)}
+        return pooled[source.pool]() if source.pool in pooled else x
+
+
+class ResNetPool(nn.Module):  # type: ignore[misc]
+    """open_clip's AttentionPool2d, of which only the first token's row is kept."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        projections = [(part.weight, part.bias) for part in (source.q_proj, source.k_proj, source.v_proj)]
+        self.positional_embedding = source.positional_embedding
+        self.plain = PlainAttention(projections, source.c_proj, source.num_heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positional_embedding.to(x.dtype)
+        return self.plain(tokens[:, :1], tokens, tokens)[:, 0]
+
+
+def _parts(linear: nn.Linear, count: int) -> list[Projection]:
+    biases = [None] * count if linear.bias is None else linear.bias.chunk(count)
+    return list(zip(linear.weight.chunk(count), biases, strict=True))
+
+
+def _is_plain_timm(module: nn.Module) -> bool:
+    return getattr(module, "gate", None) is None and isinstance(module.qkv, nn.Linear)
+
+
+def _is_plain_pool(module: nn.Module) -> bool:
+    return isinstance(module.q, nn.Linear)
+
+
+FORMS: dict[str, tuple[Callable[[nn.Module], bool], type[nn.Module]]] = {  # by where the class is written
+    "torch.nn.modules.activation.MultiheadAttention": (lambda module: module.batch_first, MultiheadAttention),
+    "timm.layers.attention.Attention": (_is_plain_timm, TimmAttention),
+    "timm.layers.attention_pool.AttentionPoolLatent": (_is_plain_pool, TimmPoolLatent),
+    "open_clip.modified_resnet.AttentionPool2d": (lambda module: True, ResNetPool),
+}
+
+
+def replace_attention(model: nn.Module) -> None:
+    """Put an equal module in the place of every attention in `model` that exporters would write in another form."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            fits, form = FORMS.get(f"{type(child).__module__}.{type(child).__qualname__}", (None, None))
+            if fits is not None and form is not None and fits(child):
+                setattr(module, name, form(child).eval())

@@ -1,0 +1,375 @@
+"""open_clip's checkpoints, held against open_clip itself."""
+
+import json
+import re
+import shutil
+import sys
+import warnings
+from dataclasses import asdict
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support.models import small_tokenizer
+from support.open_clip import SMALL, SMALL_IMAGES, SMALL_TEXTS, need_library, save
+from support.project import ROOT, TINY
+from support.targets import packed
+
+from clip_deploy.builders.fused import optimize
+from clip_deploy.builders.onnx_export import export_onnx
+from clip_deploy.builders.processor_files import probe_texts, write_portable, write_preprocessor, write_tokenizer
+from clip_deploy.builders.torch_checkpoint import export_torch
+from clip_deploy.builders.torchscript import export_torchscript
+from clip_deploy.checkpoint.fetch import fetch
+from clip_deploy.checkpoint.lint import lint
+from clip_deploy.checkpoint.load import describe, load_model, load_processor
+from clip_deploy.core.artifact import build, read_target
+from clip_deploy.core.config import DataConfig, Device, ModelConfig, OnnxConfig, OptimizeConfig, Precision, TorchConfig
+from clip_deploy.core.errors import CheckpointError
+from clip_deploy.core.fusions import missed
+from clip_deploy.core.preprocessing import Preprocessing
+from clip_deploy.data.dataset import load as load_data
+from clip_deploy.data.preprocessed import load_prepared, write_prepared
+from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
+from clip_deploy.inference.classifier import ZeroShotClassifier
+from clip_deploy.inference.images import rgb
+from clip_deploy.inference.tokenizer import Tokenizer
+from clip_deploy.onnx_graph.preprocessing import preprocessing_nodes
+from clip_deploy.runtimes import open_encoder
+
+SIGLIP_TEXTS = {**SMALL_TEXTS, "no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+COCA_TEXTS = {**SMALL_TEXTS, "context_length": 15, "embed_cls": True, "output_tokens": True}
+COCA_POOL = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 8, "output_tokens": True}
+
+
+def timm(name, size, **settings):
+    return {**SMALL, "vision_cfg": {"image_size": size, "timm_model_name": name, "timm_pool": "", **settings}}
+
+
+ARCHITECTURES = {
+    "vit": SMALL,
+    "vit-quickgelu": {**SMALL, "quick_gelu": True},
+    "siglip": {
+        **timm("test_vit3", 160, timm_pool="map", timm_proj="none"),
+        "embed_dim": 96,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "text_cfg": SIGLIP_TEXTS,
+    },
+    "resnet": {**SMALL, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}},
+    "convnext": timm("test_convnext", 160),
+    "coca": {
+        **SMALL,
+        "custom_text": True,
+        "vision_cfg": {**SMALL_IMAGES, **COCA_POOL},
+        "text_cfg": COCA_TEXTS,
+        "multimodal_cfg": {"context_length": 15, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 1},
+    },
+    "eva": timm("eva02_tiny_patch14_224", 224, timm_pool="token"),
+    "mobileclip": timm("fastvit_mci0", 256, timm_pool="avg"),
+    "pe-core": timm("vit_pe_core_tiny_patch16_384", 384, timm_pool="map", timm_proj="none") | {"embed_dim": 192},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    need_library()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, library):
+    """By architecture: the checkpoint as open_clip saves it, made when it is first asked for, and open_clip's model."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            path = tmp_path_factory.mktemp(name) / "checkpoint"
+            made[name] = path, save(json.loads(json.dumps(ARCHITECTURES[name])), path)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def targets(folders):
+    """By architecture: the target torch-fp32, made when it is first asked for, and open_clip's own model."""
+
+    def target(name):
+        path, own = folders(name)
+        output = path.parent / "torch-fp32"
+        if not output.exists():
+            build(output, lambda folder: fetch(ModelConfig(path=str(path), trained=False), folder), None)
+        return output, own
+
+    return target
+
+
+def inputs_of(own, count=3):
+    """Random images, and texts of different length as open_clip pads them."""
+    torch.manual_seed(1)
+    size = own.visual.image_size
+    ids = torch.zeros(count, own.context_length, dtype=torch.int64)
+    for row in range(count):
+        ids[row, : 5 + row] = torch.tensor([49406, *torch.randint(1, 49000, (3 + row,)).tolist(), 49407])
+    return torch.randn(count, 3, *(size if isinstance(size, tuple) else (size, size))), ids
+
+
+def cosines(one, other):
+    return torch.nn.functional.cosine_similarity(torch.as_tensor(one).double(), torch.as_tensor(other).double())
+
+
+def lowest_cosines(target, own):
+    """By tower, of a target's embeddings and open_clip's own."""
+    encoder, (images, texts) = open_encoder(target), inputs_of(own)
+    with torch.inference_mode():
+        expected = {"vision": own.encode_image(images), "text": own.encode_text(texts)}
+    actual = {
+        "vision": encoder.encode_images(images.numpy()),
+        "text": encoder.encode_texts(texts.numpy(), np.ones_like(texts.numpy())),
+    }
+    return {tower: float(cosines(actual[tower], expected[tower]).min()) for tower in expected}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_towers_give_open_clips_own_embeddings(name, targets):
+    target, own = targets(name)
+    assert min(lowest_cosines(target, own).values()) > 0.99999
+
+
+def test_an_open_clip_folder_comes_in(targets, kinds):
+    lowest = min(lowest_cosines(*targets("vit")).values())
+    now = f"it comes in: lowest cosine with open_clip's own embeddings {lowest:.6f}"
+    kinds("16: an open_clip folder", "has no config.json: give a folder in Hugging Face layout", now)
+    assert lowest > 0.99999
+
+
+@pytest.mark.parametrize("name", ["vit", "vit-quickgelu", "siglip", "resnet"])
+def test_a_graph_of_open_clips_towers_has_all_operations_fused(name, targets, tmp_path):
+    target, own = targets(name)
+    onnx, fused = tmp_path / "onnx-fp32", tmp_path / "ort-fp32"
+    build(onnx, lambda output: export_onnx(target, OnnxConfig(), output), None)
+    build(fused, lambda output: optimize(onnx, OptimizeConfig(), None, output), None)
+    built = read_target(fused).build
+    assert not missed(built)
+    assert "rewrites_undone" not in built
+    assert {tower: kinds["attention"][1] for tower, kinds in built["fusions"].items()} == {
+        "vision": {"siglip": 10, "resnet": 1}.get(name, 2),
+        "text": 2,
+    }
+    for graph in (onnx, fused):
+        assert min(lowest_cosines(graph, own).values()) > 0.99999
+
+
+@pytest.mark.parametrize("name", ["vit", "coca"])
+def test_torchscript_gives_open_clips_own_embeddings(name, targets, tmp_path):
+    target, own = targets(name)
+    for precision, least in ((Precision.fp32, 0.99999), (Precision.int8, 0.9)):
+        traced = tmp_path / precision.value
+        build(traced, partial(export_torchscript, target, precision), None)
+        assert min(lowest_cosines(traced, own).values()) > least
+
+
+def test_a_checkpoint_in_half_precision_is_one_that_open_clip_opens_too(targets, tmp_path):
+    import open_clip
+
+    target, own = targets("vit")
+    output = tmp_path / "torch-bf16"
+    build(output, partial(export_torch, target, TorchConfig(precision=Precision.bf16), Device.cpu), None)
+    assert read_target(output).files == ["open_clip_config.json", "open_clip_model.safetensors"]
+    again, (images, texts) = open_clip.create_model(f"local-dir:{output}").eval(), inputs_of(own)
+    with torch.inference_mode():
+        assert float(cosines(again.encode_image(images), own.encode_image(images)).min()) > 0.999
+        assert float(cosines(again.encode_text(texts), own.encode_text(texts)).min()) > 0.999
+
+
+PREPROCESSING = {
+    "shortest": {"resize_mode": "shortest", "interpolation": "bicubic"},
+    "squash": {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3},
+    "longest": {"resize_mode": "longest", "fill_color": 114, "mean": [0.4, 0.5, 0.6]},
+}
+SIZES = ((83, 61), (97, 130), (32, 32), (33, 32), (32, 47), (31, 90), (500, 40), (20, 17), (1, 1))
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Pixels as Triton's model makes them."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace())
+    spec = spec_from_file_location("served_preprocess", ROOT / "clip_deploy/serving/models/preprocess.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pixel_values
+
+
+@pytest.mark.parametrize("mode", PREPROCESSING)
+@pytest.mark.parametrize("side", [32, 33])
+def test_pixels_are_open_clips_own_for_every_mode_and_size_of_image(mode, side, served, tmp_path):
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    images = {**SMALL_IMAGES, "image_size": side, "patch_size": 8 if side == 32 else 11}
+    own = save({**SMALL, "vision_cfg": images}, tmp_path, PREPROCESSING[mode])
+    theirs = image_transform_v2(PreprocessCfg(**own.visual.preprocess_cfg), is_train=False)
+    processor = load_processor(tmp_path).image_processor
+    write_preprocessor(processor, [side, side], tmp_path / "preprocessor.json")
+    packaged = Preprocessing(**json.loads((tmp_path / "preprocessor.json").read_text()))
+    rng = np.random.default_rng(0)
+    for width, height in SIZES:
+        noise = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))
+        for kind in ("RGB", "L", "1", "P", "CMYK", "LA", "RGBA", "YCbCr"):
+            picture = rgb(noise.convert("RGB").convert(kind))
+            expected = theirs(picture).numpy()
+            np.testing.assert_array_equal(processor(picture)["pixel_values"][0], expected)
+            np.testing.assert_allclose(packaged(picture), expected, atol=1e-5)
+            np.testing.assert_allclose(served(picture, asdict(packaged)), expected, atol=1e-5)
+        grey = noise.convert("L")  # open_clip resizes before it converts: the same where a picture has no palette
+        np.testing.assert_array_equal(theirs(rgb(grey)), theirs(grey))
+    preprocessing_nodes(processor, [side, side])  # holds them against the processor
+
+
+@pytest.mark.parametrize("clean", [None, "canonicalize", "whitespace"])
+def test_the_packages_tokens_are_open_clips_own(clean, tmp_path):
+    import open_clip
+
+    texts = {**SMALL_TEXTS, "context_length": 77} | ({"tokenizer_kwargs": {"clean": clean}} if clean else {})
+    save({**SMALL, "text_cfg": texts}, tmp_path)
+    processor, model = load_processor(tmp_path), describe(tmp_path)
+    write_tokenizer(processor, model, tmp_path / "tokenizer.json")
+    packaged = Tokenizer(tmp_path / "tokenizer.json", 77, pad_to_context=True, pad_token=0)
+    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+    given = [*probe_texts(), "fish &amp; chips &lt;3", "\ufb03 \x93quoted\x94", "ALL CAPS'S"]
+    expected = theirs(given).numpy()
+    np.testing.assert_array_equal(processor.tokenizer(given, return_tensors="np")["input_ids"], expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        np.testing.assert_array_equal(packaged(given)["input_ids"], expected)
+
+
+@pytest.mark.parametrize("clean", ["whitespace", "canonicalize"])
+def test_tokens_of_a_tokenizer_of_transformers_are_open_clips_own(clean, tmp_path):
+    import open_clip
+
+    settings = {"hf_tokenizer_name": "someone/tokenizer", "tokenizer_kwargs": {"clean": clean}, "vocab_size": 600}
+    save({**SMALL, "text_cfg": {**SMALL_TEXTS, **settings}}, tmp_path)
+    small_tokenizer(16).save_pretrained(tmp_path)
+    processor, model = load_processor(tmp_path), describe(tmp_path)
+    write_tokenizer(processor, model, tmp_path / "packaged.json")  # holds it against all probe texts
+    given = probe_texts()[:300]
+    expected = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(given).numpy()
+    np.testing.assert_array_equal(processor.tokenizer(given, return_tensors="np")["input_ids"], expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_a_packages_probabilities_are_open_clips_own(name, targets, tmp_path):
+    """A softmax, and where the model has a bias a sigmoid; pictures and texts go in as a user has them."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    target, own = targets(name)
+    built, sets = tmp_path / "built", tmp_path / "sets"
+    build(built / "onnx-fp32", lambda output: export_onnx(target, OnnxConfig(), output), None)
+    dataset = load_data(DataConfig(evaluation_samples=8, calibration_samples=1, templates=["a {}"]), 0)
+    (sets / "evaluation").mkdir(parents=True)
+    (sets / "portable").mkdir()
+    processor, model = load_processor(target), read_target(target).model
+    write_prepared("evaluation", dataset, ["a {}"], processor, model, sets / "evaluation")
+    reference = encode_set(open_encoder(target), load_prepared(sets / "evaluation"))
+    save_embeddings(reference, sets / "evaluation" / "reference.npz")
+    write_portable(target, sets / "portable")
+    (tmp_path / "package").mkdir()
+    classifier = ZeroShotClassifier.open(packed(built / "onnx-fp32", sets, tmp_path / "package"), device="cpu")
+    texts = ["a red circle", "TWO blue Squares", "\u201ccaf\u00e9\u201d"]
+    picture = dataset.evaluation[0].open()
+    given = {found.text: found.probability for found in classifier.predict(picture, texts)}
+    preprocess = image_transform_v2(PreprocessCfg(**own.visual.preprocess_cfg), is_train=False)
+    with torch.inference_mode():
+        tokens = open_clip.get_tokenizer(f"local-dir:{target}")(texts)
+        logits = own.get_logits(preprocess(picture)[None], tokens)[0][0]
+    expected = logits.sigmoid() if own.logit_bias is not None else logits.softmax(dim=-1)
+    np.testing.assert_allclose([given[text] for text in texts], expected.numpy(), rtol=1e-4)
+
+
+def test_a_training_checkpoint_is_read_without_its_code(folders, tmp_path):
+    import open_clip
+
+    architecture = tmp_path / "tiny-for-test.json"
+    architecture.write_text(json.dumps(SMALL))
+    open_clip.add_model_config(architecture)
+    own = folders("vit")[1]
+    state = {f"module.{name}": weight for name, weight in own.state_dict().items()}
+    path, output = tmp_path / "epoch_1.pt", tmp_path / "output"
+    torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {"param_groups": [{"lr": 0.1}]}}, path)
+    settings = ModelConfig(path=str(path), open_clip="tiny-for-test", trained=False)
+    build(output, lambda folder: fetch(settings, folder), None)
+    assert min(lowest_cosines(output, own).values()) > 0.99999
+    with pytest.raises(CheckpointError, match="open_clip has no architecture of that name"):
+        fetch(ModelConfig(path=str(path), open_clip="nonsense"), tmp_path)
+    torch.save({"state_dict": state, "args": Path()}, path)
+    with pytest.raises(CheckpointError, match="cannot be read without running code from it"):
+        fetch(settings, tmp_path)
+
+
+def test_the_linter_runs_what_makes_sense_and_finds_what_is_missing(folders, tmp_path):
+    path, _ = folders("vit")
+    settings = ModelConfig(path=str(path), trained=False)
+    assert lint(path, settings, describe(path)) == []
+    broken = shutil.copytree(path, tmp_path / "broken")
+    weights = load_file(broken / "open_clip_model.safetensors")
+    weights["transformer.resblocks.7.ln_1.weight"] = weights.pop("transformer.resblocks.1.ln_1.weight")
+    save_file(weights, broken / "open_clip_model.safetensors")
+    with pytest.raises(CheckpointError, match="missing-weights"):
+        lint(broken, settings, describe(path))
+    with pytest.raises(CheckpointError, match=r"lacks the weight text\.transformer\.resblocks\.1\.ln_1\.weight"):
+        load_model(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "its text tower is 'roberta-base' of transformers"),
+        ({"vision_cfg": {"timm_model_name": "hf-hub:a/b"}}, "only architectures that timm holds are built"),
+        ({"text_cfg": {"tokenizer_mode": "clips"}}, "its tokenizer works in mode 'clips'"),
+        ({"text_cfg": {"hf_tokenizer_name": "a/b"}}, "lacks its tokenizer, 'a/b' (hf_tokenizer_name)"),
+        ({"text_cfg": None}, "lacks model_cfg with vision_cfg and text_cfg"),
+        ({"vision_cfg": {**SMALL_IMAGES, "colour": 1}}, "open_clip_config.json is none that open_clip builds"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused_with_the_way_out(change, said, folders, tmp_path):
+    path = shutil.copytree(folders("vit")[0], tmp_path / "given")
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**SMALL, **change}}))
+    with pytest.raises(CheckpointError, match=re.escape(said)) as error:
+        fetch(ModelConfig(path=str(path)), tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_hub_repository_comes_in_by_its_id(folders, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    path, own = folders("vit")
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--vit"
+    shutil.copytree(path, repository / "snapshots" / revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    settings = ModelConfig(repo_id="someone/vit", revision=revision, trained=False)
+    build(tmp_path / "torch-fp32", lambda folder: fetch(settings, folder), None)
+    assert min(lowest_cosines(tmp_path / "torch-fp32", own).values()) > 0.99999
+
+
+def test_where_transformers_form_lies_beside_it_is_taken(folders, tmp_path):
+    both = shutil.copytree(TINY, tmp_path / "both")
+    shutil.copytree(folders("vit")[0], both, dirs_exist_ok=True)
+    build(tmp_path / "torch-fp32", lambda folder: fetch(ModelConfig(path=str(both)), folder), None)
+    known = read_target(tmp_path / "torch-fp32")
+    assert known.files == ["config.json", "model.safetensors"]
+    assert (known.model.model_type, known.model.left_out) == ("clip", ["open_clip_model.safetensors"])
+
+
+def test_pickled_weights_are_refused(folders, tmp_path):
+    path = shutil.copytree(folders("vit")[0], tmp_path / "given")
+    (path / "open_clip_model.safetensors").rename(path / "open_clip_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"has only pickled weights \(open_clip_pytorch_model.bin\)"):
+        fetch(ModelConfig(path=str(path)), tmp_path)

@@ -1,0 +1,63 @@
+"""Small models of open_clip with random weights, and its library where PyTorch has no torchvision made for it."""
+
+import json
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from support.project import ROOT
+
+FOLDER = ROOT / "build" / "open-clip"  # `make test` puts it there, with timm, ftfy and torchvision
+
+SMALL_IMAGES = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 8, "layers": 2}
+SMALL_TEXTS = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
+SMALL = {"embed_dim": 16, "vision_cfg": SMALL_IMAGES, "text_cfg": SMALL_TEXTS}
+
+
+def need_library():
+    """Make open_clip importable; skip, visibly, where it is not installed.
+
+    torchvision comes from PyPI with a CUDA build, whose operators a CPU build of PyTorch cannot load: they are never
+    called, and importing asks only for their names.
+    """
+    from transformers.utils import is_torchvision_available
+
+    is_torchvision_available()  # once asked, it stays with its answer: other tests run without torchvision
+    if FOLDER.is_dir() and str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
+    if find_spec("open_clip") is None:
+        pytest.skip("no open_clip: `make test` installs it into build/open-clip")
+    if "torchvision" not in sys.modules:
+        define_operators()
+
+
+def define_operators():
+    """The names of torchvision's operators, where its library does not load."""
+    import torch
+
+    folder = Path(find_spec("torchvision").origin).parent
+    text = (folder / "_meta_registrations.py").read_text()
+    for name in sorted(set(re.findall(r'register_meta\("(\w+)"', text)) | set(re.findall(r"torchvision::(\w+)", text))):
+        torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
+
+
+def save(model_cfg, folder, preprocess_cfg=None, seed=0):
+    """Write a model of open_clip with random weights into `folder`, as open_clip saves one, and return it."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg or {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim and not weight.any():
+                weight.normal_(std=0.02)  # biases and gates, of which zeros would hide a mistake
+    weights = {name: weight.clone().contiguous() for name, weight in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors", {"format": "pt"})
+    return model
