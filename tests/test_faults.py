@@ -261,7 +261,7 @@ def test_a_killed_dvc_takes_its_stage_with_it_and_the_next_run_is_right(shell, p
     fault(None)
     assert processes("stages.package", project.path)
     dvc.kill()
-    dvc.wait()
+    dvc.communicate()
     wait_until(lambda: not processes("stages.package", project.path))
     project.run("dvc", "repro", "-s", "-f", "package")
     assert contents(project, "package") == before

@@ -51,7 +51,7 @@ class Preprocessing:
             return self.size["height"], self.size["width"]
         if "longest_edge" in self.size:
             ratio = max(height, width) / self.size["longest_edge"]
-            return round(height / ratio), round(width / ratio)
+            return max(1, round(height / ratio)), max(1, round(width / ratio))
         edge, short = self.size["shortest_edge"], min(height, width)
         return edge * height // short, edge * width // short
 

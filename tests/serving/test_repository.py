@@ -22,6 +22,7 @@ from clip_deploy.builders.processor_files import write_preprocessor
 from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import ConfigError, DataError, DeployError
+from clip_deploy.core.model import Model
 from clip_deploy.core.package import read_package
 from clip_deploy.core.parsing import plain
 from clip_deploy.core.records import Benchmark
@@ -306,7 +307,7 @@ def test_served_tokens_are_those_of_the_checkpoints_tokenizer(program, repositor
     texts = ["a photo of a red circle", "blue", "x" * 500, "naïve 日本"]
     model = started(program, repository, "tokenize")
     ids, mask = model.tokens(texts)
-    expected = tokenize(load_processor(checkpoint), {"pad_to_context": False, "context_length": 32}, texts)
+    expected = tokenize(load_processor(checkpoint), Model(pad_to_context=False, context_length=32), texts)
     assert np.array_equal(ids, expected.input_ids)
     assert np.array_equal(mask, expected.attention_mask)
     assert model.tokens(["red"])[0].shape == (1, 8)  # a multiple of 8, so that more requests share a length

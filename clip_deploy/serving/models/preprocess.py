@@ -148,6 +148,6 @@ def resized(image: Image.Image, size: dict[str, int]) -> tuple[int, int]:
         return size["width"], size["height"]
     if "longest_edge" in size:
         ratio = max(image.size) / size["longest_edge"]
-        return round(image.width / ratio), round(image.height / ratio)
+        return max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
     short, edge = min(image.size), size["shortest_edge"]
     return edge * image.width // short, edge * image.height // short
