@@ -18,6 +18,7 @@ from clip_deploy.core.manifest import INSIDE, File, Run, files_of, provenance, s
 from clip_deploy.core.package import (
     FORMAT,
     LABELS,
+    PREPROCESSOR,
     DualEncoder,
     EmptyPackage,
     ImageTower,
@@ -29,7 +30,7 @@ from clip_deploy.core.package import (
 from clip_deploy.core.parsing import plain, read_record
 from clip_deploy.core.recommendation import Recommendation
 from clip_deploy.core.records import Validation
-from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER
+from clip_deploy.data.preprocessed import SCORES, TOKENIZER
 from clip_deploy.evaluate.embeddings import load_embeddings
 from clip_deploy.evaluate.gates import failures_now
 

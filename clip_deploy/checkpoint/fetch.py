@@ -25,7 +25,7 @@ from clip_deploy.checkpoint.layout import (
     weight_names,
 )
 from clip_deploy.checkpoint.load import describe
-from clip_deploy.checkpoint.open_clip_files import require_library, verify_folder
+from clip_deploy.checkpoint.open_clip_files import verify_folder
 from clip_deploy.checkpoint.places import Place, base_place, model_place, processor_place
 from clip_deploy.checkpoint.processor import processor_files, refuse_unused
 from clip_deploy.checkpoint.sentence_transformers import (
@@ -238,7 +238,6 @@ def _download(place: Place, is_whole: bool) -> Path:
             refuse_modules(folder)
             refuse_other_layouts(folder)
             if is_open_clip(folder):
-                require_library()
                 verify_folder(folder)
             elif is_whole:
                 verify_processor(folder, read_config(folder))

@@ -49,7 +49,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def verify_folder(folder: Path) -> None:
-    """Raise CheckpointError where the settings or the tokenizer of an open_clip checkpoint are missing or unknown."""
+    """Raise CheckpointError where open_clip, or a checkpoint's settings or tokenizer, is missing or unknown."""
+    require_library()
     settings = read_settings(folder)
     name = settings["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
     if name and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):

@@ -15,7 +15,7 @@ from clip_deploy.checkpoint.layout import (
     refuse_other_layouts,
     weight_names,
 )
-from clip_deploy.checkpoint.open_clip_files import require_library, verify_folder
+from clip_deploy.checkpoint.open_clip_files import verify_folder
 from clip_deploy.checkpoint.sentence_transformers import refuse_modules
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.errors import CheckpointError
@@ -59,7 +59,6 @@ def verify_model(folder: Path) -> None:
 
 
 def _verify_open_clip(folder: Path) -> None:
-    require_library()
     verify_folder(folder)
     (name,) = weight_names(folder)
     if not (folder / name).is_file():

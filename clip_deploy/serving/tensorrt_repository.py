@@ -15,9 +15,9 @@ from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import new_folder, sha256
 from clip_deploy.core.json_files import read_json
 from clip_deploy.core.manifest import INSIDE, Provenance, files_of, save_manifest
-from clip_deploy.core.package import DualEncoder, ImageTower, TextTower, Towers
+from clip_deploy.core.package import PREPROCESSOR, DualEncoder, ImageTower, TextTower, Towers
 from clip_deploy.core.records import Validation
-from clip_deploy.data.preprocessed import PREPROCESSOR, SCORES, TOKENIZER
+from clip_deploy.data.preprocessed import SCORES, TOKENIZER
 from clip_deploy.evaluate.gates import failures_now
 from clip_deploy.serving.repository import (
     NoRepository,
