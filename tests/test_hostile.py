@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.hostile import ROWS
 from support.project import ROOT, TINY
+from support.stages import no_debugger
 from support.targets import packed
 
 from clip_deploy.checkpoint.load import load_model, load_processor
@@ -182,7 +183,7 @@ def everything(settings: Everything) -> None:
 def run_stage():
     """What a stage's program makes of params.yaml: DeployError stands for its exit with one line."""
     said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    with contextlib.redirect_stderr(said), no_debugger():
         try:
             everything()
         except SystemExit as end:

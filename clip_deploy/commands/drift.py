@@ -63,5 +63,6 @@ def _parts(where: str, path: Path | None) -> list[np.ndarray]:
 
 
 def _array(path: Path) -> np.ndarray:
-    content = np.load(path)
-    return np.asarray(content["images"] if path.suffix == ".npz" else content, dtype=np.float32)
+    with path.open("rb") as file:  # NumPy leaves a file open that it opens itself and cannot read
+        content = np.load(file)
+        return np.asarray(content["images"] if path.suffix == ".npz" else content, dtype=np.float32)

@@ -211,7 +211,8 @@ def _write_images(samples: "list[Sample]", path: Path) -> None:
 def load_prepared(folder: Path) -> Prepared:
     """Read one prepared set."""
     try:
-        texts = np.load(folder / "texts.npz")
+        with np.load(folder / "texts.npz") as content:
+            texts = dict(content)
         pixels = np.load(folder / "pixel_values.npy", mmap_mode="r")
     except OSError as error:
         raise DataError(f"{folder} is no prepared set ({error}); run `dvc repro prepare`") from error

@@ -72,5 +72,5 @@ def save_embeddings(embeddings: Embeddings, path: Path) -> None:
 
 
 def load_embeddings(path: Path) -> Embeddings:
-    content = np.load(path)
-    return Embeddings(content["images"], content["captions"], content["prompts"])
+    with np.load(path) as content:
+        return Embeddings(content["images"], content["captions"], content["prompts"])

@@ -41,7 +41,8 @@ class ClientJob:
 
     @classmethod
     def read(cls, folder: Path) -> "ClientJob":
-        return replace(read_record(cls, folder / JOB), inputs=dict(np.load(folder / INPUTS)))
+        with np.load(folder / INPUTS) as inputs:
+            return replace(read_record(cls, folder / JOB), inputs=dict(inputs))
 
     def batches(self, name: str) -> list[np.ndarray]:
         return stored(self.inputs, name)

@@ -218,7 +218,7 @@ def break_it(source, output):
 
 @pytest.mark.parametrize("rewrite", [spoil, break_it])
 def test_a_rewrite_that_changes_the_outputs_or_does_not_run_is_undone(onnx_target, tmp_path, rewrite):
-    good = fusion.rewrites_of({"heads": 4, "width": 128}, OptimizeConfig())
+    good = fusion.rewrites_of(read_target(onnx_target).model.towers["vision"], OptimizeConfig())
     made = fusion.fuse(onnx_target / "vision.onnx", tmp_path / "vision.onnx", [[("bad", rewrite)], *good], {})
     assert made.undone == ["vision: bad"]
     assert onnx_file.describe(tmp_path / "vision.onnx").fusion["attention"] == 4

@@ -33,6 +33,13 @@ def need_library():
         define_operators()
 
 
+def need_torchvision():
+    """Skip, visibly, where no torchvision is installed whose operators load."""
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    if Path(torchvision.__file__).is_relative_to(FOLDER):
+        pytest.skip("torchvision is open_clip's, imported for its names alone")
+
+
 def define_operators():
     """The names of torchvision's operators, where its library does not load."""
     import torch

@@ -20,6 +20,11 @@ class Ended:
     stderr: str
 
 
+def no_debugger():
+    """Coverage traces, which Hydra takes for a debugger, to which it leaves the traceback."""
+    return patch("hydra._internal.utils.is_under_debugger", return_value=False)
+
+
 def run_stage(name: str, *words: str) -> Ended:
     """What `python -m stages.NAME` does with these words, in the repository's folder."""
     said, errors, code = io.StringIO(), io.StringIO(), 0
@@ -30,6 +35,7 @@ def run_stage(name: str, *words: str) -> Ended:
         patch.object(sys, "argv", [name, *words]),
         # Of all groups' choices, which our help does not show: two seconds.
         patch("hydra._internal.hydra.Hydra.format_config_groups", return_value=""),
+        no_debugger(),
         warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # runpy's, of a stage that a test imported
     ):
         try:

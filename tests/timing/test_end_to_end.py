@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from support.open_clip import need_torchvision
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from clip_deploy.builders.onnx_export import export_onnx
@@ -99,7 +100,7 @@ def test_photographs_are_turned_upright_by_pillow_and_on_a_gpu(lies):
 @pytest.mark.gpu
 def test_nvjpeg_gives_the_pictures_that_pillow_gives_upright(job):
     """A smooth picture: decoders differ by a few grey levels in their rounding and colour of pixels."""
-    pytest.importorskip("torchvision")
+    need_torchvision()
     rows, columns = np.mgrid[0:40, 0:60]
     picture = np.stack([rows * 4, columns * 3, rows + columns], axis=-1).astype(np.uint8)
     photos = []
@@ -140,7 +141,7 @@ def test_the_pil_feed_gives_the_pixels_of_the_processor(processor, size):
 
 @pytest.mark.parametrize("processor", PROCESSORS, ids=["crop", "crop that pads", "no resize", "both sides"])
 def test_the_torchvision_feed_is_close_to_the_processor(processor):
-    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    need_torchvision()
     settings = read_preprocessing(processor)
     content = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 161, 3), dtype=np.uint8)).save(content, "jpeg")
