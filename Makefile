@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro gate test reliability kinds check deps format bench-pipeline bench-int8 bench-embed bench-peers reproducible \
+.PHONY: help repro gate test reliability kinds layouts check deps format bench-pipeline bench-int8 bench-embed bench-peers reproducible \
   triton-env lock clean
 
 help: ## show this list
@@ -105,6 +105,9 @@ $(COUNTS): build/%.json:
 
 kinds: $(VENV)/ready ## show what comes of each kind of wrong model; writes reports/kinds.md
 	python -m pytest --kinds reports/kinds.md
+
+layouts: $(VENV)/ready $(PEFT)/ready $(OPEN_CLIP)/ready ## hold every layout of a checkpoint against its own library; writes reports/layouts.md
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:tests python -m support.layouts > build/layouts.md && mv build/layouts.md reports/
 
 check: $(VENV)/ready ## lint, format, who imports whom, and types
 	ruff check .

@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, Phase, settings
+from support import models
 from support.kinds import Kinds
-from support.models import (
-    SMALL,
-    SMALL_VISION,
-    gemma_vocabulary,
-    reference,
-    sentencepiece_model,
-    small_siglip,
-    small_tokenizer,
-)
 from support.project import ROOT, TINY, Project, new_project
 from support.reliability import Outcomes
 from support.targets import packed
@@ -113,44 +105,17 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def siglip(tmp_path_factory):
-    """A small SigLIP with random weights in Hugging Face layout, its tokenizer a spiece.model, as torch-fp32."""
-    from transformers import SiglipImageProcessorPil, SiglipProcessor, SiglipTokenizer
-
-    folder = tmp_path_factory.mktemp("siglip")
-    (folder / "spiece.model").write_bytes(sentencepiece_model())
-    settings = {"model_max_length": 16, "model_input_names": ["input_ids"]}
-    tokenizer = SiglipTokenizer(str(folder / "spiece.model"), **settings)
-    images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    return reference(small_siglip(len(tokenizer)), SiglipProcessor(images, tokenizer), folder)
+    return models.siglip(tmp_path_factory.mktemp("siglip"))
 
 
 @pytest.fixture(scope="session")
 def siglip2(tmp_path_factory):
-    """A small SigLIP 2 of one size, with Gemma's kind of tokenizer, which states do_lower_case and does not do it."""
-    from transformers import GemmaTokenizer, SiglipImageProcessorPil, SiglipProcessor
-
-    vocabulary, merges = gemma_vocabulary()
-    settings = {"add_bos_token": False, "add_eos_token": True, "do_lower_case": True, "padding_side": "right"}
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, **settings)
-    images = SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2)
-    processor = SiglipProcessor(images, tokenizer)
-    return reference(small_siglip(len(tokenizer)), processor, tmp_path_factory.mktemp("siglip2"))
+    return models.siglip2(tmp_path_factory.mktemp("siglip2"))
 
 
 @pytest.fixture(scope="session")
 def chinese_clip(tmp_path_factory):
-    """A small Chinese-CLIP, whose text tower is a BERT."""
-    from transformers import (
-        ChineseCLIPConfig,
-        ChineseCLIPImageProcessorPil,
-        ChineseCLIPModel,
-        ChineseCLIPProcessor,
-    )
-
-    text = {"vocab_size": 600, "max_position_embeddings": 32, **SMALL}
-    model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=SMALL_VISION))
-    images = ChineseCLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
-    return reference(model, ChineseCLIPProcessor(images, small_tokenizer(32)), tmp_path_factory.mktemp("chinese-clip"))
+    return models.chinese_clip(tmp_path_factory.mktemp("chinese-clip"))
 
 
 @pytest.fixture(scope="module", params=["checkpoint", "siglip", "chinese_clip"])

@@ -429,6 +429,19 @@ RELEASED = {
     # its config.json names the towers' kinds and leaves the rest to transformers' defaults
     "google/siglip-base-patch16-224": ("siglip", both(vision(hidden_act=None), text(hidden_act=None),
                                                       pictures(**GOOGLE)), set()),
+    "google/siglip-so400m-patch14-384": (
+        "siglip",
+        both(vision(hidden_act=None), text(hidden_act=None), pictures(**GOOGLE, do_convert_rgb=None)),
+        set(),
+    ),
+    "openai/clip-vit-large-patch14-336": (
+        "checkpoint",
+        both(
+            text(hidden_act="quick_gelu"), vision(hidden_act="quick_gelu"), LEGACY, pictures(size=48, crop_size=48),
+            pictures(feature_extractor_type="CLIPFeatureExtractor", do_rescale=None, rescale_factor=None, **OPENAI),
+        ),
+        {"eos-token"},
+    ),
     "google/siglip2-base-patch16-224": ("siglip2", pictures(**{**GOOGLE, "resample": 2}),
                                         {"tokenizer-setting", "context-length"}),
     "OFA-Sys/chinese-clip-vit-base-patch16": (

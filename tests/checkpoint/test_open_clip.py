@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.models import small_tokenizer
-from support.open_clip import SMALL, SMALL_IMAGES, SMALL_TEXTS, need_library, save
+from support.open_clip import ARCHITECTURES, SMALL, SMALL_IMAGES, SMALL_TEXTS, need_library, save
 from support.project import ROOT, TINY
 from support.targets import packed
 
@@ -29,6 +29,7 @@ from clip_deploy.builders.torchscript import export_torchscript
 from clip_deploy.checkpoint.fetch import fetch
 from clip_deploy.checkpoint.lint import lint
 from clip_deploy.checkpoint.load import describe, load_model, load_processor
+from clip_deploy.checkpoint.open_clip_files import read_settings
 from clip_deploy.core.artifact import build, read_target
 from clip_deploy.core.config import DataConfig, Device, ModelConfig, OnnxConfig, OptimizeConfig, Precision, TorchConfig
 from clip_deploy.core.errors import CheckpointError
@@ -42,39 +43,6 @@ from clip_deploy.inference.images import rgb
 from clip_deploy.inference.tokenizer import Tokenizer
 from clip_deploy.onnx_graph.preprocessing import preprocessing_nodes
 from clip_deploy.runtimes import open_encoder
-
-SIGLIP_TEXTS = {**SMALL_TEXTS, "no_causal_mask": True, "pool_type": "last", "proj_bias": True}
-COCA_TEXTS = {**SMALL_TEXTS, "context_length": 15, "embed_cls": True, "output_tokens": True}
-COCA_POOL = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 8, "output_tokens": True}
-
-
-def timm(name, size, **settings):
-    return {**SMALL, "vision_cfg": {"image_size": size, "timm_model_name": name, "timm_pool": "", **settings}}
-
-
-ARCHITECTURES = {
-    "vit": SMALL,
-    "vit-quickgelu": {**SMALL, "quick_gelu": True},
-    "siglip": {
-        **timm("test_vit3", 160, timm_pool="map", timm_proj="none"),
-        "embed_dim": 96,
-        "init_logit_bias": -10,
-        "custom_text": True,
-        "text_cfg": SIGLIP_TEXTS,
-    },
-    "resnet": {**SMALL, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}},
-    "convnext": timm("test_convnext", 160),
-    "coca": {
-        **SMALL,
-        "custom_text": True,
-        "vision_cfg": {**SMALL_IMAGES, **COCA_POOL},
-        "text_cfg": COCA_TEXTS,
-        "multimodal_cfg": {"context_length": 15, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 1},
-    },
-    "eva": timm("eva02_tiny_patch14_224", 224, timm_pool="token"),
-    "mobileclip": timm("fastvit_mci0", 256, timm_pool="avg"),
-    "pe-core": timm("vit_pe_core_tiny_patch16_384", 384, timm_pool="map", timm_proj="none") | {"embed_dim": 192},
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -344,6 +312,22 @@ def test_what_cannot_be_deployed_is_refused_with_the_way_out(change, said, folde
     with pytest.raises(CheckpointError, match=re.escape(said)) as error:
         fetch(ModelConfig(path=str(path)), tmp_path)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_of_the_librarys_own_architectures_only_those_with_a_text_tower_of_transformers_are_refused(tmp_path):
+    """What released checkpoints state under model_cfg."""
+    import open_clip
+
+    refused = {}
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+        try:
+            read_settings(tmp_path)
+        except CheckpointError as error:
+            refused[name] = config["text_cfg"].get("hf_model_name"), str(error)
+    assert len(open_clip.list_models()) > 10 * len(refused) > 0
+    assert all(f"its text tower is {inner!r} of transformers" in said for inner, said in refused.values())
 
 
 def test_a_hub_repository_comes_in_by_its_id(folders, tmp_path, monkeypatch):

@@ -73,6 +73,43 @@ def reference(model, processor, source):
     return folder
 
 
+def siglip(source):
+    """A small SigLIP with random weights in Hugging Face layout, its tokenizer a spiece.model, as torch-fp32."""
+    from transformers import SiglipImageProcessorPil, SiglipProcessor, SiglipTokenizer
+
+    (source / "spiece.model").write_bytes(sentencepiece_model())
+    settings = {"model_max_length": 16, "model_input_names": ["input_ids"]}
+    tokenizer = SiglipTokenizer(str(source / "spiece.model"), **settings)
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    return reference(small_siglip(len(tokenizer)), SiglipProcessor(images, tokenizer), source)
+
+
+def siglip2(source):
+    """A small SigLIP 2 of one size, with Gemma's kind of tokenizer, which states do_lower_case and does not do it."""
+    from transformers import GemmaTokenizer, SiglipImageProcessorPil, SiglipProcessor
+
+    vocabulary, merges = gemma_vocabulary()
+    settings = {"add_bos_token": False, "add_eos_token": True, "do_lower_case": True, "padding_side": "right"}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, **settings)
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2)
+    return reference(small_siglip(len(tokenizer)), SiglipProcessor(images, tokenizer), source)
+
+
+def chinese_clip(source):
+    """A small Chinese-CLIP, whose text tower is a BERT."""
+    from transformers import (
+        ChineseCLIPConfig,
+        ChineseCLIPImageProcessorPil,
+        ChineseCLIPModel,
+        ChineseCLIPProcessor,
+    )
+
+    text = {"vocab_size": 600, "max_position_embeddings": 32, **SMALL}
+    model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=SMALL_VISION))
+    images = ChineseCLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
+    return reference(model, ChineseCLIPProcessor(images, small_tokenizer(32)), source)
+
+
 def embedded(target, photos, words, checkpoint=None):
     """What a target makes of images and texts, prepared as its checkpoint says."""
     from clip_deploy.checkpoint.load import load_processor

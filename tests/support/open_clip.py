@@ -14,6 +14,38 @@ FOLDER = ROOT / "build" / "open-clip"  # `make test` puts it there, with timm, f
 SMALL_IMAGES = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 8, "layers": 2}
 SMALL_TEXTS = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
 SMALL = {"embed_dim": 16, "vision_cfg": SMALL_IMAGES, "text_cfg": SMALL_TEXTS}
+SIGLIP_TEXTS = {**SMALL_TEXTS, "no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+COCA_TEXTS = {**SMALL_TEXTS, "context_length": 15, "embed_cls": True, "output_tokens": True}
+COCA_POOL = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 8, "output_tokens": True}
+
+
+def timm(name, size, **settings):
+    return {**SMALL, "vision_cfg": {"image_size": size, "timm_model_name": name, "timm_pool": "", **settings}}
+
+
+ARCHITECTURES = {
+    "vit": SMALL,
+    "vit-quickgelu": {**SMALL, "quick_gelu": True},
+    "siglip": {
+        **timm("test_vit3", 160, timm_pool="map", timm_proj="none"),
+        "embed_dim": 96,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "text_cfg": SIGLIP_TEXTS,
+    },
+    "resnet": {**SMALL, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}},
+    "convnext": timm("test_convnext", 160),
+    "coca": {
+        **SMALL,
+        "custom_text": True,
+        "vision_cfg": {**SMALL_IMAGES, **COCA_POOL},
+        "text_cfg": COCA_TEXTS,
+        "multimodal_cfg": {"context_length": 15, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 1},
+    },
+    "eva": timm("eva02_tiny_patch14_224", 224, timm_pool="token"),
+    "mobileclip": timm("fastvit_mci0", 256, timm_pool="avg"),
+    "pe-core": timm("vit_pe_core_tiny_patch16_384", 384, timm_pool="map", timm_proj="none") | {"embed_dim": 192},
+}
 
 
 def need_library():
