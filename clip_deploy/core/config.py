@@ -103,8 +103,8 @@ class ModelConfig:
             )
         if bool(self.repo_id) == bool(self.path):
             raise ConfigError(
-                "model: give either repo_id (a Hugging Face id) or path (a local folder); "
-                "for `model: local` set path in conf/model/local.yaml"
+                "model: give either repo_id (a Hugging Face id) or path (a local folder or file); "
+                "for `model: local` set path in conf/model/local.yaml, for `model: open-clip-training` in its own file"
             )
         if self.repo_id and not self.revision:
             raise ConfigError(f"model.revision is missing for {self.repo_id}: pin a commit of the repository")
