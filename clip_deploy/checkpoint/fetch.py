@@ -13,6 +13,7 @@ from clip_deploy.checkpoint.layout import (
     INDEX,
     OPEN_CLIP_WEIGHTS,
     OTHERS,
+    PICKLES,
     SETTINGS,
     WEIGHTS,
     is_adapter,
@@ -40,6 +41,7 @@ from clip_deploy.core.artifact import Target
 from clip_deploy.core.config import Device, ModelConfig
 from clip_deploy.core.environment import fingerprint, located
 from clip_deploy.core.errors import CheckpointError
+from clip_deploy.core.files import sha256
 from clip_deploy.core.model import Origin
 from clip_deploy.core.records import Facts
 
@@ -52,10 +54,9 @@ def fetch(model: ModelConfig, output: Path, device: Device = Device.cpu) -> Targ
     if model.architecture:
         _initialise(model, output)
         made = Made(output)
-    elif model.open_clip:
+    elif model.open_clip or _is_weight_file(model):
         with called(output, model):
-            _convert(model, output)
-        made = Made(output)
+            made = _convert(model, output)
     else:
         made = _put_together(model, output)
     with called(output, model):
@@ -117,8 +118,7 @@ def _put_together(model: ModelConfig, output: Path) -> Made:
 
 def _take_open_clip(given: Path, place: Place, model: ModelConfig, output: Path) -> Made:
     """Copy a folder in open_clip's layout, which names tokenizer and preprocessing itself."""
-    if set_here := next((name for name in ("base", "processor") if getattr(model, name)), None):
-        raise CheckpointError(f"model.{set_here} is set, and {place} is open_clip's, which needs none: take it out")
+    _refuse_parts(model, f"{place} is open_clip's")
     with called(given, place):
         verify(given)
     for name in model_files(given):
@@ -184,20 +184,34 @@ def _local_folder(place: Place) -> Path:
         return model_folder(folder)
 
 
-def _convert(model: ModelConfig, output: Path) -> None:
-    """Write a training checkpoint of open_clip in its layout, with the tokenizer's files that lie beside it."""
-    from clip_deploy.checkpoint.open_clip import convert_training_checkpoint
+def _is_weight_file(model: ModelConfig) -> bool:
+    """Whether `path` is a single file of weights, as OpenAI gives them."""
+    path = located(str(model.path))
+    return bool(model.path) and path.is_file() and any(path.match(pattern) for pattern in PICKLES)
+
+
+def _convert(model: ModelConfig, output: Path) -> Made:
+    """Write a single file of weights in open_clip's layout, with the tokenizer that lies beside it, save OpenAI's."""
+    from clip_deploy.checkpoint.weight_files import OPENAI, convert
 
     path = located(str(model.path))
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
         raise CheckpointError(
             f"model.path is {model.path}: {what}; with model.open_clip it names a checkpoint of open_clip's training, "
-            "such as epoch_32.pt"
+            "such as epoch_32.pt, or OpenAI's weights"
         )
-    convert_training_checkpoint(path, str(model.open_clip), output)
-    for name in tokenizer_files(path.parent):
+    _refuse_parts(model, f"{model.path} is one file of weights")
+    note = convert(path, model.open_clip, output)
+    for name in tokenizer_files(path.parent) if model.open_clip not in (None, OPENAI) else []:
         shutil.copyfile(path.parent / name, output / name)
+    return Made(output, {path.name: Origin(None, None, sha256(path))}, {"note": note})
+
+
+def _refuse_parts(model: ModelConfig, what: str) -> None:
+    """Raise CheckpointError where `base` or `processor` is set for what needs none."""
+    if set_here := next((name for name in ("base", "processor") if getattr(model, name)), None):
+        raise CheckpointError(f"model.{set_here} is set, and {what}, which needs none: take it out")
 
 
 def _snapshot(place: Place, names: Iterable[str]) -> Path:

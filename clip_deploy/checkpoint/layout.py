@@ -138,9 +138,9 @@ def _seen(folder: Path) -> str:
         return f"has no config.json, and below it {named} has: give that folder as the path"
     if pickled := matching(folder, PICKLES):
         return (
-            f"has no config.json, and {pickled[0]}: a training checkpoint or state_dict. Of open_clip's "
-            "training, give the file itself as the path and `open_clip: ARCHITECTURE`; else load it into its model of "
-            "transformers, then `model.save_pretrained(folder)` and `processor.save_pretrained(folder)`"
+            f"has no config.json, and {pickled[0]}: a training checkpoint or state_dict. Of OpenAI or of open_clip's "
+            "training, give the file itself as the path, the latter with `open_clip: ARCHITECTURE`; else load it into "
+            "its model of transformers, then `model.save_pretrained(folder)` and `processor.save_pretrained(folder)`"
         )
     names = sorted(path.name for path in folder.iterdir())
     held = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") or "nothing"

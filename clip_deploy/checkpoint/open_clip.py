@@ -28,7 +28,6 @@ from clip_deploy.core.preprocessing import Preprocessing
 KIND = "open_clip"  # in the place of transformers' model_type
 DECODER = "text_decoder."  # CoCa's, which writes captions
 FILTERS = {"bilinear": 2, "bicubic": 3, "random": 3}  # Pillow's numbers; "random" is bicubic outside training
-PREFIX = "module."  # of DistributedDataParallel
 
 
 @dataclass
@@ -262,41 +261,3 @@ def _width(attention: nn.Module) -> int:
         return int(attention.embed_dim)
     projection = getattr(attention, "qkv", None) or getattr(attention, "q_proj", None)
     return int(getattr(projection, "in_features", 0))
-
-
-def convert_training_checkpoint(path: Path, architecture: str, output: Path) -> None:
-    """Write what open_clip's training saved (epoch_*.pt) into `output` in open_clip's layout.
-
-    Args:
-        architecture: its name in open_clip, "ViT-B-32" say.
-
-    Raises CheckpointError where the file holds more than tensors, is none, or open_clip knows no such architecture.
-    """
-    require_library()
-    import open_clip
-    from safetensors.torch import save_file
-
-    model = open_clip.get_model_config(architecture) if ":" not in architecture else None
-    if model is None:
-        raise CheckpointError(
-            f"model.open_clip is {architecture!r:.60}: open_clip has no architecture of that name; "
-            "`open_clip.list_models()` lists them"
-        )
-    weights = {name: weight.contiguous() for name, weight in _state(path).items()}
-    (output / OPEN_CLIP).write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}, indent=2) + "\n")
-    save_file(weights, output / OPEN_CLIP_WEIGHTS[0], {"format": "pt"})
-
-
-def _state(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a training checkpoint or a state_dict, without the prefix of data parallel training."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch.load meets
-        raise CheckpointError(
-            f"{path} cannot be read without running code from it ({one_line(error)}): where you trust it, save its "
-            "state_dict alone, `torch.save({'state_dict': torch.load(path, weights_only=False)['state_dict']}, path)`"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no state_dict: give a checkpoint of open_clip's training")
-    return {str(name).removeprefix(PREFIX): weight.clone() for name, weight in state.items()}

@@ -80,7 +80,7 @@ class ReduceRange(Enum):
 
 @dataclass
 class ModelConfig:
-    """One checkpoint: a hub id, a local folder, or an architecture with seeded random weights."""
+    """One checkpoint: a hub id, a local folder or file, or an architecture with seeded random weights."""
 
     repo_id: str | None = None
     revision: str | None = None  # a commit, so that the same name stays the same weights
@@ -89,7 +89,7 @@ class ModelConfig:
     base_revision: str | None = None  # a commit, where the base is an id
     processor: str | None = None  # an id or a folder that processor and tokenizer come from where the model has none
     processor_revision: str | None = None
-    open_clip: str | None = None  # the architecture's name there, where `path` is a checkpoint of open_clip's training
+    open_clip: str | None = None  # the architecture's name there, or "openai", where `path` is a file of weights
     architecture: dict[str, Any] | None = None  # a config.json; its tokenizer and processor come from `path`
     seed: int = 0
     trained: bool = True  # random weights are timed and compared, not judged by their accuracy
@@ -98,13 +98,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.open_clip and (self.repo_id or not self.path):
             raise ConfigError(
-                "model.open_clip names the architecture of a training checkpoint (epoch_*.pt): set that file as path, "
+                "model.open_clip names the architecture of a file of weights (epoch_*.pt): set that file as path, "
                 "in conf/model/open-clip-training.yaml"
             )
         if bool(self.repo_id) == bool(self.path):
             raise ConfigError(
-                "model: give either repo_id (a Hugging Face id) or path (a local folder); "
-                "for `model: local` set path in conf/model/local.yaml"
+                "model: give either repo_id (a Hugging Face id) or path (a local folder or file); "
+                "for `model: local` set path in conf/model/local.yaml, for `model: open-clip-training` in its own file"
             )
         if self.repo_id and not self.revision:
             raise ConfigError(f"model.revision is missing for {self.repo_id}: pin a commit of the repository")

@@ -14,11 +14,11 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from; `sha256` is over all its files (environment.fingerprint).
+    """Where a checkpoint comes from; `sha256` is over all its files (environment.fingerprint), or a single file's own.
 
     Attributes:
         parts: what it was put together from, where that is more than one folder: "adapter" and "base", which were
-            merged, and the "processor" that the model has from elsewhere.
+            merged, the "processor" that the model has from elsewhere, or a single file of weights, by its name.
     """
 
     repo_id: str | None

@@ -100,3 +100,37 @@ def save(model_cfg, folder, preprocess_cfg=None, seed=0):
     weights = {name: weight.clone().contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors", {"format": "pt"})
     return model
+
+
+def save_archive(model_cfg, path, quick_gelu=True, seed=0):
+    """Trace a model with random weights in half precision into a TorchScript archive, as OpenAI's are made.
+
+    As there, the numbers that describe the model lie among the weights, and the text tower's mask is no buffer.
+    """
+    import torch
+    from open_clip import CLIP
+    from open_clip.model import convert_weights_to_fp16
+
+    torch.manual_seed(seed)
+    model = CLIP(**model_cfg, quick_gelu=quick_gelu, cast_dtype=torch.float16).eval()
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            if name.endswith("c_fc.weight"):
+                weight.mul_(3)  # so that activations differ where they should
+            elif name.endswith("bn3.weight"):
+                weight.fill_(1)
+            elif weight.is_floating_point() and not weight.any():
+                weight.normal_(std=0.02)  # biases, of which zeros would hide a mistake
+    convert_weights_to_fp16(model)
+    mask, size, context = model.attn_mask, model_cfg["vision_cfg"]["image_size"], model.context_length
+    for place in (model, *model.transformer.resblocks):
+        if hasattr(place, "attn_mask"):
+            del place.attn_mask
+        place.attn_mask = mask
+    images, texts = torch.ones(2, 3, size, size).half(), torch.zeros(2, context, dtype=torch.int)
+    for name, number in {"input_resolution": size, "context_length": context, "vocab_size": model.vocab_size}.items():
+        if hasattr(model, name):
+            delattr(model, name)
+        model.register_buffer(name, torch.tensor(number))
+    inputs = {"forward": (images, texts), "encode_image": (images,), "encode_text": (texts,)}
+    torch.jit.save(torch.jit.trace_module(model, inputs, check_trace=False), path)
