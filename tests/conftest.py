@@ -1,8 +1,10 @@
 """The built-in checkpoint, small sets and targets made once, and a temporary copy of the whole project."""
 
 import os
+import pkgutil
 import shutil
 import sys
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,32 @@ def fuzz(pytestconfig):
         )
 
     return tries
+
+
+EXPORTERS = ("torch.onnx.export", "torch.export.export", "torch.jit.trace")
+
+
+def untraced(function):
+    @wraps(function)
+    def call(*args, **kwargs):
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            sys.settrace(tracer)
+
+    return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exporters_without_coverage():
+    """A tracer doubles the time of what calls itself a million times, and measures nothing there."""
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.gettrace():
+            for name in (*EXPORTERS, "clip_deploy.rewrites.fusion.simplify"):
+                patch.setattr(name, untraced(pkgutil.resolve_name(name)))
+        yield
 
 
 @pytest.fixture(scope="session")

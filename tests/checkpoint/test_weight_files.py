@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support.models import embedded
-from support.open_clip import need_library, save_archive
+from support.open_clip import OPENAI, need_library, save_archive
 
 from clip_deploy.checkpoint.fetch import fetch
 from clip_deploy.checkpoint.lint import lint
@@ -19,19 +19,6 @@ from clip_deploy.core.artifact import build, read_target
 from clip_deploy.core.config import ModelConfig
 from clip_deploy.core.errors import CheckpointError
 
-TEXTS = {"context_length": 16, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
-ARCHITECTURES = {
-    "vit": {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8},
-        "text_cfg": TEXTS,
-    },
-    "resnet": {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8, "patch_size": None},
-        "text_cfg": TEXTS,
-    },
-}
 WORDS = ["a photo of a red circle", "Two BLUE squares, caf\u00e9", "x &amp; y"]
 
 
@@ -48,7 +35,7 @@ def archives(tmp_path_factory, library):
     def archive(name):
         path = folder / f"{name}.pt"
         if not path.exists():
-            save_archive(ARCHITECTURES[name], path)
+            save_archive(OPENAI[name], path)
         return path
 
     return archive
@@ -100,7 +87,7 @@ def refused(path, output, **settings):
     return said
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", OPENAI)
 def test_an_archive_of_openais_gives_open_clips_own_embeddings(name, archives, tmp_path):
     import open_clip
 
@@ -114,7 +101,7 @@ def test_an_archive_of_openais_gives_open_clips_own_embeddings(name, archives, t
                 block.gelu = torch.nn.GELU()
     assert farthest(target, own) > 1e-3
     settings = json.loads((target / "open_clip_config.json").read_text())
-    assert settings["model_cfg"] == {**ARCHITECTURES[name], "quick_gelu": True}
+    assert settings["model_cfg"] == {**OPENAI[name], "quick_gelu": True}
     weights = load_file(target / "open_clip_model.safetensors")
     assert {weight.dtype for weight in weights.values()} <= {torch.float32, torch.int64}
     known = read_target(target)
@@ -142,10 +129,10 @@ def test_weights_tell_the_architecture_of_every_model_of_openais():
 def test_an_archives_code_tells_gelu_from_quick_gelu(tmp_path):
     import open_clip
 
-    save_archive(ARCHITECTURES["vit"], tmp_path / "gelu.pt", quick_gelu=False)
+    save_archive(OPENAI["vit"], tmp_path / "gelu.pt", quick_gelu=False)
     target = taken(tmp_path / "gelu.pt", tmp_path / "torch-fp32")
     state = torch.jit.load(tmp_path / "gelu.pt").state_dict()
-    own = open_clip.CLIP(**ARCHITECTURES["vit"]).eval()
+    own = open_clip.CLIP(**OPENAI["vit"]).eval()
     own.load_state_dict({key: weight for key, weight in state.items() if key in own.state_dict()})
     assert farthest(target, own) < 1e-5
 
@@ -153,7 +140,7 @@ def test_an_archives_code_tells_gelu_from_quick_gelu(tmp_path):
 def test_a_named_architecture_must_be_the_archives_and_its_activation_is_the_archives(archives, tmp_path):
     import open_clip
 
-    for name, model in ARCHITECTURES.items():
+    for name, model in OPENAI.items():
         architecture = tmp_path / f"{name}-of-openai.json"
         architecture.write_text(json.dumps(model))
         open_clip.add_model_config(architecture)
@@ -164,12 +151,12 @@ def test_a_named_architecture_must_be_the_archives_and_its_activation_is_the_arc
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", OPENAI)
 def test_a_state_dict_in_openais_layout_gives_open_clips_own_embeddings(name, precision, archives, tmp_path):
     import open_clip
 
     architecture = tmp_path / f"{name}-state.json"
-    architecture.write_text(json.dumps(ARCHITECTURES[name]))
+    architecture.write_text(json.dumps(OPENAI[name]))
     open_clip.add_model_config(architecture)
     state = torch.jit.load(archives(name)).state_dict()
     if precision == "fp32":  # fine-tuned: what half precision would lose

@@ -162,7 +162,8 @@ def with_open_clip(own, tokenizer: str) -> Embeddings:
     import open_clip as library
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    preprocess = image_transform_v2(PreprocessCfg(**own.visual.preprocess_cfg), is_train=False)
+    stated = getattr(own.visual, "preprocess_cfg", {"size": own.visual.image_size})  # an archive of OpenAI's has none
+    preprocess = image_transform_v2(PreprocessCfg(**stated), is_train=False)
     with torch.inference_mode():
         images = own.encode_image(torch.stack([preprocess(photo) for photo in PHOTOS]))
         texts = own.encode_text(library.get_tokenizer(tokenizer)(WORDS))
@@ -182,6 +183,19 @@ def of_training(folder: Path) -> Given:
     return Given(settings, with_open_clip(own, "tiny-layout"))
 
 
+def of_openai(name: str, folder: Path) -> Given:
+    """A TorchScript archive as OpenAI gives them."""
+    import open_clip as library
+
+    folder.mkdir()
+    path = folder / "archive.pt"
+    open_clip.save_archive(open_clip.OPENAI[name], path)
+    (folder / "openai-layout.json").write_text(json.dumps(open_clip.OPENAI[name]))
+    library.add_model_config(folder / "openai-layout.json")
+    own = library.load_openai_model(str(path), device="cpu")
+    return Given(ModelConfig(path=str(path), trained=False), with_open_clip(own, "openai-layout"))
+
+
 LAYOUTS: dict[str, tuple[str, Callable[[Path], Given]]] = {
     "CLIP, trained (tiny-shapes)": ("transformers", built_in),
     "SigLIP, spiece.model": ("transformers", partial(family, models.siglip)),
@@ -194,6 +208,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], Given]]] = {
     "CLIP, trained, the layout before 5.4": ("sentence-transformers", sentence_transformers_before),
     **{f"{name}, folder": ("open_clip", partial(of_open_clip, name)) for name in open_clip.ARCHITECTURES},
     "vit, epoch_1.pt": ("open_clip", of_training),
+    **{f"{name}, OpenAI's archive": ("open_clip", partial(of_openai, name)) for name in open_clip.OPENAI},
 }
 
 

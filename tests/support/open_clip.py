@@ -47,6 +47,20 @@ ARCHITECTURES = {
     "pe-core": timm("vit_pe_core_tiny_patch16_384", 384, timm_pool="map", timm_proj="none") | {"embed_dim": 192},
 }
 
+OPENAI_TEXTS = {"context_length": 16, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
+OPENAI = {  # by the shapes that tell an architecture there
+    "vit": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8},
+        "text_cfg": OPENAI_TEXTS,
+    },
+    "resnet": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8, "patch_size": None},
+        "text_cfg": OPENAI_TEXTS,
+    },
+}
+
 
 def need_library():
     """Make open_clip importable; skip, visibly, where it is not installed.
