@@ -87,29 +87,32 @@ class Given:
     expected: Embeddings
 
 
-def of_transformers(folder: Path) -> Embeddings:
+def of_transformers(folder: Path, words: list[str] = WORDS) -> Embeddings:
     from transformers import AutoModel, AutoProcessor
 
-    return with_transformers(AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder, backend="pil"))
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder, backend="pil")
+    return with_transformers(model, processor, words)
 
 
-def with_transformers(model, processor) -> Embeddings:
-    padding = "max_length" if model.config.model_type == "siglip" else True
-    batch = processor(images=PHOTOS, return_tensors="pt") | processor(text=WORDS, padding=padding, return_tensors="pt")
-    images = {"pixel_values": batch.pop("pixel_values")}
+def with_transformers(model, processor, words: list[str] = WORDS) -> Embeddings:
+    siglip = model.config.model_type == "siglip"
+    texts = {"padding": "max_length" if siglip else True, "truncation": True}
+    texts |= {"max_length": model.config.text_config.max_position_embeddings}
+    texts |= {"return_attention_mask": not siglip}  # SigLIP is trained without a mask
     with torch.inference_mode():
-        found = model.eval().get_image_features(**images), model.get_text_features(**batch)
-    return tuple(one.pooler_output.numpy() for one in found)
+        images = model.eval().get_image_features(**processor(images=PHOTOS, return_tensors="pt"))
+        found = model.get_text_features(**processor(text=words, return_tensors="pt", **texts))
+    return images.pooler_output.numpy(), found.pooler_output.numpy()
 
 
 def built_in(folder: Path) -> Given:
     return Given(ModelConfig(path=str(TINY)), of_transformers(TINY))
 
 
-def family(make: Callable[[Path], Path], folder: Path) -> Given:
+def family(make: Callable[[Path], Path], words: list[str], folder: Path) -> Given:
     folder.mkdir()
     made = make(folder).parent
-    return Given(ModelConfig(path=str(made), trained=False), of_transformers(made))
+    return Given(ModelConfig(path=str(made), trained=False), of_transformers(made, words))
 
 
 def lent(folder: Path) -> Given:
@@ -198,9 +201,10 @@ def of_openai(name: str, folder: Path) -> Given:
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], Given]]] = {
     "CLIP, trained (tiny-shapes)": ("transformers", built_in),
-    "SigLIP, spiece.model": ("transformers", partial(family, models.siglip)),
-    "SigLIP 2, one size": ("transformers", partial(family, models.siglip2)),
-    "Chinese-CLIP": ("transformers", partial(family, models.chinese_clip)),
+    "SigLIP, spiece.model": ("transformers", partial(family, models.siglip, WORDS)),
+    # do_lower_case: true is stated, and ignored by GemmaTokenizer
+    "SigLIP 2, one size": ("transformers", partial(family, models.siglip2, [word.lower() for word in WORDS])),
+    "Chinese-CLIP": ("transformers", partial(family, models.chinese_clip, WORDS)),
     "CLIP without processor, `processor:`, trained": ("transformers", lent),
     "LoRA adapter of tiny-shapes": ("peft", lora),
     "CLIP, trained, version 5.4's layout": ("sentence-transformers", partial(sentence_transformers, 0)),
