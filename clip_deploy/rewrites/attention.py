@@ -17,8 +17,9 @@ from clip_deploy.onnx_graph.onnx_file import RUNTIME
 
 @dataclass
 class Match:
-    """One attention: its input tensors [batch, sequence, width], and the value that it replaces."""
+    """One attention: its heads, its input tensors [batch, sequence, width], and the value that it replaces."""
 
+    heads: int
     query: ir.Value
     key: ir.Value
     value: ir.Value
@@ -28,14 +29,17 @@ class Match:
 
 
 def fuse_attention(model: ir.Model, heads: int, packed: bool = True) -> int:
-    """Replace every attention of a tower with `heads` heads, in place; return how many were replaced.
+    """Replace every attention of a tower, in place; return how many were replaced.
 
-    `packed`: with one matmul for query, key and value where all three read one input.
+    Args:
+        heads: the tower's, for an attention whose own the graph does not tell; 0 where layers differ.
+        packed: with one matmul for query, key and value where all three read one input.
     """
     fused = 0
     for node in list(model.graph):
-        if match := _match(node):
-            _replace(model.graph, match, heads, packed)
+        match = _match(node)
+        if match is not None and (match.heads or heads):
+            _replace(model.graph, match, match.heads or heads, packed)
             fused += 1
     return fused
 
@@ -125,7 +129,8 @@ def _match_softmax(softmax: ir.Node) -> Match | None:
     key, key_scale = _split_scale(made_by(scores.inputs[1]))
     queries = _from_heads(query) or _from_constant_heads(scores.inputs[0])
     tokens = (queries, _from_transposed_heads(key), _from_heads(made_by(matmul.inputs[1])))
-    return _whole(tokens, mask, scale * query_scale * key_scale, _to_tokens(matmul.outputs[0]))
+    whole_scale = scale * query_scale * key_scale
+    return _whole(_heads(scores.inputs[0]), tokens, mask, whole_scale, _to_tokens(matmul.outputs[0]))
 
 
 def _match_standard(attention: ir.Node) -> Match | None:
@@ -136,10 +141,18 @@ def _match_standard(attention: ir.Node) -> Match | None:
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         mask = _additive(mask)
     query, key, value = (_from_heads(made_by(item)) for item in attention.inputs[:3])
-    return _whole((query, key, value), mask, settings.get_float("scale", 0.0), _to_tokens(attention.outputs[0]))
+    scale, output = settings.get_float("scale", 0.0), _to_tokens(attention.outputs[0])
+    return _whole(_heads(attention.inputs[0]), (query, key, value), mask, scale, output)
+
+
+def _heads(queries: ir.Value | None) -> int:
+    """Of queries [batch, heads, sequence, head width]; 0 where the graph does not tell."""
+    shape = None if queries is None else queries.shape
+    return shape[1] if shape is not None and len(shape) == 4 and isinstance(shape[1], int) else 0
 
 
 def _whole(
+    heads: int,
     tokens: tuple[ir.Value | None, ir.Value | None, ir.Value | None],
     mask: ir.Value | None,
     scale: float,
@@ -148,7 +161,7 @@ def _whole(
     query, key, value = tokens
     if query is None or key is None or value is None or output is None:
         return None
-    return Match(query, key, value, mask, scale, output)
+    return Match(heads, query, key, value, mask, scale, output)
 
 
 def _additive(mask: ir.Value) -> ir.Value:

@@ -117,7 +117,7 @@ def test_an_open_clip_folder_comes_in(targets, kinds):
     assert lowest > 0.99999
 
 
-@pytest.mark.parametrize("name", ["vit", "vit-quickgelu", "siglip", "resnet"])
+@pytest.mark.parametrize("name", ["vit-quickgelu", "siglip", "resnet", "coca"])
 def test_a_graph_of_open_clips_towers_has_all_operations_fused(name, targets, tmp_path):
     target, own = targets(name)
     onnx, fused = tmp_path / "onnx-fp32", tmp_path / "ort-fp32"
@@ -127,7 +127,7 @@ def test_a_graph_of_open_clips_towers_has_all_operations_fused(name, targets, tm
     assert not missed(built)
     assert "rewrites_undone" not in built
     assert {tower: kinds["attention"][1] for tower, kinds in built["fusions"].items()} == {
-        "vision": {"siglip": 10, "resnet": 1}.get(name, 2),
+        "vision": {"siglip": 10, "resnet": 1, "coca": 3}.get(name, 2),
         "text": 2,
     }
     for graph in (onnx, fused):
