@@ -674,23 +674,53 @@ def _float_types(path: Path) -> Iterator[str]:
 
 def weights(opened: Opened) -> Iterator[Finding]:
     """Those that the architecture needs and the files lack, have in another shape, or have besides."""
-    _, loading = opened.loaded
+    model, loading = opened.loaded
     lacking = sorted(loading["missing_keys"])
     misshapen = sorted(entry[0] for entry in loading["mismatched_keys"])
     unused = sorted(name for name in loading["unexpected_keys"] if not name.endswith("position_ids"))
     if prefix := _prefix(lacking, unused):
         yield _prefixed(prefix, WRAPPERS.get(prefix, "a wrapper around the model"))
         return
-    for names, what in ((lacking, "missing"), (misshapen, "of another shape than config.json says")):
+    saved = _saved_model(opened) if lacking or unused else None
+    behind = saved is not None and any(isinstance(part, type(model)) for part in saved.children())
+    other = f": {type(saved).__name__} was saved, which holds no {type(model).__name__}" if saved and not behind else ""
+    for names, what in ((lacking, f"missing{other}"), (misshapen, "of another shape than config.json says")):
         if names:
             found = f"{_some(names)} {'are' if len(names) > 1 else 'is'} {what}"
             consequence = "They would be random, and others each time"
             yield Finding("missing-weights", ERROR, found, "all of the architecture's", consequence)
-    if unused:
-        inner = [name for name in unused if re.search(r"lora_|adapter|layers?\.\d+\.", name)]
+    head = sorted(set(unused) & set(saved.state_dict())) if saved and behind else []
+    if head:
+        found = f"{_some(head)} {'belong' if len(head) > 1 else 'belongs'} to {type(saved).__name__}'s head"
+        yield Finding("unused-weights", WARNING, found, "the towers alone", "What lies behind embeddings is left out")
+    yield from _without_place([name for name in unused if name not in head])
+
+
+def _without_place(names: list[str]) -> Iterator[Finding]:
+    """Weights that no part of the model takes."""
+    inner = [name for name in names if re.search(r"lora_|adapter|layers?\.\d+\.", name)]
+    if names:
         consequence = "Layers or adapters that were trained would not be run" if inner else "What they hold is left out"
-        found = f"{_some(inner or unused)} {'fit' if len(inner or unused) > 1 else 'fits'} nothing in the architecture"
+        found = f"{_some(inner or names)} {'fit' if len(inner or names) > 1 else 'fits'} nothing in the architecture"
         yield Finding("unused-weights", ERROR if inner else WARNING, found, "a place for each weight", consequence)
+
+
+def _saved_model(opened: Opened) -> "PreTrainedModel | None":
+    """The model that config.json names, without weights, where that is another class than the one that was loaded."""
+    import torch
+    import transformers
+
+    names = None if is_open_clip(opened.folder) else opened.written.get("architectures")
+    if not isinstance(names, list) or not names:
+        return None
+    try:
+        kind = getattr(transformers, str(names[0]), None)
+        if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+            return None
+        with torch.device("meta"):
+            return None if isinstance(opened.loaded[0], kind) else kind(opened.config)
+    except Exception:  # whatever transformers meets in settings that the towers do not need
+        return None
 
 
 def _prefix(lacking: list[str], unused: list[str]) -> str | None:

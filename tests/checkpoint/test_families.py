@@ -324,6 +324,43 @@ def test_a_class_of_other_things_than_images_is_refused_by_its_configuration(nam
     assert str(refused.value) == f"{folder} {OF_NO_IMAGES[name]}"
 
 
+# What people have of a family: more often than the two towers alone, a model with a head behind them.
+
+SEGMENTS = {"extract_layers": [0], "reduce_dim": 8, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 16}
+HEADS = {
+    "CLIPSegForImageSegmentation": SEGMENTS,
+    "FlavaForPreTraining": {},
+    "OwlViTForObjectDetection": {},
+    "Owlv2ForObjectDetection": {},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_behind_the_towers_is_left_out_and_named(name, tmp_path):
+    model = saved(getattr(transformers, name), tmp_path / "checkpoint", **HEADS[name])
+    checkpoint, findings = taken(tmp_path / "checkpoint")
+    (unused,) = [finding for finding in findings if finding.code == "unused-weights"]
+    assert re.fullmatch(rf"\S+ and \d+ more belong to {name}'s head", unused.found)
+    assert unused.severity == "warning"
+    towers = getattr(model, model.base_model_prefix)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = pooled(towers.get_image_features(pixel_values=pixels))
+    assert row_cosines(open_encoder(checkpoint).encode_images(pixels.numpy()), expected).min() > 0.99999
+
+
+@pytest.mark.parametrize(
+    ("name", "towers"), [("BlipForImageTextRetrieval", "BlipModel"), ("CLIPForImageClassification", "CLIPModel")]
+)
+def test_a_model_without_the_two_towers_is_refused_by_its_name(name, towers, tmp_path):
+    """BLIP's for retrieval has other projections than BlipModel, whose are in no file that was released."""
+    saved(getattr(transformers, name), tmp_path / "checkpoint")
+    with pytest.raises(
+        CheckpointError, match=rf"more are missing: {name} was saved, which holds no {towers}; expected"
+    ):
+        taken(tmp_path / "checkpoint")
+
+
 def test_a_text_tower_without_pooling_is_refused_in_one_line(tmp_path, found, monkeypatch):
     """transformers' VisionTextDualEncoderModel takes it, and fails when it is called."""
     sizes = {"model_type": "distilbert", "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64}
