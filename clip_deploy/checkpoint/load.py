@@ -80,7 +80,7 @@ def load_config(folder: Path) -> "PreTrainedConfig":
         raise CheckpointError(
             f"{folder}: its config.json is not one that transformers knows: {one_line(error)}{way}"
         ) from error
-    if hasattr(config, "image_config"):  # FLAVA's word
+    if config.model_type == "flava":  # its word for it is another
         config.vision_config = config.image_config
     config.return_dict = True
     config._attn_implementation = None  # transformers then takes PyTorch's own

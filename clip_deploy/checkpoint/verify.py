@@ -131,7 +131,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json")
 
 
-WORDS = {"vision": ("vision", "image"), "text": ("text",)}  # FLAVA calls its tower for images "image"
+WORDS = {"vision": ("image", "vision"), "text": ("text",)}  # the first is FLAVA's
 
 
 def _places(tower: str) -> list[str]:
