@@ -22,7 +22,7 @@ from clip_deploy.checkpoint.verify import read_config, stated_settings, tower_se
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import ModelConfig
 from clip_deploy.core.errors import CheckpointError, ConfigError, one_line
-from clip_deploy.core.model import Finding, Model
+from clip_deploy.core.model import Finding, Model, embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +61,7 @@ LEGACY_EOS = (
 )
 POOLED_AT_EOS = ("clip", "clipseg", "groupvit", "metaclip_2", "aimv2")
 KNOWS_LEGACY = ("clip", "clipseg", "groupvit")
+POOLED_AT_HIGHEST = ("owlvit", "owlv2")  # whatever config.json says
 PAD_TOKENS = {"siglip": ("</s>", "<pad>"), "siglip2": ("<pad>",)}  # read as text; SigLIP 2 of one size is a siglip
 
 # Which activation the weights were trained with: vision and text tower of all that a family has released...
@@ -107,6 +108,7 @@ FAMILIES = {
     "chinese_clip": Family(*OPENAI, (BICUBIC,), crops=False),
     "siglip": Family(*HALF, (BICUBIC, BILINEAR), crops=False),
     "siglip2": Family(*HALF, (BILINEAR,), crops=False),
+    "tipsv2": Family((0.0,) * 3, (1.0,) * 3, (BILINEAR,), crops=False),
 }
 
 
@@ -351,7 +353,7 @@ def _towers(names: Sequence[str]) -> str:
 
 def end_of_text(opened: Opened) -> Iterator[Finding]:
     """Whether the text tower pools where the tokenizer puts the end of the text."""
-    if opened.kind not in POOLED_AT_EOS:
+    if opened.kind not in (*POOLED_AT_EOS, *POOLED_AT_HIGHEST):
         return
     tokenizer, told = opened.processor.tokenizer, opened.config.text_config.eos_token_id
     real, highest = tokenizer.eos_token_id, max(tokenizer.get_vocab().values())
@@ -360,6 +362,9 @@ def end_of_text(opened: Opened) -> Iterator[Finding]:
         yield Finding(
             "eos-missing", ERROR, "tokenised texts hold no end-of-text token", f"one at their end ({real})", consequence
         )
+    elif opened.kind in POOLED_AT_HIGHEST:
+        if real != highest:
+            yield _pooled_at_highest(tokenizer, f"{opened.kind} pools at the highest id of a text", real, highest)
     elif opened.kind in KNOWS_LEGACY and told == LEGACY_EOS:
         yield _legacy(tokenizer, real, highest)
     elif told != real:
@@ -377,6 +382,10 @@ def _legacy(tokenizer: Any, real: int, highest: int) -> Finding:
             "Right here, where that ends every text; with a token added to the tokenizer, texts would be pooled there"
         )
         return Finding("eos-token", WARNING, found, f"the tokenizer's {real}", consequence)
+    return _pooled_at_highest(tokenizer, found, real, highest)
+
+
+def _pooled_at_highest(tokenizer: Any, found: str, real: int, highest: int) -> Finding:
     name = tokenizer.convert_ids_to_tokens(highest)
     consequence = f"Texts with a token above {real}, up to {name!r} ({highest}), would be pooled there"
     return Finding("eos-token", ERROR, found, f"the tokenizer's {real}", consequence)
@@ -384,7 +393,8 @@ def _legacy(tokenizer: Any, real: int, highest: int) -> Finding:
 
 def padding(opened: Opened) -> Iterator[Finding]:
     """What texts are padded with, and on which side."""
-    tokenizer, told = opened.processor.tokenizer, opened.config.text_config.pad_token_id
+    tokenizer, text = opened.processor.tokenizer, opened.config.text_config
+    told = getattr(text, "pad_token_id", None)
     if tokenizer.padding_side != "right":
         consequence = (
             "Words would stand at other positions than in training, and padding may be taken for the text's end"
@@ -398,7 +408,7 @@ def padding(opened: Opened) -> Iterator[Finding]:
             consequence = "The text tower reads padding as text, and was trained with another"
             found = f"the tokenizer pads with {tokenizer.pad_token!r}"
             yield Finding("pad-token", WARNING, found, " or ".join(map(repr, expected)), consequence)
-    elif opened.config.text_config.eos_token_id != LEGACY_EOS and told != tokenizer.pad_token_id:
+    elif told is not None and getattr(text, "eos_token_id", None) != LEGACY_EOS and told != tokenizer.pad_token_id:
         consequence = (
             "Nothing changes here, where the tokenizer pads; a server that pads by config.json sends other ids"
         )
@@ -664,23 +674,53 @@ def _float_types(path: Path) -> Iterator[str]:
 
 def weights(opened: Opened) -> Iterator[Finding]:
     """Those that the architecture needs and the files lack, have in another shape, or have besides."""
-    _, loading = opened.loaded
+    model, loading = opened.loaded
     lacking = sorted(loading["missing_keys"])
     misshapen = sorted(entry[0] for entry in loading["mismatched_keys"])
     unused = sorted(name for name in loading["unexpected_keys"] if not name.endswith("position_ids"))
     if prefix := _prefix(lacking, unused):
         yield _prefixed(prefix, WRAPPERS.get(prefix, "a wrapper around the model"))
         return
-    for names, what in ((lacking, "missing"), (misshapen, "of another shape than config.json says")):
+    saved = _saved_model(opened) if lacking or unused else None
+    behind = saved is not None and any(isinstance(part, type(model)) for part in saved.children())
+    other = f": {type(saved).__name__} was saved, which holds no {type(model).__name__}" if saved and not behind else ""
+    for names, what in ((lacking, f"missing{other}"), (misshapen, "of another shape than config.json says")):
         if names:
             found = f"{_some(names)} {'are' if len(names) > 1 else 'is'} {what}"
             consequence = "They would be random, and others each time"
             yield Finding("missing-weights", ERROR, found, "all of the architecture's", consequence)
-    if unused:
-        inner = [name for name in unused if re.search(r"lora_|adapter|layers?\.\d+\.", name)]
+    head = sorted(set(unused) & set(saved.state_dict())) if saved and behind else []
+    if head:
+        found = f"{_some(head)} {'belong' if len(head) > 1 else 'belongs'} to {type(saved).__name__}'s head"
+        yield Finding("unused-weights", WARNING, found, "the towers alone", "What lies behind embeddings is left out")
+    yield from _without_place([name for name in unused if name not in head])
+
+
+def _without_place(names: list[str]) -> Iterator[Finding]:
+    """Weights that no part of the model takes."""
+    inner = [name for name in names if re.search(r"lora_|adapter|layers?\.\d+\.", name)]
+    if names:
         consequence = "Layers or adapters that were trained would not be run" if inner else "What they hold is left out"
-        found = f"{_some(inner or unused)} {'fit' if len(inner or unused) > 1 else 'fits'} nothing in the architecture"
+        found = f"{_some(inner or names)} {'fit' if len(inner or names) > 1 else 'fits'} nothing in the architecture"
         yield Finding("unused-weights", ERROR if inner else WARNING, found, "a place for each weight", consequence)
+
+
+def _saved_model(opened: Opened) -> "PreTrainedModel | None":
+    """The model that config.json names, without weights, where that is another class than the one that was loaded."""
+    import torch
+    import transformers
+
+    names = None if is_open_clip(opened.folder) else opened.written.get("architectures")
+    if not isinstance(names, list) or not names:
+        return None
+    try:
+        kind = getattr(transformers, str(names[0]), None)
+        if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+            return None
+        with torch.device("meta"):
+            return None if isinstance(opened.loaded[0], kind) else kind(opened.config)
+    except Exception:  # whatever transformers meets in settings that the towers do not need
+        return None
 
 
 def _prefix(lacking: list[str], unused: list[str]) -> str | None:
@@ -711,14 +751,14 @@ def alike(opened: Opened) -> Iterator[Finding]:
     model, given = opened.loaded[0], opened.described.example_texts
     levels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     pixels = np.stack([opened.pixels(Image.fromarray(image).resize((64, 64))) for image in levels])
-    calls: dict[str, Callable[[], Any]] = {
-        "texts": lambda: model.get_text_features(**{name: torch.tensor(ids) for name, ids in given.items()}),
-        "images": lambda: model.get_image_features(pixel_values=torch.from_numpy(pixels)),
+    inputs = {
+        "texts": ("get_text_features", {name: torch.tensor(ids) for name, ids in given.items()}),
+        "images": ("get_image_features", {"pixel_values": torch.from_numpy(pixels)}),
     }
-    for what, call in calls.items():
+    for what, (method, values) in inputs.items():
         try:
             with torch.inference_mode():
-                rows = torch.nn.functional.normalize(call().pooler_output.double(), dim=-1)
+                rows = torch.nn.functional.normalize(embeddings(model, method, **values).double(), dim=-1)
         except (ValueError, RuntimeError, IndexError):
             continue  # what does not fit is told by the other checks
         if bool(((rows @ rows.T) > 1 - ALIKE).all()):

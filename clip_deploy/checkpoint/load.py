@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from clip_deploy.checkpoint.layout import is_open_clip, own_code
 from clip_deploy.checkpoint.verify import stated_settings
@@ -80,6 +80,8 @@ def load_config(folder: Path) -> "PreTrainedConfig":
         raise CheckpointError(
             f"{folder}: its config.json is not one that transformers knows: {one_line(error)}{way}"
         ) from error
+    if config.model_type == "flava":  # its word for it is another
+        config.vision_config = config.image_config
     config.return_dict = True
     config._attn_implementation = None  # transformers then takes PyTorch's own
     return config
@@ -95,8 +97,11 @@ def load_processor(folder: Path) -> "ProcessorMixin":
 
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        processor = AutoProcessor.from_pretrained(folder, **local)
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
+        if _asks_for(folder, "Tipsv2ImageProcessor"):
+            processor = _tipsv2_processor(folder)
+        else:
+            processor = AutoProcessor.from_pretrained(folder, **local)
+            processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
         if not hasattr(processor, "tokenizer"):
             raise CheckpointError(f"{folder} has no tokenizer: save it there with `tokenizer.save_pretrained(folder)`")
         _verify_words(folder, processor.tokenizer)
@@ -107,6 +112,25 @@ def load_processor(folder: Path) -> "ProcessorMixin":
     except Exception as error:  # whatever transformers and tokenizers meet in its files
         raise CheckpointError(f"{folder}: its processor cannot be loaded: {one_line(error)}") from error
     return processor
+
+
+def _asks_for(folder: Path, image_processor: str) -> bool:
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+    return bool(settings.get("image_processor_type") == image_processor)
+
+
+def _tipsv2_processor(folder: Path) -> "ProcessorMixin":
+    """TIPSv2's by Pillow: transformers has its image processor for torchvision alone."""
+    from transformers import AutoTokenizer, Tipsv2Processor, ViTImageProcessorPil
+
+    class Tipsv2ImageProcessorPil(ViTImageProcessorPil):  # type: ignore[misc]
+        size: ClassVar = {"height": 448, "width": 448}
+        do_normalize = False
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return Tipsv2Processor(Tipsv2ImageProcessorPil.from_pretrained(folder, local_files_only=True), tokenizer)
 
 
 def _verify_words(folder: Path, tokenizer: Any) -> None:
@@ -193,6 +217,9 @@ def _describe(folder: Path) -> Model:
     )
 
 
+FEATURES = ("get_image_features", "get_text_features")
+
+
 def _skeleton(folder: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
     """The model without weights; CheckpointError where it embeds no images or no texts."""
     import torch
@@ -203,8 +230,16 @@ def _skeleton(folder: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
     name = type(model).__name__
     if hasattr(model, "get_video_features"):
         raise CheckpointError(f"{folder} is a {name}, which embeds videos: only towers for images can be deployed")
-    if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-        raise CheckpointError(f"{folder} is a {name}: it has no get_image_features/get_text_features")
+    if lacking := [method for method in FEATURES if not hasattr(model, method)]:
+        raise CheckpointError(
+            f"{folder} is a {name}, which has no {' and no '.join(lacking)}: only models that embed images and texts "
+            "apart can be deployed (CLIP, SigLIP...)"
+        )
+    if hasattr(model, "language_model"):
+        raise CheckpointError(
+            f"{folder} is a {name}, whose texts are read by a language model, which gives a row for each token and no "
+            "embedding: only models with a text tower can be deployed (CLIP, SigLIP...)"
+        )
     return model
 
 

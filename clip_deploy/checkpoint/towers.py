@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from clip_deploy.checkpoint.plain_attention import replace_attention
-from clip_deploy.core.model import Model
+from clip_deploy.core.model import Model, embeddings
 
 
 class ImageTower(nn.Module):  # type: ignore[misc]
@@ -23,7 +23,7 @@ class ImageTower(nn.Module):  # type: ignore[misc]
         self.model = model
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.get_image_features(pixel_values=pixel_values).pooler_output
+        return embeddings(self.model, "get_image_features", pixel_values=pixel_values)
 
 
 class TextTower(nn.Module):  # type: ignore[misc]
@@ -38,7 +38,7 @@ class TextTower(nn.Module):  # type: ignore[misc]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}
-        return self.model.get_text_features(input_ids=input_ids, **masked).pooler_output
+        return embeddings(self.model, "get_text_features", input_ids=input_ids, **masked)
 
 
 class CastWrapper(nn.Module):  # type: ignore[misc]

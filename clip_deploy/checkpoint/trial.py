@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_deploy.checkpoint.load import load_with_report
 from clip_deploy.core.errors import CheckpointError
-from clip_deploy.core.model import Model
+from clip_deploy.core.model import Model, embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +49,7 @@ def embed(model: "nn.Module", inputs: dict[str, Any]) -> "list[Tensor]":
     import torch
 
     with torch.inference_mode():
-        return [getattr(model, method)(**given).pooler_output for method, given in inputs.items()]
+        return [embeddings(model, method, **given) for method, given in inputs.items()]
 
 
 def apart(ones: "list[Tensor]", others: "list[Tensor]") -> list[float]:

@@ -39,7 +39,7 @@ def verify_model(folder: Path) -> None:
         _verify_open_clip(folder)
         return
     config = read_config(folder)
-    if not all(_stated(config, tower) for tower in TOWERS):
+    if not all(any(place in config for place in _places(tower)) for tower in TOWERS):
         raise CheckpointError(
             f"{folder} holds a {config.get('model_type')!r} model: only dual encoders (CLIP, SigLIP, Chinese-CLIP, "
             "ALIGN...) have an image tower and a text tower to deploy"
@@ -131,14 +131,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json")
 
 
-def _stated(config: dict[str, Any], tower: str) -> bool:
-    """Whether config.json has settings of a tower; transformers 4 wrote them under other names too."""
-    return f"{tower}_config" in config or f"{tower}_config_dict" in config
+WORDS = {"vision": ("image", "vision"), "text": ("text",)}  # the first is FLAVA's
+
+
+def _places(tower: str) -> list[str]:
+    """Where config.json may have a tower's settings; transformers 4 wrote them under other names too."""
+    return [f"{word}_config{suffix}" for word in WORDS[tower] for suffix in ("", "_dict")]
 
 
 def tower_settings(config: dict[str, Any], tower: str) -> dict[str, Any]:
     """What config.json says of a tower, without transformers' defaults; of two places, the one that it heeds."""
-    return {**(config.get(f"{tower}_config") or {}), **(config.get(f"{tower}_config_dict") or {})}
+    return {key: value for place in _places(tower) for key, value in (config.get(place) or {}).items()}
 
 
 def _tensors(path: Path) -> int:
@@ -152,7 +155,7 @@ def _tensors(path: Path) -> int:
 
 def _verify_depth(folder: Path, config: dict[str, Any], tensors: int) -> None:
     """Raise CheckpointError where a tower has more layers than there are weights: to build them could take for ever."""
-    for place in (f"{tower}_config{suffix}" for tower in TOWERS for suffix in ("", "_dict")):
+    for place in (place for tower in TOWERS for place in _places(tower)):
         settings = config.get(place) or {}
         if not isinstance(settings, dict):
             raise CheckpointError(f"{folder}/config.json: {place} is {settings!r:.60}: it must hold settings")

@@ -1,6 +1,9 @@
 """What later stages know of a checkpoint's model, so that they can do without transformers."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from clip_deploy.core.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,27 @@ class Model:
     def bare(self) -> "Model":
         """The same without what stands around the towers in a graph."""
         return replace(self, normalize=False, classifier=None)
+
+
+FIRST_TOKEN = ("flava",)  # gives a row for each token, of which FlavaForPreTraining compares the first
+
+
+def embeddings(model: Any, method: str, **inputs: Any) -> Any:
+    """What `method`, get_image_features or get_text_features, makes of `inputs`: [batch, width], not normalised.
+
+    Raises CheckpointError where it gives no embedding.
+    """
+    try:
+        rows = getattr(model, method)(**inputs).pooler_output
+    except AttributeError as error:  # of a tower without pooling, in a VisionTextDualEncoderModel
+        raise CheckpointError(
+            f"{method} of {type(model).__name__} fails in transformers itself: {error}; take towers that pool"
+        ) from error
+    if rows is not None and model.config.model_type in FIRST_TOKEN:
+        rows = rows[:, 0]
+    if rows is None or rows.dim() != 2:
+        made = "no pooler_output" if rows is None else f"a pooler_output of shape {list(rows.shape)}"
+        raise CheckpointError(
+            f"{method} of {type(model).__name__} gives {made}: one embedding [width] of each image and text is needed"
+        )
+    return rows

@@ -10,7 +10,7 @@ import torch
 
 from clip_deploy.core.artifact import EMBEDS
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.core.model import Model
+from clip_deploy.core.model import Model, embeddings
 from clip_deploy.core.similarity import normalized
 from clip_deploy.data.preprocessed import tokenize
 from clip_deploy.onnx_graph.pre_post import POSTPROCESSING_PREFIX, Nodes, PrePost
@@ -54,8 +54,8 @@ def encode_labels(
         raise UnavailableError(f"onnx.classifier: {error}") from error
     texts = tokenize(processor, described, [template.format(label) for label in labels])
     given = {name: torch.from_numpy(getattr(texts, name)) for name in described.text_inputs}
-    embeddings = normalized(model.get_text_features(**given).pooler_output.numpy())
-    weights = np.ascontiguousarray(scale * embeddings.T, dtype=np.float32)
+    encoded = normalized(embeddings(model, "get_text_features", **given).numpy())
+    weights = np.ascontiguousarray(scale * encoded.T, dtype=np.float32)
     return Labels(labels, weights, bias)
 
 
