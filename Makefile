@@ -107,7 +107,7 @@ kinds: $(VENV)/ready ## show what comes of each kind of wrong model; writes repo
 	python -m pytest --kinds reports/kinds.md
 
 layouts: $(VENV)/ready $(PEFT)/ready $(OPEN_CLIP)/ready ## hold every layout of a checkpoint against its own library; writes reports/layouts.md
-	HF_HUB_OFFLINE=1 PYTHONPATH=.:tests python -m support.layouts > build/layouts.md && mv build/layouts.md reports/
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:tests python -m support.layouts reports/layouts.md
 
 check: $(VENV)/ready ## lint, format, who imports whom, and types
 	ruff check .

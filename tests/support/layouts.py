@@ -1,6 +1,6 @@
 """Every layout of a checkpoint through the forms of a CPU, held against the library that wrote it.
 
-python -m support.layouts    # prints reports/layouts.md
+python -m support.layouts reports/layouts.md
 """
 
 import json
@@ -251,23 +251,23 @@ def _cosine(ones: np.ndarray, others: np.ndarray) -> float:
     return float(np.min(np.sum(ones * others, 1) / np.linalg.norm(ones, axis=1) / np.linalg.norm(others, axis=1)))
 
 
-def main() -> None:
+def main(path: Path) -> None:
     warnings.simplefilter("ignore")
     sys.path.insert(0, str(ROOT / "build" / "peft"))
     open_clip.need_library()
-    print(HEAD, end="")
-    missing = []
+    lines, missing = [], []
     for layout, (library, make) in tqdm(LAYOUTS.items(), disable=None):
         with tempfile.TemporaryDirectory() as folder:
             line, left = row(layout, library, make(Path(folder) / "given"), Path(folder))
         print(line, flush=True)
+        lines.append(line)
         missing += left
     if missing:
-        print("\nNot made:\n")
-        print("\n".join(f"- {line}" for line in missing))
+        lines += ["", "Not made:", "", *(f"- {line}" for line in missing)]
     used = software()
-    print("\nWith " + ", ".join(f"{name} {used[name]}" for name in LIBRARIES) + ".")
+    lines += ["", "With " + ", ".join(f"{name} {used[name]}" for name in LIBRARIES) + "."]
+    path.write_text(HEAD + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
