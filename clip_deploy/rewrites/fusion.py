@@ -119,7 +119,8 @@ def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list
     undone: list[str] = []
     done: set[str] = set()
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        current = source
+        current = Path(folder) / "simplified.onnx"
+        _edit(lambda model: True, source, current)
         for step in rewrites:
             kept = None
             tried = []
@@ -144,12 +145,11 @@ def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list
 def _edit(edit: Callable[[ir.Model], bool], source: Path, output: Path) -> bool:
     """Apply an edit of the graph in memory; False where it found nothing to do."""
     model = ir.load(source)
-    simplify(model)
-    rewrite(model, [gemm_to_matmul_add_rule])
-    _gemm_to_matmul(model.graph)
     if not edit(model):
         return False
     simplify(model)
+    rewrite(model, [gemm_to_matmul_add_rule])
+    _gemm_to_matmul(model.graph)
     fold_constants(model, input_size_limit=FOLD_BYTES, output_size_limit=FOLD_BYTES)
     onnx_file.save(model, output)
     return True
