@@ -159,6 +159,8 @@ def called(folder: Path, place: Place | ModelConfig) -> Iterator[None]:
         yield
     except CheckpointError as error:
         name = f"{place.repo_id} at {place.revision}" if place.repo_id else str(place.path)
+        if Path(name) == folder:
+            raise  # a short path such as "clip" would be found within words
         raise CheckpointError(str(error).replace(str(folder), name)) from error
 
 

@@ -144,6 +144,13 @@ def test_an_open_clip_folder_without_its_library_is_one_message(tmp_path, monkey
     assert "pip install 'clip-deploy[open-clip]'" in said
 
 
+def test_a_relative_path_is_named_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip").mkdir()
+    with pytest.raises(CheckpointError, match=r"^clip has no config\.json"):
+        fetch(ModelConfig(path="./clip"), tmp_path)
+
+
 def test_a_file_in_the_place_of_a_folder_is_called_a_file(folder):
     assert "model.safetensors: a file, and no folder" in refused(folder / "model.safetensors")
 
