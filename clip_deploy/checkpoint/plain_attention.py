@@ -118,6 +118,18 @@ class TimmPoolLatent(nn.Module):  # type: ignore[misc]
         return pooled[source.pool]() if source.pool in pooled else x
 
 
+class FastVitAttention(nn.Module):  # type: ignore[misc]
+    """timm's Attention of a FastViT, between maps [batch, width, height, width of the map], in evaluation mode."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.plain = PlainAttention(_parts(source.qkv, 3), source.proj, source.num_heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return self.plain(tokens, tokens, tokens).transpose(1, 2).reshape(x.shape)
+
+
 class ResNetPool(nn.Module):  # type: ignore[misc]
     """open_clip's AttentionPool2d, of which only the first token's row is kept."""
 
@@ -150,6 +162,7 @@ FORMS: dict[str, tuple[Callable[[nn.Module], bool], type[nn.Module]]] = {  # by 
     "torch.nn.modules.activation.MultiheadAttention": (lambda module: module.batch_first, MultiheadAttention),
     "timm.layers.attention.Attention": (_is_plain_timm, TimmAttention),
     "timm.layers.attention_pool.AttentionPoolLatent": (_is_plain_pool, TimmPoolLatent),
+    "timm.models.fastvit.Attention": (lambda module: isinstance(module.qkv, nn.Linear), FastVitAttention),
     "open_clip.modified_resnet.AttentionPool2d": (lambda module: True, ResNetPool),
 }
 

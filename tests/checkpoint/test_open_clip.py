@@ -117,15 +117,16 @@ def test_an_open_clip_folder_comes_in(targets, kinds):
     assert lowest > 0.99999
 
 
-@pytest.mark.parametrize("name", ["vit-quickgelu", "siglip", "resnet", "coca"])
+@pytest.mark.parametrize("name", ["vit-quickgelu", "siglip", "resnet", "coca", "mobileclip"])
 def test_a_graph_of_open_clips_towers_has_all_operations_fused(name, targets, tmp_path):
     target, own = targets(name)
     onnx, fused = tmp_path / "onnx-fp32", tmp_path / "ort-fp32"
     build(onnx, lambda output: export_onnx(target, OnnxConfig(), output), None)
     build(fused, lambda output: optimize(onnx, OptimizeConfig(), None, output), None)
     built = read_target(fused).build
-    assert not missed(built)
-    assert "rewrites_undone" not in built
+    left = {"coca": {"early_pooling"}}.get(name, set())  # it pools by attention, and its own token stands behind texts
+    assert {found.kind for found in missed(built)} == left
+    assert ("rewrites_undone" in built) == (name == "coca")  # its texts' mask is of another form
     assert {tower: kinds["attention"][1] for tower, kinds in built["fusions"].items()} == {
         "vision": {"siglip": 10, "resnet": 1, "coca": 3}.get(name, 2),
         "text": 2,
