@@ -16,7 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
-from support.models import SMALL_VISION, gemma_vocabulary, sentencepiece_model, sentences
+from support.models import SMALL_VISION, condition, gemma_vocabulary, sentencepiece_model, sentences
 from support.project import TINY
 from transformers.models.auto import image_processing_auto, tokenization_auto
 
@@ -221,19 +221,6 @@ def images_of(name):
     kind = getattr(transformers, kinds["pil"])
     size = {"shortest_edge": 32} if "shortest_edge" in (kind().size or {}) else square
     return kind(size=size, **({"crop_size": square} if getattr(kind(), "crop_size", None) else {}))
-
-
-def condition(model):
-    """Give batch norms the statistics of what they see: with random ones, values vanish layer by layer."""
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # the mean of all batches
-        norm.reset_running_stats()
-        norm.train()
-    with torch.no_grad():
-        for _ in range(4 if norms else 0):
-            model.get_image_features(torch.randn(32, 3, 32, 32))
-    return model.eval()
 
 
 def saved(kind, folder, **settings):

@@ -406,15 +406,17 @@ OPENAI = {
 }  # fmt: skip
 GOOGLE = {"do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3, **SIGLIP_MEAN}
 LEGACY = both(text(eos_token_id=2, bos_token_id=0, pad_token_id=1))
-RELEASED = {
-    "openai/clip-vit-base-patch32": (
-        "checkpoint",
-        both(
-            text(hidden_act="quick_gelu"), vision(hidden_act="quick_gelu"), LEGACY, pictures(size=48, crop_size=48),
-            pictures(feature_extractor_type="CLIPFeatureExtractor", do_rescale=None, rescale_factor=None, **OPENAI),
-        ),
-        {"eos-token"},
+ORIGINAL = (
+    "checkpoint",
+    both(
+        text(hidden_act="quick_gelu"), vision(hidden_act="quick_gelu"), LEGACY, pictures(size=48, crop_size=48),
+        pictures(feature_extractor_type="CLIPFeatureExtractor", do_rescale=None, rescale_factor=None, **OPENAI),
     ),
+    {"eos-token"},
+)  # fmt: skip
+RELEASED = {
+    "openai/clip-vit-base-patch32": ORIGINAL,
+    "openai/clip-vit-large-patch14-336": ORIGINAL,
     "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": (
         "checkpoint",
         both(text(hidden_act="gelu"), vision(hidden_act="gelu"), LEGACY, pictures(do_rescale=True, **OPENAI)),
@@ -433,14 +435,6 @@ RELEASED = {
         "siglip",
         both(vision(hidden_act=None), text(hidden_act=None), pictures(**GOOGLE, do_convert_rgb=None)),
         set(),
-    ),
-    "openai/clip-vit-large-patch14-336": (
-        "checkpoint",
-        both(
-            text(hidden_act="quick_gelu"), vision(hidden_act="quick_gelu"), LEGACY, pictures(size=48, crop_size=48),
-            pictures(feature_extractor_type="CLIPFeatureExtractor", do_rescale=None, rescale_factor=None, **OPENAI),
-        ),
-        {"eos-token"},
     ),
     "google/siglip2-base-patch16-224": ("siglip2", pictures(**{**GOOGLE, "resample": 2}),
                                         {"tokenizer-setting", "context-length"}),

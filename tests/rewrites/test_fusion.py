@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from support.models import SMALL, reference, small_tokenizer
+from support.models import SMALL, condition, reference, small_tokenizer
 
 from clip_deploy.builders import onnx_export
 from clip_deploy.builders.fused import optimize
@@ -288,19 +288,6 @@ def unfused(request, tmp_path_factory):
     embeddings = encode_set(open_encoder(checkpoint), load_prepared(folder / "evaluation"))
     save_embeddings(embeddings, folder / "evaluation" / "reference.npz")
     return checkpoint, gelus
-
-
-def condition(model):
-    """Give batch norms the statistics of what they see: with random ones, values vanish layer by layer."""
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # the mean of all batches
-        norm.reset_running_stats()
-        norm.train()
-    with torch.no_grad():
-        for _ in range(4 if norms else 0):
-            model.get_image_features(torch.randn(32, 3, 32, 32))
-    model.eval()
 
 
 def test_towers_without_a_fused_attention_keep_the_gate_in_every_precision(unfused, tmp_path, kinds):
