@@ -38,6 +38,7 @@ from clip_deploy.core.config import (
     QuantizeConfig,
 )
 from clip_deploy.core.environment import software
+from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.dataset import load
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
 
@@ -236,7 +237,7 @@ def row(layout: str, library: str, given: Given, folder: Path) -> tuple[str, lis
             missing.append(f"{layout}: {name}: {reason}")
         else:
             found = models.embedded(target, PHOTOS, WORDS, reference)
-            lowest[name] = min(map(_cosine, found, given.expected))
+            lowest[name] = min(float(row_cosines(*pair).min()) for pair in zip(found, given.expected, strict=True))
     cells = [f"{len(lowest)} of {len(FORMS) + 1}"]
     for precision in ("fp32", "fp16", "int8"):
         values = [value for name, value in lowest.items() if name.split("-")[1] == precision]
@@ -245,10 +246,6 @@ def row(layout: str, library: str, given: Given, folder: Path) -> tuple[str, lis
     counts = ["{} of {}".format(*kinds["attention"]) for kinds in fusions.values()]
     cells.append(" / ".join(counts) if counts else "-")
     return f"| {layout} | {library} | {' | '.join(cells)} |", missing
-
-
-def _cosine(ones: np.ndarray, others: np.ndarray) -> float:
-    return float(np.min(np.sum(ones * others, 1) / np.linalg.norm(ones, axis=1) / np.linalg.norm(others, axis=1)))
 
 
 def main(path: Path) -> None:
