@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.errors import first_line
 from clip_deploy.core.files import write_text
-from clip_deploy.core.model import Model
+from clip_deploy.core.model import Model, image_feed, random_images
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.torch_module import GraphModule, Operators
 from clip_deploy.report.tables import number, table
@@ -182,7 +182,8 @@ def module(graph: ir.Model, choice: Choice) -> GraphModule:
 def inputs(model: Model, tower: str, batch: int) -> tuple[Tensor, ...]:
     """Random pixels, or texts of the full context whose words are drawn from the model's examples."""
     if tower == "vision":
-        return (torch.randn(batch, 3, *model.image_size, device="cuda"),)
+        images = image_feed(random_images(batch, model.image_dtype))
+        return tuple(torch.from_numpy(rows).to("cuda") for rows in images.values())
     words = torch.tensor(model.example_texts["input_ids"], device="cuda").unique()
     ids = words[torch.randint(len(words), (batch, model.context_length), device="cuda")]
     held = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -14,7 +14,7 @@ from support import models
 from support.kinds import Kinds
 from support.project import ROOT, TINY, Project, new_project
 from support.reliability import Outcomes
-from support.targets import packed
+from support.targets import packed, prepare
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ["DVC_NO_ANALYTICS"] = "1"
@@ -155,26 +155,17 @@ def family(request):
 @pytest.fixture(scope="session")
 def sets(checkpoint, tmp_path_factory):
     """A folder with small evaluation and calibration sets and the reference's embeddings."""
-    from clip_deploy.builders.processor_files import write_portable
-    from clip_deploy.checkpoint.load import load_processor
-    from clip_deploy.core.artifact import read_target
-    from clip_deploy.core.config import DataConfig
-    from clip_deploy.data.dataset import load
-    from clip_deploy.data.preprocessed import load_prepared, write_prepared
-    from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
-    from clip_deploy.runtimes import open_encoder
+    return prepare(checkpoint, tmp_path_factory.mktemp("data"), 96, 16, ["a photo of a {}", "a {}"])
 
-    folder = tmp_path_factory.mktemp("data")
-    data = DataConfig(evaluation_samples=96, calibration_samples=16, templates=["a photo of a {}", "a {}"])
-    dataset, processor, model = load(data, 0), load_processor(checkpoint), read_target(checkpoint).model
-    for name in ("evaluation", "calibration"):
-        (folder / name).mkdir()
-        write_prepared(name, dataset, data.templates, processor, model, folder / name)
-    embeddings = encode_set(open_encoder(checkpoint), load_prepared(folder / "evaluation"))
-    save_embeddings(embeddings, folder / "evaluation" / "reference.npz")
-    (folder / "portable").mkdir()
-    write_portable(checkpoint, folder / "portable")
-    return folder
+
+@pytest.fixture(scope="session")
+def naflex(tmp_path_factory):
+    return models.naflex(tmp_path_factory.mktemp("naflex"))
+
+
+@pytest.fixture(scope="session")
+def naflex_sets(naflex, tmp_path_factory):
+    return prepare(naflex, tmp_path_factory.mktemp("data"), 16, 8, ["a {}"])
 
 
 @pytest.fixture(scope="session")

@@ -30,9 +30,10 @@ from clip_deploy.onnx_graph.preprocessing import IMAGES, PIXELS, preprocessing_n
 def export_onnx(checkpoint: Path, settings: OnnxConfig, output: Path) -> Target:
     """Write vision.onnx (pixel_values -> image_embeds) and text.onnx (input_ids, attention_mask -> text_embeds).
 
-    The batch axis is dynamic, and the text's sequence axis where the model does not pad to its context. With
-    settings.preprocess, vision.onnx takes images (uint8 [batch, height, width, 3], RGB, of any size) instead; with
-    settings.classifier it gives probabilities [batch, labels] besides.
+    vision.onnx of SigLIP 2 NaFlex takes pixel_attention_mask and spatial_shapes besides. The batch axis is dynamic, and
+    the text's sequence axis where the model does not pad to its context. With settings.preprocess, vision.onnx takes
+    images (uint8 [batch, height, width, 3], RGB, of any size) instead; with settings.classifier it gives probabilities
+    [batch, labels] besides.
 
     Raises:
         UnavailableError: the exporter cannot convert this model, or ONNX cannot express its preprocessing.
@@ -92,7 +93,7 @@ def _export_towers(checkpoint: Path, settings: OnnxConfig, model: Model, output:
     """Write both towers, and return what each computes: what the fusions of its graph are held against."""
     operations = {}
     inputs, axes = example_inputs(model), dynamic_axes(model)
-    names = {"vision": ["pixel_values"], "text": model.text_inputs}
+    names = {"vision": model.image_inputs, "text": model.text_inputs}
     write = WRITERS[settings.writer]
     for name, tower in split(load_model(checkpoint), inputs).items():
         path = output / f"{name}.onnx"

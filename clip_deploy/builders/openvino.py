@@ -22,7 +22,7 @@ from clip_deploy.core.artifact import EMBEDS, Target, read_source
 from clip_deploy.core.config import AccuracyBudget, OpenVinoConfig, OptimizeConfig, Precision
 from clip_deploy.core.environment import hardware, has_vnni
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.core.model import Model
+from clip_deploy.core.model import Model, image_feed
 from clip_deploy.core.records import Facts
 from clip_deploy.data.preprocessed import Prepared, feeds
 from clip_deploy.evaluate.accuracy import accuracy_cost
@@ -87,7 +87,7 @@ def _convert(
     with tempfile.TemporaryDirectory(dir=output) as folder:
         for tower, shape in target.model.towers.items():
             graph, _ = towers.fuse(tower, rewrites_of(shape, OptimizeConfig(), packed=False), Path(folder))
-            inputs = ["pixel_values"] if tower == "vision" else target.model.text_inputs
+            inputs = target.model.image_inputs if tower == "vision" else target.model.text_inputs
             models[tower] = _read(openvino, graph, inputs)
     return models, towers.facts()
 
@@ -112,8 +112,8 @@ class _Towers:
     def __init__(self, compiled: dict[str, Any], text_inputs: list[str]) -> None:
         self.compiled, self.text_inputs = compiled, text_inputs
 
-    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self.compiled["vision"]({"pixel_values": pixel_values})[0].copy()
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self.compiled["vision"](image_feed(images))[0].copy()
         return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:

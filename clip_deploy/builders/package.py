@@ -194,4 +194,5 @@ def _encoder(towers: dict[str, str], sources: Sources, files: dict[str, File]) -
         activation=scores["activation"],
         normalized=model.normalize,
         device=vision.device,
+        patches=model.patches,
     )

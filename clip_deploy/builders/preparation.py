@@ -37,7 +37,7 @@ class Preparation:
         """Write one tower's graph with `rewrites` applied into `folder`; return it and what stood around it."""
         bare, graph = folder / f"{tower}-bare.onnx", folder / f"{tower}.onnx"
         pre_post = detach(self.source / graph.name, bare)
-        self.fused[tower] = fuse(bare, graph, rewrites, self.target.model.example_texts)
+        self.fused[tower] = fuse(bare, graph, rewrites, self.target.model.examples)
         return graph, pre_post
 
     def to_float16(self, tower: str, graph: Path, keep_fp32: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from clip_deploy.checkpoint.load import load_model, load_processor
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.files import write_text
-from clip_deploy.core.model import Model
+from clip_deploy.core.model import Model, as_images, image_feed
 from clip_deploy.core.package import PREPROCESSOR
 from clip_deploy.data.preprocessed import SCORES, TOKENIZER, pad_token_of, tokenize
 from clip_deploy.inference.tokenizer import Tokenizer, shown
@@ -79,7 +79,7 @@ def write_portable(checkpoint: Path, folder: Path) -> None:
         return {}
 
     attempt(TOKENIZER, lambda path: write_tokenizer(processor, model, path))
-    attempt(PREPROCESSOR, lambda path: write_preprocessor(processor.image_processor, model.image_size, path))
+    attempt(PREPROCESSOR, lambda path: write_preprocessor(processor.image_processor, model, path))
     scores = attempt(SCORES, lambda path: _scores(checkpoint))
     write_text(folder / SCORES, json.dumps({**scores, "unavailable": unavailable}, indent=1) + "\n")
 
@@ -177,14 +177,20 @@ def _canonical(lower: bool, spec: Any) -> list[Any]:
     ]
 
 
-def write_preprocessor(processor: "BaseImageProcessor", image_size: list[int], path: Path) -> None:
+def write_preprocessor(processor: "BaseImageProcessor", model: Model, path: Path) -> None:
     """Raises UnavailableError where Pillow and numpy alone give other pixels than the checkpoint's own processor."""
     record = read_preprocessing(processor, range(6))  # all of Pillow's filters
     write_text(path, json.dumps(asdict(record), indent=1) + "\n")
     rng = np.random.default_rng(0)
-    for height, width in PROBES if record.resample is not None else [image_size]:
+    for height, width in PROBES if record.resample is not None else [model.image_size]:
         noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        expected = processor(noise, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
-        actual = record(Image.fromarray(noise))
-        if actual.shape != expected.shape or not np.abs(actual - expected).max() < CLOSE:
+        made = processor(noise, return_tensors="np", input_data_format="channels_last")
+        expected, actual = (
+            image_feed(as_images(made, model.image_dtype)),
+            image_feed(record(Image.fromarray(noise))[None]),
+        )
+        if any(
+            actual[name].shape != rows.shape or not np.abs(actual[name] - rows).max() < CLOSE
+            for name, rows in expected.items()
+        ):
             raise UnavailableError(f"{type(processor).__name__} does something that Pillow and numpy alone do not")

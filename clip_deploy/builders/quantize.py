@@ -65,7 +65,7 @@ def quantize(
     build = {**target.build, "source": source.name, **_described(settings, calibration, reduced)}
     result = replace(target, precision="int8", build=build)
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        towers = _Towers(source, settings, calibration, reduced, target.model.text_inputs, Path(folder))
+        towers = _Towers(source, settings, calibration, reduced, target.model, Path(folder))
         if settings.accuracy_budget is None or not target.model.trained:
             towers.write([])
         else:
@@ -128,11 +128,11 @@ class _Towers:
         settings: QuantizeConfig,
         calibration: Prepared,
         reduced: bool,
-        text_inputs: list[str],
+        model: Model,
         work: Path,
     ) -> None:
         self.settings, self.calibration, self.reduced = settings, calibration, reduced
-        self.text_inputs, self.work, self.small = text_inputs, work, work / "int8"
+        self.model, self.work, self.small = model, work, work / "int8"
         self.small.mkdir()
         self.plain = {tower: work / f"{tower}.onnx" for tower in ("vision", "text")}
         self.pre_posts = {}
@@ -160,7 +160,7 @@ class _Towers:
             attach(self.small / f"{tower}.onnx", pre_post, output / f"{tower}.onnx")
 
     def encoder(self, folder: Path) -> Encoder:
-        return Encoder(folder, Target("ort", "int8", model=Model(text_inputs=self.text_inputs)), None)
+        return Encoder(folder, Target("ort", "int8", model=self.model), None)
 
     def switched(self) -> Switched:
         """Both towers with a switch at each node; static ranges are those of the fully quantised graphs."""
@@ -171,7 +171,7 @@ class _Towers:
                 small = self.work / f"{tower}-small.onnx"
                 self._quantise(tower, plain, small, [])
                 rounding[tower].ranges = activation_ranges(small)
-        return Switched(self.plain, rounding, self.text_inputs, self.work)
+        return Switched(self.plain, rounding, self.model.text_inputs, self.work)
 
     def _quantise(self, tower: str, plain: Path, small: Path, excluded: list[str]) -> None:
         if self.settings.method is Quantization.dynamic:
@@ -182,7 +182,7 @@ class _Towers:
             _weight_only(plain, small, excluded)
 
     def _reader(self, tower: str) -> "Reader":
-        return Reader(self.calibration.inputs(tower, self.text_inputs))
+        return Reader(self.calibration.inputs(tower, self.model.text_inputs))
 
 
 def reduces_range(choice: ReduceRange, instruction_sets: list[str]) -> bool:

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
 from clip_deploy.core.config import AccuracyBudget
+from clip_deploy.core.model import image_feed
 from clip_deploy.core.records import CurvePoint, Search
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared
@@ -67,7 +68,7 @@ class Switched:
         return [f"{tower}: {name}" for tower, names in self.switches.items() for name in names]
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
-        return self._run("vision", {"pixel_values": images})
+        return self._run("vision", image_feed(images))
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         return self._run("text", text_feed(self.text_inputs, input_ids, attention_mask))

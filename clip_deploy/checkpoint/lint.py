@@ -22,7 +22,8 @@ from clip_deploy.checkpoint.verify import read_config, stated_settings, tower_se
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import ModelConfig
 from clip_deploy.core.errors import CheckpointError, ConfigError, one_line
-from clip_deploy.core.model import Finding, Model, embeddings
+from clip_deploy.core.model import Finding, Model, as_images, embeddings, image_feed
+from clip_deploy.core.preprocessing import to_pixels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -237,17 +238,24 @@ class Opened:
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """What the processor makes of one image, float32 [3, height, width]; CheckpointError where that is none."""
+        return to_pixels(self.prepared(image))
+
+    def prepared(self, image: Image.Image) -> np.ndarray:
+        """The same in the model's image_dtype."""
         what = f"{self.folder}: of an image of {image.width} x {image.height} pixels, its image processor"
+        dtype = self.described.image_dtype
         try:
             with np.errstate(all="ignore"):
-                made = np.asarray(self.processor.image_processor(image, return_tensors="np")["pixel_values"])[0]
+                processed = self.processor.image_processor(image, return_tensors="np")
+                made = as_images(processed, dtype)[0]
         except Exception as error:  # whatever transformers meets in preprocessor_config.json
             raise CheckpointError(f"{what} makes an error: {one_line(error)}") from error
-        if made.ndim != 3 or len(made) != 3 or not made.size:
+        values = made if dtype.names is None else made["pixel_values"]
+        if dtype.names is None and (made.ndim != 3 or len(made) != 3 or not made.size):
             raise CheckpointError(
                 f"{what} makes pixel_values of shape {list(made.shape)}: [3, height, width] is needed"
             )
-        if not np.isfinite(made).all():
+        if not np.isfinite(values).all():
             raise CheckpointError(f"{what} makes NaN or infinity: mend image_mean and image_std")
         found: np.ndarray = made
         return found
@@ -566,15 +574,17 @@ def scale(opened: Opened) -> Iterator[Finding]:
 
 def images(opened: Opened) -> Iterator[Finding]:
     """Size, crop, normalisation and filter, as the processor's own pixels show them."""
-    made = opened.described.image_size
-    yield from _sizes(opened, getattr(opened.config.vision_config, "image_size", None), made)
-    wide = list(opened.pixels(Image.new("RGB", (96, 64))).shape[-2:])
-    if wide != made:
-        found = f"an image of 96 x 64 pixels becomes {wide[1]} x {wide[0]}"
-        consequence = "Images that are not square would not fit the vision tower"
-        yield Finding("crop", ERROR, found, f"{made[1]} x {made[0]}", consequence)
+    squared = False  # patches are of the whole image in its proportions
+    if made := opened.described.image_size:
+        yield from _sizes(opened, getattr(opened.config.vision_config, "image_size", None), made)
+        wide = list(opened.pixels(Image.new("RGB", (96, 64))).shape[-2:])
+        squared = wide == made
+        if not squared:
+            found = f"an image of 96 x 64 pixels becomes {wide[1]} x {wide[0]}"
+            consequence = "Images that are not square would not fit the vision tower"
+            yield Finding("crop", ERROR, found, f"{made[1]} x {made[0]}", consequence)
     if opened.family is not None:
-        yield from _pictures(opened, opened.family, squared=wide == made)
+        yield from _pictures(opened, opened.family, squared)
 
 
 def _sizes(opened: Opened, wanted: Any, made: list[int]) -> Iterator[Finding]:
@@ -750,10 +760,11 @@ def alike(opened: Opened) -> Iterator[Finding]:
 
     model, given = opened.loaded[0], opened.described.example_texts
     levels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    pixels = np.stack([opened.pixels(Image.fromarray(image).resize((64, 64))) for image in levels])
+    pictures = np.stack([opened.prepared(Image.fromarray(image).resize((64, 64))) for image in levels])
+    pixels = {name: torch.from_numpy(values) for name, values in image_feed(pictures).items()}
     inputs = {
         "texts": ("get_text_features", {name: torch.tensor(ids) for name, ids in given.items()}),
-        "images": ("get_image_features", {"pixel_values": torch.from_numpy(pixels)}),
+        "images": ("get_image_features", pixels),
     }
     for what, (method, values) in inputs.items():
         try:

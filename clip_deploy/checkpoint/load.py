@@ -201,12 +201,14 @@ def _describe(folder: Path) -> Model:
     lengths = (processor.tokenizer.model_max_length, trained_context(kind, processor.tokenizer))
     context = int(min(positions, *lengths))
     text_inputs = ["input_ids"] if siglip else ["input_ids", "attention_mask"]
+    image_size, patches = _image_shape(folder, processor.image_processor)
     tokens = processor.tokenizer(
         EXAMPLE_TEXTS, padding="max_length" if siglip else "longest", truncation=True, max_length=context
     )
     return Model(
         model_type=kind,
-        image_size=_image_size(folder, processor.image_processor),
+        image_size=image_size,
+        patches=patches,
         context_length=context,
         positions=positions,
         # SigLIP was trained on texts padded to the context, without a mask, as transformers' processor gives them.
@@ -251,21 +253,19 @@ def _positions(skeleton: "PreTrainedModel", text: Any) -> int:
     return known - max(taken) - 1 if taken else known
 
 
-def _image_size(folder: Path, processor: Any) -> list[int]:
-    """Height and width of what the image processor makes of a square image."""
+def _image_shape(folder: Path, processor: Any) -> tuple[list[int], list[int]]:
+    """The model's image_size and patches, of which one is empty, as the image processor makes a square image."""
     from PIL import Image
 
     made = processor(Image.new("RGB", (64, 64)), return_tensors="np")
     shape = list(made["pixel_values"].shape)
     if "spatial_shapes" in made:
-        raise CheckpointError(
-            f"{folder} takes images of varying resolution (NaFlex): use a fixed-resolution checkpoint"
-        )
+        return [], shape[1:]
     if len(shape) != 4:
         raise CheckpointError(
             f"{folder}: its image processor makes pixel_values of shape {shape}: four axes are needed"
         )
-    return shape[-2:]
+    return shape[-2:], []
 
 
 # Tokens: https://github.com/OFA-Sys/Chinese-CLIP/blob/master/cn_clip/clip/utils.py (tokenize)

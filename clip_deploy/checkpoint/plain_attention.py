@@ -1,6 +1,7 @@
 """Attention of PyTorch, timm and open_clip as transformers' own layers compute it, so that exporters write one pattern.
 
-The pattern is three projections, heads as an axis, scaled_dot_product_attention, and a projection of its rows.
+The pattern is three projections, heads as an axis, scaled_dot_product_attention, and a projection of its rows. Besides,
+SigLIP 2 NaFlex's embeddings without a loop over images, which no exporter writes.
 """
 
 from collections.abc import Callable
@@ -145,6 +146,41 @@ class ResNetPool(nn.Module):  # type: ignore[misc]
         return self.plain(tokens[:, :1], tokens, tokens)[:, 0]
 
 
+class NaflexEmbeddings(nn.Module):  # type: ignore[misc]
+    """SigLIP 2 NaFlex's embeddings of patches, whose table of positions is resized to each image by one matmul.
+
+    transformers calls F.interpolate (bilinear, antialias) for one image after the other. Its weights are triangles over
+    the table's rows and columns: a patch's position is their outer product times the table.
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.patch_embedding, self.position_embedding = source.patch_embedding, source.position_embedding
+        self.side = source.position_embedding_size
+
+    def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor) -> torch.Tensor:
+        """[batch, patches, values] and [batch, rows and columns] -> [batch, patches, width]."""
+        table = self.position_embedding.weight
+        rows, columns = spatial_shapes[:, :1], spatial_shapes[:, 1:]
+        patch = torch.arange(pixel_values.shape[1], device=pixel_values.device)[None]
+        patch = torch.where(patch <= rows * columns - 1, patch, 0)  # padding has the first one's position, as there
+        row = ((patch + 0.5) / columns).floor().to(torch.int64)
+        by_row = self._weights(row, rows, table.dtype)[:, :, :, None]
+        by_column = self._weights(patch - row * columns, columns, table.dtype)[:, :, None]
+        return self.patch_embedding(pixel_values.to(table.dtype)) + (by_row * by_column).flatten(2) @ table
+
+    def _weights(self, index: torch.Tensor, size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Of the table's positions along an axis, at `index` [batch, patches] of `size` [batch, 1].
+
+        In whole numbers up to the division, so that half precision rounds the weights alone: distances are in units of
+        1 / (2 * size) of a position, the triangle reaches as far as the longer of both sides.
+        """
+        positions = torch.arange(1, 2 * self.side, 2, device=index.device)[None, None]
+        distance = (positions * size[:, :, None] - (2 * index + 1)[:, :, None] * self.side).abs()
+        triangle = (2 * size.clamp(min=self.side)[:, :, None] - distance).clamp(min=0)
+        return triangle.to(dtype) / triangle.sum(-1, keepdim=True).to(dtype)
+
+
 def _parts(linear: nn.Linear, count: int) -> list[Projection]:
     biases = [None] * count if linear.bias is None else linear.bias.chunk(count)
     return list(zip(linear.weight.chunk(count), biases, strict=True))
@@ -158,19 +194,25 @@ def _is_plain_pool(module: nn.Module) -> bool:
     return isinstance(module.q, nn.Linear)
 
 
-FORMS: dict[str, tuple[Callable[[nn.Module], bool], type[nn.Module]]] = {  # by where the class is written
+Forms = dict[str, tuple[Callable[[nn.Module], bool], type[nn.Module]]]  # by where the class is written
+
+WITHOUT_LOOPS: Forms = {
+    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings": (lambda module: True, NaflexEmbeddings),
+}
+FORMS: Forms = {
     "torch.nn.modules.activation.MultiheadAttention": (lambda module: module.batch_first, MultiheadAttention),
     "timm.layers.attention.Attention": (_is_plain_timm, TimmAttention),
     "timm.layers.attention_pool.AttentionPoolLatent": (_is_plain_pool, TimmPoolLatent),
     "timm.models.fastvit.Attention": (lambda module: isinstance(module.qkv, nn.Linear), FastVitAttention),
     "open_clip.modified_resnet.AttentionPool2d": (lambda module: True, ResNetPool),
+    **WITHOUT_LOOPS,
 }
 
 
-def replace_attention(model: nn.Module) -> None:
-    """Put an equal module in the place of every attention in `model` that exporters would write in another form."""
+def replace_attention(model: nn.Module, forms: Forms = FORMS) -> None:
+    """Put an equal module in the place of each one in `model` that exporters would write in another form, or not."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            fits, form = FORMS.get(f"{type(child).__module__}.{type(child).__qualname__}", (None, None))
+            fits, form = forms.get(f"{type(child).__module__}.{type(child).__qualname__}", (None, None))
             if fits is not None and form is not None and fits(child):
                 setattr(module, name, form(child).eval())

@@ -12,18 +12,34 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from clip_deploy.checkpoint.plain_attention import replace_attention
-from clip_deploy.core.model import Model, embeddings
+from clip_deploy.core.model import Model, embeddings, image_feed, random_images
 
 
 class ImageTower(nn.Module):  # type: ignore[misc]
-    """pixel_values [batch, 3, height, width] -> image_embeds [batch, dimension], not normalised."""
+    """pixel_values [batch, 3, height, width] -> image_embeds [batch, dimension], not normalised.
+
+    SigLIP 2 NaFlex takes patches [batch, patches, values], their mask and [batch, rows and columns].
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return embeddings(self.model, "get_image_features", pixel_values=pixel_values)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        arranged = (
+            {}
+            if spatial_shapes is None
+            else {
+                "pixel_attention_mask": pixel_attention_mask,
+                "spatial_shapes": spatial_shapes,
+            }
+        )
+        return embeddings(self.model, "get_image_features", pixel_values=pixel_values, **arranged)
 
 
 class TextTower(nn.Module):  # type: ignore[misc]
@@ -71,14 +87,15 @@ def split(model: PreTrainedModel, inputs: dict[str, tuple[torch.Tensor, ...]]) -
 
 
 def example_inputs(model: Model) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Two images and two texts of ones, for tracing: shapes matter, values do not.
+    """Two images and two texts, for tracing: shapes matter, values do not.
 
     Args:
         model: as checkpoint.describe gives it.
     """
     tokens = model.context_length if model.pad_to_context else min(16, model.context_length)
     texts = tuple(torch.ones(2, tokens, dtype=torch.int64) for _ in model.text_inputs)
-    return {"vision": (torch.zeros(2, 3, *model.image_size),), "text": texts}
+    images = image_feed(random_images(2, model.image_dtype))
+    return {"vision": tuple(map(torch.from_numpy, images.values())), "text": texts}
 
 
 def dynamic_axes(model: Model) -> dict[str, dict[int, str]]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_deploy.checkpoint.load import load_with_report
 from clip_deploy.core.errors import CheckpointError
-from clip_deploy.core.model import Model, embeddings
+from clip_deploy.core.model import Model, embeddings, image_dtype, image_feed, random_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,9 +39,10 @@ def trial_inputs(described: Model, model: "PreTrainedModel") -> dict[str, Any]:
 
     stated = getattr(model.config.vision_config, "image_size", None)
     size = [stated, stated] if isinstance(stated, int) else described.image_size
-    pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    pixels = image_feed(random_images(2, image_dtype(size, described.patches)))
+    images = {name: torch.from_numpy(values) for name, values in pixels.items()}
     texts = {name: torch.tensor(ids) for name, ids in described.example_texts.items()}
-    return {"get_image_features": {"pixel_values": pixels}, "get_text_features": texts}
+    return {"get_image_features": images, "get_text_features": texts}
 
 
 def embed(model: "nn.Module", inputs: dict[str, Any]) -> "list[Tensor]":

@@ -59,7 +59,8 @@ class DualEncoder:
 
     Attributes:
         dimension: of an embedding.
-        image_size: [height, width] in pixels of what the image tower takes.
+        image_size: [height, width] in pixels of what the image tower takes; empty where that is patches.
+        patches: [patches, values of one] of SigLIP 2 NaFlex; empty otherwise.
         context_length: tokens of a text, at most; with pad_to_context always, filled up with pad_token.
         logit_scale, logit_bias, activation: of scores.Scoring.
         normalized: whether the graphs give embeddings of unit length.
@@ -77,6 +78,7 @@ class DualEncoder:
     activation: str
     normalized: bool
     device: str
+    patches: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

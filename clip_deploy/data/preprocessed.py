@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from clip_deploy.core.errors import DataError
 from clip_deploy.core.json_files import read_json
-from clip_deploy.core.model import Model
+from clip_deploy.core.model import Model, as_images
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -80,7 +80,8 @@ class Prepared:
     """One set, ready to encode.
 
     Attributes:
-        pixel_values: float32 [images, 3, height, width], read from disk as needed.
+        pixel_values: float32 [images, 3, height, width], or [images] records of patches (Model.image_dtype), read from
+            disk as needed.
         images: the same before preprocessing, where they were kept for graphs that preprocess themselves.
         captions: Texts, with caption_image [captions] saying whose they are; empty where there are none.
         caption_text: [captions] the same number where two captions are the same words.
@@ -106,7 +107,8 @@ class Prepared:
     def inputs(self, tower: str, text_inputs: list[str]) -> dict[str, np.ndarray]:
         """All rows of one tower's inputs, by their names in its graph."""
         if tower == "vision":
-            return {"pixel_values": self.pixel_values}
+            fields = self.pixel_values.dtype.names
+            return {name: self.pixel_values[name] for name in fields} if fields else {"pixel_values": self.pixel_values}
         return {name: getattr(self.texts, name) for name in text_inputs}
 
     @property
@@ -131,7 +133,7 @@ def write_prepared(
     samples = getattr(dataset, name)
     if keep_images:
         _write_images(samples, folder / IMAGES)
-    _write_pixels(samples, processor, model.image_size, folder / "pixel_values.npy")
+    _write_pixels(samples, processor, model.image_dtype, folder / "pixel_values.npy")
     pairs = [(row, text) for row, sample in enumerate(samples) for text in sample.captions]
     distinct = {text: index for index, text in enumerate(dict.fromkeys(text for _, text in pairs))}
     captions = tokenize(processor, model, [text for _, text in pairs])
@@ -190,14 +192,14 @@ def _check_unicode(texts: list[str]) -> None:
             raise DataError(f"text {row + 1} of {len(texts)} is no valid Unicode: {text[:60]!r}") from error
 
 
-def _write_pixels(samples: "list[Sample]", processor: "ProcessorMixin", size: list[int], path: Path) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(samples), 3, *size)}
+def _write_pixels(samples: "list[Sample]", processor: "ProcessorMixin", dtype: np.dtype[Any], path: Path) -> None:
+    descr = np.lib.format.dtype_to_descr(dtype.base)
+    header = {"descr": descr, "fortran_order": False, "shape": (len(samples), *dtype.shape)}
     with path.open("wb") as file:  # not mapped into memory: where the disk fills up, that is killed by SIGBUS
         np.lib.format.write_array_header_1_0(file, header)
         for start in tqdm(range(0, len(samples), CHUNK), desc="preprocess", disable=None):
             images = [sample.open() for sample in samples[start : start + CHUNK]]
-            pixels = processor.image_processor(images, return_tensors="np")["pixel_values"]
-            file.write(np.ascontiguousarray(pixels, dtype="<f4").data)
+            file.write(as_images(processor.image_processor(images, return_tensors="np"), dtype).data)
 
 
 def _write_images(samples: "list[Sample]", path: Path) -> None:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from clip_deploy.core.artifact import EMBEDS, Target, read_target
 from clip_deploy.core.config import GateLimits
 from clip_deploy.core.errors import DeployError, first_line
+from clip_deploy.core.model import image_feed
 from clip_deploy.core.records import Diagnosis, Drop
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared, Texts
@@ -80,7 +81,7 @@ class Worst:
 
 def _worst_images(prepared: Prepared, actual: Embeddings, reference: Embeddings) -> Worst:
     rows, cosine = _lowest(actual.images, reference.images)
-    return Worst({"pixel_values": np.stack([prepared.pixel_values[row] for row in rows])}, cosine)
+    return Worst(image_feed(np.stack([prepared.pixel_values[row] for row in rows])), cosine)
 
 
 def _worst_texts(prepared: Prepared, actual: Embeddings, reference: Embeddings) -> Worst:

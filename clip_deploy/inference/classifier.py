@@ -15,6 +15,7 @@ from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 from clip_deploy.core.artifact import EMBEDS, real_graph
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError, first_line
+from clip_deploy.core.model import image_feed
 from clip_deploy.core.package import Package, read_labels, read_package, read_preprocessing
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
 from clip_deploy.inference.embedding_sample import EmbeddingSample
@@ -206,7 +207,9 @@ class ZeroShotClassifier:
             if isinstance(image, np.ndarray):
                 sizes.setdefault(image.shape, {})[row] = image
         for alike in sizes.values():
-            embeddings = self._run("vision", {self.towers.vision.image_input: np.stack(list(alike.values()))})
+            images = np.stack(list(alike.values()))
+            feed = image_feed(images) if self.preprocessor else {self.towers.vision.image_input: images}
+            embeddings = self._run("vision", feed)
             for row, embedding in zip(alike, embeddings, strict=True):
                 answers[row] = embedding
             if self.sample:

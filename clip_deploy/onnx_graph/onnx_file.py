@@ -237,14 +237,14 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
         raise DeployError(f"{path.name} does not run: {first_line(error)}") from error
 
 
-def random_feeds(path: Path, texts: dict[str, list[Any]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Inputs that fit the graph, three rows: noise for images, `texts` (input_ids, attention_mask) for texts."""
+def random_feeds(path: Path, examples: dict[str, list[Any]], seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs that fit the graph, three rows: of whole numbers `examples`, and noise for pixel_values."""
     model = onnx.load(path, load_external_data=False)
     rng = np.random.default_rng(seed)
     feeds = {}
     for value in model.graph.input:
-        if value.name in texts:
-            feeds[value.name] = np.array(texts[value.name], dtype=np.int64)
+        if value.name in examples:
+            feeds[value.name] = np.array(examples[value.name], dtype=np.int64)
         else:
             shape = [item if isinstance(item, int) else 3 for item in _shape(value)]
             feeds[value.name] = rng.normal(size=shape).astype(np.float32)

@@ -51,6 +51,8 @@ def preprocessing_nodes(processor: "BaseImageProcessor", image_size: list[int]) 
         settings = read_preprocessing(processor)
     except UnavailableError as error:
         raise _unavailable(str(error)) from error
+    if settings.max_patches:
+        raise _unavailable(f"{type(processor).__name__} cuts images in their proportions into patches")
     pre_post = build_preprocessing(settings, image_size)
     _hold_against(processor, settings, image_size)
     return pre_post
@@ -61,6 +63,8 @@ def read_preprocessing(processor: "BaseImageProcessor", filters: Collection[int]
     name = type(processor).__name__
     if hasattr(processor, "preprocessing"):
         return _stated(name, processor.preprocessing, filters)
+    if getattr(processor, "max_num_patches", None):
+        return _patching(name, processor, filters)
     size, crop = dict(processor.size or {}), dict(processor.crop_size or {})
     if getattr(processor, "do_pad", None):
         raise UnavailableError(f"{name} pads (do_pad)")
@@ -74,15 +78,38 @@ def read_preprocessing(processor: "BaseImageProcessor", filters: Collection[int]
     cropped = bool(getattr(processor, "do_center_crop", False))
     if "shortest_edge" in size and processor.do_resize and not cropped:
         raise UnavailableError(f"{name} resizes to size {size} without do_center_crop")
-    black, white = (_middle(processor, level) for level in (0, 255))
-    deviation = 1 / (white - black)
     return Preprocessing(
         size={name: int(side) for name, side in size.items()} if processor.do_resize else None,
         crop=[crop["height"], crop["width"]] if cropped else None,
         resample=resample,
-        rescale_factor=1 / 255,
-        image_mean=[float(value) for value in -black * deviation],
-        image_std=[float(value) for value in deviation],
+        **_scaling(processor),
+    )
+
+
+def _scaling(processor: "BaseImageProcessor") -> dict[str, Any]:
+    """Of Preprocessing, what becomes of a grey level."""
+    black, white = (_middle(processor, level) for level in (0, 255))
+    deviation = 1 / (white - black)
+    return {
+        "rescale_factor": 1 / 255,
+        "image_mean": [float(value) for value in -black * deviation],
+        "image_std": [float(value) for value in deviation],
+    }
+
+
+def _patching(name: str, processor: "BaseImageProcessor", filters: Collection[int]) -> Preprocessing:
+    """Of SigLIP 2 NaFlex's."""
+    resample = int(BILINEAR if processor.resample is None else processor.resample)
+    if not processor.do_resize or resample not in filters:
+        how = f"with resample {FILTER_NAMES.get(resample, resample)}" if processor.do_resize else "nothing (do_resize)"
+        raise UnavailableError(f"{name} resizes {how}")
+    return Preprocessing(
+        size=None,
+        crop=None,
+        resample=resample,
+        **_scaling(processor),
+        patch_size=int(processor.patch_size),
+        max_patches=int(processor.max_num_patches),
     )
 
 
@@ -107,7 +134,8 @@ def _middle(processor: "BaseImageProcessor", level: int) -> np.ndarray:
     """What a grey level becomes in each channel, [3]: rescaling and normalisation in whatever way."""
     image = np.full((256, 256, 3), level, dtype=np.uint8)
     pixels = processor(image, return_tensors="np", input_data_format="channels_last")[PIXELS][0]
-    found: np.ndarray = pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2].astype(np.float64)
+    middle = pixels[0, -3:] if pixels.ndim == 2 else pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2]
+    found: np.ndarray = middle.astype(np.float64)
     return found
 
 

@@ -408,7 +408,7 @@ def _range(start: np.ndarray, limit: np.ndarray, step: np.ndarray) -> Tensor:
 def _where(condition: Any, first: Any, second: Any) -> Any:
     if isinstance(condition, np.ndarray):
         return np.where(condition.astype(bool), first, second)
-    return torch.where(condition, first, second)
+    return torch.where(condition, *(item.item() if isinstance(item, np.ndarray) else item for item in (first, second)))
 
 
 def _pair(function: Callable[[Any, Any], Any], first: Any, second: Any) -> Any:
@@ -437,6 +437,14 @@ def _layer_norm(
     stash_type: int = 1,
 ) -> Tensor:
     return F.layer_norm(tensor, weight.shape, weight, bias, epsilon)
+
+
+def _clip(tensor: Tensor, low: np.ndarray | None = None, high: np.ndarray | None = None) -> Tensor:
+    return tensor.clamp(*(None if limit is None else limit.item() for limit in (low, high)))
+
+
+def _sum(tensor: Tensor, axes: np.ndarray, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
+    return tensor.sum(axes.tolist(), keepdim=bool(keepdims))
 
 
 def _argmax(tensor: Tensor, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
@@ -469,14 +477,17 @@ class Activation:
 ACTIVATIONS = ("Gelu", "FastGelu", "QuickGelu")
 
 OPERATORS: dict[str, Callable[..., Any]] = {
+    "Abs": torch.abs,
     "Add": partial(_pair, lambda first, second: first + second),
     "And": partial(_pair, lambda first, second: first & second),
     "ArgMax": _argmax,
+    "Clip": _clip,
     "Concat": _concat,
     "ConstantOfShape": _filled,
     "Div": partial(_pair, _divide),
     "Equal": partial(_pair, lambda first, second: first == second),
     "Expand": _expand,
+    "Floor": torch.floor,
     "Gather": _gather,
     "GatherND": _gather_rows,
     "Identity": lambda value: value,
@@ -486,6 +497,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Mod": partial(_pair, lambda first, second: first % second),
     "Mul": partial(_pair, lambda first, second: first * second),
     "Range": _range,
+    "ReduceSum": _sum,
     "Relu": F.relu,
     "Reshape": _reshape,
     "Shape": _shape,

@@ -14,6 +14,8 @@ import onnx_ir as ir
 from clip_deploy.onnx_graph.ir_tools import array, initializer, made_by, only_user, permutation
 from clip_deploy.onnx_graph.onnx_file import RUNTIME
 
+PADDING_MASKS = ("attention_mask", "pixel_attention_mask")  # of tokens, and of SigLIP 2 NaFlex's patches
+
 
 @dataclass
 class Match:
@@ -45,7 +47,7 @@ def fuse_attention(model: ir.Model, heads: int, packed: bool = True) -> int:
 
 
 def replace_masks(model: ir.Model, causal: bool, padding: bool = True) -> bool:
-    """Let each attention derive its mask from `attention_mask`, in place of the nodes that compute one.
+    """Let each attention derive its mask from the tower's mask of padding, in place of the nodes that compute one.
 
     Args:
         causal: whether tokens see only those before them.
@@ -57,7 +59,7 @@ def replace_masks(model: ir.Model, causal: bool, padding: bool = True) -> bool:
     """
     graph = model.graph
     masked = [node for node in graph if node.op_type == "MultiHeadAttention" and len(node.inputs) > 5]
-    given = next((value for value in graph.inputs if value.name == "attention_mask"), None)
+    given = next((value for value in graph.inputs if value.name in PADDING_MASKS), None)
     if not masked:
         return False
     mask = None

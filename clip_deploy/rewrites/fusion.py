@@ -105,16 +105,16 @@ def for_cuda(rewrites: list[Step], context: int) -> list[Step]:
     ]
 
 
-def fuse(source: Path, output: Path, rewrites: list[Step], texts: dict[str, list[Any]]) -> Fused:
+def fuse(source: Path, output: Path, rewrites: list[Step], examples: dict[str, list[Any]]) -> Fused:
     """Rewrite one tower, and say what was found and what had to be undone.
 
     Args:
         source: the graph as it was exported.
         output: where to write the fused one.
         rewrites: as rewrites_of gives them.
-        texts: tokenised example texts, on which the text tower's outputs are compared.
+        examples: Model.examples, on which the outputs are compared.
     """
-    feeds = onnx_file.random_feeds(source, texts)
+    feeds = onnx_file.random_feeds(source, examples)
     expected = onnx_file.run(source, feeds)
     undone: list[str] = []
     done: set[str] = set()

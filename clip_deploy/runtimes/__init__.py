@@ -30,7 +30,7 @@ class Encoder(Protocol):
     def __init__(self, folder: Path, target: Target, threads: int | None) -> None: ...
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
-        """Encode pixel_values, float32 [batch, 3, height, width], or images, uint8 [batch, height, width, 3] in RGB."""
+        """Encode [batch] of the model's image_dtype, or images, uint8 [batch, height, width, 3] in RGB."""
         ...
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:

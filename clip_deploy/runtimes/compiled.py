@@ -1,11 +1,16 @@
 """A checkpoint through torch.compile; on a GPU each shape is compiled by itself and replayed as a CUDA graph."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from clip_deploy.checkpoint.plain_attention import WITHOUT_LOOPS, replace_attention
 from clip_deploy.core.artifact import Target
 from clip_deploy.runtimes import eager, pytorch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_SHAPES = 64  # dynamo gives up at 8
 
@@ -17,3 +22,8 @@ class Encoder(eager.Encoder):
         torch._dynamo.config.recompile_limit = MAX_SHAPES
         towers = super().load(folder, target)
         return {name: torch.compile(tower, dynamic=False) for name, tower in towers.items()}
+
+    def prepare(self, model: "PreTrainedModel") -> "PreTrainedModel":
+        """Without what reads values on the CPU, which no CUDA graph holds."""
+        replace_attention(model, WITHOUT_LOOPS)
+        return model

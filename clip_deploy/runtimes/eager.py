@@ -1,6 +1,7 @@
 """A checkpoint, run by PyTorch as transformers wrote it. In float32 it is the reference."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,14 +10,21 @@ from clip_deploy.checkpoint.towers import CastWrapper, ImageTower, TextTower
 from clip_deploy.core.artifact import Target
 from clip_deploy.runtimes import pytorch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Encoder(pytorch.Encoder):
     def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
         torch.backends.cudnn.allow_tf32 = False  # so that convolutions are as exact as matmuls are by default
-        model, dtype = load_model(folder).to(target.device), DTYPES[target.precision]
+        model, dtype = self.prepare(load_model(folder)).to(target.device), DTYPES[target.precision]
         return {name: CastWrapper(tower(model), dtype).eval() for name, tower in TOWERS.items()}
+
+    def prepare(self, model: "PreTrainedModel") -> "PreTrainedModel":
+        """As it is loaded."""
+        return model
 
 
 TOWERS = {"vision": ImageTower, "text": TextTower}

@@ -6,6 +6,7 @@ import numpy as np
 import openvino
 
 from clip_deploy.core.artifact import Target
+from clip_deploy.core.model import image_feed
 from clip_deploy.runtimes import text_feed
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}  # left to itself the plugin takes bf16 where the CPU has it, as for INT8's rest
@@ -28,7 +29,7 @@ class Encoder:
         self.text_inputs = target.model.text_inputs
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self.vision.infer({"pixel_values": images}, share_inputs=True)[0].copy()
+        found: np.ndarray = self.vision.infer(image_feed(images), share_inputs=True)[0].copy()
         return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 from clip_deploy.core.artifact import Target, real_graph
 from clip_deploy.core.errors import UnavailableError, first_line
+from clip_deploy.core.model import image_feed
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
 from clip_deploy.core.records import Placement
 from clip_deploy.runtimes import text_feed
@@ -30,7 +31,8 @@ class Encoder:
         self.folder, self.threads = folder, threads
         self.text_inputs = target.model.text_inputs
         self.image_input = target.image_input
-        self.names = {"vision": [self.image_input], "text": self.text_inputs}
+        preprocesses = self.image_input == "images"
+        self.names = {"vision": ["images"] if preprocesses else target.model.image_inputs, "text": self.text_inputs}
         self.fixed: dict[tuple[Any, ...], FixedCall] = {}
         self.on_gpu = target.device == "cuda"
         if self.on_gpu:
@@ -40,7 +42,7 @@ class Encoder:
             self.sessions = {tower: self.open(tower, (CPU, {})) for tower in ("vision", "text")}
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
-        return self._run("vision", [images])
+        return self._run("vision", list(image_feed(images).values()))
 
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Probabilities [batch, labels] from a graph with a zero-shot head; images as encode_images takes them."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clip_deploy.core.artifact import Target
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.model import image_feed
 from clip_deploy.runtimes import text_feed
 
 MAX_GRAPHS = 16  # shapes whose CUDA graphs are kept; each holds its own activations
@@ -81,7 +82,7 @@ class Encoder(ABC):
         """Both towers, "vision" and "text", on the target's device."""
 
     def encode_images(self, images: np.ndarray | Tensor) -> np.ndarray:
-        found: np.ndarray = self._encode("vision", [images])
+        found: np.ndarray = self._encode("vision", list(image_feed(images).values()))
         return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:

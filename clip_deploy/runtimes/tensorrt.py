@@ -19,7 +19,7 @@ class Encoder(pytorch.Encoder):
     def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
         library = load_tensorrt()
         refuse_elsewhere(folder.name, target.build, validity(library))
-        inputs = {"vision": ["pixel_values"], "text": self.text_inputs}
+        inputs = {"vision": target.model.image_inputs, "text": self.text_inputs}
         return {tower: Engine(library, folder, tower, inputs[tower]) for tower in EMBEDS}
 
 

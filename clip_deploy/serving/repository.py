@@ -107,6 +107,7 @@ def write_repository(package: Path, benchmark: Path, settings: TritonConfig, out
 def _fill(folder: Path, package: Path, benchmark: Path, settings: TritonConfig) -> Repository:
     found = packaged(package)
     encoder = found.encoder
+    check_inputs(encoder)
     preferred = {
         tower: preferred_sizes(encoder.towers[tower].target, tower, benchmark, settings.max_batch) for tower in EMBEDS
     }
@@ -128,6 +129,15 @@ def packaged(package: Path) -> Package:
         return read_package(package)
     except EmptyPackageError as error:
         raise UnavailableError(f"nothing was packaged: {error.reason}") from error
+
+
+def check_inputs(encoder: DualEncoder) -> None:
+    """Raise UnavailableError where the image tower takes more than one input: the models around it hand on one."""
+    if encoder.patches:
+        raise UnavailableError(
+            "the image tower takes patches, their mask and their arrangement (SigLIP 2 NaFlex), and clip_preprocess "
+            "makes one tensor: open the package in Python (ZeroShotClassifier)"
+        )
 
 
 def described(tower: ImageTower | TextTower, preferred: list[int]) -> ServedTower:

@@ -23,6 +23,7 @@ from clip_deploy.serving.repository import (
     NoRepository,
     Repository,
     ServedTower,
+    check_inputs,
     described,
     preferred_sizes,
     tower_config,
@@ -66,6 +67,7 @@ def write_engine_repository(
             target = read_target(built)
             _check(target, built, record, gates, engine)
             encoder = _encoder(target, built, record, prepared)
+            check_inputs(encoder)
             towers = _fill(folder / "tensorrt", built, encoder, prepared / "portable", benchmark, engine, settings)
             found = Repository(
                 origin=origin,
@@ -106,6 +108,7 @@ def _encoder(target: Target, built: Path, record: Validation, prepared: Path) ->
         activation=scores["activation"],
         normalized=target.model.normalize,
         device="cuda",
+        patches=target.model.patches,
     )
 
 

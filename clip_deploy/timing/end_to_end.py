@@ -17,8 +17,9 @@ from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import Target, failure, read_target
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.model import as_images
 from clip_deploy.core.parsing import parse
-from clip_deploy.core.preprocessing import Preprocessing
+from clip_deploy.core.preprocessing import Preprocessing, to_pixels
 from clip_deploy.core.records import EndToEnd, FeedTiming, Photos
 from clip_deploy.data.preprocessed import Prepared
 from clip_deploy.evaluate.embeddings import encode_images
@@ -84,7 +85,7 @@ def make_photos(
     """JPEG files with the content of evaluation images, drawn up to `size` and given the texture of photographs.
 
     Args:
-        pixel_values: float32 [images, 3, height, width].
+        pixel_values: [images] in the model's image_dtype.
         preprocessing: what made them of grey levels.
         size: [height, width] of the files.
     """
@@ -94,7 +95,7 @@ def make_photos(
 
 
 def _photo(pixels: np.ndarray, preprocessing: Preprocessing, size: list[int], rng: np.random.Generator) -> bytes:
-    levels = (pixels.transpose(1, 2, 0) - preprocessing.offset) / preprocessing.scale
+    levels = (to_pixels(pixels).transpose(1, 2, 0) - preprocessing.offset) / preprocessing.scale
     image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
     large = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC)) + TEXTURE * texture(size, rng)
     content = io.BytesIO()
@@ -116,14 +117,14 @@ def texture(size: list[int], rng: np.random.Generator) -> np.ndarray:
 
 def reference_embeddings(folder: Path, processor: "BaseImageProcessor", jpegs: list[bytes]) -> np.ndarray:
     """Embeddings [photos, dimension] of the target in `folder`, which takes pixel_values, through the processor."""
-    pixels = processor([decode_rgb(jpeg) for jpeg in jpegs], return_tensors="np")["pixel_values"]
-    return encode_images(open_encoder(folder), pixels)
+    made = processor([decode_rgb(jpeg) for jpeg in jpegs], return_tensors="np")
+    return encode_images(open_encoder(folder), as_images(made, read_target(folder).model.image_dtype))
 
 
 def run_feed(job: FeedJob) -> FeedTiming:
     """One feed in a process of its own: with a server's allocator, and nothing that another one left behind."""
     try:
-        check_feed(job.feed)
+        check_feed(job.feed, job.preprocessing)
     except UnavailableError as error:
         return FeedTiming("unavailable", str(error))
     variables = {**os.environ, **thread_variables(job.benchmark.threads), **ALLOCATOR}

@@ -35,10 +35,12 @@ class Feed(Protocol):
         ...
 
 
-def check_feed(name: str) -> None:
+def check_feed(name: str, settings: "Preprocessing") -> None:
     """Raise UnavailableError where a library or the GPU that the feed needs is missing; loads no library for it."""
     if name not in ("torchvision", "nvjpeg"):
         return
+    if settings.max_patches:
+        raise UnavailableError("only Pillow's feed cuts images in their proportions into patches (NaFlex)")
     if find_spec("torchvision") is None:
         raise UnavailableError("torchvision is not installed (pip install torchvision)")
     if name == "nvjpeg":

@@ -103,6 +103,7 @@ def _request(tower: str, batch: int, described: Target, settings: BenchmarkConfi
         "tower": tower,
         "batch": batch,
         "image_size": described.model.image_size,
+        "patches": described.model.patches,
         "photo_size": settings.image_size,
         "tokens": settings.sequence_length or described.model.context_length,
         "words": sorted({word for text in described.model.example_texts["input_ids"] for word in text}),

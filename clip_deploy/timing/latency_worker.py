@@ -24,6 +24,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.model import image_dtype, image_feed, random_images
 from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.runtimes import text_feed
 from clip_deploy.timing import nvml
@@ -118,10 +119,10 @@ def prepare_call(encoder: "Encoder", request: dict[str, Any]) -> Callable[[], ob
     rng = np.random.default_rng(0)
     if request["tower"] == "vision":
         if encoder.image_input == "images":
-            images = rng.integers(0, 256, (request["batch"], *request["photo_size"], 3), dtype=np.uint8)
+            images: np.ndarray = rng.integers(0, 256, (request["batch"], *request["photo_size"], 3), dtype=np.uint8)
         else:
-            images = rng.normal(size=(request["batch"], 3, *request["image_size"])).astype(np.float32)
-        arrays, encode = [images], partial(encoder.encode_images, images)
+            images = random_images(request["batch"], image_dtype(request["image_size"], request["patches"]))
+        arrays, encode = list(image_feed(images).values()), partial(encoder.encode_images, images)
     else:
         ids = rng.choice(np.array(request["words"], dtype=np.int64), (request["batch"], request["tokens"]))
         texts = ids, np.ones_like(ids)

@@ -30,12 +30,13 @@ from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import Exporter, ModelConfig, OnnxConfig, OptimizeConfig
 from clip_deploy.core.errors import CheckpointError
 from clip_deploy.core.fusions import missed
-from clip_deploy.core.model import embeddings
+from clip_deploy.core.model import as_images, embeddings
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import SCORES, tokenize
 from clip_deploy.runtimes import open_encoder
 
 MODELS = Path(transformers.models.__file__).parent
+SHAPES = [(64, 48), (30, 90), (40, 40)]  # width and height
 TEXTS = ["a photo of a red circle", "red", "two blue squares, left of a star and of a small green triangle"]
 
 WORKS = {  # what fusion misses of one layer in each tower
@@ -55,6 +56,7 @@ WORKS = {  # what fusion misses of one layer in each tower
     "MetaClip2Model": [],
     "OwlViTModel": [],
     "Owlv2Model": [],
+    "Siglip2Model": [],  # NaFlex
     "SiglipModel": [],
     "Tipsv2Model": ["vision: 0 of 1 early pooling fused"],
     "VisionTextDualEncoderModel": [],
@@ -78,7 +80,6 @@ NO_DUAL_ENCODER = (
 REFUSED = {
     "Blip2Model": "is a Blip2Model, whose texts are read by a language model, which gives a row for each token and no "
     "embedding: only models with a text tower can be deployed (CLIP, SigLIP...)",
-    "Siglip2Model": "takes images of varying resolution (NaFlex): use a fixed-resolution checkpoint",
 }
 OF_NO_IMAGES = {  # get_text_features, and no get_image_features
     "ClapModel": f"holds a 'clap' model: {NO_DUAL_ENCODER}",
@@ -136,7 +137,7 @@ OTHERWISE = {  # where a configuration calls its sizes by other names, or has mo
     "flava": {"image_codebook_config": {"hidden_size": 8, "num_blocks_per_group": 1}},
     "groupvit": {"vision_config": {"depths": [1, 1], "num_group_tokens": [4, 0], "num_output_groups": [4, 0]}},
     "siglip": {"text_config": {"num_hidden_layers": 2}},  # early pooling needs a layer before the last
-    "siglip2": {"vision_config": {"num_patches": 16}},
+    "siglip2": {"vision_config": {"num_patches": 16}, "text_config": {"num_hidden_layers": 2}},
     "vision-text-dual-encoder": {
         "vision_config": {"model_type": "vit", **SIZES},
         "text_config": {"model_type": "bert", **SIZES},
@@ -189,7 +190,7 @@ def siglip_tokenizer(folder):
 
 def gemmas(kind):
     vocabulary, merges = gemma_vocabulary()
-    return kind(vocab=vocabulary, merges=merges)
+    return kind(vocab=vocabulary, merges=merges, padding_side="right", model_input_names=["input_ids"])
 
 
 TOKENIZERS = {
@@ -272,17 +273,17 @@ def test_a_class_embeds_as_transformers_does_in_every_form(name, found, tmp_path
 
     processor, described = load_processor(checkpoint), read_target(checkpoint).model
     noise = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), dtype=np.uint8)
-    images = [Image.fromarray(image).resize((64, 48)) for image in noise]
-    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    images = [Image.fromarray(image).resize(size) for image, size in zip(noise, SHAPES, strict=True)]
+    made_of_images = processor.image_processor(images, return_tensors="pt")
     padding = {"padding": "max_length", "max_length": LENGTH} if described.pad_to_context else {}
     with torch.inference_mode():
-        expected = pooled(model.get_image_features(pixel_values=pixels))
+        expected = pooled(model.get_image_features(**made_of_images))
         alone = [processor.tokenizer(text, return_tensors="pt", **padding) for text in TEXTS]  # each without the others
         texts = np.concatenate([pooled(model.get_text_features(**tokens)) for tokens in alone])
-    tokens = tokenize(processor, described, TEXTS)
+    pixels, tokens = as_images(made_of_images, described.image_dtype), tokenize(processor, described, TEXTS)
     for target in (checkpoint, exported, fused):
         encoder = open_encoder(target)
-        assert row_cosines(encoder.encode_images(pixels.numpy()), expected).min() > 0.99999
+        assert row_cosines(encoder.encode_images(pixels), expected).min() > 0.99999
         assert row_cosines(encoder.encode_texts(tokens.input_ids, tokens.attention_mask), texts).min() > 0.99999
 
     (tmp_path / "portable").mkdir()

@@ -57,7 +57,11 @@ random weights says little of trained ones.
 Embeddings = tuple[np.ndarray, np.ndarray]  # of PHOTOS and of WORDS
 
 WORDS = ["a photo of a red circle", "Two BLUE squares", "x"]
-PHOTOS = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), np.uint8)) for seed in range(3)]
+SIZES = ((48, 64), (64, 30), (20, 70))  # height and width
+PHOTOS = [
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
+    for seed, size in enumerate(SIZES)
+]
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 LIBRARIES = ("torch", "transformers", "open_clip", "timm", "peft", "onnxruntime", "openvino")
 FORMS = {  # each is built from another one, which stands before it
@@ -96,12 +100,12 @@ def of_transformers(folder: Path, words: list[str] = WORDS) -> Embeddings:
 
 
 def with_transformers(model, processor, words: list[str] = WORDS) -> Embeddings:
-    siglip = model.config.model_type == "siglip"
+    siglip = model.config.model_type.startswith("siglip")
     texts = {"padding": "max_length" if siglip else True, "truncation": True}
     texts |= {"max_length": model.config.text_config.max_position_embeddings}
     texts |= {"return_attention_mask": not siglip}  # SigLIP is trained without a mask
     with torch.inference_mode():
-        images = model.eval().get_image_features(**processor(images=PHOTOS, return_tensors="pt"))
+        images = model.eval().get_image_features(**processor.image_processor(PHOTOS, return_tensors="pt"))
         found = model.get_text_features(**processor(text=words, return_tensors="pt", **texts))
     return images.pooler_output.numpy(), found.pooler_output.numpy()
 
@@ -205,6 +209,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], Given]]] = {
     "SigLIP, spiece.model": ("transformers", partial(family, models.siglip, WORDS)),
     # do_lower_case: true is stated, and ignored by GemmaTokenizer
     "SigLIP 2, one size": ("transformers", partial(family, models.siglip2, [word.lower() for word in WORDS])),
+    "SigLIP 2 NaFlex": ("transformers", partial(family, models.naflex, [word.lower() for word in WORDS])),
     "Chinese-CLIP": ("transformers", partial(family, models.chinese_clip, WORDS)),
     "CLIP without processor, `processor:`, trained": ("transformers", lent),
     "LoRA adapter of tiny-shapes": ("peft", lora),

@@ -99,13 +99,37 @@ def siglip(source):
     return reference(small_siglip(len(tokenizer)), SiglipProcessor(images, tokenizer), source)
 
 
-def siglip2(source):
-    """A small SigLIP 2 of one size, with Gemma's kind of tokenizer, which states do_lower_case and does not do it."""
-    from transformers import GemmaTokenizer, SiglipImageProcessorPil, SiglipProcessor
+def gemma_tokenizer(**settings):
+    """As SigLIP 2 has it: it states do_lower_case and does not do it."""
+    from transformers import GemmaTokenizer
 
     vocabulary, merges = gemma_vocabulary()
-    settings = {"add_bos_token": False, "add_eos_token": True, "do_lower_case": True, "padding_side": "right"}
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, **settings)
+    settings |= {"add_bos_token": False, "add_eos_token": True, "do_lower_case": True, "padding_side": "right"}
+    return GemmaTokenizer(vocab=vocabulary, merges=merges, **settings)
+
+
+def naflex_config(words):
+    from transformers import Siglip2Config
+
+    text = {"vocab_size": words, "max_position_embeddings": 16, "projection_size": 32, "bos_token_id": None, **SMALL}
+    return Siglip2Config(text_config={"eos_token_id": 1, **text}, vision_config={**SMALL_VISION, "num_patches": 16})
+
+
+def naflex(source):
+    """A small SigLIP 2 of images in their proportions, in at most 16 patches."""
+    from transformers import Siglip2ImageProcessorPil, Siglip2Model, Siglip2Processor
+
+    tokenizer = gemma_tokenizer(model_input_names=["input_ids"])
+    images = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    model = Siglip2Model(naflex_config(len(tokenizer)))
+    return reference(model, Siglip2Processor(images, tokenizer), source)
+
+
+def siglip2(source):
+    """A small SigLIP 2 of one size."""
+    from transformers import SiglipImageProcessorPil, SiglipProcessor
+
+    tokenizer = gemma_tokenizer()
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2)
     return reference(small_siglip(len(tokenizer)), SiglipProcessor(images, tokenizer), source)
 
@@ -129,10 +153,11 @@ def embedded(target, photos, words, checkpoint=None):
     """What a target makes of images and texts, prepared as its checkpoint says."""
     from clip_deploy.checkpoint.load import load_processor
     from clip_deploy.core.artifact import read_target
+    from clip_deploy.core.model import as_images
     from clip_deploy.data.preprocessed import tokenize
     from clip_deploy.runtimes import open_encoder
 
     processor, encoder = load_processor(checkpoint or target), open_encoder(target)
     tokens = tokenize(processor, read_target(target).model, words)
-    pixels = processor.image_processor(photos, return_tensors="np")["pixel_values"]
-    return encoder.encode_images(pixels), encoder.encode_texts(tokens.input_ids, tokens.attention_mask)
+    images = as_images(processor.image_processor(photos, return_tensors="np"), read_target(target).model.image_dtype)
+    return encoder.encode_images(images), encoder.encode_texts(tokens.input_ids, tokens.attention_mask)

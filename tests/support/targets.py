@@ -43,6 +43,31 @@ def records(built, folder, **changes):
     return folder
 
 
+def prepare(checkpoint, folder, evaluation_samples, calibration_samples, templates):
+    """Fill `folder` as the stage `prepare` would, with rendered scenes."""
+    from clip_deploy.builders.processor_files import write_portable
+    from clip_deploy.checkpoint.load import load_processor
+    from clip_deploy.core.artifact import read_target
+    from clip_deploy.core.config import DataConfig
+    from clip_deploy.data.dataset import load
+    from clip_deploy.data.preprocessed import load_prepared, write_prepared
+    from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
+    from clip_deploy.runtimes import open_encoder
+
+    data = DataConfig(
+        evaluation_samples=evaluation_samples, calibration_samples=calibration_samples, templates=templates
+    )
+    dataset, processor, model = load(data, 0), load_processor(checkpoint), read_target(checkpoint).model
+    for name in ("evaluation", "calibration"):
+        (folder / name).mkdir()
+        write_prepared(name, dataset, templates, processor, model, folder / name)
+    embeddings = encode_set(open_encoder(checkpoint), load_prepared(folder / "evaluation"))
+    save_embeddings(embeddings, folder / "evaluation" / "reference.npz")
+    (folder / "portable").mkdir()
+    write_portable(checkpoint, folder / "portable")
+    return folder
+
+
 def packed(target, sets, folder):
     from clip_deploy.builders.package import Sources, write_package
     from clip_deploy.core.config import GatesConfig

@@ -216,12 +216,12 @@ def test_a_missing_library_keeps_the_rows(checkpoint, onnx_target, sets, monkeyp
     assert record.photos.height == 120
 
 
-def test_nvjpeg_needs_a_gpu(monkeypatch):
+def test_nvjpeg_needs_a_gpu(job, monkeypatch):
     monkeypatch.setattr(input_pipelines, "find_spec", lambda name: object())
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UnavailableError, match="PyTorch sees no CUDA GPU"):
-        check_feed("nvjpeg")
-    check_feed("torchvision")
+        check_feed("nvjpeg", job.preprocessing)
+    check_feed("torchvision", job.preprocessing)
 
 
 def test_a_target_that_could_not_be_built_keeps_its_rows(checkpoint, sets, tmp_path):
