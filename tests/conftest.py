@@ -93,7 +93,15 @@ def fuzz(pytestconfig):
     return tries
 
 
-EXPORTERS = ("torch.onnx.export", "torch.export.export", "torch.jit.trace")
+UNTRACED = (
+    "torch.onnx.export",
+    "torch.export.export",
+    "torch.jit.trace",
+    "onnx_ir.load",
+    "onnx_ir.save",
+    "clip_deploy.rewrites.fusion.fold_constants",
+    "clip_deploy.rewrites.fusion.simplify",
+)
 
 
 def untraced(function):
@@ -110,11 +118,11 @@ def untraced(function):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def exporters_without_coverage():
+def libraries_without_coverage():
     """A tracer doubles the time of what calls itself a million times, and measures nothing there."""
     with pytest.MonkeyPatch.context() as patch:
         if sys.gettrace():
-            for name in (*EXPORTERS, "clip_deploy.rewrites.fusion.simplify"):
+            for name in UNTRACED:
                 patch.setattr(name, untraced(pkgutil.resolve_name(name)))
         yield
 

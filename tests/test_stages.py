@@ -117,7 +117,7 @@ def test_a_check_across_settings_speaks_before_work():
     assert done.stderr.startswith("error: settings: onnx.opset is 99 with onnx.exporter auto")
 
 
-def test_a_sweep_runs_the_stage_for_each_value(checkpoint, onnx_target, tmp_path):
+def test_a_sweep_runs_the_stage_for_each_value(onnx_target, tmp_path):
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     shutil.copy(ROOT / "params.yaml", tmp_path)
     for name in ("stages", "clip_deploy"):
@@ -125,7 +125,7 @@ def test_a_sweep_runs_the_stage_for_each_value(checkpoint, onnx_target, tmp_path
     done = run(
         "stages.benchmark",
         f"source={onnx_target}",
-        f"reference={checkpoint}",
+        f"reference={onnx_target}",
         "output=result-${benchmark.threads}.json",
         "benchmark=quick",
         "benchmark.batch_sizes=[1]",
@@ -184,7 +184,7 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
             "output=out/v.json",
             "manifest=out/ort-fp32.manifest.json",
         ],
-        "benchmark": ["source=artifacts/ort-fp32", "reference=artifacts/torch-fp32", "output=out/b.json"],
+        "benchmark": ["source=artifacts/ort-fp32", "reference=artifacts/onnx-fp32", "output=out/b.json"],
         "recommend": [
             "validation=reports/validate",
             "benchmark_results=reports/benchmark",

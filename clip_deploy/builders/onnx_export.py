@@ -92,7 +92,7 @@ def _failed(writer: str, tower: str, error: Exception) -> str:
 def _export_towers(checkpoint: Path, settings: OnnxConfig, model: Model, output: Path) -> dict[str, dict[str, int]]:
     """Write both towers, and return what each computes: what the fusions of its graph are held against."""
     operations = {}
-    inputs, axes = example_inputs(model), dynamic_axes(model)
+    inputs, axes = example_inputs(model), _dimensions(model)
     names = {"vision": model.image_inputs, "text": model.text_inputs}
     write = WRITERS[settings.writer]
     for name, tower in split(load_model(checkpoint), inputs).items():
@@ -113,18 +113,26 @@ def _export_towers(checkpoint: Path, settings: OnnxConfig, model: Model, output:
     return operations
 
 
+def _dimensions(model: Model) -> dict[str, dict[int, Any]]:
+    """dynamic_axes with the longest text: without it, torch.export fails on it, and exports the tower once more."""
+    longest = {"sequence": model.positions or None}
+    return {
+        tower: {axis: Dim(word, max=longest.get(word)) for axis, word in axes.items()}
+        for tower, axes in dynamic_axes(model).items()
+    }
+
+
 def _write_dynamo(
     tower: nn.Module,
     inputs: tuple[Any, ...],
     path: Path,
     names: list[str],
     output: str,
-    axes: dict[int, str],
+    axes: dict[int, Any],
     opset: int,
 ) -> None:
     for name in ("torch.onnx", "onnxscript"):  # a missing torchvision, and each operator that cannot be folded
         logging.getLogger(name).setLevel(logging.ERROR)
-    dimensions = {axis: Dim(name) for axis, name in axes.items()}
     program = torch.onnx.export(
         tower,
         inputs,
@@ -132,7 +140,7 @@ def _write_dynamo(
         opset_version=opset,
         input_names=names,
         output_names=[output],
-        dynamic_shapes=tuple(dimensions for _ in inputs),
+        dynamic_shapes=tuple(axes for _ in inputs),
         verbose=False,
     )
     onnx_file.save(program.model, path)
@@ -144,11 +152,12 @@ def _write_torchscript(
     path: Path,
     names: list[str],
     output: str,
-    axes: dict[int, str],
+    axes: dict[int, Any],
     opset: int,
 ) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # above 2 GB the exporter spreads weights over files
         traced = Path(folder) / path.name
+        words = {axis: dimension.__name__ for axis, dimension in axes.items()}
         torch.onnx.export(
             tower,
             inputs,
@@ -157,7 +166,7 @@ def _write_torchscript(
             opset_version=opset,
             input_names=names,
             output_names=[output],
-            dynamic_axes={**{name: axes for name in names}, output: {0: "batch"}},
+            dynamic_axes={**{name: words for name in names}, output: {0: "batch"}},
         )
         onnx_file.save(ir.load(traced), path)
 

@@ -5,7 +5,6 @@ import copy
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -13,6 +12,7 @@ import pytest
 from support.project import ROOT
 from support.records import HARDWARE, advised, parity, timing
 
+from clip_deploy.__main__ import main
 from clip_deploy.commands.gate import in_words
 from clip_deploy.core.artifact import hashes, write_manifest
 from clip_deploy.core.config import CiConfig, GateLimits, GatesConfig
@@ -627,13 +627,14 @@ def steady(project):
 
 
 @pytest.mark.slow
-def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes):
+def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes, monkeypatch, capsys):
     project = built.copy(tmp_path / "project")
+    monkeypatch.chdir(project.path)
     steady(project)
 
     def gate(*words):
-        done = project.run(sys.executable, "-m", "clip_deploy", "gate", *words, check=False)
-        return done.returncode, done.stdout, done.stderr
+        capsys.readouterr()
+        return main(["gate", *words]), *capsys.readouterr()
 
     code, out, err = gate("--against", "HEAD")
     assert (code, err) == (0, "")
