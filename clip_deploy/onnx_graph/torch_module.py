@@ -485,6 +485,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "MatMul": lambda first, second: first @ second,
     "Mod": partial(_pair, lambda first, second: first % second),
     "Mul": partial(_pair, lambda first, second: first * second),
+    "Neg": torch.neg,
     "Range": _range,
     "Relu": F.relu,
     "Reshape": _reshape,
