@@ -1,6 +1,7 @@
 """Attention of PyTorch, timm and open_clip as transformers' own layers compute it, so that exporters write one pattern.
 
 The pattern is three projections, heads as an axis, scaled_dot_product_attention, and a projection of its rows.
+ProjectedText alone is no attention: it is written anew so that its Linear can be quantised.
 """
 
 from collections.abc import Callable
@@ -198,6 +199,18 @@ class ResNetPool(nn.Module):  # type: ignore[misc]
         return self.plain(tokens[:, :1], tokens, tokens)[:, 0]
 
 
+class ProjectedText(nn.Module):  # type: ignore[misc]
+    """open_clip's TextTransformer, its last Linear behind it: it asks for nn.Linear, which a quantised one is not."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.source, self.projection = source, source.text_projection
+        source.text_projection = None
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.source(text))
+
+
 def _parts(linear: nn.Linear, count: int) -> list[Projection]:
     biases = [None] * count if linear.bias is None else linear.bias.chunk(count)
     return list(zip(linear.weight.chunk(count), biases, strict=True))
@@ -232,6 +245,10 @@ FORMS: dict[str, tuple[Callable[[nn.Module], bool], type[nn.Module]]] = {  # by 
     "timm.layers.attention_pool.AttentionPoolLatent": (_is_plain_pool, TimmPoolLatent),
     "timm.models.fastvit.Attention": (lambda module: isinstance(module.qkv, nn.Linear), FastVitAttention),
     "open_clip.modified_resnet.AttentionPool2d": (lambda module: True, ResNetPool),
+    "open_clip.transformer.TextTransformer": (
+        lambda module: isinstance(module.text_projection, nn.Linear),
+        ProjectedText,
+    ),
 }
 
 

@@ -156,7 +156,7 @@ def test_a_graph_of_open_clips_towers_has_all_operations_fused(name, targets, tm
             assert float(cosines(module.eval()(images), own.encode_image(images)).min()) > 0.999999
 
 
-@pytest.mark.parametrize("name", ["vit", "coca"])
+@pytest.mark.parametrize("name", ["vit", "coca", "siglip", "eva"])
 def test_torchscript_gives_open_clips_own_embeddings(name, targets, tmp_path):
     target, own = targets(name)
     for precision, least in ((Precision.fp32, 0.99999), (Precision.int8, 0.9)):
