@@ -424,6 +424,19 @@ def _divide(first: Any, second: Any) -> Any:
     return first // second
 
 
+def _gemm(
+    first: Tensor,
+    second: Tensor,
+    added: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,  # noqa: N803 - ONNX's names
+    transB: int = 0,  # noqa: N803
+) -> Tensor:
+    matmul = alpha * ((first.T if transA else first) @ (second.T if transB else second))
+    return matmul if added is None else matmul + beta * added
+
+
 def _activate(tensor: Tensor, bias: Tensor | None = None, *, kind: str, **settings: Any) -> Tensor:
     return Activation(kind, **settings)(tensor if bias is None else tensor + bias)
 
@@ -479,6 +492,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Expand": _expand,
     "Gather": _gather,
     "GatherND": _gather_rows,
+    "Gemm": _gemm,
     "Identity": lambda value: value,
     "LayerNormalization": _layer_norm,
     "LessOrEqual": partial(_pair, lambda first, second: first <= second),

@@ -22,9 +22,11 @@ from support.open_clip import ARCHITECTURES, SMALL, SMALL_IMAGES, SMALL_TEXTS, n
 from support.project import ROOT, TINY
 from support.targets import packed
 
+from clip_deploy.builders.aoti import export_aoti
 from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.processor_files import probe_texts, write_portable, write_preprocessor, write_tokenizer
+from clip_deploy.builders.quantize import quantize
 from clip_deploy.builders.torch_checkpoint import export_torch
 from clip_deploy.builders.torchscript import export_torchscript
 from clip_deploy.checkpoint.fetch import fetch
@@ -40,6 +42,8 @@ from clip_deploy.core.config import (
     OnnxConfig,
     OptimizeConfig,
     Precision,
+    Quantization,
+    QuantizeConfig,
     TorchConfig,
 )
 from clip_deploy.core.errors import CheckpointError
@@ -54,6 +58,7 @@ from clip_deploy.inference.tokenizer import Tokenizer
 from clip_deploy.onnx_graph.preprocessing import preprocessing_nodes
 from clip_deploy.onnx_graph.torch_module import GraphModule
 from clip_deploy.runtimes import open_encoder
+from clip_deploy.timing.input_pipelines import TorchFeed
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,6 +170,24 @@ def test_torchscript_gives_open_clips_own_embeddings(name, targets, tmp_path):
         assert min(lowest_cosines(traced, own).values()) > least
 
 
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_compiled_and_static_int8_forms_give_open_clips_own_embeddings(name, targets, tmp_path):
+    target, own = targets(name)
+    onnx, fused, calibration = (tmp_path / folder for folder in ("onnx-fp32", "ort-fp32", "calibration"))
+    build(onnx, lambda output: export_onnx(target, OnnxConfig(), output), None)
+    build(fused, lambda output: optimize(onnx, OptimizeConfig(), None, output), None)
+    calibration.mkdir()
+    data = load_data(DataConfig(evaluation_samples=8, calibration_samples=8), 0)
+    write_prepared("calibration", data, ["a {}"], load_processor(target), read_target(target).model, calibration)
+    prepared, static = load_prepared(calibration), QuantizeConfig(method=Quantization.static)
+    build(tmp_path / "int8", lambda output: quantize(fused, static, prepared, [], 0, output), None)
+    assert min(lowest_cosines(tmp_path / "int8", own).values()) > 0.9
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler on this machine")
+    build(tmp_path / "aoti", lambda output: export_aoti(onnx, Precision.fp32, prepared, output), None)
+    assert min(lowest_cosines(tmp_path / "aoti", own).values()) > 0.999999
+
+
 def test_a_checkpoint_in_half_precision_is_one_that_open_clip_opens_too(targets, tmp_path):
     import open_clip
 
@@ -194,6 +217,22 @@ def served(monkeypatch):
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.pixel_values
+
+
+@pytest.mark.parametrize("mode", PREPROCESSING)
+def test_torchvisions_pixels_are_close_to_open_clips_own(mode, tmp_path):
+    """Their filters differ from Pillow's in rounding; padding must be the same to the last digit."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    own = save(SMALL, tmp_path, PREPROCESSING[mode])
+    theirs = image_transform_v2(PreprocessCfg(**own.visual.preprocess_cfg), is_train=False)
+    settings = load_processor(tmp_path).image_processor.preprocessing
+    feed, rng = TorchFeed(settings, "cpu", False), np.random.default_rng(0)
+    for width, height in SIZES:
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        actual = feed.preprocess([torch.from_numpy(image).permute(2, 0, 1)])[0]
+        levels = np.abs(actual - theirs(Image.fromarray(image)).numpy()) / settings.scale.reshape(3, 1, 1)
+        assert levels.max() < 1.01, (width, height)
 
 
 @pytest.mark.parametrize("mode", PREPROCESSING)
