@@ -1,7 +1,7 @@
 """Attention of PyTorch, timm and open_clip as transformers' own layers compute it, so that exporters write one pattern.
 
 The pattern is three projections, heads as an axis, scaled_dot_product_attention, and a projection of its rows.
-ProjectedText alone is no attention: it is written anew so that its Linear can be quantised.
+The text towers below are no attention: one's Linear can be quantised so, and the other's mask is of few operations.
 """
 
 from collections.abc import Callable
@@ -211,6 +211,22 @@ class ProjectedText(nn.Module):  # type: ignore[misc]
         return self.projection(self.source(text))
 
 
+class MaskedText(nn.Module):  # type: ignore[misc]
+    """open_clip's HFTextEncoder, which masks padding: transformers itself gathers its mask token by token."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        source = self.source
+        seen = text != source.config.pad_token_id
+        dtype = next(source.parameters()).dtype
+        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None, None]
+        found = source.transformer(input_ids=text, attention_mask=mask.expand(-1, 1, text.shape[1], -1))
+        return source.proj(source.pooler(found, seen.long()))
+
+
 def _parts(linear: nn.Linear, count: int) -> list[Projection]:
     biases = [None] * count if linear.bias is None else linear.bias.chunk(count)
     return list(zip(linear.weight.chunk(count), biases, strict=True))
@@ -245,6 +261,7 @@ FORMS: dict[str, tuple[Callable[[nn.Module], bool], type[nn.Module]]] = {  # by 
     "timm.layers.attention_pool.AttentionPoolLatent": (_is_plain_pool, TimmPoolLatent),
     "timm.models.fastvit.Attention": (lambda module: isinstance(module.qkv, nn.Linear), FastVitAttention),
     "open_clip.modified_resnet.AttentionPool2d": (lambda module: True, ResNetPool),
+    "open_clip.hf_model.HFTextEncoder": (lambda module: True, MaskedText),
     "open_clip.transformer.TextTransformer": (
         lambda module: isinstance(module.text_projection, nn.Linear),
         ProjectedText,

@@ -456,6 +456,16 @@ def _argmax(tensor: Tensor, axis: int = 0, keepdims: int = 1, select_last_index:
     return tensor.argmax(axis, keepdim=bool(keepdims))  # the first of equal ones
 
 
+def _cumulative_sum(tensor: Tensor, axis: np.ndarray, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    if exclusive or reverse:
+        raise UnavailableError("the graph has a CumSum from the end, or without its last, which is not known here")
+    return tensor.cumsum(int(axis))
+
+
+def _sum(tensor: Tensor, axes: np.ndarray, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
+    return tensor.sum(axes.tolist(), keepdim=bool(keepdims))
+
+
 def _transpose(tensor: Tensor, perm: list[int]) -> Tensor:
     return tensor.permute(*perm)
 
@@ -487,10 +497,12 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "ArgMax": _argmax,
     "Concat": _concat,
     "ConstantOfShape": _filled,
+    "CumSum": _cumulative_sum,
     "Div": partial(_pair, _divide),
     "Equal": partial(_pair, lambda first, second: first == second),
     "Expand": _expand,
     "Gather": _gather,
+    "GatherElements": lambda source, index, axis: source.gather(axis, index),
     "GatherND": _gather_rows,
     "Gemm": _gemm,
     "Identity": lambda value: value,
@@ -500,7 +512,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Mod": partial(_pair, lambda first, second: first % second),
     "Mul": partial(_pair, lambda first, second: first * second),
     "Neg": torch.neg,
+    "Not": lambda value: ~value,
     "Range": _range,
+    "ReduceSum": _sum,
     "Relu": F.relu,
     "Reshape": _reshape,
     "Shape": _shape,
