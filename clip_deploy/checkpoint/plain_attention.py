@@ -1,10 +1,11 @@
-"""Attention of PyTorch, timm and open_clip as transformers' own layers compute it, so that exporters write one pattern.
+"""Attention of PyTorch, timm and open_clip as most of transformers' layers compute it: exporters write one pattern.
 
 The pattern is three projections, heads as an axis, scaled_dot_product_attention, and a projection of its rows.
 The text towers below are no attention: one's Linear can be quantised so, and the other's mask is of few operations.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -199,6 +200,36 @@ class ResNetPool(nn.Module):  # type: ignore[misc]
         return self.plain(tokens[:, :1], tokens, tokens)[:, 0]
 
 
+class BlipAttention(nn.Module):  # type: ignore[misc]
+    """transformers' attention of BLIP's image tower, in evaluation mode."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.plain = PlainAttention(_parts(source.qkv, 3), source.projection, source.num_heads)
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return self.plain(hidden_states, hidden_states, hidden_states), None
+
+
+class GroupVitAttention(nn.Module):  # type: ignore[misc]
+    """transformers' attention of GroupViT, in evaluation mode; its mask is added to the scores."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        projections = [(part.weight, part.bias) for part in (source.q_proj, source.k_proj, source.v_proj)]
+        self.plain = PlainAttention(projections, source.out_proj, source.num_heads)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        return self.plain(hidden_states, keys, keys, attention_mask), None
+
+
 class ProjectedText(nn.Module):  # type: ignore[misc]
     """open_clip's TextTransformer, its last Linear behind it: it asks for nn.Linear, which a quantised one is not."""
 
@@ -261,6 +292,8 @@ FORMS: dict[str, tuple[Callable[[nn.Module], bool], type[nn.Module]]] = {  # by 
     "timm.layers.attention_pool.AttentionPoolLatent": (_is_plain_pool, TimmPoolLatent),
     "timm.models.fastvit.Attention": (lambda module: isinstance(module.qkv, nn.Linear), FastVitAttention),
     "open_clip.modified_resnet.AttentionPool2d": (lambda module: True, ResNetPool),
+    "transformers.models.blip.modeling_blip.BlipAttention": (lambda module: True, BlipAttention),
+    "transformers.models.groupvit.modeling_groupvit.GroupViTAttention": (lambda module: True, GroupVitAttention),
     "open_clip.hf_model.HFTextEncoder": (lambda module: True, MaskedText),
     "open_clip.transformer.TextTransformer": (
         lambda module: isinstance(module.text_projection, nn.Linear),
