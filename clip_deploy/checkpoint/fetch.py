@@ -15,10 +15,12 @@ from clip_deploy.checkpoint.layout import (
     OTHERS,
     PICKLES,
     SETTINGS,
+    TEXT_CONFIG,
     WEIGHTS,
     is_adapter,
     is_open_clip,
     main_files,
+    matching,
     model_files,
     other_weights,
     refuse_other_layouts,
@@ -26,7 +28,7 @@ from clip_deploy.checkpoint.layout import (
     weight_names,
 )
 from clip_deploy.checkpoint.load import describe
-from clip_deploy.checkpoint.open_clip_files import verify_folder
+from clip_deploy.checkpoint.open_clip_files import find_text_config, verify_folder
 from clip_deploy.checkpoint.places import Place, base_place, model_place, processor_place
 from clip_deploy.checkpoint.processor import processor_files, refuse_unused
 from clip_deploy.checkpoint.sentence_transformers import (
@@ -123,7 +125,16 @@ def _take_open_clip(given: Path, place: Place, model: ModelConfig, output: Path)
         verify(given)
     for name in model_files(given):
         shutil.copyfile(given / name, output / name)
+    with called(given, place):
+        _bring_text_config(given, output)
     return Made(given)
+
+
+def _bring_text_config(given: Path, output: Path) -> None:
+    """Put the configuration of a text tower of transformers into `output`, so that no hub is asked again."""
+    found = find_text_config(given)
+    if found is not None and not (output / TEXT_CONFIG).is_file():
+        shutil.copyfile(found, output / TEXT_CONFIG)
 
 
 def _heads(folder: Path, config: dict[str, Any]) -> list[Path]:
@@ -205,8 +216,10 @@ def _convert(model: ModelConfig, output: Path) -> Made:
         )
     _refuse_parts(model, f"{model.path} is one file of weights")
     note = convert(path, model.open_clip, output)
-    for name in tokenizer_files(path.parent) if model.open_clip not in (None, OPENAI) else []:
+    beside = [*tokenizer_files(path.parent), *matching(path.parent, (TEXT_CONFIG,))]
+    for name in beside if model.open_clip not in (None, OPENAI) else []:
         shutil.copyfile(path.parent / name, output / name)
+    _bring_text_config(output, output)
     return Made(output, {path.name: Origin(None, None, sha256(path))}, {"note": note})
 
 
@@ -228,7 +241,7 @@ def _snapshot(place: Place, names: Iterable[str]) -> Path:
 
 def _settings(place: Place) -> Path:
     """The folder of a repository in which the model lies, with all but its weights."""
-    names = [*SETTINGS, INDEX, *OTHERS]
+    names = [*SETTINGS, INDEX, TEXT_CONFIG, *OTHERS]
     folder = _snapshot(place, names)
     with called(folder, place):
         if found := modules_of(folder):
@@ -255,6 +268,7 @@ def _download(place: Place, is_whole: bool) -> Path:
             refuse_other_layouts(folder)
             if is_open_clip(folder):
                 verify_folder(folder)
+                find_text_config(folder)
             elif is_whole:
                 verify_processor(folder, read_config(folder))
         heads = found.heads if found else []

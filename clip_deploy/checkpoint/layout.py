@@ -29,6 +29,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 MODULES, MODALITIES, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 OPEN_CLIP, PIPELINE = "open_clip_config.json", "model_index.json"
+TEXT_CONFIG = "text_config.json"  # of an open_clip checkpoint: config.json of its text tower of transformers
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")  # as open_clip prefers them
 OF_TRANSFORMERS = ("config.json", "preprocessor_config.json", "processor_config.json")  # all other settings: tokenizers
 OTHERS = (ADAPTER, MODULES, MODALITIES, PROMPTS, OPEN_CLIP, PIPELINE)  # what tells that a folder is another tool's
@@ -40,7 +41,8 @@ SHOWN = 5  # names in a message
 
 def model_files(folder: Path) -> list[str]:
     """Names of all files that make the model in `folder`: settings, tokenizer, processor and weights."""
-    settings = [OPEN_CLIP, *tokenizer_files(folder)] if is_open_clip(folder) else matching(folder, SETTINGS)
+    of_open_clip = [OPEN_CLIP, *matching(folder, (TEXT_CONFIG,)), *tokenizer_files(folder)]
+    settings = of_open_clip if is_open_clip(folder) else matching(folder, SETTINGS)
     return sorted({*settings, *(name for name in weight_names(folder) if (folder / name).is_file())})
 
 

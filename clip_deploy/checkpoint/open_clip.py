@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from clip_deploy.checkpoint.layout import OPEN_CLIP, OPEN_CLIP_WEIGHTS, weight_names
-from clip_deploy.checkpoint.open_clip_files import read_settings, require_library
+from clip_deploy.checkpoint.layout import OPEN_CLIP, OPEN_CLIP_WEIGHTS, TEXT_CONFIG, weight_names
+from clip_deploy.checkpoint.open_clip_files import find_text_config, read_settings, require_library
 from clip_deploy.core.errors import CheckpointError, one_line
 from clip_deploy.core.model import Model, TowerShape
 from clip_deploy.core.preprocessing import Preprocessing
@@ -40,18 +40,26 @@ class Features:
 class OpenClipModel(nn.Module):  # type: ignore[misc]
     """Both towers of an open_clip model, with the methods that transformers' dual encoders have."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        """Build it, with random weights. `settings`: what open_clip_config.json holds."""
+    def __init__(self, settings: dict[str, Any], text_config: Path | None = None) -> None:
+        """Build it, with random weights.
+
+        Args:
+            settings: what open_clip_config.json holds.
+            text_config: the configuration of a text tower of transformers, where it is one.
+        """
         from open_clip import CustomTextCLIP
 
         super().__init__()
         self.settings = settings
+        self.text_config = text_config.read_text(encoding="utf-8") if text_config else None
         model = _of_two_towers(settings["model_cfg"])
+        if text_config:
+            model["text_cfg"] |= {"hf_model_name": str(text_config), "hf_model_pretrained": False}
         built = CustomTextCLIP(**model)
         self.visual, self.text = built.visual, built.text
         self.logit_scale, self.logit_bias = built.logit_scale, built.logit_bias
         self.config = SimpleNamespace(model_type=KIND)
-        if hasattr(self.text, "transformer"):  # open_clip asks a Linear layer, which has none when it is quantised
+        if hasattr(self.text, "token_embedding"):  # open_clip asks a Linear layer, which has none when it is quantised
             self.text.transformer.get_cast_dtype = partial(_type_of, self.text.token_embedding)
 
     @property
@@ -70,6 +78,8 @@ class OpenClipModel(nn.Module):  # type: ignore[misc]
 
         settings = {**self.settings, "model_cfg": {**_of_two_towers(self.settings["model_cfg"]), "custom_text": True}}
         (folder / OPEN_CLIP).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if self.text_config:
+            (folder / TEXT_CONFIG).write_text(self.text_config, encoding="utf-8")
         weights = {name: weight.contiguous() for name, weight in self.state_dict().items()}
         save_file(weights, folder / OPEN_CLIP_WEIGHTS[0], {"format": "pt"})
 
@@ -94,7 +104,7 @@ def load(folder: Path) -> tuple[OpenClipModel, dict[str, Any]]:
 
     settings = read_settings(folder)
     try:
-        model = OpenClipModel(settings)
+        model = OpenClipModel(settings, find_text_config(folder)).float()
         found = load_checkpoint(model, str(folder / weight_names(folder)[0]), strict=False)
     except CheckpointError:
         raise
@@ -229,7 +239,7 @@ def describe(folder: Path, example_texts: list[str]) -> Model:
     processor = load_processor(folder)
     try:
         with torch.device("meta"):
-            model = OpenClipModel(read_settings(folder))
+            model = OpenClipModel(read_settings(folder), find_text_config(folder))
         tokens = processor.tokenizer(example_texts)
     except Exception as error:  # whatever open_clip and timm meet in open_clip_config.json
         raise CheckpointError(f"{folder}: {OPEN_CLIP} is none that open_clip builds: {one_line(error)}") from error
@@ -238,7 +248,7 @@ def describe(folder: Path, example_texts: list[str]) -> Model:
         model_type=KIND,
         image_size=list(_image_size(model.settings)),
         context_length=context,
-        positions=int(model.text.context_length),
+        positions=context if model.text_config else int(model.text.context_length),
         pad_to_context=True,
         text_inputs=["input_ids"],
         example_texts={"input_ids": tokens["input_ids"]},
@@ -248,6 +258,8 @@ def describe(folder: Path, example_texts: list[str]) -> Model:
 
 def _shape(tower: nn.Module) -> TowerShape:
     """Layers, heads and width; 0 where a tower has none (ConvNeXt), or others in each stage."""
+    if (config := getattr(tower, "config", None)) is not None:  # of transformers
+        return TowerShape(int(config.num_hidden_layers), int(config.num_attention_heads), int(config.hidden_size))
     layers = [part.attn for part in tower.modules() if hasattr(part, "attn") and hasattr(part.attn, "num_heads")]
     shapes = {(int(layer.num_heads), _width(layer)) for layer in layers}
     if len(shapes) != 1:

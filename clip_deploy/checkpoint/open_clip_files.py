@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.checkpoint.layout import OPEN_CLIP, read_object
+from clip_deploy.checkpoint.layout import OPEN_CLIP, TEXT_CONFIG, read_object
 from clip_deploy.core.errors import CheckpointError, one_line
 
+TEXT_TOWERS = ("bert", "m2m_100", "roberta", "xlm-roberta")  # of transformers, by model_type; NLLB is an M2M100
 INSTALL = "pip install 'clip-deploy[open-clip]'"
 
 
@@ -35,17 +36,44 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not all(isinstance(tower, dict) for tower in towers):
         raise CheckpointError(f"{path} lacks model_cfg with vision_cfg and text_cfg: fetch it again")
     vision, text = (dict(tower or {}) for tower in towers)
-    if name := text.get("hf_model_name"):
-        raise CheckpointError(
-            f"{path}: its text tower is {name!r:.60} of transformers (hf_model_name), whose settings are not in the "
-            "folder; only open_clip's own text towers are read: take a checkpoint in transformers' layout"
-        )
     if ":" in str(name := vision.get("timm_model_name", "")):
         raise CheckpointError(f"{path}: timm_model_name is {name!r:.60}: only architectures that timm holds are built")
     tokenizer = text.get("tokenizer_kwargs") or {}
     if (mode := text.get("tokenizer_mode")) or (mode := tokenizer.get("reduction_mask")):
         raise CheckpointError(f"{path}: its tokenizer works in mode {mode!r:.40}, which cannot be deployed")
     return settings
+
+
+def find_text_config(folder: Path) -> Path | None:
+    """The configuration of a text tower of transformers: beside the model, or of the hub, as open_clip takes it.
+
+    None where the tower is open_clip's own. Raises CheckpointError where it is found nowhere, or is of no known kind.
+    """
+    name = read_settings(folder)["model_cfg"]["text_cfg"].get("hf_model_name")
+    if not name:
+        return None
+    path = folder / TEXT_CONFIG
+    if not path.is_file():
+        path = _of_the_hub(folder, str(name))
+    if (kind := read_object(path).get("model_type")) not in TEXT_TOWERS:
+        raise CheckpointError(
+            f"{folder}: its text tower, {name!r:.60} (hf_model_name), is a {kind!r:.40} of transformers: of these only "
+            f"{', '.join(TEXT_TOWERS)} are read"
+        )
+    return path
+
+
+def _of_the_hub(folder: Path, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # whatever the hub, the network and the cache meet
+        raise CheckpointError(
+            f"{folder} lacks the configuration of its text tower, {name!r:.60} of transformers (hf_model_name), and it "
+            f"comes neither from the hub nor from its cache ({one_line(error):.80}): check the network or HF_ENDPOINT, "
+            f"unset HF_HUB_OFFLINE, or put that model's config.json beside as {TEXT_CONFIG}"
+        ) from error
 
 
 def verify_folder(folder: Path) -> None:

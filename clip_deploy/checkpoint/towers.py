@@ -87,13 +87,14 @@ def split(model: PreTrainedModel, inputs: dict[str, tuple[torch.Tensor, ...]]) -
 
 
 def example_inputs(model: Model) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Two images and two texts, for tracing: shapes matter, values do not.
+    """Two images and two texts of one word each, for tracing: shapes matter, values do not.
 
     Args:
         model: as checkpoint.describe gives it.
     """
     tokens = model.context_length if model.pad_to_context else min(16, model.context_length)
-    texts = tuple(torch.ones(2, tokens, dtype=torch.int64) for _ in model.text_inputs)
+    word = {"input_ids": 2}  # 1 is RoBERTa's padding: the mean of a text without words is none
+    texts = tuple(torch.full((2, tokens), word.get(name, 1), dtype=torch.int64) for name in model.text_inputs)
     images = image_feed(random_images(2, model.image_dtype))
     return {"vision": tuple(map(torch.from_numpy, images.values())), "text": texts}
 

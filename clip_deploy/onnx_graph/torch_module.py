@@ -424,6 +424,19 @@ def _divide(first: Any, second: Any) -> Any:
     return first // second
 
 
+def _gemm(
+    first: Tensor,
+    second: Tensor,
+    added: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,  # noqa: N803 - ONNX's names
+    transB: int = 0,  # noqa: N803
+) -> Tensor:
+    matmul = alpha * ((first.T if transA else first) @ (second.T if transB else second))
+    return matmul if added is None else matmul + beta * added
+
+
 def _activate(tensor: Tensor, bias: Tensor | None = None, *, kind: str, **settings: Any) -> Tensor:
     return Activation(kind, **settings)(tensor if bias is None else tensor + bias)
 
@@ -449,6 +462,16 @@ def _sum(tensor: Tensor, axes: np.ndarray, keepdims: int = 1, noop_with_empty_ax
 
 def _argmax(tensor: Tensor, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
     return tensor.argmax(axis, keepdim=bool(keepdims))  # the first of equal ones
+
+
+def _cumulative_sum(tensor: Tensor, axis: np.ndarray, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    if exclusive or reverse:
+        raise UnavailableError("the graph has a CumSum from the end, or without its last, which is not known here")
+    return tensor.cumsum(int(axis))
+
+
+def _sum(tensor: Tensor, axes: np.ndarray, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
+    return tensor.sum(axes.tolist(), keepdim=bool(keepdims))
 
 
 def _transpose(tensor: Tensor, perm: list[int]) -> Tensor:
@@ -484,18 +507,23 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Clip": _clip,
     "Concat": _concat,
     "ConstantOfShape": _filled,
+    "CumSum": _cumulative_sum,
     "Div": partial(_pair, _divide),
     "Equal": partial(_pair, lambda first, second: first == second),
     "Expand": _expand,
     "Floor": torch.floor,
     "Gather": _gather,
+    "GatherElements": lambda source, index, axis: source.gather(axis, index),
     "GatherND": _gather_rows,
+    "Gemm": _gemm,
     "Identity": lambda value: value,
     "LayerNormalization": _layer_norm,
     "LessOrEqual": partial(_pair, lambda first, second: first <= second),
     "MatMul": lambda first, second: first @ second,
     "Mod": partial(_pair, lambda first, second: first % second),
     "Mul": partial(_pair, lambda first, second: first * second),
+    "Neg": torch.neg,
+    "Not": lambda value: ~value,
     "Range": _range,
     "ReduceSum": _sum,
     "Relu": F.relu,

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from clip_deploy.onnx_graph.ir_tools import array, initializer, made_by, only_user, permutation
 from clip_deploy.onnx_graph.onnx_file import RUNTIME
+from clip_deploy.rewrites.reshapes import sizes_in
 
 PADDING_MASKS = ("attention_mask", "pixel_attention_mask")  # of tokens, and of SigLIP 2 NaFlex's patches
 
@@ -132,7 +133,7 @@ def _match_softmax(softmax: ir.Node) -> Match | None:
     queries = _from_heads(query) or _from_constant_heads(scores.inputs[0])
     tokens = (queries, _from_transposed_heads(key), _from_heads(made_by(matmul.inputs[1])))
     whole_scale = scale * query_scale * key_scale
-    return _whole(_heads(scores.inputs[0]), tokens, mask, whole_scale, _to_tokens(matmul.outputs[0]))
+    return _whole(_heads(matmul.inputs[1]), tokens, mask, whole_scale, _to_tokens(matmul.outputs[0]))
 
 
 def _match_standard(attention: ir.Node) -> Match | None:
@@ -144,13 +145,25 @@ def _match_standard(attention: ir.Node) -> Match | None:
         mask = _additive(mask)
     query, key, value = (_from_heads(made_by(item)) for item in attention.inputs[:3])
     scale, output = settings.get_float("scale", 0.0), _to_tokens(attention.outputs[0])
-    return _whole(_heads(attention.inputs[0]), (query, key, value), mask, scale, output)
+    return _whole(_heads(attention.inputs[2]), (query, key, value), mask, scale, output)
 
 
-def _heads(queries: ir.Value | None) -> int:
-    """Of queries [batch, heads, sequence, head width]; 0 where the graph does not tell."""
-    shape = None if queries is None else queries.shape
-    return shape[1] if shape is not None and len(shape) == 4 and isinstance(shape[1], int) else 0
+def _heads(values: ir.Value | None) -> int:
+    """Of values [batch, heads, sequence, head width]; 0 where the graph does not tell.
+
+    It tells by the shape, or by the sizes that a Reshape is given: values are split into heads and nothing else.
+    """
+    shape, reshape = values.shape if values is not None else None, _reshape_behind(values)
+    sizes = sizes_in(reshape.inputs[1]) if reshape is not None else None
+    told = [shape[1]] if shape is not None and len(shape) == 4 else []
+    told += [sizes[2]] if sizes is not None and len(sizes) == 4 else []
+    return next((size for size in told if isinstance(size, int) and size > 0), 0)
+
+
+def _reshape_behind(heads: ir.Value | None) -> ir.Node | None:
+    transpose = made_by(heads)
+    reshape = made_by(transpose.inputs[0]) if transpose is not None and transpose.inputs else None
+    return reshape if reshape is not None and reshape.op_type == "Reshape" else None
 
 
 def _whole(
@@ -236,10 +249,24 @@ def _projection(value: ir.Value) -> tuple[ir.Value, np.ndarray, np.ndarray] | No
 
 def _from_heads(node: ir.Node | None) -> ir.Value | None:
     """The [batch, sequence, width] behind [batch, heads, sequence, head width]."""
-    if node is None or permutation(node) != [0, 2, 1, 3]:
+    return _joined(node.inputs[0]) if node is not None and permutation(node) == [0, 2, 1, 3] else None
+
+
+def _joined(heads: ir.Value | None) -> ir.Value | None:
+    """[batch, sequence, width] of [batch, sequence, heads, head width].
+
+    Heads that are normalised or turned by their positions are joined by a Reshape, which is added.
+    """
+    maker = made_by(heads)
+    if heads is None or maker is None or maker.graph is None:
         return None
-    tokens = made_by(node.inputs[0])
-    return tokens.inputs[0] if tokens is not None and tokens.op_type == "Reshape" else None
+    if maker.op_type == "Reshape" and maker.inputs[0] is not None and len(maker.inputs[0].shape or ()) in (0, 3):
+        return maker.inputs[0]
+    shape = initializer(maker.graph, f"{heads.name}_joined_shape", np.array([0, 0, -1]))
+    joined = ir.node("Reshape", [heads, shape])
+    joined.outputs[0].name = f"{heads.name}_joined"
+    maker.graph.insert_after(maker, joined)
+    return joined.outputs[0]
 
 
 def _from_constant_heads(value: ir.Value | None) -> ir.Value | None:
@@ -257,8 +284,7 @@ def _from_transposed_heads(node: ir.Node | None) -> ir.Value | None:
     if node is None:
         return None
     if permutation(node) == [0, 2, 3, 1]:  # TorchScript exporter
-        tokens = made_by(node.inputs[0])
-        return tokens.inputs[0] if tokens is not None and tokens.op_type == "Reshape" else None
+        return _joined(node.inputs[0])
     if permutation(node) == [0, 1, 3, 2]:
         return _from_heads(made_by(node.inputs[0]))
     if node.op_type == "Reshape":  # dynamo exporter: heads and batch are one axis while it transposes

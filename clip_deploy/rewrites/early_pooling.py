@@ -178,14 +178,30 @@ class _Moved:
             return None
         if node is self.attention:
             return self._attend(node)
+        if node.op_type == "Split":
+            return self._cut(node, value)
         by_token = node.op_type in UNARY | BINARY or node.op_type in ("LayerNormalization", "SkipLayerNormalization")
         by_token |= node.op_type == "MatMul" and array(node.inputs[1]) is not None
+        by_token |= node.op_type == "Slice" and _is_of_columns(node)
         if not by_token or any(item.uses() for item in node.outputs[1:] if item is not value):
             return None
         inputs = [self.pooled(item) for item in node.inputs]
         if any(new is None and old is not None for new, old in zip(inputs, node.inputs, strict=True)):
             return None
         return self.insert(node.op_type, inputs, like=node)
+
+    def _cut(self, split: ir.Node, value: ir.Value) -> ir.Value | None:
+        """The same part of the pooled token's row, which a gated layer cuts in two."""
+        row = self.pooled(split.inputs[0]) if split.attributes.get_int("axis", 0) in (-1, 2) else None
+        if row is None:
+            return None
+        parts = ir.Node("", "Split", [row, *split.inputs[1:]], _kept(split), num_outputs=len(split.outputs))
+        self.graph.insert_before(self.pooling, parts)
+        for old, new in zip(split.outputs, parts.outputs, strict=True):
+            self.inserted += 1
+            new.name = f"pooled_Split_{self.inserted}"
+            self.made[old] = new
+        return self.made[value]
 
     def _attend(self, node: ir.Node) -> ir.Value | None:
         """The attention with one query: the token that is pooled."""
@@ -207,7 +223,7 @@ class _Moved:
         query, key, value = node.inputs[:3]
         split = query.producer() if query is not None else None
         if split is None or split.op_type != "Split":
-            return [self.pooled(query), key, value]
+            return [self.pooled(query) or self._take(query), key, value]  # a rotated query is no row of a projection
         matmul = split.inputs[0].producer() if split.inputs[0] is not None else None
         weight, widths = array(matmul.inputs[1]) if matmul else None, array(split.inputs[1])
         if matmul is None or weight is None or widths is None:
@@ -235,6 +251,11 @@ class _Moved:
         before = self.insert("LessOrEqual", [tokens, position])
         visible = self.insert("Cast", [before], {"to": int(ir.DataType.INT32)})
         return visible if padding is None else self.insert("Mul", [visible, padding])
+
+
+def _is_of_columns(node: ir.Node) -> bool:
+    axes = array(node.inputs[3]) if len(node.inputs) > 3 else None
+    return axes is not None and axes.tolist() in ([-1], [2])
 
 
 def _kept(node: ir.Node) -> list[ir.Attr]:

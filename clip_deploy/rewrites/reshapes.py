@@ -43,7 +43,7 @@ def _whole_shape_of(concat: ir.Node) -> ir.Value | None:
 
 def _is_idle(reshape: ir.Node) -> bool:
     source, output = reshape.inputs[0], reshape.outputs[0]
-    wanted = _sizes_in(reshape.inputs[1])
+    wanted = sizes_in(reshape.inputs[1])
     if source is None or wanted is None or output.is_graph_output():
         return False
     given = _sizes_of(source)
@@ -63,7 +63,7 @@ def _sizes_of(value: ir.Value) -> list[Size] | None:
     return [(value, axis) if size is None else size for axis, size in enumerate(known)]
 
 
-def _sizes_in(value: ir.Value | None) -> list[Size] | None:
+def sizes_in(value: ir.Value | None) -> list[Size] | None:
     """The sizes that a vector of integers holds; None where not even their number is known."""
     if value is None:
         return None
@@ -75,7 +75,7 @@ def _sizes_in(value: ir.Value | None) -> list[Size] | None:
     if maker.op_type == "Shape":
         return _sizes_from(maker)
     if maker.op_type in ("Unsqueeze", "Squeeze", "Cast", "Identity"):
-        return _sizes_in(maker.inputs[0])
+        return sizes_in(maker.inputs[0])
     if maker.op_type == "Concat":
         return _joined(maker)
     return _chosen(maker) if maker.op_type == "Gather" else None
@@ -88,11 +88,11 @@ def _sizes_from(shape: ir.Node) -> list[Size] | None:
 
 
 def _joined(concat: ir.Node) -> list[Size] | None:
-    parts = [_sizes_in(part) for part in concat.inputs]
+    parts = [sizes_in(part) for part in concat.inputs]
     return None if any(part is None for part in parts) else [size for part in parts if part for size in part]
 
 
 def _chosen(gather: ir.Node) -> list[Size] | None:
     """The sizes at constant places of others."""
-    whole, index = _sizes_in(gather.inputs[0]), array(gather.inputs[1])
+    whole, index = sizes_in(gather.inputs[0]), array(gather.inputs[1])
     return None if whole is None or index is None else [whole[int(place)] for place in index.reshape(-1)]

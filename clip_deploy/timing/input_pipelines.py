@@ -158,9 +158,9 @@ class TorchFeed:
             image = functional.resize(image, list(size), filters[self.settings.resample], antialias=True)
         if self.settings.crop is not None:
             top, left = self.settings.crop_start(*image.shape[-2:])
-            if min(top, left) < 0:  # what the image lacks; functional.crop knows black alone
-                lacks = (max(0, want - side) for want, side in zip(self.settings.crop, image.shape[-2:], strict=True))
-                below, right = lacks  # and more than that is cut again
+            sides = zip(self.settings.crop, image.shape[-2:], strict=True)
+            below, right = (max(0, want - side) for want, side in sides)
+            if below or right:  # what the image lacks, and more, which is cut again; functional.crop knows black alone
                 image = functional.pad(image, [max(0, -left), max(0, -top), right, below], fill=self.settings.fill)
                 top, left = max(0, top), max(0, left)
             image = functional.crop(image, top, left, *self.settings.crop)

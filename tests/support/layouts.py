@@ -166,6 +166,11 @@ def of_open_clip(name: str, folder: Path) -> Given:
     return Given(ModelConfig(path=str(folder), trained=False), with_open_clip(own, f"local-dir:{folder}"))
 
 
+def with_text_tower(kind: str, folder: Path) -> Given:
+    own = open_clip.save_with_text_tower(kind, folder)
+    return Given(ModelConfig(path=str(folder), trained=False), with_open_clip(own, f"local-dir:{folder}"))
+
+
 def with_open_clip(own, tokenizer: str) -> Embeddings:
     import open_clip as library
     from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -217,6 +222,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], Given]]] = {
     "CLIP with two Dense heads": ("sentence-transformers", partial(sentence_transformers, 2)),
     "CLIP, trained, the layout before 5.4": ("sentence-transformers", sentence_transformers_before),
     **{f"{name}, folder": ("open_clip", partial(of_open_clip, name)) for name in open_clip.ARCHITECTURES},
+    **{f"vit with {kind}, folder": ("open_clip", partial(with_text_tower, kind)) for kind in open_clip.TEXT_TOWERS},
     "vit, epoch_1.pt": ("open_clip", of_training),
     **{f"{name}, OpenAI's archive": ("open_clip", partial(of_openai, name)) for name in open_clip.OPENAI},
 }

@@ -47,6 +47,16 @@ ARCHITECTURES = {
     "pe-core": timm("vit_pe_core_tiny_patch16_384", 384, timm_pool="map", timm_proj="none") | {"embed_dim": 192},
 }
 
+BERTS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+NLLBS = {
+    "d_model": 32,
+    **{f"{part}_layers": 2 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
+}
+TEXT_TOWERS = {"bert": BERTS, "m2m_100": NLLBS, "roberta": BERTS, "xlm-roberta": BERTS}  # of transformers
+WORDS = "someone/words"  # the repository whose configuration and tokenizer they have
+
 OPENAI_TEXTS = {"context_length": 16, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
 OPENAI = {  # by the shapes that tell an architecture there
     "vit": {
@@ -113,6 +123,22 @@ def save(model_cfg, folder, preprocess_cfg=None, seed=0):
                 weight.normal_(std=0.02)  # biases and gates, of which zeros would hide a mistake
     weights = {name: weight.clone().contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors", {"format": "pt"})
+    return model
+
+
+def save_with_text_tower(kind, folder, context=16, **settings):
+    """The same with a text tower of transformers, whose configuration and tokenizer lie beside."""
+    from support.models import small_tokenizer
+    from transformers import AutoConfig
+
+    tokenizer, path = small_tokenizer(context), folder / "text_config.json"
+    tokenizer.save_pretrained(folder)
+    words = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 2048}
+    AutoConfig.for_model(kind, **TEXT_TOWERS.get(kind, {}), **words, **settings).to_json_file(path, use_diff=False)
+    texts = {"hf_tokenizer_name": WORDS, "hf_proj_type": "linear", "context_length": context}
+    model = save({**SMALL, "text_cfg": {**texts, "hf_model_name": str(path)}}, folder)
+    config = {"model_cfg": {**SMALL, "text_cfg": {**texts, "hf_model_name": WORDS}}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
     return model
 
 
