@@ -238,13 +238,13 @@ TEXT = {"vocab_size": 600, "max_position_embeddings": 32, "eos_token_id": 586, *
 GROUPS = {"depths": [2, 1, 1], "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 0], "image_size": 32}
 CONVNEXT = {"image_size": 32, "hidden_size": 32, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}
 EFFICIENTNET = {"image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.34, "hidden_dim": 80}
-UNFUSED = {  # the class, its configuration, and how many GELUs its image tower has
+UNFUSED = {  # the class, its configuration, and how many attentions and GELUs are fused in its image tower
     "groupvit": (
         transformers.GroupViTModel,
         lambda: transformers.GroupViTConfig(
             text_config=TEXT, vision_config={"patch_size": 8, **SMALL, **GROUPS}, projection_dim=24
         ),
-        11,
+        (6, 11),  # of eight attentions: two assign patches to groups
     ),
     "convnext-bert": (
         transformers.VisionTextDualEncoderModel,
@@ -253,12 +253,12 @@ UNFUSED = {  # the class, its configuration, and how many GELUs its image tower 
             vision_config={"model_type": "convnext", **CONVNEXT},
             projection_dim=24,
         ),
-        2,
+        (0, 2),
     ),
     "align": (
         transformers.AlignModel,
         lambda: transformers.AlignConfig(text_config=TEXT, vision_config=EFFICIENTNET, projection_dim=80),
-        0,
+        (0, 0),
     ),
 }
 
@@ -272,8 +272,8 @@ NOTED = {  # by model_type: the kind, and what came of it before
 
 @pytest.fixture(scope="module", params=UNFUSED)
 def unfused(request, tmp_path_factory):
-    """A model whose image tower has no attention that is fused, its evaluation and calibration sets, and its GELUs."""
-    kind, config, gelus = UNFUSED[request.param]
+    """A model whose image tower has attention that is not fused, or none, its sets, and what is fused of it."""
+    kind, config, fused = UNFUSED[request.param]
     torch.manual_seed(0)
     model, folder = kind(config()).eval(), tmp_path_factory.mktemp(request.param)
     condition(model)
@@ -287,11 +287,11 @@ def unfused(request, tmp_path_factory):
         write_prepared(name, dataset, ["a photo of a {}"], processor, described, folder / name)
     embeddings = encode_set(open_encoder(checkpoint), load_prepared(folder / "evaluation"))
     save_embeddings(embeddings, folder / "evaluation" / "reference.npz")
-    return checkpoint, gelus
+    return checkpoint, fused
 
 
-def test_towers_without_a_fused_attention_keep_the_gate_in_every_precision(unfused, tmp_path, kinds):
-    checkpoint, gelus = unfused
+def test_towers_with_an_attention_that_is_not_fused_or_none_keep_the_gate_in_every_precision(unfused, tmp_path, kinds):
+    checkpoint, fused = unfused
     sets = checkpoint.parent
     calibration = load_prepared(sets / "calibration")
     onnx_fp32, int8 = tmp_path / "onnx-fp32", tmp_path / "ort-int8-dynamic"
@@ -314,7 +314,7 @@ def test_towers_without_a_fused_attention_keep_the_gate_in_every_precision(unfus
         assert record.status == "pass", (target, record.reasons)
         lowest[target] = min(parity.cosine_min for parity in record.measured.parity.values())
     census = record.graphs["vision"].fusion
-    assert (census["attention"], census["gelu"]) == (0, gelus)
+    assert (census["attention"], census["gelu"]) == fused
     kind = read_target(checkpoint).model.model_type
     kinds(
         *NOTED[kind],
