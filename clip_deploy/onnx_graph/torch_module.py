@@ -456,10 +456,6 @@ def _clip(tensor: Tensor, low: np.ndarray | None = None, high: np.ndarray | None
     return tensor.clamp(*(None if limit is None else limit.item() for limit in (low, high)))
 
 
-def _sum(tensor: Tensor, axes: np.ndarray, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
-    return tensor.sum(axes.tolist(), keepdim=bool(keepdims))
-
-
 def _argmax(tensor: Tensor, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
     return tensor.argmax(axis, keepdim=bool(keepdims))  # the first of equal ones
 
