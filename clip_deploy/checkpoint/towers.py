@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from clip_deploy.checkpoint.plain_attention import replace_attention
+from clip_deploy.checkpoint.plain_modules import replace_modules
 from clip_deploy.core.model import Model, embeddings, image_feed, random_images
 
 
@@ -77,7 +77,7 @@ def split(model: PreTrainedModel, inputs: dict[str, tuple[torch.Tensor, ...]]) -
         model: a dual encoder in evaluation mode.
         inputs: example arguments of each tower, by name ("vision", "text").
     """
-    replace_attention(model)
+    replace_modules(model)
     towers: dict[str, nn.Module] = {}
     for name, wrap in (("vision", ImageTower), ("text", TextTower)):
         whole: nn.Module = wrap(model)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clip_deploy.checkpoint.plain_attention import WITHOUT_LOOPS, replace_attention
+from clip_deploy.checkpoint.plain_modules import WITHOUT_LOOPS, replace_modules
 from clip_deploy.core.artifact import Target
 from clip_deploy.runtimes import eager, pytorch
 
@@ -25,5 +25,5 @@ class Encoder(eager.Encoder):
 
     def prepare(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """Without what reads values on the CPU, which no CUDA graph holds."""
-        replace_attention(model, WITHOUT_LOOPS)
+        replace_modules(model, WITHOUT_LOOPS)
         return model

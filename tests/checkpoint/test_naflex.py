@@ -14,7 +14,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.quantize import quantize
-from clip_deploy.checkpoint.plain_attention import NaflexEmbeddings
+from clip_deploy.checkpoint.plain_modules import NaflexEmbeddings
 from clip_deploy.core.artifact import build, read_target
 from clip_deploy.core.config import (
     AccuracyBudget,

@@ -146,7 +146,7 @@ def test_an_open_clip_folder_comes_in(targets, kinds):
 
 ATTENTIONS = {"siglip": 10, "resnet": 1, "coca": 3, "eva": 12, "pe-core": 13}  # of image towers
 CONVOLUTIONS = ("resnet", "mobileclip")  # which torch-fused does not run
-QUICKLY = ("eva", "pe-core")  # by the TorchScript exporter; test_plain_attention.py has the default's graphs
+QUICKLY = ("eva", "pe-core")  # by the TorchScript exporter; test_plain_modules.py has the default's graphs
 
 
 @pytest.mark.parametrize("name", ["vit-quickgelu", "siglip", "resnet", "coca", "mobileclip", "eva", "pe-core"])

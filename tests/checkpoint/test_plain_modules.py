@@ -7,7 +7,7 @@ from support.open_clip import need_library
 from torch import nn
 
 from clip_deploy.builders.onnx_export import WRITERS
-from clip_deploy.checkpoint.plain_attention import replace_attention
+from clip_deploy.checkpoint.plain_modules import replace_modules
 from clip_deploy.core.config import OnnxConfig, OptimizeConfig
 from clip_deploy.core.model import TowerShape
 from clip_deploy.onnx_graph import onnx_file
@@ -63,7 +63,7 @@ def test_the_plain_form_of_rotary_attention_is_timms_own(name):
     tower, tokens = rotary(name), torch.randn(3, TOKENS, WIDTH)
     with torch.inference_mode():
         expected, unturned = tower(tokens), tower.attention(tokens)
-        replace_attention(tower)
+        replace_modules(tower)
         assert type(tower.attention).__name__ == "TimmRotary"
         torch.testing.assert_close(tower(tokens), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(tower.attention(tokens), unturned, rtol=1e-5, atol=1e-5)
@@ -75,7 +75,7 @@ def test_an_attention_of_another_kind_is_left_as_it_is(settings):
     from timm.layers.attention import AttentionRope
 
     tower = Tower(AttentionRope(WIDTH, HEADS, **settings), torch.zeros(1))
-    replace_attention(tower)
+    replace_modules(tower)
     assert isinstance(tower.attention, AttentionRope)
 
 
@@ -85,7 +85,7 @@ def test_rotary_attention_becomes_one_node(name, opset, tmp_path):
     tower, tokens = rotary(name), torch.randn(2, TOKENS, WIDTH)
     with torch.inference_mode():
         expected = tower(tokens).numpy()
-    replace_attention(tower)
+    replace_modules(tower)
     exported, fused = tmp_path / "exported.onnx", tmp_path / "fused.onnx"
     write = WRITERS[OnnxConfig(opset=opset).writer]
     write(tower, (tokens,), exported, ["tokens"], "embeds", {0: "batch"}, opset)

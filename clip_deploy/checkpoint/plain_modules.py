@@ -344,7 +344,7 @@ FORMS: Forms = {
 }
 
 
-def replace_attention(model: nn.Module, forms: Forms = FORMS) -> None:
+def replace_modules(model: nn.Module, forms: Forms = FORMS) -> None:
     """Put an equal module in the place of each one in `model` that exporters would write in another form, or not."""
     for module in list(model.modules()):
         for name, child in module.named_children():
