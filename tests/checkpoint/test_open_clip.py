@@ -59,6 +59,7 @@ from clip_deploy.core.config import (
 )
 from clip_deploy.core.errors import CheckpointError
 from clip_deploy.core.fusions import missed
+from clip_deploy.core.model import Model
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.data.dataset import load as load_data
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
@@ -255,7 +256,7 @@ def test_pixels_are_open_clips_own_for_every_mode_and_size_of_image(mode, side, 
     own = save({**SMALL, "vision_cfg": images}, tmp_path, PREPROCESSING[mode])
     theirs = image_transform_v2(PreprocessCfg(**own.visual.preprocess_cfg), is_train=False)
     processor = load_processor(tmp_path).image_processor
-    write_preprocessor(processor, [side, side], tmp_path / "preprocessor.json")
+    write_preprocessor(processor, Model(image_size=[side, side]), tmp_path / "preprocessor.json")
     packaged = Preprocessing(**json.loads((tmp_path / "preprocessor.json").read_text()))
     rng = np.random.default_rng(0)
     for width, height in SIZES:

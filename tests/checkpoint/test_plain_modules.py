@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.open_clip import need_library
 from torch import nn
+from torch.export import Dim
 
 from clip_deploy.builders.onnx_export import WRITERS
 from clip_deploy.checkpoint.plain_modules import replace_modules
@@ -88,7 +89,7 @@ def test_rotary_attention_becomes_one_node(name, opset, tmp_path):
     replace_modules(tower)
     exported, fused = tmp_path / "exported.onnx", tmp_path / "fused.onnx"
     write = WRITERS[OnnxConfig(opset=opset).writer]
-    write(tower, (tokens,), exported, ["tokens"], "embeds", {0: "batch"}, opset)
+    write(tower, (tokens,), exported, ["tokens"], "embeds", {0: Dim("batch")}, opset)
     made = fuse(exported, fused, rewrites_of(TowerShape(0, 0, 0), OptimizeConfig()), {})
     assert (made.undone, made.found["attention"]) == ([], 1)
     np.testing.assert_allclose(onnx_file.run(fused, {"tokens": tokens.numpy()}), expected, rtol=1e-4, atol=1e-4)

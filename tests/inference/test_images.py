@@ -25,7 +25,7 @@ def both(family, tmp_path_factory):
     """A checkpoint's own processor, and ours as its package holds it."""
     path = tmp_path_factory.mktemp("preprocessor") / "preprocessor.json"
     processor = load_processor(family)
-    write_preprocessor(processor.image_processor, read_target(family).model.image_size, path)
+    write_preprocessor(processor.image_processor, read_target(family).model, path)
     return processor, read_preprocessing(path.parent)
 
 

@@ -209,7 +209,7 @@ PROCESSORS = [
 @pytest.mark.parametrize("size", [(120, 160), (161, 120), (47, 48)])
 def test_served_preprocessing_gives_the_processors_pixels(program, processor, size, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    write_preprocessor(processor, list(size), tmp_path / "preprocessor.json")
+    write_preprocessor(processor, Model(image_size=list(size)), tmp_path / "preprocessor.json")
     pixels = program("preprocess").pixel_values(image, json.loads((tmp_path / "preprocessor.json").read_text()))
     expected = processor(image, return_tensors="np")["pixel_values"][0]
     assert pixels.dtype == np.float32
