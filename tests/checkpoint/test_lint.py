@@ -438,6 +438,8 @@ RELEASED = {
     ),
     "google/siglip2-base-patch16-224": ("siglip2", pictures(**{**GOOGLE, "resample": 2}),
                                         {"tokenizer-setting", "context-length"}),
+    # as transformers' convert_siglip2_to_hf.py writes it
+    "google/siglip2-base-patch16-naflex": ("naflex", pictures(**{**GOOGLE, "resample": 2}), {"context-length"}),
     "OFA-Sys/chinese-clip-vit-base-patch16": (
         "chinese_clip",
         both(
