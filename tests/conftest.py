@@ -37,6 +37,7 @@ def pytest_collection_modifyitems(config, items):
     """Begin with what runs longest; skip, visibly, what needs a GPU where there is none, and what takes too long.
 
     One worker begins with a file that needs the built project and makes it; the others, meanwhile, with what does not.
+    Of a test's many inputs the first is measured for coverage: a tracer takes as long again as our own code.
     """
     first = next((item.path for item in items if "built" in item.fixturenames), None)
 
@@ -44,6 +45,11 @@ def pytest_collection_modifyitems(config, items):
         return 0 if item.path == first else 2 if "built" in item.fixturenames else 1
 
     items.sort(key=lambda item: ("slow" not in item.keywords, turn(item)))
+    measured = set()
+    for item in items:
+        if (name := item.nodeid.partition("[")[0]) in measured:
+            item.add_marker(pytest.mark.no_cover)
+        measured.add(name)
     if config.getoption(KINDS):
         items[:] = [item for item in items if "kinds" in item.fixturenames]
     if not config.getoption(REPORT):

@@ -48,7 +48,7 @@ from clip_deploy.timing.latency import measure
 
 
 @pytest.fixture(scope="module")
-def built(naflex, naflex_sets):
+def forms(naflex, naflex_sets):
     """The exported graphs, fused ones in FP32 and FP16, and INT8."""
     folder, calibration = naflex.parent, load_prepared(naflex_sets / "calibration")
     static = QuantizeConfig(method=Quantization.static, smooth_quant=0.5)
@@ -93,9 +93,9 @@ def test_pixels_are_cut_as_transformers_cuts_them(size, patches):
 
 
 @pytest.mark.parametrize("name", ["torch-fp32", "onnx-fp32", "ort-fp32", "ort-fp16", "ort-int8-static"])
-def test_a_form_is_judged_like_any_other(name, built, naflex_sets):
+def test_a_form_is_judged_like_any_other(name, forms, naflex_sets):
     record = validate(
-        built / name,
+        forms / name,
         load_prepared(naflex_sets / "evaluation"),
         naflex_sets / "evaluation" / "reference.npz",
         GatesConfig(),
@@ -107,23 +107,23 @@ def test_a_form_is_judged_like_any_other(name, built, naflex_sets):
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
-def test_pytorch_runs_the_fused_graph_as_onnx_runtime_does(tower, built):
-    path = built / "ort-fp32" / f"{tower}.onnx"
+def test_pytorch_runs_the_fused_graph_as_onnx_runtime_does(tower, forms):
+    path = forms / "ort-fp32" / f"{tower}.onnx"
     feeds = onnx_file.random_feeds(path, read_target(path.parent).model.examples)
     found = GraphModule(onnx_file.load(path))(*map(torch.from_numpy, feeds.values()))
     np.testing.assert_allclose(found.detach().numpy(), onnx_file.run(path, feeds), atol=1e-5)
 
 
-def test_what_a_target_loses_is_looked_for_on_its_worst_images(built, naflex_sets):
+def test_what_a_target_loses_is_looked_for_on_its_worst_images(forms, naflex_sets):
     evaluation = load_prepared(naflex_sets / "evaluation")
-    reference, actual = (encode_set(open_encoder(built / name), evaluation) for name in ("ort-fp32", "ort-int8-static"))
-    found = diagnose(built / "ort-int8-static", evaluation, actual, reference, gate_of(GatesConfig(), "fp32"))
+    reference, actual = (encode_set(open_encoder(forms / name), evaluation) for name in ("ort-fp32", "ort-int8-static"))
+    found = diagnose(forms / "ort-int8-static", evaluation, actual, reference, gate_of(GatesConfig(), "fp32"))
     assert {drop.tower for drop in found.drops} == {"vision", "text"}, found.notes
 
 
-def test_int8_is_searched_for_within_a_budget(built, naflex_sets, tmp_path):
+def test_int8_is_searched_for_within_a_budget(forms, naflex_sets, tmp_path):
     """Random weights, taken as trained ones."""
-    source = built / "ort-fp32"
+    source = forms / "ort-fp32"
     target = read_target(source)
     assert target.model.trained
     settings = QuantizeConfig(accuracy_budget=AccuracyBudget(max_top1_drop=100.0, max_flips=100.0))
@@ -133,17 +133,17 @@ def test_int8_is_searched_for_within_a_budget(built, naflex_sets, tmp_path):
     assert {name.split(": ")[0] for name in searched.sensitivity} == {"vision", "text"}
 
 
-def test_a_package_answers_as_transformers_does(built, naflex_sets, tmp_path):
+def test_a_package_answers_as_transformers_does(forms, naflex_sets, tmp_path):
     """Pictures of any proportions, several in one batch."""
     (tmp_path / "package").mkdir()
-    package = packed(built / "onnx-fp32", naflex_sets, tmp_path / "package")
+    package = packed(forms / "onnx-fp32", naflex_sets, tmp_path / "package")
     classifier = ZeroShotClassifier.open(package, device="cpu")
     rng = np.random.default_rng(0)
     pictures = [
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((9, 80), (64, 64), (70, 30))
     ]
     texts = ["a red circle", "two blue squares"]
-    model, processor = AutoModel.from_pretrained(built), AutoProcessor.from_pretrained(built, backend="pil")
+    model, processor = AutoModel.from_pretrained(forms), AutoProcessor.from_pretrained(forms, backend="pil")
     words = processor(text=texts, padding="max_length", max_length=16, return_tensors="pt")
     with torch.inference_mode():
         output = model.eval()(**words, **processor.image_processor(pictures, return_tensors="pt"))
@@ -157,16 +157,16 @@ def test_a_package_answers_as_transformers_does(built, naflex_sets, tmp_path):
     assert "takes patches, their mask and their arrangement (SigLIP 2 NaFlex)" in made.unavailable
 
 
-def test_it_is_timed(naflex, built):
-    record = measure(built / "ort-fp32", naflex, BenchmarkConfig(batch_sizes=[2], threads=1, seconds=0.01, warmup=1))
+def test_it_is_timed(naflex, forms):
+    record = measure(forms / "ort-fp32", naflex, BenchmarkConfig(batch_sizes=[2], threads=1, seconds=0.01, warmup=1))
     assert record.status == "measured", record.reason
     assert record.towers["vision"][2].p50_ms > 0
 
 
-def test_it_is_fed_by_pillow_alone(naflex, built, naflex_sets):
+def test_it_is_fed_by_pillow_alone(naflex, forms, naflex_sets):
     benchmark = BenchmarkConfig(batch_sizes=[2], threads=1)
     settings = EndToEndConfig(images=3, passes=1, seconds=0.01)
-    found = measure_feeds(built / "ort-fp32", naflex, load_prepared(naflex_sets / "evaluation"), benchmark, settings, 0)
+    found = measure_feeds(forms / "ort-fp32", naflex, load_prepared(naflex_sets / "evaluation"), benchmark, settings, 0)
     assert found.feeds["pil"].status == "measured", found.feeds["pil"]
     assert (
         found.feeds["torchvision"].reason == "only Pillow's feed cuts images in their proportions into patches (NaFlex)"
