@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from clip_deploy.core.errors import DataError, DeployError, first_line
-from clip_deploy.inference.storage import local, read_tables, shown, vectors
+from clip_deploy.inference.storage import local, read_tables, shown
+from clip_deploy.inference.vectors import read_vectors
 from clip_deploy.serving.drift import measure_drift
 
 DRIFTED = 3
@@ -56,7 +57,7 @@ def _parts(where: str, path: Path | None) -> list[np.ndarray]:
     if path and not path.exists():
         raise FileNotFoundError("no such file or folder")
     found = [_array(array) for array in sorted(path.glob("*.npy"))] if path else []
-    found = found or [rows for rows in map(vectors, read_tables(where)) if len(rows)]
+    found = found or [rows for rows in map(read_vectors, read_tables(where)) if len(rows)]
     if not found:
         raise ValueError("it holds no embeddings")
     return found

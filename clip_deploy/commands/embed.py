@@ -3,7 +3,7 @@
 The same command goes on after a stop, and takes up what came, changed or went in a folder since. Exit code 3 says that
 all is done but some images could not be read.
 
-example: clip-deploy embed photos embeddings --float16
+example: clip-deploy embed photos embeddings --dtype float16
 """
 
 import argparse
@@ -13,6 +13,7 @@ from clip_deploy.commands.opened import add_package_arguments, name_unreadable, 
 from clip_deploy.inference.embed import EmbedSettings, Summary, embed, make_here
 from clip_deploy.inference.embed_ray import Shipped, make_on_ray
 from clip_deploy.inference.storage import Columns, open_source, shown
+from clip_deploy.inference.vectors import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--part-size", type=int, default=10_000, help="images a file; default: %(default)s")
-    parser.add_argument("--float16", action="store_true", help="half the bytes, three digits of each number")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="bits of each number: 32, 16, 8 or 1; default: %(default)s"
+    )
+    parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N numbers; default: all")
     parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster: auto (this machine's), local, or host:port")
 
 
@@ -42,7 +46,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _embedded(given: argparse.Namespace) -> Summary:
-    settings = EmbedSettings(given.batch_size, given.part_size, given.float16)
+    settings = EmbedSettings(given.batch_size, given.part_size, given.dtype, given.dimensions)
     columns = Columns(given.id_column, given.image_column)
     source = open_source(given.source, settings.part_size, columns, shared=given.ray is not None)
     if given.ray is None:

@@ -23,6 +23,7 @@ from clip_deploy.inference.images import read_image, rgb
 from clip_deploy.inference.scores import Scoring
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
+from clip_deploy.inference.vectors import unit
 
 DEVICES = {"cpu": [CPU], "cuda": [CUDA, CPU]}  # ONNX Runtime's providers; what CUDA has no kernel for runs on the CPU
 MIN_ONNXRUNTIME = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
@@ -190,7 +191,7 @@ class ZeroShotClassifier:
         """Embeddings of the package's classes: of each the mean over its templates, of unit length."""
         classes, templates = self.labels.classes, self.labels.templates
         prompts = self.embed_texts([template.format(name) for name in classes for template in templates])
-        return _unit(prompts.reshape(len(classes), len(templates), -1).mean(axis=1))
+        return unit(prompts.reshape(len(classes), len(templates), -1).mean(axis=1))
 
     def _prepared(self, image: Picture) -> np.ndarray | DataError:
         try:
@@ -221,7 +222,7 @@ class ZeroShotClassifier:
         return self._run("text", {name: tokens[name] for name in self.towers.text.inputs})
 
     def _run(self, tower: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        return _unit(self.sessions[tower].run([EMBEDS[tower]], inputs)[0])
+        return unit(self.sessions[tower].run([EMBEDS[tower]], inputs)[0])
 
 
 def _refuse_old_runtime(version: str) -> None:
@@ -265,11 +266,6 @@ def _session(path: Path, device: str, threads: int | None) -> onnxruntime.Infere
     if session.get_providers()[0] != DEVICES[device][0]:
         raise DeployError(f"{path} does not load on {device}: ONNX Runtime fell back to {session.get_providers()[0]}")
     return session
-
-
-def _unit(embeddings: np.ndarray) -> np.ndarray:
-    found: np.ndarray = embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
-    return found
 
 
 def _few(texts: list[str], batch_size: int) -> bool | None:

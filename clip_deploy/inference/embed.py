@@ -37,6 +37,7 @@ from clip_deploy.inference.storage import (
     shown,
     write_part,
 )
+from clip_deploy.inference.vectors import DTYPES, check_width, encode, unit
 
 MADE_BY = b"clip_deploy"  # key of a part's metadata
 PART = "part-{:05}.parquet"
@@ -50,11 +51,14 @@ class EmbedSettings:
 
     batch_size: int = 32
     part_size: int = 10_000  # images a part: what a kill costs at most
-    float16: bool = False
+    dtype: str = "float32"  # one of DTYPES
+    dimensions: int | None = None  # the first ones are kept, of unit length again; None: all
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "part_size"):
             check_count(name, getattr(self, name))
+        if self.dtype not in DTYPES:
+            raise DataError(f"dtype is {self.dtype!r}: accepted are {', '.join(DTYPES)}")
 
 
 @dataclass
@@ -83,12 +87,12 @@ class EmbedJob:
     Attributes:
         output: the parts' folder, or its URI.
         maker: what a part must have been made by to be kept; it goes into its metadata.
-        dimension: of an embedding.
+        width: numbers of an embedding that are kept.
     """
 
     output: str
     maker: dict[str, Any]
-    dimension: int
+    width: int
     settings: EmbedSettings
 
 
@@ -113,8 +117,8 @@ def embed_folder(classifier: ZeroShotClassifier, folder: Path, output: Path, set
 def embed(package: Package, source: Source, output: str, settings: EmbedSettings, make: Make) -> Summary:
     """Embed all images of a source into `output`/part-00000.parquet and so on.
 
-    A part has the columns path (relative to the folder; of a table the id) and embedding (float32 or float16
-    [dimension], unit length). Of the parts that are there already, what is still as it was is kept. Unreadable images
+    A part has the columns path (relative to the folder; of a table the id) and embedding ([width] of settings.dtype, as
+    vectors.encode gives it). Of the parts that are there already, what is still as it was is kept. Unreadable images
     are left out, named in the summary, and tried again by the next run.
 
     Args:
@@ -122,11 +126,13 @@ def embed(package: Package, source: Source, output: str, settings: EmbedSettings
         make: makes the parts that are missing, on this machine (`make_here`) or on others.
 
     Raises:
+        DataError: embeddings have fewer numbers than settings.dimensions.
         DeployError: `output` holds parts of another package, other settings, another table or another folder, or cannot
             be written.
     """
+    width = check_width(settings.dimensions, package.dimension, settings.dtype)
     remove_partial(output)
-    job = EmbedJob(output, _maker(package, source, settings), package.dimension, settings)
+    job = EmbedJob(output, _maker(package, source, settings, width), width, settings)
     present = {number: check_header(job, number) for number in _present(output)}
     plan = _resumed(job, source, present) if isinstance(source, Tables) else _updated(job, source, present)
     kept, missing, gone = plan
@@ -147,13 +153,14 @@ def embed(package: Package, source: Source, output: str, settings: EmbedSettings
     return summary
 
 
-def _maker(package: Package, source: Source, settings: EmbedSettings) -> dict[str, Any]:
+def _maker(package: Package, source: Source, settings: EmbedSettings, width: int) -> dict[str, Any]:
     return {
         "package": package.fingerprint,
         "source": "table" if isinstance(source, Tables) else "folder",
         "batch_size": settings.batch_size,
         "part_size": settings.part_size,
-        "float16": settings.float16,
+        "dtype": settings.dtype,
+        "dimensions": width,
     }
 
 
@@ -250,7 +257,7 @@ def _cut(job: EmbedJob, number: int, header: Header, files: list[list[Any]]) -> 
 def check_header(job: EmbedJob, number: int, part: Part | None = None) -> Header:
     """Metadata of a part that is there. Raises DeployError where it is of something else, or not of `part`."""
     header = read_header(job.output, PART.format(number))
-    if "source" not in header:
+    if not job.maker.keys() <= header.keys():
         raise _refused(job, number, "an earlier version of clip-deploy")
     for key, value in job.maker.items():
         if header.get(key) != value:
@@ -321,10 +328,10 @@ def printable(text: str) -> str:
 
 def _table(made: list[tuple[str, np.ndarray]], header: Header, job: EmbedJob) -> Any:
     pyarrow, _ = load_pyarrow()
-    embeddings = np.array([embedding for _, embedding in made], dtype=np.float32).reshape(-1, job.dimension)
-    flat = pyarrow.array(embeddings.astype(np.float16 if job.settings.float16 else np.float32).reshape(-1))
+    kept = np.array([embedding[: job.width] for _, embedding in made], dtype=np.float32).reshape(-1, job.width)
+    rows = encode(unit(kept) if job.settings.dimensions else kept, job.settings.dtype)
     columns = {
         "path": pyarrow.array([name for name, _ in made], pyarrow.string()),
-        "embedding": pyarrow.FixedSizeListArray.from_arrays(flat, job.dimension),
+        "embedding": pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), rows.shape[1]),
     }
     return pyarrow.table(columns, metadata={MADE_BY: json.dumps(header)})

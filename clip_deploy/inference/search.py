@@ -11,7 +11,8 @@ from tqdm import tqdm
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.inference.classifier import ZeroShotClassifier, check_count
 from clip_deploy.inference.embed import printable, read_header
-from clip_deploy.inference.storage import list_images, list_parts, local, open_part, shown, vectors
+from clip_deploy.inference.storage import list_images, list_parts, local, open_part, shown
+from clip_deploy.inference.vectors import cut, read_vectors
 
 Embedded = tuple[list[str], np.ndarray]  # paths, and float32 embeddings [images, dimension]
 
@@ -31,6 +32,8 @@ class Found(NamedTuple):
 def search(classifier: ZeroShotClassifier, source: Path | str, text: str, top: int) -> Found:
     """The `top` images nearest to `text`. What cannot be read is left out and named.
 
+    Of parts with fewer dimensions the text is cut like the images; of binary ones a cosine is that of the signs.
+
     Args:
         source: a folder of images, a folder or URI of `embed`'s parts, or one part. Paths are relative to the images'
             folder.
@@ -44,7 +47,7 @@ def search(classifier: ZeroShotClassifier, source: Path | str, text: str, top: i
     best: list[Hit] = []
     unreadable: list[str] = []
     for paths, embeddings in _parts(classifier, str(source), unreadable):
-        cosines = embeddings @ wanted
+        cosines = embeddings @ cut(wanted, embeddings.shape[1])
         nearest = np.argsort(-cosines, kind="stable")[:top]
         hits = (Hit(float(cosines[row]), paths[row]) for row in nearest)
         best = heapq.nlargest(top, [*best, *hits], key=lambda hit: hit.cosine)
@@ -83,10 +86,15 @@ def _embed(classifier: ZeroShotClassifier, folder: Path, unreadable: list[str]) 
 
 
 def _read(classifier: ZeroShotClassifier, source: str, name: str) -> Embedded:
-    if read_header(source, name)["package"] != classifier.fingerprint:
+    header = read_header(source, name)
+    if header["package"] != classifier.fingerprint:
         raise DeployError(
             f"{shown(source)}/{name} was made by another package: search with that one, or embed the images anew"
         )
+    if "dimensions" not in header:
+        raise DeployError(
+            f"{shown(source)}/{name} was made with an earlier version of clip-deploy: embed the images anew"
+        )
     with open_part(source, name) as part:
         table = part.read().combine_chunks()
-    return table.column("path").to_pylist(), vectors(table).reshape(-1, classifier.dimension)
+    return table.column("path").to_pylist(), read_vectors(table).reshape(-1, header["dimensions"])

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote
 from uuid import uuid4
 
-import numpy as np
 from PIL import Image
 
 from clip_deploy.core.errors import DataError, DeployError, first_line, listed
@@ -389,13 +388,6 @@ def open_part(output: str, name: str) -> Iterator[Any]:
     files, base = locate(output)
     with files.open_input_file(f"{base}/{name}") as opened:
         yield parquet.ParquetFile(opened)
-
-
-def vectors(table: Any) -> np.ndarray:
-    """A table's column `embedding` as float32 [rows, dimension]; [0, 0] where it has no rows."""
-    flat = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    found: np.ndarray = flat.astype(np.float32).reshape(table.num_rows, len(flat) // max(1, table.num_rows))
-    return found
 
 
 def local(where: str) -> Path | None:

@@ -23,6 +23,7 @@ from clip_deploy.inference.embed import EmbedSettings, embed, embed_folder, make
 from clip_deploy.inference.images import read_image
 from clip_deploy.inference.search import search
 from clip_deploy.inference.storage import list_images, open_source
+from clip_deploy.inference.vectors import DTYPES
 
 LABELS = [shapes.CLASSES[7 * index % len(shapes.CLASSES)] for index in range(25)]
 SMALL = EmbedSettings(batch_size=4, part_size=10)
@@ -125,7 +126,8 @@ def test_a_killed_run_goes_on_where_it_stopped(package, folder, tmp_path):
     ("other", "said"),
     [
         (EmbedSettings(batch_size=8, part_size=10), "made with batch_size 4, and this run has 8"),
-        (EmbedSettings(batch_size=4, part_size=10, float16=True), "made with float16 False, and this run has True"),
+        (EmbedSettings(4, 10, "float16"), "made with dtype float32, and this run has float16"),
+        (EmbedSettings(4, 10, dimensions=32), "made with dimensions 64, and this run has 32"),
         (EmbedSettings(batch_size=4, part_size=20), "made with part_size 10, and this run has 20"),
     ],
 )
@@ -366,7 +368,7 @@ def test_linked_folders_are_embedded_and_what_cannot_be_listed_is_named(classifi
 
 
 def test_float16_halves_the_bytes_and_keeps_three_digits(classifier, folder, tmp_path):
-    embed_folder(classifier, folder, tmp_path / "half", EmbedSettings(4, 10, float16=True))
+    embed_folder(classifier, folder, tmp_path / "half", EmbedSettings(4, 10, "float16"))
     embed_folder(classifier, folder, tmp_path / "whole", SMALL)
     half, whole = (np.array(list(rows(tmp_path / name).values()), dtype=np.float32) for name in ("half", "whole"))
     assert 0 < np.abs(half - whole).max() < 1e-3
@@ -374,11 +376,63 @@ def test_float16_halves_the_bytes_and_keeps_three_digits(classifier, folder, tmp
     assert str(schema.field("embedding").type) == "fixed_size_list<element: halffloat>[64]"
 
 
-@pytest.mark.parametrize("float16", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "binary"])
+def test_fewer_bits_and_dimensions_keep_what_vectors_say_of_them(classifier, folder, tmp_path, dtype):
+    """Held against the whole embeddings, cut and rounded here."""
+    embed_folder(classifier, folder, tmp_path / "small", EmbedSettings(4, 10, dtype, 32))
+    embed_folder(classifier, folder, tmp_path / "whole", SMALL)
+    small, whole = (rows(tmp_path / name) for name in ("small", "whole"))
+    assert list(small) == list(whole)
+    kept = np.array(list(whole.values()), dtype=np.float32)[:, :32]
+    if dtype == "binary":
+        assert [np.unpackbits(np.array(row, np.uint8)).tolist() for row in small.values()] == (kept > 0).tolist()
+        assert parquet.read_schema(tmp_path / "small" / "part-00000.parquet").field("embedding").type.list_size == 4
+    else:
+        expected = np.rint(127 * kept / np.abs(kept).max(axis=1, keepdims=True))
+        np.testing.assert_array_equal(np.array(list(small.values())), expected)
+
+
+def test_a_cut_embedding_has_unit_length_again(classifier, folder, tmp_path):
+    embed_folder(classifier, folder, tmp_path / "cut", EmbedSettings(4, 10, dimensions=16))
+    embed_folder(classifier, folder, tmp_path / "whole", SMALL)
+    cut, whole = (np.array(list(rows(tmp_path / name).values()), dtype=np.float32) for name in ("cut", "whole"))
+    np.testing.assert_allclose(cut, whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dimensions": 65}, "dimensions is 65: the package's embeddings have 64, give 1 to 64"),
+        ({"dimensions": 0}, "dimensions is 0: the package's embeddings have 64"),
+        ({"dimensions": 20, "dtype": "binary"}, "dimensions is 20: binary keeps 8 in a byte, give a multiple of 8"),
+        ({"dtype": "int4"}, "dtype is 'int4': accepted are float32, float16, int8, binary"),
+    ],
+)
+def test_vectors_that_cannot_be_are_refused_before_the_work(classifier, folder, tmp_path, settings, said):
+    with pytest.raises(DataError, match=said):
+        embed_folder(classifier, folder, tmp_path, EmbedSettings(**settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_of_an_earlier_version_are_refused(classifier, folder, tmp_path):
+    embed_folder(classifier, folder, tmp_path, SMALL)
+    part = tmp_path / "part-00000.parquet"
+    table = parquet.read_table(part)
+    header = json.loads(table.schema.metadata[b"clip_deploy"])
+    del header["dtype"], header["dimensions"]
+    parquet.write_table(table.replace_schema_metadata({b"clip_deploy": json.dumps(header)}), part)
+    with pytest.raises(DeployError, match="made with an earlier version of clip-deploy: give another output folder"):
+        embed_folder(classifier, folder, tmp_path, SMALL)
+    with pytest.raises(DeployError, match="made with an earlier version of clip-deploy: embed the images anew"):
+        search(classifier, tmp_path, "a red circle", 1)
+
+
+@pytest.mark.parametrize("dimensions", [None, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_search_finds_what_the_text_describes_in_images_and_in_their_embeddings(
-    classifier, folder, tmp_path, float16
+    classifier, folder, tmp_path, dtype, dimensions
 ):
-    embed_folder(classifier, folder, tmp_path, EmbedSettings(4, 10, float16))
+    embed_folder(classifier, folder, tmp_path, EmbedSettings(4, 10, dtype, dimensions))
     text = f"a photo of a {LABELS[6]}"
     hits = search(classifier, tmp_path, text, 3).hits
     assert hits[0].path == f"06 {LABELS[6]}.png"
@@ -442,7 +496,7 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
     image = str(folder / f"00 {LABELS[0]}.png")
     assert main(["predict", image, "a red circle", "a blue square", *options]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("  a red circle")
-    assert main(["embed", str(folder), str(tmp_path), "--float16", *options]) == 3
+    assert main(["embed", str(folder), str(tmp_path), "--dtype", "float16", *options]) == 3
     printed = capsys.readouterr()
     assert "25 images, 0 embedded before, 23 now" in printed.out
     assert printed.out.endswith(", 2 unreadable\n")

@@ -86,7 +86,10 @@ def test_what_embed_writes_is_a_sample(package, tmp_path, capsys):
         image.save(tmp_path / name)
     for name in ("golden", "live", "noise"):
         embed_folder(
-            classifier, tmp_path / name, tmp_path / f"{name}-out", EmbedSettings(8, 16, float16=name == "live")
+            classifier,
+            tmp_path / name,
+            tmp_path / f"{name}-out",
+            EmbedSettings(8, 16, "int8" if name == "live" else "float32"),
         )
     golden = str(tmp_path / "golden-out")
     assert main(["drift", str(tmp_path / "live-out"), golden]) == 0
