@@ -43,12 +43,15 @@ def encode(embeddings: np.ndarray, dtype: str) -> np.ndarray:
     int8 is [rows, width]: each row by itself, its largest number 127, so that a row keeps its direction and not its
     length. binary is uint8 [rows, width / 8]: the signs, a bit of 1 for a number above 0.
     """
+    found: np.ndarray
     if dtype == "binary":
-        return np.packbits(embeddings > 0, axis=-1)
-    if dtype == "int8":
+        found = np.packbits(embeddings > 0, axis=-1)
+    elif dtype == "int8":
         largest = np.maximum(np.abs(embeddings).max(axis=-1, keepdims=True, initial=0), 1e-12)
-        return np.rint(embeddings / largest * LEVELS).astype(np.int8)
-    return embeddings.astype(dtype)
+        found = np.rint(embeddings / largest * LEVELS).astype(np.int8)
+    else:
+        found = embeddings.astype(dtype)
+    return found
 
 
 def decode(rows: np.ndarray) -> np.ndarray:
