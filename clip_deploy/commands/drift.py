@@ -10,6 +10,7 @@ example: clip-deploy drift live artifacts/data/evaluation/reference.npz
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,10 +58,16 @@ def _parts(where: str, path: Path | None) -> list[np.ndarray]:
     if path and not path.exists():
         raise FileNotFoundError("no such file or folder")
     found = [_array(array) for array in sorted(path.glob("*.npy"))] if path else []
-    found = found or [rows for rows in map(read_vectors, read_tables(where)) if len(rows)]
+    found = found or [rows for rows in map(_whole, read_tables(where)) if len(rows)]
     if not found:
         raise ValueError("it holds no embeddings")
     return found
+
+
+def _whole(table: Any) -> np.ndarray:
+    if "uint8" in str(table.schema.field("embedding").type):
+        raise ValueError("it holds signs alone, as `embed --dtype binary` keeps them: embed with another --dtype")
+    return read_vectors(table)
 
 
 def _array(path: Path) -> np.ndarray:

@@ -288,8 +288,21 @@ def _count_rows(where: str, columns: Columns, path: str) -> int:
                 f"{path} has no column {missing[0]!r}: it has {', '.join(given)}; name them by --id-column and "
                 "--image-column"
             )
+        kind = table.schema_arrow.field(columns.image).type
+        if not _holds_bytes(kind):
+            raise DataError(f"{path}: its column {columns.image!r} holds {kind}: give the bytes of image files")
         found: int = table.metadata.num_rows
         return found
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a type of pyarrow is bytes, or a struct with a field `bytes`, as Hugging Face writes it."""
+    pyarrow, _ = load_pyarrow()
+    types = pyarrow.types
+    if types.is_struct(kind):
+        field = kind.get_field_index("bytes")
+        return field >= 0 and _holds_bytes(kind.field(field).type)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind))
 
 
 def _divide(counts: list[tuple[str, int]], part_size: int) -> list[list[Rows]]:

@@ -61,6 +61,9 @@ def test_one_file_with_images_as_hugging_face_writes_them_and_rows_without_id(pi
     parquet.write_table(pyarrow.table({"key": ["a", None, "c", "d", "e"], "picture": images}), path)
     found = read(open_source(str(path), 10, Columns("key", "picture")))
     assert [name for name, _ in found[0]] == ["a", f"{path}:1", "c", "d", "e"]
+    parquet.write_table(pyarrow.table({"id": ["a"], "image": ["photos/a.png"]}), tmp_path / "paths.parquet")
+    with pytest.raises(DataError, match=r"its column 'image' holds string: give the bytes of image files"):
+        open_source(str(tmp_path / "paths.parquet"), 3)
     with pytest.raises(DataError, match=r"has no column 'id': it has key, picture; name them by --id-column"):
         open_source(str(path), 10)
 
