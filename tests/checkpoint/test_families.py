@@ -184,9 +184,12 @@ def siglip_tokenizer(folder):
     return transformers.SiglipTokenizer(str(path), model_input_names=["input_ids"])
 
 
-def gemmas(kind):
+def gemmas(kind, **settings):
     vocabulary, merges = gemma_vocabulary()
-    return kind(vocab=vocabulary, merges=merges, padding_side="right", model_input_names=["input_ids"])
+    return kind(vocab=vocabulary, merges=merges, **settings)
+
+
+RELEASED = {"padding_side": "right", "model_input_names": ["input_ids"]}  # as SigLIP 2's tokenizers state it
 
 
 TOKENIZERS = {
@@ -195,7 +198,7 @@ TOKENIZERS = {
     "BertTokenizer": lambda _: bert_tokenizer(),
     "XLMRobertaTokenizer": lambda _: roberta_tokenizer(),
     "SiglipTokenizer": siglip_tokenizer,
-    "Siglip2Tokenizer": lambda _: gemmas(transformers.Siglip2Tokenizer),
+    "Siglip2Tokenizer": lambda _: gemmas(transformers.Siglip2Tokenizer, **RELEASED),
     "Tipsv2Tokenizer": lambda _: gemmas(transformers.Tipsv2Tokenizer),
 }
 ITS_TOKENIZER = {"altclip": "XLMRobertaTokenizer", "vision-text-dual-encoder": "BertTokenizer"}  # transformers has none
