@@ -30,7 +30,9 @@ class Place:
 
 
 def model_place(model: ModelConfig) -> Place:
-    """What `repo_id` or `path` names."""
+    """What `repo_id` or `path` names. Raises CheckpointError where the first is no id of the hub, as a URL is none."""
+    if model.repo_id and not HUB_ID.fullmatch(model.repo_id):
+        raise CheckpointError(f"model.repo_id is {model.repo_id!r:.120}: give an id of the hub, owner/name")
     return Place("model.path", model.path, model.repo_id, model.revision)
 
 

@@ -82,7 +82,15 @@ def _split(samples: list[Sample], classes: list[str], data: DataConfig, seed: in
         raise _unreadable(samples) from error
     aside = min(data.calibration_samples, len(unique) // 4)
     if aside < 1 or len(unique) - aside < 8:
-        raise DataError(f"data.source {data.source} yields {len(unique)} different images: at least 11 are needed")
+        raise DataError(
+            f"data.source {data.source} yields {len(unique)} different images: at least 10 are needed, 8 to evaluate "
+            "with and 2 to calibrate with"
+        )
+    if len(classes) == 1:
+        raise DataError(
+            f"data.source {data.source} has one class, {classes[0]!r}, and zero-shot answers need two: give the folder "
+            "that holds the folders of all classes, or set label_column to null"
+        )
     keep = unique[aside : aside + data.evaluation_samples]
     return Dataset(
         evaluation=[sample for sample, _ in keep],

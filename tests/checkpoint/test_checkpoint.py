@@ -592,3 +592,9 @@ def test_the_fetched_target_says_what_it_is(checkpoint, tmp_path):
     target = read_target(checkpoint)
     assert (target.runtime, target.precision, target.model.model_type) == ("eager", "fp32", "clip")
     assert target.model.checkpoint == Origin(None, None, fingerprint(copied))
+
+
+@pytest.mark.parametrize("name", ["https://huggingface.co/openai/clip-vit-base-patch32", "not an id", "a/b/c"])
+def test_what_is_no_id_of_the_hub_is_refused_before_it_is_asked(name, tmp_path):
+    with pytest.raises(CheckpointError, match=r"model\.repo_id is '.*': give an id of the hub, owner/name"):
+        fetch(ModelConfig(repo_id=name, revision="0" * 40), tmp_path)

@@ -182,7 +182,15 @@ def test_an_unreadable_image_is_named(folder):
 def test_too_few_images_are_refused(tmp_path):
     for seed in range(5):
         picture(tmp_path / "cat" / f"{seed}.png", seed)
-    with pytest.raises(DataError, match="yields 5 different images: at least 11 are needed"):
+    with pytest.raises(DataError, match="yields 5 different images: at least 10 are needed"):
+        load(DataConfig(source="image-folder", path=str(tmp_path)), 0)
+
+
+def test_one_class_is_refused(tmp_path):
+    """No answer could be wrong, and no gate fail."""
+    for seed in range(10):
+        picture(tmp_path / "train" / "cat" / f"{seed}.png", seed)
+    with pytest.raises(DataError, match="has one class, 'train', and zero-shot answers need two: give the folder that"):
         load(DataConfig(source="image-folder", path=str(tmp_path)), 0)
 
 

@@ -84,8 +84,10 @@ def own_embeddings(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def alike(ours: np.ndarray, own: np.ndarray) -> bool:
-    """Cosines above 0.9999 in each row; `own` is of unit length."""
-    return bool((np.sum(ours * own, 1) > 0.9999 * np.linalg.norm(ours, axis=1)).all())
+    """Cosines above 0.9999 in each row; `own` is of unit length. A row that overflows must overflow in both."""
+    finite = np.isfinite(own).all(1)
+    close = np.sum(ours * own, 1) > 0.9999 * np.linalg.norm(ours, axis=1)
+    return bool(np.where(finite, close, ~np.isfinite(ours).all(1)).all())
 
 
 def one_for_all(rows: np.ndarray) -> bool:
