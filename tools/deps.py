@@ -20,9 +20,10 @@ import grimp
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
 
+from clip_deploy.core.artifact import RUNTIMES
 from clip_deploy.core.environment import LIBRARIES
 from clip_deploy.core.files import write_text
-from clip_deploy.runtimes import RUNTIMES
+from clip_deploy.serving.repository import BESIDES, OPENING
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 120
@@ -38,12 +39,13 @@ OPENED = {
     "benchmark": {"clip_deploy.timing.latency_worker", *RUNTIME_MODULES},
     "end_to_end": RUNTIME_MODULES,
     "recommend": RUNTIME_MODULES,
-    "validate_triton": {"clip_deploy.serving.client"},  # it runs in the server's environment
+    "validate_triton": {"clip_deploy.serving.client", *RUNTIME_MODULES},  # the client in the server's environment
 }
 SERVED = "clip_deploy/serving/models"
+OPENED_BY = {f"clip_deploy/{part}" for part in (*OPENING, *(room for rooms in BESIDES.values() for room in rooms))}
 READ = {
     "report": {"clip_deploy/report/report.html"},
-    "triton_repository": {SERVED, "clip_deploy/serving/deploy"},
+    "triton_repository": {SERVED, "clip_deploy/serving/deploy", *OPENED_BY},
     "triton_engines": {SERVED},
 }
 

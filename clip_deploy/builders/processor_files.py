@@ -22,8 +22,8 @@ from clip_deploy.core.artifact import read_target
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.files import write_text
 from clip_deploy.core.model import Model, as_images, image_feed
-from clip_deploy.core.package import PREPROCESSOR
-from clip_deploy.data.preprocessed import SCORES, TOKENIZER, pad_token_of, tokenize
+from clip_deploy.core.package import PREPROCESSOR, TOKENIZER
+from clip_deploy.data.preprocessed import SCORES, pad_token_of, tokenize
 from clip_deploy.inference.tokenizer import Tokenizer, shown
 from clip_deploy.onnx_graph.postprocessing import logit_bias, logit_scale
 from clip_deploy.onnx_graph.preprocessing import PROBES, read_preprocessing

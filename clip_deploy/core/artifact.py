@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from clip_deploy.core.parsing import plain, read_record
 from clip_deploy.core.records import Facts, Search
 
 TOWERS = ("vision", "text")  # in this order everywhere
+RUNTIMES = ("eager", "compiled", "torchscript", "aoti", "fused", "ort", "ort_tensorrt", "openvino", "tensorrt")
 EMBEDS = {"vision": "image_embeds", "text": "text_embeds"}  # the first output of each tower's graph
 MANIFEST = "target.json"
 MANIFEST_NAME = "{}.manifest.json"  # of a folder: what it holds
@@ -72,6 +73,11 @@ class Target:
         """A fact of `build` in words; empty where it has none of that name."""
         return str(self.build.get(key, ""))
 
+    def files_of(self, towers: Sequence[str]) -> list[str]:
+        """Those of `files` that these towers need: a name that begins with another tower's is not among them."""
+        others = tuple(f"{tower}." for tower in TOWERS if tower not in towers)
+        return [name for name in self.files if not name.startswith(others)]
+
     @property
     def kept_in_float(self) -> set[str]:
         """Nodes that are in FP32 by the settings, by the search, or because float16 does not hold their values."""
@@ -86,6 +92,10 @@ def read_target(folder: Path) -> Target:
     if not (folder / MANIFEST).is_file():
         raise ConfigError(f"{folder} is not a built target (it has no {MANIFEST}); run `dvc repro`")
     return read_record(Target, folder / MANIFEST, null_is_nan=False)
+
+
+def write_target(folder: Path, target: Target) -> None:
+    write_text(folder / MANIFEST, json.dumps(plain(target), indent=2) + "\n")
 
 
 def read_source(folder: Path) -> Target:
@@ -219,7 +229,7 @@ def build(output: Path, make: Callable[[Path], Target], fallback: Target | None)
             shutil.rmtree(folder)  # what was written before
             folder.mkdir()
         target.sha256 = {name: sha256(folder / name) for name in target.files}
-        write_text(folder / MANIFEST, json.dumps(plain(target), indent=2) + "\n")
+        write_target(folder, target)
 
 
 def failure(error: Exception) -> str:

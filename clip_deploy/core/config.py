@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import Node, YAMLError
 
+from clip_deploy.core.artifact import RUNTIMES
 from clip_deploy.core.errors import ConfigError
 
 REFERENCE = "torch-fp32"  # the untouched checkpoint: the first row, and what every other row is held against
@@ -285,8 +286,15 @@ class RecommendConfig:
     max_memory_mb: float | None = None  # on a GPU, of its memory
     max_size_mb: float | None = None  # of both towers' files
     device: Device | None = None
+    runtimes: list[str] | None = None  # those of artifact.RUNTIMES that may win
 
     def __post_init__(self) -> None:
+        if unknown := sorted({*(self.runtimes or [])} - {*RUNTIMES}):
+            raise ConfigError(
+                f"recommend.runtimes holds {', '.join(unknown)}: accepted are {', '.join(RUNTIMES)}, or null"
+            )
+        if self.runtimes == []:
+            raise ConfigError("recommend.runtimes is empty: name at least one, or null for any")
         if self.batch < 1:
             raise ConfigError(f"recommend.batch is {self.batch}: give one of benchmark.batch_sizes")
         for name in ("max_p95_ms", "max_memory_mb", "max_size_mb"):

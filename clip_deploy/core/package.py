@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.errors import DeployError, DiskError, UnavailableError
 from clip_deploy.core.files import sha256
 from clip_deploy.core.manifest import INSIDE, File, Provenance, Run
@@ -13,35 +15,47 @@ from clip_deploy.core.parsing import FLAT, parse, read_record
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.records import Metrics
 
-FORMAT = 1  # of manifest.json
-LABELS, PREPROCESSOR = "labels.json", "preprocessor.json"
+FORMAT = 2  # of manifest.json
+LABELS, PREPROCESSOR, TOKENIZER = "labels.json", "preprocessor.json", "tokenizer.json"
+BEFORE = {"vision": PREPROCESSOR, "text": TOKENIZER}  # what makes a tower's inputs
 AGAIN = "package it anew with `dvc repro package`"
 
 
-@dataclass(frozen=True)
-class ImageTower:
-    """The target that encodes images; `image_input` is "pixel_values", or "images" where it preprocesses itself."""
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """The target that is one tower of a package, in a folder of its name.
+
+    Attributes:
+        runtime: what opens it, one of artifact.RUNTIMES.
+        files: those of the package that it needs, as the target has them.
+        sha256: of the only one of `files`; over all their hashes where there are several (tower_hash).
+        batch_sizes: rising, up to the batch that gives most per second: on a GPU, batches are filled up to one of them.
+    """
 
     target: str
     precision: str
-    file: str
-    image_input: str
+    runtime: str
+    files: list[str]
     sha256: str
+    batch_sizes: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTower(Tower):
+    """Encodes images; `image_input` is "pixel_values", or "images" where it preprocesses itself."""
+
+    image_input: str
 
     @property
     def inputs(self) -> list[str]:
         return [self.image_input]
 
 
-@dataclass(frozen=True)
-class TextTower:
-    """The target that encodes texts."""
+@dataclass(frozen=True, kw_only=True)
+class TextTower(Tower):
+    """Encodes texts."""
 
-    target: str
-    precision: str
-    file: str
     inputs: list[str]
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -61,15 +75,18 @@ class DualEncoder:
         dimension: of an embedding.
         image_size: [height, width] in pixels of what the image tower takes; empty where that is patches.
         patches: [patches, values of one] of SigLIP 2 NaFlex; empty otherwise.
+        vocabulary: token ids are below it.
         context_length: tokens of a text, at most; with pad_to_context always, filled up with pad_token.
         logit_scale, logit_bias, activation: of scores.Scoring.
         normalized: whether the graphs give embeddings of unit length.
         device: "cpu" or "cuda".
+        requires: what pip installs to open it, beside clip-deploy, each in the version that was judged.
     """
 
     towers: Towers
     dimension: int
     image_size: list[int]
+    vocabulary: int
     context_length: int
     pad_to_context: bool
     pad_token: int
@@ -78,6 +95,7 @@ class DualEncoder:
     activation: str
     normalized: bool
     device: str
+    requires: list[str]
     patches: list[int] = field(default_factory=list)
 
 
@@ -102,14 +120,13 @@ class Package:
         """Which target is which tower, in a line."""
         return f"vision {self.encoder.towers.vision.target}, text {self.encoder.towers.text.target}"
 
-    def fingerprint(self, *parts: str) -> str:
-        """SHA-256 over the hashes of the files whose names begin with one of `parts`.
-
-        Without any it is of all that makes an embedding of an image or a text.
-        """
-        names = parts or ("vision", "preprocessor", "text", "tokenizer")
-        files = sorted((name, file.sha256) for name, file in self.files.items() if name.startswith(names))
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    def fingerprint(self, *towers: str) -> str:
+        """SHA-256 over all that makes an embedding of what these towers encode; without any, of both."""
+        made_by = []
+        for name in towers or TOWERS:
+            tower, before = self.encoder.towers[name], self.files.get(BEFORE[name])
+            made_by.append([tower.runtime, tower.precision, tower.sha256, before.sha256 if before else None])
+        return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -150,6 +167,12 @@ def read_preprocessing(folder: Path) -> Preprocessing | None:
     return read_record(Preprocessing, path, AGAIN) if path.is_file() else None
 
 
+def tower_hash(names: Sequence[str], files: Mapping[str, File]) -> str:
+    """SHA-256 of a tower by the hashes of its files: a single file's own, or over those of all."""
+    hashes = [files[name].sha256 if name in files else "" for name in sorted(names)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
 def read_package(folder: Path) -> Package:
     """Read a package's manifest and hold its files against the hashes in it.
 
@@ -163,9 +186,11 @@ def read_package(folder: Path) -> Package:
     for name, file in package.files.items():
         _check_inside(path, name)
         _check_file(folder / name, file.sha256)
-    for tower in (package.encoder.towers.vision, package.encoder.towers.text):
-        if package.files.get(tower.file, File("", 0)).sha256 != tower.sha256:
-            raise DeployError(f"{path} names {tower.file} for a tower, and no file of that name and hash: {AGAIN}")
+    for tower in (package.encoder.towers[name] for name in TOWERS):
+        if not tower.files or tower_hash(tower.files, package.files) != tower.sha256:
+            raise DeployError(
+                f"{path} names {', '.join(tower.files) or 'no file'} for a tower, and none such with its hash: {AGAIN}"
+            )
     return package
 
 

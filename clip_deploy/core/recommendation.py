@@ -8,7 +8,13 @@ from clip_deploy.core.records import Metrics, PairVerdict
 
 @dataclass(frozen=True)
 class TargetVerdict:
-    """What the gate said of a target; `files` has the SHA-256 of each that was judged."""
+    """What the gate said of a target.
+
+    Attributes:
+        files: the SHA-256 of each that was judged.
+        batch_sizes: by tower, from the smallest batch that was timed to the one that gives most per second
+            (recommend.batch_sizes).
+    """
 
     status: str
     reasons: list[str]
@@ -17,6 +23,7 @@ class TargetVerdict:
     device: str
     files: dict[str, str]
     metrics: Metrics
+    batch_sizes: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -25,22 +32,20 @@ class Recommendation:
 
     Attributes:
         limits: what was asked for.
-        ship: the winner for each tower; empty where nothing is fit.
-        package: the same among what ONNX Runtime runs, which is what the stage `package` takes.
+        ship: the winner for each tower, which is what the stage `package` takes; empty where nothing is fit.
         pairs: by its name, each pair that is the fastest tower by tower: which it is, whether it passed its gate and
-            keeps the limits together, and why not. Where it failed, `ship` or `package` is the best single target.
+            keeps the limits together, and why not. Where it failed, `ship` is the best single target.
         note: what is packaged and, where it is not the winner or nothing, why.
         doubts: what speaks against the reference itself, and so against all of this.
         alike: for each tower, targets whose speed cannot be told apart from the winner's.
         front: targets than which no other fit one is as fast on images, as accurate and as small.
-        packaged: what `targets` says of those in `package`: all that the stage depends on.
+        packaged: what `targets` says of those in `ship`: all that the stage depends on.
         losers: for each other target, why it lost.
         targets: what the gate said of each, its files' hashes and its metrics.
     """
 
     limits: RecommendConfig
     ship: dict[str, str]
-    package: dict[str, str]
     pairs: dict[str, PairVerdict]
     note: str
     doubts: list[str]

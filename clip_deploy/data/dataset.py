@@ -17,8 +17,8 @@ from clip_deploy.core.config import DataConfig
 from clip_deploy.core.environment import cores, located
 from clip_deploy.core.errors import DataError, first_line, listed
 from clip_deploy.core.image_files import class_files
+from clip_deploy.core.images import decode, read_image
 from clip_deploy.data import scenes
-from clip_deploy.inference.images import decode, read_image
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CHUNK = 32  # images preprocessed at a time
 IMAGES = "images.zip"
-TOKENIZER, SCORES = "tokenizer.json", "scores.json"  # clip_deploy.builders.processor_files
+SCORES = "scores.json"  # clip_deploy.builders.processor_files
 
 
 @dataclass

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.core.artifact import read_target
+from clip_deploy.core.artifact import TOWERS, read_target
 from clip_deploy.core.records import Measured
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.embeddings import load_embeddings
@@ -24,6 +24,6 @@ def measure_pair(folders: dict[str, Path], evaluation: Path) -> Measured:
     """As validation.measure does, on the prepared set in `evaluation`; `folders` has a target for each tower."""
     target = read_target(folders["vision"])
     headless = replace(target.model, classifier=None)  # a head answers from images alone, and was judged
-    pair: Any = TowerPair(open_encoder(folders["vision"]), open_encoder(folders["text"]))
+    pair: Any = TowerPair(*(open_encoder(folders[tower], towers=[tower]) for tower in TOWERS))
     reference = load_embeddings(evaluation / "reference.npz")
     return measure(pair, load_prepared(evaluation), reference, replace(target, model=headless), seed=0)

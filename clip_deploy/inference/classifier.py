@@ -1,4 +1,4 @@
-"""A package, opened: zero-shot answers and embeddings with numpy, Pillow, tokenizers and onnxruntime alone."""
+"""A package, opened: zero-shot answers and embeddings with numpy, Pillow, tokenizers and its runtime alone."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,25 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 from PIL import Image
 from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 
-from clip_deploy.core.artifact import EMBEDS, real_graph
 from clip_deploy.core.environment import cores
-from clip_deploy.core.errors import DataError, DeployError, first_line
-from clip_deploy.core.model import image_feed
+from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.images import read_image, rgb
 from clip_deploy.core.package import Package, read_labels, read_package, read_preprocessing
-from clip_deploy.core.providers import CPU, CUDA, load_cuda
 from clip_deploy.inference.embedding_sample import EmbeddingSample
-from clip_deploy.inference.images import read_image, rgb
+from clip_deploy.inference.encoders import PackageEncoder
 from clip_deploy.inference.scores import Scoring
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
 from clip_deploy.inference.vectors import unit
 
-DEVICES = {"cpu": [CPU], "cuda": [CUDA, CPU]}  # ONNX Runtime's providers; what CUDA has no kernel for runs on the CPU
-MIN_ONNXRUNTIME = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
+DEVICES = ("cpu", "cuda")
 AHEAD = 2  # batches that are read and preprocessed while one is encoded
 
 Picture = Path | str | Image.Image | Callable[[], Image.Image]  # a call reads one as RGB, or raises DataError
@@ -62,7 +58,7 @@ class ZeroShotClassifier:
     ) -> None:
         self.package, self.device, self.sample = package, device, sample
         encoder = package.encoder
-        self.dimension, self.towers = encoder.dimension, encoder.towers
+        self.dimension = encoder.dimension
         self.labels = read_labels(folder)
         self.scoring = Scoring(encoder.logit_scale, encoder.logit_bias, encoder.activation)
         self.fingerprint = package.fingerprint()
@@ -70,9 +66,9 @@ class ZeroShotClassifier:
         self.tokenizer = Tokenizer(
             folder / "tokenizer.json", encoder.context_length, encoder.pad_to_context, encoder.pad_token
         )
-        of_texts = package.fingerprint("text", "tokenizer")
+        of_texts = package.fingerprint("text")
         self.cache = TextCache(of_texts, encoder.dimension, cache_size, cache_folder)
-        self.sessions = {tower: _session(folder / self.towers[tower].file, device, threads) for tower in EMBEDS}
+        self.encoder = PackageEncoder(folder, encoder, device, threads)
 
     @classmethod
     def open(
@@ -90,28 +86,26 @@ class ZeroShotClassifier:
         Args:
             package: the folder that the stage `package` wrote.
             device: "cpu" or "cuda"; None for the one it was made for.
-            threads: of each tower's pool; None leaves ONNX Runtime's default.
+            threads: of each tower's pool; None leaves the runtime's default.
             cache_size: texts whose embeddings are kept in memory.
             cache_folder: where they are kept on disk besides, or None.
             sample_folder: where a sample of the images' embeddings is kept for `clip-deploy drift`, or None.
             sample_share: of the images whose embeddings go there, above 0 and at most 1.
 
         Raises:
-            DeployError: ONNX Runtime is too old, it is no package, nothing in it was fit to ship, a file is not the one
-                that was judged, the device is unknown, or ONNX Runtime refuses a graph.
-            UnavailableError: the device's provider or GPU is missing.
+            DeployError: it is no package, nothing in it was fit to ship, a file is not the one that was judged, the
+                device is unknown, or the runtime refuses a file.
+            UnavailableError: the runtime's library is missing or too old, or the device is; the message says what pip
+                must install.
         """
-        _refuse_old_runtime(onnxruntime.__version__)
         folder = Path(package)
         found = read_package(folder)
         chosen = device or found.encoder.device
         if chosen not in DEVICES:
             raise DeployError(f"device is {chosen!r}: accepted are {', '.join(DEVICES)}")
         if threads is not None and threads < 1:
-            raise DeployError(f"threads is {threads}: give 1 or more, or nothing for ONNX Runtime's default")
+            raise DeployError(f"threads is {threads}: give 1 or more, or nothing for the runtime's default")
         sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None
-        if chosen == "cuda":
-            load_cuda()
         return cls(folder, found, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None, sample)
 
     def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
@@ -208,9 +202,7 @@ class ZeroShotClassifier:
             if isinstance(image, np.ndarray):
                 sizes.setdefault(image.shape, {})[row] = image
         for alike in sizes.values():
-            images = np.stack(list(alike.values()))
-            feed = image_feed(images) if self.preprocessor else {self.towers.vision.image_input: images}
-            embeddings = self._run("vision", feed)
+            embeddings = unit(self.encoder.encode_images(np.stack(list(alike.values()))))
             for row, embedding in zip(alike, embeddings, strict=True):
                 answers[row] = embedding
             if self.sample:
@@ -219,19 +211,7 @@ class ZeroShotClassifier:
 
     def _encode_texts(self, texts: list[str]) -> np.ndarray:
         tokens = self.tokenizer(texts)
-        return self._run("text", {name: tokens[name] for name in self.towers.text.inputs})
-
-    def _run(self, tower: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        return unit(self.sessions[tower].run([EMBEDS[tower]], inputs)[0])
-
-
-def _refuse_old_runtime(version: str) -> None:
-    if tuple(int(part) for part in version.split(".")[:2]) < MIN_ONNXRUNTIME:
-        least = ".".join(map(str, MIN_ONNXRUNTIME))
-        raise DeployError(
-            f"onnxruntime is {version}: from {least} on it computes fused texts right; "
-            f"pip install 'onnxruntime>={least}'"
-        )
+        return unit(self.encoder.encode_texts(tokens["input_ids"], tokens["attention_mask"]))
 
 
 def check_count(name: str, value: int) -> None:
@@ -250,22 +230,6 @@ def _read(image: Picture) -> Image.Image:
     if isinstance(image, Image.Image):
         return rgb(image)
     return image() if callable(image) else read_image(Path(image))
-
-
-def _session(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        with real_graph(path) as graph:
-            session = onnxruntime.InferenceSession(graph, options, providers=DEVICES[device])
-    except DeployError:
-        raise
-    except Exception as error:  # a class of its own for each code, in a private module
-        raise DeployError(f"{path} does not load on {device}: {first_line(error)}") from error
-    if session.get_providers()[0] != DEVICES[device][0]:
-        raise DeployError(f"{path} does not load on {device}: ONNX Runtime fell back to {session.get_providers()[0]}")
-    return session
 
 
 def _few(texts: list[str], batch_size: int) -> bool | None:

@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.images import read_image
 from clip_deploy.inference.classifier import Picture, ZeroShotClassifier, check_count
-from clip_deploy.inference.images import read_image
 from clip_deploy.inference.storage import (
     Files,
     Part,

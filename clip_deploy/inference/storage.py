@@ -18,8 +18,8 @@ from PIL import Image
 from clip_deploy.core.errors import DataError, DeployError, first_line, listed
 from clip_deploy.core.files import Stamp, disk_errors
 from clip_deploy.core.image_files import Listing, image_files, may_be_image, walk
+from clip_deploy.core.images import decode
 from clip_deploy.inference.classifier import Picture
-from clip_deploy.inference.images import decode
 
 STORES = ("s3", "gs", "gcs", "abfs", "abfss")  # object stores that pyarrow knows: there, a put is whole or not at all
 TABLE = ".parquet"

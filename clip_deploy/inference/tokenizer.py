@@ -39,6 +39,11 @@ class Tokenizer:
         }
 
 
+def vocabulary(path: Path) -> int:
+    """Of a tokenizer.json: one more than its highest token id."""
+    return max(tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()) + 1
+
+
 def check_texts(texts: Sequence[str]) -> None:
     """Raise DataError where there is no text, or one that says nothing."""
     if isinstance(texts, str):

@@ -11,7 +11,7 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clip_deploy.core.artifact import TOWERS
+from clip_deploy.core.artifact import MANIFEST, TOWERS
 from clip_deploy.core.config import REFERENCE, CiConfig, GatesConfig
 from clip_deploy.core.environment import Environment
 from clip_deploy.core.errors import ConfigError, DeployError
@@ -219,14 +219,17 @@ def check_package_of(reports: Reports, folder: Path) -> list[GateFailure]:
         manifest, found = verify(folder)
     except DeployError as error:
         return [GateFailure("files", str(error))]
-    towers = manifest.get("towers", {})
-    for tower in sorted({name.split(".")[0] for name in manifest.get("files", {}) if ".onnx" in name} | set(towers)):
-        target = towers.get(tower, {}).get("target", "no target")
+    named: set[str] = set()
+    for tower, entry in sorted(manifest.get("towers", {}).items()):
+        target, files = entry["target"], entry.get("files") or []
+        named |= {f"{target}/{MANIFEST}", *files}
         checked = reports.read(Validation, f"validate/{target}.json")
-        graphs = [name for name in manifest.get("files", {}) if name.startswith(f"{tower}.onnx")]
-        same = checked and graphs and all(checked.files.get(name) == _sha(manifest, name) for name in graphs)
+        judged = {f"{target}/{name}": sha for name, sha in checked.files.items()} if checked else {}
+        same = files and all(name in judged and judged[name] == _sha(manifest, name) for name in files)
         if checked is None or checked.status != "pass" or not same:
             found = [*found, f"{tower}: {target} did not pass as it is packaged"]
+    strange = [name for name in manifest.get("files", {}) if "/" in name and name not in named]
+    found = [*found, *(f"{name}: of no tower, and so not judged" for name in strange)]
     return [GateFailure("files", difference, AGAIN) for difference in found]
 
 

@@ -1,6 +1,6 @@
 """Which target to ship: the fastest that passes its gate and keeps the limits, and why each other one lost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -8,7 +8,7 @@ from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import RecommendConfig
 from clip_deploy.core.parsing import plain
 from clip_deploy.core.recommendation import Recommendation, TargetVerdict
-from clip_deploy.core.records import PairVerdict
+from clip_deploy.core.records import PairVerdict, Timing
 from clip_deploy.report.decisive import Pace, again
 from clip_deploy.report.decisive import pace as pace_of
 from clip_deploy.report.rows import Row, doubts, metrics
@@ -17,32 +17,30 @@ from clip_deploy.report.tables import number
 UNDECIDED = "its timing decides nothing (~), time it again"
 
 Together = Callable[[Row, Row], Row]  # what tower_pair.pair_row says of an image tower with another target's text tower
-Unpackable = Callable[[str], str | None]  # why a target cannot be packaged, by package.unpackable
+Unpackable = Callable[[str], str | None]  # what lacks to package a target, by package.unpackable
 
 
 def recommend(rows: list[Row], limits: RecommendConfig, together: Together, unpackable: Unpackable) -> Recommendation:
     """Judge all rows of the report by `limits`.
 
-    `together` is asked where each tower gets a target of its own, `unpackable` of every target that keeps the limits.
+    `together` is asked where each tower gets a target of its own, `unpackable` of the winners.
     """
     refused = {row.target: reason for row in rows if (reason := refusal(row, limits))}
     kept = [row for row in rows if row.target not in refused]
-    barred = {row.target: reason for row in kept if (reason := unpackable(row.target) or _unhashed(row))}
-    packable = [row for row in kept if row.target not in barred]
     fit = steady(kept, limits.batch)
     refused |= {row.target: UNDECIDED for row in kept if row not in fit}
     by_name = {row.target: row for row in rows}
     pairs: dict[str, PairVerdict] = {}
-    ship, package = (_held(choose(some, limits.batch), some, limits, together, pairs) for some in (kept, packable))
+    ship = _held(choose(kept, limits.batch), kept, limits, together, pairs)
+    lacking = dict.fromkeys(reason for name in ship.values() if (reason := unpackable(name)))
     alike = {tower: _alike_to(by_name[winner], fit, tower, limits.batch) for tower, winner in ship.items()}
     lost = [row for row in rows if row.target not in ship.values()]
     targets = _targets(rows)
     return Recommendation(
         limits=limits,
         ship=ship,
-        package=package,
         pairs=pairs,
-        note=_note(ship, package, barred),
+        note=_note(ship, "; ".join(lacking)),
         doubts=doubts(rows),
         alike={tower: names for tower, names in alike.items() if names},
         front=[row.target for row in pareto(fit, limits.batch)],
@@ -50,7 +48,7 @@ def recommend(rows: list[Row], limits: RecommendConfig, together: Together, unpa
             row.target: refused.get(row.target) or _failed(row, pairs) + _slower(row, ship, by_name, limits.batch)
             for row in lost
         },
-        packaged={name: row for name, row in targets.items() if name in package.values()},
+        packaged={name: row for name, row in targets.items() if name in ship.values()},
         targets=targets,
     )
 
@@ -61,6 +59,8 @@ def refusal(row: Row, limits: RecommendConfig) -> str | None:
         return f"unavailable: {row.reasons[0]}"
     if row.status != "pass":
         return f"gate failed: {row.reasons[0]}"
+    if limits.runtimes is not None and row.runtime not in limits.runtimes:
+        return f"runs with {row.runtime}, recommend.runtimes is {', '.join(limits.runtimes)}"
     if limits.device is not None and row.device != limits.device.value:
         return f"runs on {row.device}, recommend.device is {limits.device.value}"
     drop = row.zero_shot.top1_drop if row.trained and row.zero_shot else None
@@ -200,20 +200,13 @@ def _slower(row: Row, ship: dict[str, str], by_name: dict[str, Row], batch: int)
     return "; ".join(parts)
 
 
-def _unhashed(row: Row) -> str | None:
-    return None if row.files else f"reports/validate lacks the hashes of {row.target}'s files"
-
-
-def _note(ship: dict[str, str], package: dict[str, str], barred: dict[str, str]) -> str:
+def _note(ship: dict[str, str], lacking: str) -> str:
     if not ship:
         return (
             "no target passes its gate and keeps the limits of `recommend` in params.yaml; the report names each reason"
         )
-    if not package:
-        why = "; ".join(dict.fromkeys(barred.values()))
-        return f"{_named(ship)} is recommended, and nothing that is fit can be packaged: {why}"
-    if why := "; ".join(dict.fromkeys(barred[name] for name in ship.values() if name in barred)):
-        return f"{why}: packaged is the best that can be, {_named(package)}"
+    if lacking:
+        return f"{_named(ship)} is recommended and cannot be packaged: {lacking}"
     return "the recommended target is packaged"
 
 
@@ -234,9 +227,17 @@ def _targets(rows: list[Row]) -> dict[str, TargetVerdict]:
             device=row.device,
             files=row.files,
             metrics={key: value for key, value in measured[row.target].items() if key != "status"},
+            batch_sizes={tower: batch_sizes(row.timings[tower]) for tower in TOWERS if row.timings.get(tower)},
         )
         for row in rows
     }
+
+
+def batch_sizes(timed: Mapping[int, Timing]) -> list[int]:
+    """Powers of two from the smallest batch that was timed to the one that gives most per second, and that one."""
+    least, best = min(timed), max(timed, key=lambda batch: timed[batch].throughput_per_s)
+    powers = (1 << power for power in range(best.bit_length()))
+    return sorted({*(size for size in powers if least <= size), best})
 
 
 @dataclass(frozen=True)

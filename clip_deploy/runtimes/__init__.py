@@ -1,4 +1,4 @@
-"""One module for each format, all behind the same two verbs. A new runtime is a new file here, named in RUNTIMES."""
+"""One module for each format, all behind the same two verbs. A new one is a new file here, named in RUNTIMES."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -8,12 +8,12 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from clip_deploy.core.artifact import Target, read_target
+from clip_deploy.core.artifact import RUNTIMES, TOWERS, Target, read_target
 from clip_deploy.core.errors import DeployError, UnavailableError, first_line
 from clip_deploy.core.records import Placement
 
 T = TypeVar("T")
-RUNTIMES = ("eager", "compiled", "torchscript", "aoti", "fused", "ort", "ort_tensorrt", "openvino", "tensorrt")
+MOVABLE = ("eager", "compiled", "ort")  # runtimes whose files are not bound to the device that they were made for
 
 
 class Encoder(Protocol):
@@ -27,7 +27,7 @@ class Encoder(Protocol):
     image_input: str
     text_inputs: list[str]
 
-    def __init__(self, folder: Path, target: Target, threads: int | None) -> None: ...
+    def __init__(self, folder: Path, target: Target, threads: int | None, towers: Sequence[str]) -> None: ...
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         """Encode [batch] of the model's image_dtype, or images, uint8 [batch, height, width, 3] in RGB."""
@@ -59,16 +59,20 @@ class PlacedEncoder(Protocol):
         ...
 
 
-def open_encoder(folder: Path, threads: int | None = None, device: str | None = None) -> Encoder:
+def open_encoder(
+    folder: Path, threads: int | None = None, device: str | None = None, towers: Sequence[str] = TOWERS
+) -> Encoder:
     """Open the target in `folder`.
 
     Args:
         folder: one of artifacts/.
         threads: of the library's pool; None leaves its default.
         device: "cpu" or "cuda" instead of the target's own.
+        towers: those that are opened; the other one's files may be missing.
 
     Raises:
-        UnavailableError: it could not be built, or the library or the device that runs it is missing.
+        UnavailableError: it could not be built, it is bound to another device, or the library or the device that runs
+            it is missing.
         DeployError: the runtime refuses its files.
     """
     target = read_target(folder)
@@ -76,12 +80,14 @@ def open_encoder(folder: Path, threads: int | None = None, device: str | None = 
         raise UnavailableError(target.unavailable)
     if target.runtime not in RUNTIMES:
         raise DeployError(f"{folder} asks for runtime {target.runtime!r}: known are {', '.join(RUNTIMES)}")
+    if device not in (None, target.device) and target.runtime not in MOVABLE:
+        raise UnavailableError(f"{folder.name} is made for {target.device} and cannot be opened on {device}")
     try:
         module = importlib.import_module(f"clip_deploy.runtimes.{target.runtime}")
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed") from error
     try:
-        found: Encoder = module.Encoder(folder, replace(target, device=device or target.device), threads)
+        found: Encoder = module.Encoder(folder, replace(target, device=device or target.device), threads, towers)
         return found
     except UnavailableError:
         raise

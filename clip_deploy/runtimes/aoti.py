@@ -1,5 +1,6 @@
 """AOTInductor packages: machine code that PyTorch loads without the model's Python or transformers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +13,7 @@ from clip_deploy.runtimes import pytorch
 class Encoder(pytorch.Encoder):
     graphs = True
 
-    def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
+    def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:
         torch.zeros(1, device=target.device)  # a package loaded before CUDA is initialised ends the process
         single = target.device == "cuda"  # its lock cannot be captured
-        return {
-            tower: aoti_load_package(folder / f"{tower}.pt2", run_single_threaded=single)
-            for tower in ("vision", "text")
-        }
+        return {tower: aoti_load_package(folder / f"{tower}.pt2", run_single_threaded=single) for tower in towers}

@@ -1,5 +1,6 @@
 """A checkpoint through torch.compile; on a GPU each shape is compiled by itself and replayed as a CUDA graph."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,10 @@ MAX_SHAPES = 64  # dynamo gives up at 8
 class Encoder(eager.Encoder):
     graphs = True
 
-    def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
+    def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:
         torch._dynamo.config.recompile_limit = MAX_SHAPES
-        towers = super().load(folder, target)
-        return {name: torch.compile(tower, dynamic=False) for name, tower in towers.items()}
+        loaded = super().load(folder, target, towers)
+        return {name: torch.compile(tower, dynamic=False) for name, tower in loaded.items()}
 
     def prepare(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """Without what reads values on the CPU, which no CUDA graph holds."""

@@ -1,5 +1,6 @@
 """A checkpoint, run by PyTorch as transformers wrote it. In float32 it is the reference."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,14 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Encoder(pytorch.Encoder):
-    def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
+    def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:
         torch.backends.cudnn.allow_tf32 = False  # so that convolutions are as exact as matmuls are by default
         model, dtype = self.prepare(load_model(folder)).to(target.device), DTYPES[target.precision]
-        return {name: CastWrapper(tower(model), dtype).eval() for name, tower in TOWERS.items()}
+        return {tower: CastWrapper(WRAPPERS[tower](model), dtype).eval() for tower in towers}
 
     def prepare(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """As it is loaded."""
         return model
 
 
-TOWERS = {"vision": ImageTower, "text": TextTower}
+WRAPPERS = {"vision": ImageTower, "text": TextTower}

@@ -1,5 +1,6 @@
 """Fused ONNX graphs, run on a GPU by PyTorch with our kernels and replayed as CUDA graphs. Needs no transformers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16} 
 class Encoder(pytorch.Encoder):
     graphs = True
 
-    def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
+    def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:
         try:
             from clip_deploy.runtimes.autotune import TunedOperators
         except ModuleNotFoundError as error:
@@ -26,5 +27,5 @@ class Encoder(pytorch.Encoder):
             tower: GraphModule(onnx_file.load(folder / f"{tower}.onnx"), DTYPES[target.precision], operators).to(
                 target.device
             )
-            for tower in ("vision", "text")
+            for tower in towers
         }

@@ -4,21 +4,23 @@ On a GPU each shape has a session of its own: with the shape fixed, ONNX Runtime
 loading, nothing is left for the CPU, and the call can be recorded as a CUDA graph. Inputs and outputs stay on the GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
-from clip_deploy.core.artifact import Target, real_graph
+from clip_deploy.core.artifact import TOWERS, Target, real_graph
 from clip_deploy.core.errors import UnavailableError, first_line
 from clip_deploy.core.model import image_feed
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
 from clip_deploy.core.records import Placement
 from clip_deploy.runtimes import text_feed
 
+MIN_ONNXRUNTIME = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
 MAX_SESSIONS = 16  # shapes kept on a GPU, each with its own copy of the weights
 
 ProviderOptions = tuple[str, dict[str, str]]
@@ -27,7 +29,8 @@ ProviderOptions = tuple[str, dict[str, str]]
 class Encoder:
     provider = CUDA  # what must run the nodes on a GPU
 
-    def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
+    def __init__(self, folder: Path, target: Target, threads: int | None, towers: Sequence[str] = TOWERS) -> None:
+        _refuse_old_runtime(onnxruntime.__version__)
         self.folder, self.threads = folder, threads
         self.text_inputs = target.model.text_inputs
         self.image_input = target.image_input
@@ -39,16 +42,14 @@ class Encoder:
             load_cuda()
             self.sessions: dict[str, InferenceSession] = {}
         else:
-            self.sessions = {tower: self.open(tower, (CPU, {})) for tower in ("vision", "text")}
+            self.sessions = {tower: self.open(tower, (CPU, {})) for tower in towers}
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         return self._run("vision", list(image_feed(images).values()))
 
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Probabilities [batch, labels] from a graph with a zero-shot head; images as encode_images takes them."""
-        if "vision" not in self.sessions:
-            self.sessions["vision"] = self.open("vision", (CUDA, {}))
-        found: np.ndarray = self.sessions["vision"].run(["probabilities"], {self.image_input: images})[0]
+        found: np.ndarray = self._session("vision").run(["probabilities"], {self.image_input: images})[0]
         return found
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
@@ -66,10 +67,21 @@ class Encoder:
         """Nothing is left to wait for."""
 
     def _run(self, tower: str, arrays: list[np.ndarray]) -> np.ndarray:
-        if self.on_gpu:
+        if self.on_gpu and not self._has_too_many_sizes(tower, arrays):
             return self._fixed(tower, arrays).encode(arrays)
-        found: np.ndarray = self.sessions[tower].run(None, dict(zip(self.names[tower], arrays, strict=True)))[0]
+        found: np.ndarray = self._session(tower).run(None, dict(zip(self.names[tower], arrays, strict=True)))[0]
         return found
+
+    def _session(self, tower: str) -> InferenceSession:
+        """One for every shape."""
+        if tower not in self.sessions:
+            self.sessions[tower] = self.open(tower, (CUDA, {}))
+        return self.sessions[tower]
+
+    def _has_too_many_sizes(self, tower: str, arrays: list[np.ndarray]) -> bool:
+        """Whether these are images of one more size, which would each drive out the session of another."""
+        is_known = (tower, *(array.shape for array in arrays)) in self.fixed
+        return self.names[tower] == ["images"] and len(self.fixed) >= MAX_SESSIONS and not is_known
 
     def open(self, tower: str, provider: ProviderOptions, shape: dict[str, int] | None = None) -> InferenceSession:
         with real_graph(self.folder / f"{tower}.onnx") as path:
@@ -141,6 +153,15 @@ class FixedCall:
         self()
         found: np.ndarray = self.output.numpy()
         return found
+
+
+def _refuse_old_runtime(version: str) -> None:
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_ONNXRUNTIME:
+        least = ".".join(map(str, MIN_ONNXRUNTIME))
+        raise UnavailableError(
+            f"onnxruntime is {version}: from {least} on it computes fused texts right; "
+            f"pip install 'onnxruntime>={least}'"
+        )
 
 
 def count_nodes(session: InferenceSession) -> dict[str, int]:

@@ -5,6 +5,7 @@ Runtime's CUDA provider runs.
 """
 
 import functools
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import onnxruntime
 from onnxruntime import InferenceSession
 
-from clip_deploy.core.artifact import Target, real_graph
+from clip_deploy.core.artifact import TOWERS, Target, real_graph
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.runtimes import ort
 
@@ -21,13 +22,13 @@ INSTALL = "pip install tensorrt, or onnxruntime-ep-nv-tensorrt-rtx-cu13"
 
 
 class Encoder(ort.Encoder):
-    def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
+    def __init__(self, folder: Path, target: Target, threads: int | None, towers: Sequence[str] = TOWERS) -> None:
         self.devices = find_devices()
         if self.devices:
             self.provider = self.devices[0].ep_name
         else:
             self.provider = BUILT_IN
-        super().__init__(folder, target, threads)
+        super().__init__(folder, target, threads, towers)
 
     def open_fixed(self, tower: str, shape: dict[str, int], graph: bool) -> InferenceSession:
         switch = str(int(graph))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_deploy.core.artifact import Target
+from clip_deploy.core.artifact import TOWERS, Target
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.model import image_feed
 from clip_deploy.runtimes import text_feed
@@ -67,7 +67,7 @@ class Encoder(ABC):
     image_input = "pixel_values"
     graphs = False
 
-    def __init__(self, folder: Path, target: Target, threads: int | None) -> None:
+    def __init__(self, folder: Path, target: Target, threads: int | None, towers: Sequence[str] = TOWERS) -> None:
         require(target.device)
         if threads:
             torch.set_num_threads(threads)
@@ -75,11 +75,11 @@ class Encoder(ABC):
         self.takes_device_tensors = self.device == "cuda"
         self.text_inputs = target.model.text_inputs
         self.captured: dict[tuple[Any, ...], Graph] = {}
-        self.towers: dict[str, Tower] = self.load(folder, target)
+        self.towers: dict[str, Tower] = self.load(folder, target, towers)
 
     @abstractmethod
-    def load(self, folder: Path, target: Target) -> dict[str, Tower]:
-        """Both towers, "vision" and "text", on the target's device."""
+    def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, Tower]:
+        """The towers by their names, on the target's device."""
 
     def encode_images(self, images: np.ndarray | Tensor) -> np.ndarray:
         found: np.ndarray = self._encode("vision", list(image_feed(images).values()))

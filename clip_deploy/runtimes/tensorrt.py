@@ -1,5 +1,6 @@
 """TensorRT engines on an NVIDIA GPU; torch holds their inputs and outputs. Needs no transformers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from clip_deploy.runtimes.tensorrt_library import is_rtx, load_tensorrt, log_of,
 class Encoder(pytorch.Encoder):
     graphs = True
 
-    def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
+    def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:
         library = load_tensorrt()
         refuse_elsewhere(folder.name, target.build, validity(library))
         inputs = {"vision": target.model.image_inputs, "text": self.text_inputs}
-        return {tower: Engine(library, folder, tower, inputs[tower]) for tower in EMBEDS}
+        return {tower: Engine(library, folder, tower, inputs[tower]) for tower in towers}
 
 
 def refuse_elsewhere(name: str, built: Facts, here: dict[str, str]) -> None:

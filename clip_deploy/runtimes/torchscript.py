@@ -1,5 +1,6 @@
 """TorchScript archives, run by PyTorch without transformers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,8 +10,5 @@ from clip_deploy.runtimes import pytorch
 
 
 class Encoder(pytorch.Encoder):
-    def load(self, folder: Path, target: Target) -> dict[str, pytorch.Tower]:
-        return {
-            tower: torch.jit.load(folder / f"{tower}.pt", map_location=target.device).eval()
-            for tower in ("vision", "text")
-        }
+    def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:
+        return {tower: torch.jit.load(folder / f"{tower}.pt", map_location=target.device).eval() for tower in towers}

@@ -4,15 +4,14 @@ import io
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from PIL import Image
 
-from clip_deploy.core.artifact import EMBEDS, real_graph
+from clip_deploy.core.images import decode
 from clip_deploy.core.package import DualEncoder, read_labels, read_preprocessing
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.similarity import normalized
 from clip_deploy.data.preprocessed import Prepared, batches
-from clip_deploy.inference.images import decode
+from clip_deploy.inference.encoders import PackageEncoder
 from clip_deploy.inference.scores import Scoring
 from clip_deploy.serving.job import stored
 
@@ -101,32 +100,17 @@ def label_inputs(package: Path, prepared: Prepared) -> dict[str, np.ndarray]:
 def encode_offline(
     package: Path, encoder: DualEncoder, inputs: dict[str, np.ndarray], threads: int
 ) -> dict[str, np.ndarray]:
-    """images, texts and probabilities as the package's own graphs give them in this process."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    sessions = {}
-    for tower in EMBEDS:
-        with real_graph(package / encoder.towers[tower].file) as path:
-            sessions[tower] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def images(batch: np.ndarray) -> np.ndarray:
-        found: np.ndarray = sessions["vision"].run(["image_embeds"], {encoder.towers.vision.image_input: batch})[0]
-        return found
-
-    def texts(*batch: np.ndarray) -> np.ndarray:
-        given = dict(zip(TEXTS, batch, strict=True))
-        fed = {name: given[name] for name in encoder.towers.text.inputs}
-        found: np.ndarray = sessions["text"].run(["text_embeds"], fed)[0]
-        return found
-
+    """images, texts and probabilities as the package itself gives them in this process, on the CPU."""
+    towers = PackageEncoder(package, encoder, "cpu", threads)
+    texts = zip(*(stored(inputs, name) for name in TEXTS), strict=True)
     found = {
-        "images": np.concatenate([images(batch) for batch in stored(inputs, "images")]),
-        "texts": np.concatenate([texts(*pair) for pair in zip(*(stored(inputs, name) for name in TEXTS), strict=True)]),
+        "images": np.concatenate([towers.encode_images(batch) for batch in stored(inputs, "images")]),
+        "texts": np.concatenate([towers.encode_texts(*pair) for pair in texts]),
     }
     if "labels" in inputs:
-        labels = texts(*(inputs[f"label_{name}"] for name in TEXTS))
-        pixels = preprocessed(inputs, read_preprocessing(package))
-        found["probabilities"] = probabilities(np.concatenate([images(each) for each in pixels]), labels, encoder)
+        labels = towers.encode_texts(*(inputs[f"label_{name}"] for name in TEXTS))
+        images = [towers.encode_images(each) for each in preprocessed(inputs, read_preprocessing(package))]
+        found["probabilities"] = probabilities(np.concatenate(images), labels, encoder)
     return found
 
 

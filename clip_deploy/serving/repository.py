@@ -1,7 +1,7 @@
 """Lay a package out as model repositories for Triton, with what runs and watches them beside.
 
-artifacts/triton/onnxruntime/   the towers by Triton's onnxruntime backend, as in NVIDIA's container
-artifacts/triton/python/        the same models where a server has the python backend only
+artifacts/triton/python/        the towers as the package opens them, whatever their runtime
+artifacts/triton/onnxruntime/   of ONNX Runtime's: the same by Triton's onnxruntime backend, as in NVIDIA's container
 artifacts/triton/deploy/        Dockerfile, Kubernetes, KServe, Prometheus, Grafana
 
     clip_vision      pixel_values or images -> image_embeds
@@ -20,19 +20,21 @@ from string import Template
 
 import numpy as np
 
-from clip_deploy.core.artifact import EMBEDS
+from clip_deploy.core.artifact import EMBEDS, MANIFEST
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.files import new_folder, write_text
 from clip_deploy.core.manifest import INSIDE, File, Provenance, files_of, save_manifest
-from clip_deploy.core.package import DualEncoder, EmptyPackageError, ImageTower, Package, TextTower, read_package
+from clip_deploy.core.package import DualEncoder, EmptyPackageError, Package, Tower, read_package
 from clip_deploy.core.parsing import FLAT, plain, read_record
 from clip_deploy.core.records import Benchmark
 from clip_deploy.serving.pbtxt import Message, Word, mapped, pbtxt
 
-BACKENDS = ("onnxruntime", "python")  # a repository for each
 MODELS = Path(__file__).with_name("models")
 DEPLOY = Path(__file__).with_name("deploy")
+LIBRARY = Path(__file__).parents[1]
+OPENING = ("__init__.py", "core", "inference/__init__.py", "inference/encoders.py", "runtimes")  # what opens a tower
+BESIDES = {"eager": ("checkpoint",), "compiled": ("checkpoint",), "fused": ("onnx_graph",)}  # of these runtimes
 KEPT_VERSIONS = 2  # served side by side: the new one and the one to go back to
 VERSION = "1"  # publish.py adds others
 TOKENIZING = ("context_length", "pad_token", "pad_to_context")  # settings of clip_tokenize
@@ -111,16 +113,23 @@ def _fill(folder: Path, package: Path, benchmark: Path, settings: TritonConfig) 
     preferred = {
         tower: preferred_sizes(encoder.towers[tower].target, tower, benchmark, settings.max_batch) for tower in EMBEDS
     }
-    for backend in BACKENDS:
-        _write_towers(folder / backend, backend, package, found, preferred, settings)
+    backends = backends_of(encoder)
+    for backend in backends:
+        _write_towers(folder / backend, backend, package, encoder, preferred, settings)
         write_companions(folder / backend, package, encoder, settings)
-    write_deploy(folder / "deploy", encoder.device)
+    write_deploy(folder / "deploy", encoder, backends)
     return Repository(
         origin=found.origin,
         towers={tower: described(encoder.towers[tower], preferred[tower]) for tower in EMBEDS},
-        backends=list(BACKENDS),
+        backends=backends,
         files=files_of(folder),
     )
+
+
+def backends_of(encoder: DualEncoder) -> list[str]:
+    """Of Triton's backends those that can run both towers, the one to serve with first."""
+    runtimes = {encoder.towers[tower].runtime for tower in EMBEDS}
+    return ["onnxruntime", "python"] if runtimes == {"ort"} else ["python"]
 
 
 def packaged(package: Path) -> Package:
@@ -140,7 +149,7 @@ def check_inputs(encoder: DualEncoder) -> None:
         )
 
 
-def described(tower: ImageTower | TextTower, preferred: list[int]) -> ServedTower:
+def described(tower: Tower, preferred: list[int]) -> ServedTower:
     return ServedTower(tower.target, tower.sha256, preferred)
 
 
@@ -159,18 +168,42 @@ def preferred_sizes(target: str, tower: str, benchmark: Path, most: int) -> list
 def _write_towers(
     repository: Path,
     backend: str,
-    folder: Path,
-    package: Package,
+    package: Path,
+    encoder: DualEncoder,
     preferred: dict[str, list[int]],
     settings: TritonConfig,
 ) -> None:
     for tower in EMBEDS:
-        config = tower_config(tower, backend, package.encoder, preferred[tower], settings)
+        config = tower_config(tower, backend, encoder, preferred[tower], settings)
         version = write_model(repository, config, "encoder" if backend == "python" else None)
-        graph = package.encoder.towers[tower].file
-        for name in [name for name in package.files if name.startswith(graph)]:  # external data keep their name
-            shutil.copyfile(folder / name, version / ("model.onnx" if name == graph else name))
-    write_warm_up(repository / "clip_text", package.encoder.context_length)
+        if backend == "python":
+            _write_opened(version, package, encoder, tower)
+        else:
+            _write_graph(version, package, tower, encoder.towers[tower])
+    write_warm_up(repository / "clip_text", encoder.context_length)
+
+
+def _write_graph(version: Path, package: Path, name: str, tower: Tower) -> None:
+    """An ONNX graph by the name that the backend looks for; external data keep theirs."""
+    for file in tower.files:
+        named = Path(file).name
+        shutil.copyfile(package / file, version / ("model.onnx" if named == f"{name}.onnx" else named))
+
+
+def _write_opened(version: Path, package: Path, encoder: DualEncoder, name: str) -> None:
+    """A tower as it lies in the package, and what of clip_deploy opens it."""
+    tower = encoder.towers[name]
+    for file in [f"{tower.target}/{MANIFEST}", *tower.files]:
+        _copy(package / file, version / file)
+    for part in (*OPENING, *BESIDES.get(tower.runtime, ())):
+        for path in [LIBRARY / part] if part.endswith(".py") else sorted((LIBRARY / part).glob("**/*.py")):
+            _copy(path, version / path.relative_to(LIBRARY.parent))
+    _write_settings(version, plain(encoder))
+
+
+def _copy(path: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, copy)
 
 
 def write_warm_up(model: Path, context_length: int) -> None:
@@ -350,15 +383,21 @@ def _parameters(values: dict[str, int | str | None]) -> list[Message]:
     return mapped({name: {"string_value": word} for name, word in words.items()})
 
 
-def write_deploy(folder: Path, device: str) -> None:
-    """Manifests for containers and monitoring; those ending in .template get FLAGS, and a GPU if the package needs one.
+def write_deploy(folder: Path, encoder: DualEncoder, backends: list[str]) -> None:
+    """Manifests for containers and monitoring; those ending in .template get what depends on the package.
 
     JSON's list is one in YAML and in a Dockerfile too.
     """
+    content = {
+        "flags": ", ".join(map(json.dumps, FLAGS)),
+        "gpu": GPU[encoder.device],
+        "repository": backends[0],
+        "copies": "\n".join(f"COPY {backend} /models/{backend}" for backend in backends),
+        "requires": "\n".join(encoder.requires),
+    }
     folder.mkdir()
-    flags = ", ".join(map(json.dumps, FLAGS))
     for path in sorted(DEPLOY.iterdir()):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".template":
-            text = Template(text).substitute(gpu=GPU[device], flags=flags)
+            text = Template(text).substitute(content)
         write_text(folder / path.name.removesuffix(".template"), text)

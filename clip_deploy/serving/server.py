@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from clip_deploy.serving.repository import FLAGS
 START_S = 120.0  # until the server is ready; a server without a load answers after 3
 STOP_S = 20.0  # from SIGTERM until SIGKILL
 READY = "/v2/models/clip_zero_shot/ready"  # the ensemble is, once all that it calls are
-PACKAGES = ("nvidia_pytriton", "numpy", "onnxruntime", "tokenizers", "pillow", "tritonclient")
+PACKAGES = ("nvidia_pytriton", "numpy", "tokenizers", "pillow", "tritonclient")
+RUNTIMES = ("onnxruntime", "openvino", "torch")  # of packages; what is installed of them is in the record too
 LIBDIR = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
 VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
 SHARED = Path("/dev/shm")
@@ -101,12 +102,26 @@ class Server:
 
 def versions(environment: Path) -> dict[str, str]:
     """Versions of the packages that decide how the server answers, as installed; empty without an environment."""
-    found = {}
-    for path in environment.glob("lib/python3*/site-packages/*.dist-info"):
-        name, _, version = path.name.removesuffix(".dist-info").partition("-")
-        if name.lower() in PACKAGES:
-            found[name.lower()] = version
-    return dict(sorted(found.items()))
+    return {name: version for name, version in installed(environment).items() if name in (*PACKAGES, *RUNTIMES)}
+
+
+def installed(environment: Path) -> dict[str, str]:
+    """The version of every package, by its name in lower case and with underscores."""
+    paths = environment.glob("lib/python3*/site-packages/*.dist-info")
+    parts = [path.name.removesuffix(".dist-info").partition("-") for path in paths]
+    return dict(sorted((name.lower(), version) for name, _, version in parts))
+
+
+def check_runtimes(environment: Path, requires: Sequence[str]) -> None:
+    """Raises UnavailableError where a package's runtime is not in the server's environment."""
+    here = installed(environment)
+    missing = [line for line in requires if line.partition("==")[0].lower().replace("-", "_") not in here]
+    if missing:
+        lines = " ".join(missing)
+        raise UnavailableError(
+            f"the package runs with {lines}, which {environment} lacks: "
+            f"`{environment}/bin/pip install --no-deps {lines}` adds it"
+        )
 
 
 def find_environment(folder: Path) -> Environment:

@@ -6,6 +6,7 @@ version of TensorRT: manifest.json names both, and the container must bring that
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +16,11 @@ from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import new_folder, sha256
 from clip_deploy.core.json_files import read_json
 from clip_deploy.core.manifest import INSIDE, Provenance, files_of, save_manifest
-from clip_deploy.core.package import PREPROCESSOR, DualEncoder, ImageTower, TextTower, Towers
+from clip_deploy.core.package import PREPROCESSOR, TOKENIZER, DualEncoder, ImageTower, TextTower, Towers
 from clip_deploy.core.records import Validation
-from clip_deploy.data.preprocessed import SCORES, TOKENIZER
+from clip_deploy.data.preprocessed import SCORES
 from clip_deploy.evaluate.gates import failures_now
+from clip_deploy.inference.tokenizer import vocabulary
 from clip_deploy.serving.repository import (
     NoRepository,
     Repository,
@@ -89,17 +91,17 @@ def _encoder(target: Target, built: Path, record: Validation, prepared: Path) ->
     for name in (SCORES, TOKENIZER, PREPROCESSOR):
         if name in scores["unavailable"]:
             raise UnavailableError(scores["unavailable"][name])
-    files = {tower: f"{tower}.engine" for tower in EMBEDS}
-    judged = {tower: record.files[file] for tower, file in files.items()}
+    towers = {tower: _tower(tower, target, built.name, record) for tower in EMBEDS}
     with np.load(prepared / "evaluation" / "reference.npz") as reference:
         dimension = int(reference["images"].shape[1])
     return DualEncoder(
         towers=Towers(
-            ImageTower(built.name, target.precision, files["vision"], "pixel_values", judged["vision"]),
-            TextTower(built.name, target.precision, files["text"], target.model.text_inputs, judged["text"]),
+            ImageTower(**towers["vision"], image_input="pixel_values"),
+            TextTower(**towers["text"], inputs=target.model.text_inputs),
         ),
         dimension=dimension,
         image_size=target.model.image_size,
+        vocabulary=vocabulary(prepared / "portable" / TOKENIZER),
         context_length=target.model.context_length,
         pad_to_context=target.model.pad_to_context,
         pad_token=read_json(prepared / "evaluation" / INSIDE)["pad_token"],
@@ -108,8 +110,21 @@ def _encoder(target: Target, built: Path, record: Validation, prepared: Path) ->
         activation=scores["activation"],
         normalized=target.model.normalize,
         device="cuda",
+        requires=[],
         patches=target.model.patches,
     )
+
+
+def _tower(tower: str, target: Target, name: str, record: Validation) -> dict[str, Any]:
+    file = f"{tower}.engine"
+    return {
+        "target": name,
+        "precision": target.precision,
+        "runtime": target.runtime,
+        "files": [file],
+        "sha256": record.files[file],
+        "batch_sizes": [],
+    }
 
 
 def _check(target: Target, built: Path, record: Validation, gates: GatesConfig, engine: BuildEngineConfig) -> None:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 
-from clip_deploy.core.artifact import EMBEDS, failure, hashes
+from clip_deploy.core.artifact import failure, hashes
 from clip_deploy.core.config import TritonCheckConfig
 from clip_deploy.core.environment import located
 from clip_deploy.core.errors import DeployError, UnavailableError
@@ -23,12 +22,22 @@ from clip_deploy.core.records import Parity
 from clip_deploy.core.served import Agreement, Answers, Asked, Drift, Load, Served
 from clip_deploy.core.similarity import similarity
 from clip_deploy.data.preprocessed import Prepared
+from clip_deploy.inference.encoders import read_encoder
 from clip_deploy.serving.drift import measure_drift
 from clip_deploy.serving.golden import TEXTS, encode_offline, golden_inputs
 from clip_deploy.serving.job import ANSWERS, ASKED, ClientJob
 from clip_deploy.serving.load_test import Work, measure_load, read_metrics
 from clip_deploy.serving.repository import packaged
-from clip_deploy.serving.server import Environment, Server, find_environment, load_model, model_config, serve, versions
+from clip_deploy.serving.server import (
+    Environment,
+    Server,
+    check_runtimes,
+    find_environment,
+    load_model,
+    model_config,
+    serve,
+    versions,
+)
 
 ROOT = Path(__file__).resolve().parents[2]  # the client's program is imported from here
 BACKEND = "python"  # the only one that this server has
@@ -48,6 +57,7 @@ def check_served(repository: Path, package: Path, prepared: Prepared, settings: 
         encoder = packaged(package).encoder
         if encoder.device != "cpu":
             raise UnavailableError("the package is for a GPU, and this server computes on CPUs only")
+        check_runtimes(located(settings.environment), encoder.requires)
         inputs = golden_inputs(package, prepared)
         run, arrays = _ask(repository / BACKEND, environment, encoder, inputs, settings)
         offline = encode_offline(package, encoder, inputs, run.threads)
@@ -95,7 +105,7 @@ def _ask(
                 ports={"http": server.http, "grpc": server.grpc},
                 repository=str(copy),
                 second=str(changed(repository, Path(name) / "second", negate)),
-                broken=str(changed(repository, Path(name) / "broken", lambda graph: graph.write_bytes(b"broken"))),
+                broken=str(changed(repository, Path(name) / "broken", spoil)),
                 image_input=encoder.towers.vision.image_input,
                 text_inputs=encoder.towers.text.inputs,
                 max_batch=config["max_batch_size"],
@@ -112,21 +122,24 @@ def _ask(
 
 
 def changed(repository: Path, folder: Path, change: Callable[[Path], object]) -> Path:
-    """A copy of the repository in `folder`, with its manifest, whose image tower's graph `change` has rewritten."""
+    """A copy of the repository in `folder`, with its manifest, whose image tower's version `change` has rewritten."""
     copy = Path(shutil.copytree(repository, folder / repository.name))
-    change(copy / "clip_vision" / "1" / "model.onnx")
+    change(copy / "clip_vision" / "1")
     write_text(folder / "manifest.json", json.dumps({"files": hashes(folder)}))
     return copy
 
 
-def negate(path: Path) -> None:
+def negate(version: Path) -> None:
     """Turn every embedding round: another model, of which any answer tells that it is not the first."""
-    model = onnx.load(path, load_external_data=False)
-    (name,) = [output.name for output in model.graph.output if output.name == EMBEDS["vision"]]
-    (node,) = [node for node in model.graph.node if name in node.output]
-    node.output[list(node.output).index(name)] = f"{name}_before"
-    model.graph.node.append(onnx.helper.make_node("Neg", [f"{name}_before"], [name]))
-    onnx.save(model, path)
+    with (version / "model.py").open("a") as program:
+        program.write("\n\n_encode = TritonPythonModel.encode\n")
+        program.write("TritonPythonModel.encode = lambda self, arrays: -_encode(self, arrays)\n")
+
+
+def spoil(version: Path) -> None:
+    """Make its weights what no runtime reads."""
+    for file in read_encoder(version / "settings.json").towers.vision.files:
+        (version / file).write_bytes(b"broken")
 
 
 def run_client(

@@ -87,18 +87,20 @@ def _measure_towers(
 ) -> tuple[dict[str, dict[int, Timing]], int | None, int | None]:
     """The timings by tower and batch size, and bytes of memory and of the GPU's at the smallest batch."""
     requests = [
-        _request(tower, batch, described, settings) for batch in settings.batch_sizes for tower in ("vision", "text")
+        shape_request(tower, batch, described, settings)
+        for batch in settings.batch_sizes
+        for tower in ("vision", "text")
     ]
     towers: dict[str, dict[int, Timing]] = {"vision": {}, "text": {}}
     memory: dict[str, int | None] = {}
     for request in tqdm(requests, desc="benchmark", disable=None):
-        towers[request["tower"]][request["batch"]] = _measure_one(target, other, request, settings)
+        towers[request["tower"]][request["batch"]] = measure_one(target, other, request, settings)
         if request["batch"] == settings.batch_sizes[0]:
             memory = target.ask({"memory": True})
     return towers, memory.get("bytes"), memory.get("gpu_bytes")
 
 
-def _request(tower: str, batch: int, described: Target, settings: BenchmarkConfig) -> dict[str, Any]:
+def shape_request(tower: str, batch: int, described: Target, settings: BenchmarkConfig) -> dict[str, Any]:
     return {
         "tower": tower,
         "batch": batch,
@@ -119,7 +121,7 @@ def _power(
     None without NVML. `clock` is that before the benchmark, in MHz.
     """
     batch = max(sizes, key=lambda size: sizes[size].throughput_per_s)
-    target.ask(_request("vision", batch, described, settings))
+    target.ask(shape_request("vision", batch, described, settings))
     target.ask({"calls": max(1, settings.warmup)})
     started, before = monotonic(), nvml.energy_j()
     calls = target.ask({"seconds": settings.power_s})["calls"]
@@ -134,7 +136,7 @@ def _power(
     )
 
 
-def _measure_one(
+def measure_one(
     target: "LatencyWorker", other: "LatencyWorker", request: dict[str, Any], settings: BenchmarkConfig
 ) -> Timing:
     for worker in (target, other):

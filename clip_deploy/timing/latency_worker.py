@@ -3,7 +3,7 @@
     python -m clip_deploy.timing.latency_worker FOLDER THREADS
 
 Reads one JSON request a line from standard input and answers with one JSON line on standard output:
-    {"tower": "vision", "batch": 8...}  take inputs of this shape from now on (timing._request says what else)
+    {"tower": "vision", "batch": 8...}  take inputs of this shape from now on (latency.shape_request says what else)
     {"calls": 5}                        run so often and answer the milliseconds of each call
     {"rows": true}                      run once and answer the embeddings
     {"seconds": 1.0}                    run for so long and answer the number of calls

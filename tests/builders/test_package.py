@@ -6,13 +6,14 @@ import pytest
 from support.records import parity, zero_shot
 from support.targets import advice, records
 
-from clip_deploy.builders.package import Sources, unpackable, write_package
+from clip_deploy.builders.package import LIBRARIES_OF, Sources, requirements, unpackable, write_package
 from clip_deploy.builders.processor_files import write_portable
-from clip_deploy.core.artifact import read_target
+from clip_deploy.core.artifact import RUNTIMES, Target, read_target
 from clip_deploy.core.config import GateLimits, GatesConfig
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.files import sha256
 from clip_deploy.core.manifest import Run
+from clip_deploy.core.model import Model
 from clip_deploy.core.package import EmptyPackage
 from clip_deploy.core.parsing import plain
 from clip_deploy.core.records import Limit, PairVerdict
@@ -28,18 +29,22 @@ def sources(onnx_target, sets, tmp_path_factory):
 
 def test_the_manifest_says_what_is_in_the_folder(package, onnx_target):
     manifest = json.loads((package / "manifest.json").read_text())
-    files = {path.name for path in package.iterdir()} - {"manifest.json"}
-    assert files == {"vision.onnx", "text.onnx", "tokenizer.json", "preprocessor.json", "labels.json"}
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.*")} - {"manifest.json"}
+    graphs = {f"onnx-fp32/{name}" for name in ("vision.onnx", "text.onnx", "target.json")}
+    assert files == {*graphs, "tokenizer.json", "preprocessor.json", "labels.json"}
     assert {name: facts["sha256"] for name, facts in manifest["files"].items()} == {
         name: sha256(package / name) for name in files
     }
     assert manifest["towers"]["vision"] == {
         "target": "onnx-fp32",
         "precision": "fp32",
-        "file": "vision.onnx",
-        "image_input": "pixel_values",
+        "runtime": "ort",
+        "files": ["onnx-fp32/vision.onnx"],
         "sha256": sha256(onnx_target / "vision.onnx"),
+        "batch_sizes": [1, 2, 4],
+        "image_input": "pixel_values",
     }
+    assert (manifest["requires"], manifest["vocabulary"]) == (["onnxruntime"], 587)
     assert manifest["towers"]["text"]["inputs"] == ["input_ids", "attention_mask"]
     assert (manifest["dimension"], manifest["image_size"], manifest["context_length"]) == (64, [48, 48], 32)
     assert (manifest["activation"], manifest["logit_bias"], manifest["pad_token"]) == ("softmax", None, 586)
@@ -72,7 +77,6 @@ def test_classes_and_templates_are_those_of_the_evaluation_set(package):
     ("change", "said"),
     [
         ({"status": "fail", "reasons": ["not timed: no GPU"]}, "onnx-fp32 is not fit to ship: not timed: no GPU; "),
-        ({"runtime": "torchscript"}, "onnx-fp32 runs with torchscript, and packages with ONNX Runtime alone"),
     ],
 )
 def test_what_the_report_finds_not_fit_is_refused(sources, tmp_path, change, said):
@@ -104,7 +108,7 @@ def test_what_did_not_pass_its_gate_as_it_is_now_is_refused_whatever_was_recomme
     path = sources.validation / "onnx-fp32.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     gates = GatesConfig(fp32=GateLimits(min_cosine=0.99, max_top1_drop=1.0, max_flips=1.0))
-    known = advice(sources.built, package=dict.fromkeys(("vision", "text"), "onnx-fp32"))
+    known = advice(sources.built, ship=dict.fromkeys(("vision", "text"), "onnx-fp32"))
     for wanted in ("onnx-fp32", "recommended"):
         with pytest.raises(DeployError, match=said):
             write_package(known, wanted, sources, gates, RUN, tmp_path)
@@ -127,8 +131,8 @@ def test_an_unknown_target_is_named_with_the_known_ones(sources, tmp_path):
 def test_nothing_to_ship_leaves_a_manifest_with_the_reason_and_no_graph(sources, tmp_path):
     known = advice(sources.built, note="no target passes its gate")
     manifest = write_package(known, "recommended", sources, GatesConfig(), RUN, tmp_path)
-    assert manifest == EmptyPackage(1, RUN, "no target passes its gate")
-    written = {"format": 1, **plain(RUN), "unavailable": "no target passes its gate"}
+    assert manifest == EmptyPackage(2, RUN, "no target passes its gate")
+    written = {"format": 2, **plain(RUN), "unavailable": "no target passes its gate"}
     assert json.loads((tmp_path / "manifest.json").read_text()) == written
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
@@ -145,7 +149,7 @@ def test_a_tokenizer_that_needs_transformers_is_no_package_and_no_failure_of_the
     assert not (tmp_path / "portable" / "tokenizer.json").exists()
     sources, folder = replace(sources, portable=tmp_path / "portable"), tmp_path / "package"
     folder.mkdir()
-    known = advice(sources.built, package={"vision": "onnx-fp32", "text": "onnx-fp32"})
+    known = advice(sources.built, ship={"vision": "onnx-fp32", "text": "onnx-fp32"})
     assert write_package(known, "recommended", sources, GatesConfig(), RUN, folder).unavailable == "no fast tokenizer"
     assert unpackable(sources.built / "onnx-fp32", sources.portable) == "no fast tokenizer"  # as the advice says before
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
@@ -153,27 +157,52 @@ def test_a_tokenizer_that_needs_transformers_is_no_package_and_no_failure_of_the
         write_package(known, "onnx-fp32", sources, GatesConfig(), RUN, folder)
 
 
-def test_only_what_onnx_runtime_runs_with_all_portable_parts_can_be_packaged(sources):
-    assert unpackable(sources.built / "onnx-fp32", sources.portable) is None
-    assert unpackable(sources.built / "torch-fp32", sources.portable) == (
-        "torch-fp32 runs with eager, and a package with ONNX Runtime alone"
-    )
+def test_a_target_of_any_runtime_can_be_packaged_with_all_portable_parts(sources):
+    assert [unpackable(sources.built / name, sources.portable) for name in ("onnx-fp32", "torch-fp32")] == [None, None]
+
+
+OPEN_CLIP = ["open_clip_torch", "timm"]
+VERSIONS = {"torch": "2.13.0+cpu", "onnxruntime": "1.31.1", "tensorrt": "1.6.1.120", "openvino": None}
+
+
+@pytest.mark.parametrize(
+    ("target", "lines"),
+    [
+        (Target("ort", "fp32"), ["onnxruntime==1.31.1"]),
+        (Target("ort", "fp16", device="cuda"), ["onnxruntime-gpu==1.31.1"]),
+        (Target("openvino", "fp32"), ["openvino"]),
+        (Target("torchscript", "fp32"), ["torch==2.13.0"]),
+        (
+            Target("eager", "fp32", model=Model("open_clip")),
+            ["torch==2.13.0", "transformers", *OPEN_CLIP],
+        ),
+        (
+            Target("tensorrt", "fp16", build={"library": "TensorRT-RTX 1.6.1"}),
+            ["torch==2.13.0", "tensorrt-rtx-cu13-bindings==1.6.1.120", "tensorrt-rtx-cu13-libs==1.6.1.120"],
+        ),
+        (Target("tensorrt", "fp16", build={"library": "TensorRT 10.9"}), ["torch==2.13.0", "tensorrt==1.6.1.120"]),
+    ],
+)
+def test_what_pip_must_install_is_the_runtimes_library_as_it_was_judged(target, lines):
+    assert requirements(target, Run("tiny", 0, VERSIONS)) == lines
+    assert set(LIBRARIES_OF) == set(RUNTIMES)
 
 
 def test_a_package_carries_what_speaks_against_the_reference(sources, tmp_path):
-    known = advice(sources.built, package=dict.fromkeys(("vision", "text"), "onnx-fp32"), doubts=["at chance"])
+    known = advice(sources.built, ship=dict.fromkeys(("vision", "text"), "onnx-fp32"), doubts=["at chance"])
     assert write_package(known, "recommended", sources, GatesConfig(), RUN, tmp_path).note == "at chance; as asked"
 
 
 def test_two_targets_are_packaged_tower_by_tower_with_what_was_found_of_the_pair(fused, sources, tmp_path):
     towers = {"vision": "ort-fp32", "text": "onnx-fp32"}
     found = {"towers": towers, "precision": "fp32", "status": "pass", "reasons": []}
-    known = advice(sources.built, package=towers, pairs={"ort-fp32 with onnx-fp32": found})
+    known = advice(sources.built, ship=towers, pairs={"ort-fp32 with onnx-fp32": found})
     gates = GatesConfig(fp32=GateLimits(min_cosine=0.999, max_top1_drop=5, max_flips=5))
     manifest = write_package(known, "recommended", sources, gates, RUN, tmp_path)
     assert {tower: manifest.encoder.towers[tower].target for tower in towers} == towers
-    assert sha256(tmp_path / "vision.onnx") == known.targets["ort-fp32"].files["vision.onnx"]
-    assert sha256(tmp_path / "text.onnx") == known.targets["onnx-fp32"].files["text.onnx"]
+    for tower, name in towers.items():
+        assert sha256(tmp_path / name / f"{tower}.onnx") == known.targets[name].files[f"{tower}.onnx"]
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["target.json", f"{tower}.onnx"]
     assert manifest.origin.gates["ort-fp32 with onnx-fp32"] == PairVerdict(**found)
     assert list(manifest.origin.builds) == ["ort-fp32", "onnx-fp32"]
 
@@ -182,7 +211,7 @@ def test_a_pair_that_did_not_pass_together_is_refused(fused, sources, tmp_path):
     towers = {"vision": "ort-fp32", "text": "onnx-fp32"}
     failed = {"towers": towers, "precision": "fp32", "status": "fail", "reasons": ["flips"]}
     for pairs in ({}, {"ort-fp32 with onnx-fp32": failed}):
-        known = advice(sources.built, package=towers, pairs=pairs)
+        known = advice(sources.built, ship=towers, pairs=pairs)
         with pytest.raises(DeployError, match="ort-fp32 with onnx-fp32 did not pass together"):
             write_package(known, "recommended", sources, GatesConfig(), RUN, tmp_path)
 

@@ -59,13 +59,13 @@ from clip_deploy.core.config import (
 )
 from clip_deploy.core.errors import CheckpointError
 from clip_deploy.core.fusions import missed
+from clip_deploy.core.images import rgb
 from clip_deploy.core.model import Model
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.data.dataset import load as load_data
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
 from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
 from clip_deploy.inference.classifier import ZeroShotClassifier
-from clip_deploy.inference.images import rgb
 from clip_deploy.inference.tokenizer import Tokenizer
 from clip_deploy.onnx_graph.preprocessing import preprocessing_nodes
 from clip_deploy.onnx_graph.torch_module import GraphModule

@@ -47,7 +47,7 @@ def test_a_package_says_what_its_towers_take_and_whose_they_are(package):
 
 
 def test_a_fingerprint_is_of_the_files_that_make_embeddings(package, copy, change):
-    whole, texts = (read_package(package).fingerprint(*parts) for parts in ((), ("text", "tokenizer")))
+    whole, texts = (read_package(package).fingerprint(*parts) for parts in ((), ("text",)))
     assert len({whole, texts, read_package(package).fingerprint("vision")}) == 3
     content = json.loads((copy / "manifest.json").read_text())
     (copy / "labels.json").write_text("{}")
@@ -73,12 +73,13 @@ def test_a_fingerprint_is_of_the_files_that_make_embeddings(package, copy, chang
         ),
         ({"files__/etc/passwd": {"sha256": "0", "bytes": 1}}, "names '/etc/passwd', which lies outside of"),
         (
-            {"towers__text__file": "../text.onnx"},
-            r"names \.\./text\.onnx for a tower, and no file",
+            {"towers__text__files": ["../text.onnx"]},
+            r"names \.\./text\.onnx for a tower, and none such with its hash",
         ),
-        ({"towers__text__sha256": "0"}, "names text.onnx for a tower, and no file of that name and hash"),
-        ({"files__text.onnx": ...}, "names text.onnx for a tower, and no file of that name and hash"),
-        ({"format": 2}, "has no format 1, which this version reads"),
+        ({"towers__text__sha256": "0"}, "names onnx-fp32/text.onnx for a tower, and none such with its hash"),
+        ({"files__onnx-fp32/text.onnx": ...}, "names onnx-fp32/text.onnx for a tower, and none such with its"),
+        ({"towers__text__files": []}, "names no file for a tower"),
+        ({"format": 1}, "has no format 2, which this version reads"),
     ],
 )
 def test_a_manifest_that_is_none_of_ours_is_refused_by_what_is_wrong(copy, change, changed, said):
@@ -94,13 +95,13 @@ def test_a_manifest_of_brackets_alone_is_no_package(tmp_path):
 
 
 def test_damage_concerns_the_disk_and_not_one_reader(copy):
-    (copy / "text.onnx").write_bytes(b"damaged")
+    (copy / "onnx-fp32" / "text.onnx").write_bytes(b"damaged")
     with pytest.raises(DiskError, match=r"text\.onnx is not the file that was packaged"):
         read_package(copy)
 
 
 def test_where_nothing_was_packaged_the_reason_is_at_hand(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"format": 1, "unavailable": "no target passes"}')
+    (tmp_path / "manifest.json").write_text('{"format": 2, "unavailable": "no target passes"}')
     with pytest.raises(EmptyPackageError, match="holds nothing to ship: no target passes") as caught:
         read_package(tmp_path)
     for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):  # a worker's goes to another process

@@ -143,9 +143,9 @@ def test_a_file_that_is_not_the_one_that_was_judged_is_refused(copy):
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [
-        ('{"format": 1, "unavailable": "no target passes"}', "holds nothing to ship: no target passes"),
-        ('{"format": 2}', "has no format 1, which this version reads"),
-        ("[]", "has no format 1"),
+        ('{"format": 2, "unavailable": "no target passes"}', "holds nothing to ship: no target passes"),
+        ('{"format": 1}', "has no format 2, which this version reads"),
+        ("[]", "has no format 2"),
         ("{", "is no package"),
     ],
 )
@@ -197,7 +197,7 @@ def test_the_runtime_imports_nothing_but_its_four_packages():
     graph = grimp.build_graph(
         "clip_deploy", include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
     )
-    doors = {"clip_deploy.__main__", *(f"clip_deploy.commands.{name}" for name in LIGHT)}
+    doors = {"clip_deploy.__main__", "clip_deploy.runtimes.ort", *(f"clip_deploy.commands.{name}" for name in LIGHT)}
     modules = doors.union(*map(graph.find_upstream_modules, doors))
     outside = {module for module in modules if not module.startswith("clip_deploy")}
     assert outside - set(sys.stdlib_module_names) == ALLOWED | ON_DEMAND
@@ -264,9 +264,9 @@ def test_the_wheel_alone_opens_a_package_where_torch_and_transformers_never_were
 
 
 @pytest.mark.parametrize("version", ["1.20.1", "1.9.0", "0.99.0"])
-def test_a_runtime_that_computes_other_texts_is_refused(monkeypatch, tmp_path, version):
+def test_a_runtime_that_computes_other_texts_is_refused(monkeypatch, package, version):
     monkeypatch.setattr("onnxruntime.__version__", version)
     with pytest.raises(
         DeployError, match=rf"onnxruntime is {version}: from 1\.21 on .* pip install 'onnxruntime>=1\.21'"
     ):
-        ZeroShotClassifier.open(tmp_path)
+        ZeroShotClassifier.open(package)

@@ -176,7 +176,7 @@ def test_a_run_whose_parts_are_not_all_there_does_not_end_well(package, few, tmp
 def test_a_worker_has_the_package_that_was_sent(package):
     sent = Shipped.read(package, "cpu", None)
     assert sent.open().fingerprint == sent.fingerprint == ZeroShotClassifier.open(package).fingerprint
-    sent.files["vision.onnx"] = sent.files["vision.onnx"][:-1]
+    sent.files["onnx-fp32/vision.onnx"] = sent.files["onnx-fp32/vision.onnx"][:-1]
     with pytest.raises(DeployError, match=r"vision.onnx is not the file that was packaged"):
         sent.open()
     other = Shipped.read(package, "cpu", None)

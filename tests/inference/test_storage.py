@@ -14,8 +14,8 @@ from support.project import ROOT
 
 from clip_deploy.__main__ import main
 from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.images import decode, read_image
 from clip_deploy.data import scenes
-from clip_deploy.inference.images import decode, read_image
 from clip_deploy.inference.storage import Columns, Rows, list_files, list_parts, open_source, shown, write_part
 
 LABELS = ("red circle", "blue square", "yellow star", "green triangle", "red square")

@@ -40,6 +40,7 @@ GATES = GatesConfig(fp32=GateLimits(min_cosine=0.9999, max_top1_drop=0.1, max_fl
 TIMING = plain(timing(reference_p50_ms=1.48))
 TIMED = {"status": "measured", "threads": 2, "towers": {"vision": {"1": TIMING}, "text": {"1": TIMING}}}
 NOTHING_PACKAGED = {"unavailable": "nothing is fit"}
+VISION = f"{TARGET}/vision.onnx"  # in a package
 
 
 @pytest.fixture(scope="module")
@@ -175,12 +176,13 @@ def test_prepared_data_that_rotted_shut_the_gate(sound, artifacts, name, file):
 
 def package(artifacts, checked):
     """artifacts/package with the target's image tower alone."""
-    folder = artifacts / "package"
-    shutil.copyfile(artifacts / TARGET / "vision.onnx", folder / "vision.onnx")
-    entry = {"sha256": checked["files"]["vision.onnx"], "bytes": (folder / "vision.onnx").stat().st_size}
-    tower = {"target": TARGET, "file": "vision.onnx", "sha256": entry["sha256"]}
-    record = {"files": {"vision.onnx": entry}, "towers": {"vision": tower}}
-    (folder / "manifest.json").write_text(json.dumps(record))
+    graph = artifacts / "package" / VISION
+    graph.parent.mkdir()
+    shutil.copyfile(artifacts / TARGET / "vision.onnx", graph)
+    entry = {"sha256": checked["files"]["vision.onnx"], "bytes": graph.stat().st_size}
+    tower = {"target": TARGET, "files": [VISION], "sha256": entry["sha256"]}
+    record = {"files": {VISION: entry}, "towers": {"vision": tower}}
+    (artifacts / "package" / "manifest.json").write_text(json.dumps(record))
 
 
 def test_what_failed_shuts_the_gate_where_it_is_packaged(sound, artifacts):
@@ -198,16 +200,17 @@ def test_a_package_whose_graph_was_not_judged_shuts_the_gate(sound, artifacts):
     package(artifacts, sound)
     path = artifacts / "package" / "manifest.json"
     record = json.loads(path.read_text())
-    (artifacts / "package" / "vision.onnx").write_bytes(b"another graph")
+    (artifacts / "package" / VISION).write_bytes(b"another graph")
     record["files"] = hashes(artifacts / "package")
     del record["files"]["manifest.json"]
     said = f"package: files vision: {TARGET} did not pass as it is packaged run `dvc repro`"
     path.write_text(json.dumps(record))
     assert missed(reports_of(sound), artifacts) == [said]
     path.write_text(json.dumps({**record, "towers": {}}))
-    assert missed(reports_of(sound), artifacts) == [said.replace(TARGET, "no target")]
-    (artifacts / "package" / "vision.onnx").rename(artifacts / "package" / "labels.json")
-    files = {"labels.json": record["files"]["vision.onnx"]}
+    unnamed = f"package: files {VISION}: of no tower, and so not judged run `dvc repro`"
+    assert missed(reports_of(sound), artifacts) == [unnamed]
+    (artifacts / "package" / VISION).rename(artifacts / "package" / "labels.json")
+    files = {"labels.json": record["files"][VISION]}
     path.write_text(json.dumps({**record, "files": files}))
     assert missed(reports_of(sound), artifacts) == [said]
 

@@ -51,18 +51,14 @@ def drop(points):
 def recommend(rows, limits, together=None, unpackable=None):
     """Pairs pass their gate together, and cost as much as both targets, unless `together` says what they do.
 
-    What ONNX Runtime runs can be packaged, unless `unpackable` says what cannot.
+    All can be packaged, unless `unpackable` says what cannot.
     """
-    runtimes = {row.target: row.runtime for row in rows}
-
-    def elsewhere(name):
-        return None if runtimes[name] == "ort" else f"{name} runs with {runtimes[name]}"
 
     def alike(vision, text):
         assert vision is not text
         return replace(vision, target=f"{vision.target} with {text.target}")
 
-    return module.recommend(rows, limits, together or alike, unpackable or elsewhere)
+    return module.recommend(rows, limits, together or alike, unpackable or (lambda name: None))
 
 
 REFERENCE = row("torch-fp32", 1.0, 1.0, runtime="eager")
@@ -77,7 +73,7 @@ def test_the_fastest_that_passes_its_gate_wins_and_every_other_gets_its_reason()
         replace(row("ort-fp16", 9.0, 9.0), status="fail", reasons=["top-1 drop 7.00 points", "more"]),
     ]
     advice = recommend(rows, RecommendConfig())
-    assert advice.ship == advice.package == {"vision": "ort-int8", "text": "ort-int8"}
+    assert advice.ship == {"vision": "ort-int8", "text": "ort-int8"}
     assert advice.losers == {
         "torch-fp32": "slower than ort-int8 by 3.00x on vision, 4.00x on text",
         "ort-fp32": "slower than ort-int8 by 1.50x on vision, 2.00x on text",
@@ -140,7 +136,7 @@ PAIR_FAILED = "a for images with b for texts, the fastest for each tower, failed
 def test_a_pair_that_fails_together_gives_way_to_the_best_single_target_and_the_report_says_so(change, limits, reason):
     rows = [REFERENCE, row("a", 3.0, 1.5), row("b", 2.0, 4.0)]
     advice = recommend(rows, RecommendConfig(**limits), lambda vision, text: replace(vision, target="pair", **change))
-    assert advice.ship == advice.package == {"vision": "b", "text": "b"}
+    assert advice.ship == {"vision": "b", "text": "b"}
     assert advice.pairs["a with b"].status == "fail"
     assert reason in advice.pairs["a with b"].reasons[0]
     assert advice.losers["a"] == "a with b failed together; alone takes, of b's time, 0.67x on vision, 2.67x on text"
@@ -150,14 +146,6 @@ def test_a_pair_that_fails_together_gives_way_to_the_best_single_target_and_the_
     assert f"\n- {PAIR_FAILED}{reason}" in report
 
 
-def test_the_pair_to_package_falls_back_to_what_can_be_packaged():
-    rows = [row("a", 3.0, 1.5), row("b", 2.0, 4.0), row("openvino", 2.9, 3.9, runtime="openvino")]
-    advice = recommend(rows, RecommendConfig(), lambda vision, text: replace(vision, zero_shot=drop(2.0)))
-    assert advice.ship == {"vision": "openvino", "text": "openvino"}
-    assert advice.package == {"vision": "b", "text": "b"}
-    assert "a with b" in advice.pairs
-
-
 def test_one_target_serves_both_towers_where_the_others_winner_cannot_be_told_apart_from_it():
     advice = recommend([row("a", 3.0, 3.98), row("b", 2.0, 4.0)], RecommendConfig())
     assert advice.ship == {"vision": "a", "text": "a"}
@@ -165,17 +153,36 @@ def test_one_target_serves_both_towers_where_the_others_winner_cannot_be_told_ap
     assert "(not to be told apart on text: the intervals overlap)" in advice.losers["b"]
 
 
-def test_what_onnx_runtime_does_not_run_is_recommended_and_the_best_that_it_runs_is_packaged():
+def test_whatever_runtime_wins_is_packaged_unless_the_limits_name_others():
     rows = [REFERENCE, row("openvino-int8", 5.0, 5.0, runtime="openvino"), row("ort-int8", 3.0, 4.0)]
     advice = recommend(rows, RecommendConfig())
-    assert advice.ship["vision"] == "openvino-int8"
-    assert advice.package == {"vision": "ort-int8", "text": "ort-int8"}
-    assert advice.note == "openvino-int8 runs with openvino: packaged is the best that can be, ort-int8"
-    assert recommend(rows[:2], RecommendConfig()).package == {}
-    assert recommend(rows[:2], RecommendConfig()).note == (
-        "openvino-int8 is recommended, and nothing that is fit can be packaged: torch-fp32 runs with eager; "
-        "openvino-int8 runs with openvino"
-    )
+    assert advice.ship == {"vision": "openvino-int8", "text": "openvino-int8"}
+    assert list(advice.packaged) == ["openvino-int8"]
+    assert advice.note == "the recommended target is packaged"
+    limited = recommend(rows, RecommendConfig(runtimes=["ort", "eager"]))
+    assert limited.ship == {"vision": "ort-int8", "text": "ort-int8"}
+    assert limited.losers["openvino-int8"] == "runs with openvino, recommend.runtimes is ort, eager"
+
+
+def test_an_unknown_runtime_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"recommend\.runtimes holds onnx: accepted are eager, .*, tensorrt, or"):
+        RecommendConfig(runtimes=["ort", "onnx"])
+    with pytest.raises(ConfigError, match=r"recommend\.runtimes is empty: name at least one, or null for any"):
+        RecommendConfig(runtimes=[])
+
+
+@pytest.mark.parametrize(
+    ("rates", "sizes"),
+    [
+        ({1: 100, 8: 300, 32: 900, 64: 800}, [1, 2, 4, 8, 16, 32]),
+        ({1: 100, 48: 900}, [1, 2, 4, 8, 16, 32, 48]),
+        ({2: 100, 8: 300}, [2, 4, 8]),
+        ({1: 300, 8: 200}, [1]),
+    ],
+)
+def test_batches_are_powers_of_two_up_to_the_one_that_gives_most_per_second(rates, sizes):
+    timed = {batch: timing(1.0, throughput_per_s=float(rate)) for batch, rate in rates.items()}
+    assert module.batch_sizes(timed) == sizes
 
 
 def shaky(target, speedup, **other):
@@ -199,7 +206,7 @@ def test_a_timing_that_a_busy_machine_spoilt_wins_nothing():
 def test_where_no_timing_decides_the_smallest_is_named_and_not_the_one_that_seemed_fastest():
     rows = [shaky("ort-fp32", 775.0, size_mb=300.0), shaky("ort-int8", 2.0, size_mb=80.0)]
     advice = recommend(rows, RecommendConfig())
-    assert advice.ship == advice.package == {"vision": "ort-int8", "text": "ort-int8"}
+    assert advice.ship == {"vision": "ort-int8", "text": "ort-int8"}
     assert (advice.front, advice.alike) == ([], {})
     assert advice.losers == {"ort-fp32": "its timing decides nothing (~), time it again"}
     assert shown(advice, rows).facts[0] == (
@@ -219,8 +226,8 @@ NO_TOKENIZER = "SiglipTokenizer has no fast tokenizer: save the checkpoint with 
 def test_what_cannot_be_packaged_is_said_by_the_advice_and_not_found_out_by_the_package(kinds):
     rows = [REFERENCE, row("ort-fp32", 2.0, 2.0)]
     advice = recommend(rows, RecommendConfig(), unpackable=lambda name: NO_TOKENIZER)
-    note = f"ort-fp32 is recommended, and nothing that is fit can be packaged: {NO_TOKENIZER}"
-    assert (advice.ship["vision"], advice.package, advice.note) == ("ort-fp32", {}, note)
+    note = f"ort-fp32 is recommended and cannot be packaged: {NO_TOKENIZER}"
+    assert (advice.ship["vision"], advice.note) == ("ort-fp32", note)
     assert f"Package: {note}." in shown(advice, rows).facts
     kinds(
         "28: a checkpoint whose tokenizer cannot be packaged",

@@ -61,7 +61,7 @@ def test_two_targets_that_agree_pass_together_with_each_towers_own_time_and_size
 
 def test_a_pair_is_held_to_the_coarser_gate_and_to_the_limits(rows, judged):
     advice = recommend(rows, RecommendConfig(max_memory_mb=100), judged, lambda name: None)
-    assert advice.ship == advice.package == {"vision": "onnx-fp32", "text": "onnx-fp32"}
+    assert advice.ship == {"vision": "onnx-fp32", "text": "onnx-fp32"}
     assert advice.pairs["ort-fp32 with onnx-fp32"].reasons == ["over max_memory_mb: 120 > 100"]
     coarser = replace(rows[1], precision="int8")
     failed = judged(rows[0], coarser, GatesConfig(int8=GateLimits(min_cosine=1.1)))

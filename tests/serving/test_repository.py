@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from PIL import Image
 from support.records import timing
 from support.triton import ENVIRONMENT, MODEL_NAMES, accepted
@@ -20,6 +20,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from clip_deploy.builders.processor_files import write_preprocessor
 from clip_deploy.checkpoint.load import load_processor
+from clip_deploy.core import images
 from clip_deploy.core.config import TritonConfig
 from clip_deploy.core.errors import ConfigError, DataError, DeployError
 from clip_deploy.core.model import Model
@@ -27,10 +28,9 @@ from clip_deploy.core.package import read_package
 from clip_deploy.core.parsing import plain
 from clip_deploy.core.records import Benchmark
 from clip_deploy.data.preprocessed import tokenize
-from clip_deploy.inference import images
+from clip_deploy.inference.encoders import PackageEncoder
 from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
 from clip_deploy.serving.repository import (
-    BACKENDS,
     FLAGS,
     MODELS,
     NoRepository,
@@ -40,7 +40,7 @@ from clip_deploy.serving.repository import (
 )
 from clip_deploy.serving.server import command, find_environment
 
-ALLOWED = {"numpy", "onnxruntime", "tokenizers", "PIL", "triton_python_backend_utils", *sys.stdlib_module_names}
+ALLOWED = {"numpy", "clip_deploy", "tokenizers", "PIL", "triton_python_backend_utils", *sys.stdlib_module_names}
 IF_INSTALLED = {"pillow_heif"}
 
 
@@ -123,13 +123,65 @@ def test_messages_lists_and_enums_are_written_as_text():
 
 
 def test_every_backend_gets_all_models_in_numbered_versions(repository):
-    for backend in BACKENDS:
+    for backend in ("onnxruntime", "python"):
         assert sorted(path.name for path in (repository / backend).iterdir()) == MODEL_NAMES
         assert all((repository / backend / name / "1").is_dir() for name in MODEL_NAMES)
     files = {path.name for path in (repository / "onnxruntime" / "clip_vision" / "1").iterdir()}
     assert files == {"model.onnx"}
-    files = {path.name for path in (repository / "python" / "clip_vision" / "1").iterdir()}
-    assert files == {"model.onnx", "model.py"}
+    version = repository / "python" / "clip_vision" / "1"
+    assert {path.name for path in version.iterdir()} == {"onnx-fp32", "model.py", "settings.json", "clip_deploy"}
+    assert {path.name for path in (version / "onnx-fp32").iterdir()} == {"vision.onnx", "target.json"}
+    assert {path.name for path in (version / "clip_deploy").iterdir()} == {
+        *("__init__.py", "core", "inference", "runtimes"),
+    }
+
+
+def test_what_onnx_runtime_does_not_run_is_served_by_the_python_backend_alone(package, benchmark, tmp_path):
+    copy = Path(shutil.copytree(package, tmp_path / "package"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["towers"]["text"]["runtime"] = "torchscript"
+    manifest["requires"] = ["onnxruntime==1.31.1", "torch==2.13.0"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    found = write_repository(copy, benchmark, TritonConfig(), tmp_path / "triton")
+    assert found.backends == ["python"]
+    assert {path.name for path in (tmp_path / "triton").iterdir()} == {"python", "deploy", "manifest.json"}
+    deploy = {path.name: path.read_text() for path in (tmp_path / "triton" / "deploy").iterdir()}
+    assert "COPY python /models/python\nUSER" in deploy["Dockerfile"]
+    assert all("--model-repository=/models/python" in deploy[name] for name in ("Dockerfile", "kubernetes.yaml"))
+    assert "pvc://clip-models/python" in deploy["kserve.yaml"]
+    assert deploy["requirements.txt"].endswith("\nonnxruntime==1.31.1\ntorch==2.13.0\n")
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_a_served_tower_answers_as_the_package_without_our_library_installed(package, repository, tower, tmp_path):
+    """In a process whose only clip_deploy is the one that lies beside the model."""
+    encoder = read_package(package).encoder
+    given = {"vision": {"pixel_values": [3, 48, 48]}, "text": {"input_ids": [7], "attention_mask": [7]}}[tower]
+    arrays = {
+        name: np.ones((2, *shape), np.float32 if tower == "vision" else np.int64) for name, shape in given.items()
+    }
+    np.savez(tmp_path / "given.npz", **arrays)
+    model = {"input": [{"name": name} for name in given], "output": [{"name": f"{IMAGE_OR_TEXT[tower]}_embeds"}]}
+    model["parameters"] = {"intra_op_thread_count": {"string_value": "1"}}
+    folder = repository / "python" / f"clip_{tower}"
+    arguments = {"model_config": json.dumps(model), "model_repository": str(folder), "model_version": "1"}
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, sys, types, numpy as np, runpy\n"
+        "sys.modules['triton_python_backend_utils'] = types.ModuleType('triton_python_backend_utils')\n"
+        f"model = runpy.run_path({str(folder / '1' / 'model.py')!r})['TritonPythonModel']()\n"
+        f"model.initialize({ {**arguments, 'model_instance_kind': 'CPU'}!r})\n"
+        f"np.save({str(tmp_path / 'found.npy')!r}, model.encode(dict(np.load({str(tmp_path / 'given.npz')!r}))))\n"
+        "import clip_deploy; print(clip_deploy.__file__)\n"
+    )
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).is_relative_to(folder)
+    towers = PackageEncoder(package, encoder, "cpu", 1)
+    expected = towers.encode_images(*arrays.values()) if tower == "vision" else towers.encode_texts(*arrays.values())
+    assert np.array_equal(np.load(tmp_path / "found.npy"), expected)
+
+
+IMAGE_OR_TEXT = {"vision": "image", "text": "text"}
 
 
 def test_the_manifest_says_where_the_package_came_from(package, repository):
@@ -174,7 +226,7 @@ def test_a_package_that_was_changed_is_refused(package, tmp_path):
 
 def test_where_nothing_was_packaged_the_repository_says_so(tmp_path):
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "manifest.json").write_text('{"format": 1, "unavailable": "no target passed"}')
+    (tmp_path / "package" / "manifest.json").write_text('{"format": 2, "unavailable": "no target passed"}')
     found = write_repository(tmp_path / "package", tmp_path, TritonConfig(), tmp_path / "triton")
     assert found == NoRepository("nothing was packaged: no target passed")
     assert json.loads((tmp_path / "triton" / "manifest.json").read_text()) == plain(found)
@@ -372,16 +424,17 @@ def test_one_bad_request_does_not_fail_those_that_were_batched_with_it(program):
     model = program("encoder").TritonPythonModel()
     model.inputs, model.output = ["input_ids"], "text_embeds"
 
-    def run(_, fed):
-        if fed["input_ids"].max() > 700:
+    def encode_texts(ids, mask):
+        assert ids.shape == mask.shape
+        if ids.max() > 700:
             raise MemoryError("no memory")
-        if fed["input_ids"].max() > 600:
-            raise InvalidArgument("indices out of bounds")
-        return [fed["input_ids"].astype(np.float32)]
+        if ids.max() > 600:
+            raise DataError("token ids run from 601 to 601")
+        return ids.astype(np.float32)
 
-    model.session = SimpleNamespace(run=run)
+    model.encoder = SimpleNamespace(encode_texts=encode_texts)
     one, two, three, four = model.execute([{"input_ids": np.array([[number]])} for number in (1, 601, 3, 701)])
-    assert "out of bounds" in two.error
+    assert "token ids run from 601" in two.error
     assert [two.error.code, four.error.code] == ["INVALID_ARG", "INTERNAL"]
     assert [answer.tensors[0].array.tolist() for answer in (one, three)] == [[[1.0]], [[3.0]]]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -23,13 +24,12 @@ from clip_deploy.core.config import TritonCheckConfig, TritonConfig
 from clip_deploy.core.errors import ConfigError, DeployError, UnavailableError
 from clip_deploy.core.served import Agreement, Fault, VersionStep
 from clip_deploy.data.preprocessed import load_prepared
-from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.serving import server as running
 from clip_deploy.serving.load_test import summary
 from clip_deploy.serving.publish import publish, withdraw
 from clip_deploy.serving.repository import write_repository
-from clip_deploy.serving.server import Server, find_environment, free_ports, serve, stop, versions
-from clip_deploy.serving.validation import changed, check_answers, check_served, negate
+from clip_deploy.serving.server import Server, check_runtimes, find_environment, free_ports, serve, stop, versions
+from clip_deploy.serving.validation import changed, check_answers, check_served, negate, spoil
 
 SETTINGS = TritonCheckConfig(environment=str(ENVIRONMENT), concurrency=[2], seconds=0.5)
 
@@ -127,7 +127,7 @@ def test_load_is_measured_for_both_towers_the_cache_and_the_ensemble(record):
 def test_a_start_with_a_broken_version_ends_and_names_it(environment, repository, tmp_path):
     """Triton takes all of a model's versions at its start or none: a rollout stops, and the old pod goes on."""
     models = Path(shutil.copytree(repository / "python", tmp_path / "models"))
-    broken = changed(repository / "python", tmp_path / "broken", lambda graph: graph.write_bytes(b"broken"))
+    broken = changed(repository / "python", tmp_path / "broken", spoil)
     assert publish(broken, models) == "2"
     with (
         pytest.raises(DeployError, match=r"Triton ended with code (1|-\d+)"),  # it may crash as it ends
@@ -258,6 +258,15 @@ def test_a_numpy_with_which_the_server_answers_with_nothing_is_refused(tmp_path)
     assert versions(tmp_path)["nvidia_pytriton"] == "0.7.0"
 
 
+def test_a_runtime_that_the_server_lacks_is_named_with_the_command_that_adds_it(tmp_path):
+    folder = pretend(tmp_path, "1.26.4")
+    check_runtimes(folder, ["onnxruntime==1"])
+    with pytest.raises(
+        UnavailableError, match=r"with openvino==2, which .* lacks: `.*/pip install --no-deps openvino==2"
+    ):
+        check_runtimes(folder, ["onnxruntime==1", "openvino==2"])
+
+
 def test_ports_are_free_and_differ():
     ports = free_ports(3)
     assert len(set(ports)) == 3
@@ -316,12 +325,12 @@ def test_what_went_wrong_is_named(part, reason):
     assert reason in found
 
 
-def test_the_second_version_gives_the_negated_embeddings(package, tmp_path):
-    path = Path(shutil.copy(package / "vision.onnx", tmp_path))
-    pixels = np.random.default_rng(0).normal(size=(3, 3, 48, 48)).astype(np.float32)
-    before = onnx_file.run(path, {"pixel_values": pixels})
-    negate(path)
-    assert np.array_equal(onnx_file.run(path, {"pixel_values": pixels}), -before)
+def test_the_second_version_gives_the_negated_embeddings(tmp_path):
+    program = "class TritonPythonModel:\n    def encode(self, arrays):\n        return 3 + arrays\n"
+    (tmp_path / "model.py").write_text(program)
+    negate(tmp_path)
+    second = runpy.run_path(str(tmp_path / "model.py"))["TritonPythonModel"]()
+    assert second.encode(4) == -7
 
 
 def test_settings_of_the_check_are_bounded():
@@ -340,4 +349,5 @@ def test_the_server_encodes_with_the_projects_own_versions():
     assert server["tokenizers"] == own["tokenizers"]
     assert server["pillow"] == own["pillow"]
     assert server["onnxruntime"] == own["onnxruntime"]
+    assert server["openvino"] == own["openvino"]
     assert int(np.array(server["numpy"].split("."))[0]) < 2

@@ -27,11 +27,11 @@ from clip_deploy.checkpoint.lint import lint
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import GateLimits, GatesConfig, ModelConfig
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.images import BROKEN_EXIF, read_image
 from clip_deploy.core.package import read_preprocessing
 from clip_deploy.data import scenes
 from clip_deploy.data.preprocessed import Prepared, Texts, load_prepared, pad_token_of, tokenize
 from clip_deploy.evaluate.validation import validate_apart
-from clip_deploy.inference.images import BROKEN_EXIF, read_image
 from clip_deploy.inference.tokenizer import Tokenizer
 from clip_deploy.runtimes import open_encoder
 

@@ -1,18 +1,19 @@
-"""Triton Python model: one tower, run by ONNX Runtime, for servers that have the python backend only.
+"""Triton Python model: one tower, opened by the runtime that judged it, as the package does.
 
-Needs numpy and onnxruntime. What the dynamic batcher hands over together is encoded in one call.
+Needs what deploy/requirements.txt names; the part of clip_deploy that opens packages lies beside. What the dynamic
+batcher hands over together is encoded in one call.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import triton_python_backend_utils as pb_utils
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-PROVIDERS = {"CPU": ["CPUExecutionProvider"], "GPU": ["CUDAExecutionProvider"]}
+DEVICES = {"CPU": "cpu", "GPU": "cuda"}
+MISTAKES = ("DataError", "InvalidArgument")  # a client's: clip_deploy's error, and ONNX Runtime's
 
 
 class TritonPythonModel:
@@ -20,10 +21,14 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self.inputs = [given["name"] for given in config["input"]]
         self.output = config["output"][0]["name"]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(config["parameters"]["intra_op_thread_count"]["string_value"])
-        path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
-        self.session = onnxruntime.InferenceSession(path, options, providers=PROVIDERS[args["model_instance_kind"]])
+        threads = int(config["parameters"]["intra_op_thread_count"]["string_value"])
+        version = Path(args["model_repository"]) / args["model_version"]
+        sys.path.insert(0, str(version))
+        from clip_deploy.inference.encoders import PackageEncoder, read_encoder
+
+        tower = "vision" if self.output == "image_embeds" else "text"
+        device = DEVICES[args["model_instance_kind"]]
+        self.encoder = PackageEncoder(version, read_encoder(version / "settings.json"), device, threads, [tower])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         fed = [self._arrays(request) for request in requests]
@@ -32,20 +37,26 @@ class TritonPythonModel:
         except Exception:  # one of them is bad: only that one gets an error
             return [self._alone(arrays) for arrays in fed]
 
+    def encode(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        if "input_ids" not in arrays:
+            return self.encoder.encode_images(*arrays.values())
+        ids = arrays["input_ids"]
+        return self.encoder.encode_texts(ids, arrays.get("attention_mask", np.ones_like(ids)))
+
     def _arrays(self, request: Any) -> dict[str, np.ndarray]:
         return {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
 
     def _together(self, fed: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         whole = {name: np.concatenate([arrays[name] for arrays in fed]) for name in self.inputs}
         counts = [len(arrays[self.inputs[0]]) for arrays in fed]
-        return np.split(self.session.run([self.output], whole)[0], np.cumsum(counts)[:-1])
+        return np.split(self.encode(whole), np.cumsum(counts)[:-1])
 
     def _alone(self, arrays: dict[str, np.ndarray]) -> Any:
         try:
-            return _response(self.output, self.session.run([self.output], arrays)[0])
+            return _response(self.output, self.encode(arrays))
         except Exception as error:
             errors = pb_utils.TritonError
-            code = errors.INVALID_ARG if isinstance(error, InvalidArgument) else errors.INTERNAL
+            code = errors.INVALID_ARG if type(error).__name__ in MISTAKES else errors.INTERNAL
             return pb_utils.InferenceResponse(error=errors(f"cannot encode this request: {error}", code))
 
 

@@ -9,9 +9,9 @@ from clip_deploy.builders.processor_files import write_preprocessor
 from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.errors import DataError
+from clip_deploy.core.images import decode, read_image, rgb
 from clip_deploy.core.package import read_preprocessing
 from clip_deploy.data import scenes
-from clip_deploy.inference.images import decode, read_image, rgb
 
 SCENE = scenes.render("test", 0, 7)[0]
 
@@ -145,7 +145,7 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400)
 
 
 def test_heic_without_its_library_is_named_with_the_way_to_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("clip_deploy.inference.images.find_spec", lambda name: None)
+    monkeypatch.setattr("clip_deploy.core.images.find_spec", lambda name: None)
     path = tmp_path / "IMG_0001.HEIC"
     path.write_bytes(HEIC)
     for read in (lambda: read_image(path), lambda: decode(HEIC, str(path))):

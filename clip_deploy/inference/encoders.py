@@ -1,0 +1,118 @@
+"""Both towers of a package, each opened by the runtime that judged it, as the table's row runs."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from clip_deploy.core.artifact import TOWERS
+from clip_deploy.core.errors import DataError, DeployError, UnavailableError
+from clip_deploy.core.package import DualEncoder
+from clip_deploy.core.parsing import read_record
+from clip_deploy.runtimes import Encoder, open_encoder
+
+STEP = 8  # tokens; on a GPU texts are filled up to a quarter of the context, rounded up to it, or to all of it
+
+
+class PackageEncoder:
+    """Embeddings are float32 [rows, dimension], as the towers give them.
+
+    On a GPU each shape is prepared and recorded by itself. So batches are filled up there to one of the few sizes that
+    the package names, by its last row again, and texts to one of two lengths; what is larger goes in several calls.
+    """
+
+    def __init__(
+        self, folder: Path, package: DualEncoder, device: str, threads: int | None, towers: Sequence[str] = TOWERS
+    ) -> None:
+        """Open towers of the package in `folder`.
+
+        Raises:
+            DeployError: a runtime refuses the files.
+            UnavailableError: a library or the device is missing; what pip must install is named.
+        """
+        self.package, self.on_gpu = package, device == "cuda"
+        shared: dict[str, list[str]] = {}
+        for tower in towers:
+            shared.setdefault(package.towers[tower].target, []).append(tower)
+        self.towers: dict[str, Encoder] = {}
+        for target, names in shared.items():
+            opened = _opened(folder / target, package, device, threads, names)
+            self.towers |= dict.fromkeys(names, opened)
+
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        """Encode [batch] as the tower takes them: pixel values, images of one size, or records of patches."""
+        return self._in_sizes("vision", self.towers["vision"].encode_images, images)
+
+    def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """Encode int64 [batch, tokens] twice.
+
+        Raises DataError where a token is unknown or a text too long: of that, some runtimes make a wrong vector.
+        """
+        package, (_, tokens) = self.package, input_ids.shape
+        if tokens > package.context_length:
+            raise DataError(f"a text has {tokens} tokens: at most {package.context_length} are accepted")
+        if input_ids.min() < 0 or input_ids.max() >= package.vocabulary:
+            raise DataError(
+                f"token ids run from {input_ids.min()} to {input_ids.max()}: accepted are 0 to {package.vocabulary - 1}"
+            )
+        if self.on_gpu:
+            longer = self._length(tokens) - tokens
+            input_ids = np.pad(input_ids, ((0, 0), (0, longer)), constant_values=package.pad_token)
+            attention_mask = np.pad(attention_mask, ((0, 0), (0, longer)))
+        return self._in_sizes("text", self.towers["text"].encode_texts, input_ids, attention_mask)
+
+    def _length(self, tokens: int) -> int:
+        """Behind a text's end nothing is attended to."""
+        context = self.package.context_length
+        short = -(-context // 4 // STEP) * STEP
+        return short if tokens <= short < context and not self.package.pad_to_context else context
+
+    def _in_sizes(self, tower: str, encode: Callable[..., np.ndarray], *rows: np.ndarray) -> np.ndarray:
+        sizes = self.package.towers[tower].batch_sizes
+        if not self.on_gpu or not sizes:
+            return encode(*rows)
+        found = []
+        for start in range(0, len(rows[0]), sizes[-1]):
+            part = [array[start : start + sizes[-1]] for array in rows]
+            count = len(part[0])
+            size = next(size for size in sizes if size >= count)
+            filled = [np.concatenate([array, np.repeat(array[-1:], size - count, axis=0)]) for array in part]
+            found.append(encode(*filled)[:count])
+        return np.concatenate(found)
+
+
+def read_encoder(path: Path) -> DualEncoder:
+    """What a package's manifest says of its towers, from a file with that alone."""
+    return read_record(DualEncoder, path)
+
+
+def _opened(folder: Path, package: DualEncoder, device: str, threads: int | None, towers: Sequence[str]) -> Encoder:
+    try:
+        return open_encoder(folder, threads, device, towers)
+    except DeployError as error:
+        if others := other_versions(package.requires):
+            raise UnavailableError(f"{error}; the package was judged with others than are here: {others}") from error
+        raise
+
+
+def other_versions(requires: Sequence[str]) -> str | None:
+    """The pip command for what of `requires` is missing or has another version, with what is installed; or None."""
+    wrong = [(line, found) for line in requires if not _matches(line, found := _installed(line.partition("==")[0]))]
+    if not wrong:
+        return None
+    here = ", ".join(f"{line.partition('==')[0]} {found or 'is not installed'}" for line, found in wrong)
+    return f"pip install {' '.join(line for line, _ in wrong)} ({here})"
+
+
+def _installed(name: str) -> str | None:
+    for distribution in (name, f"{name}-gpu"):  # onnxruntime-gpu computes on CPUs too
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    return None
+
+
+def _matches(line: str, found: str | None) -> bool:
+    wanted = line.partition("==")[2]
+    return found is not None and (not wanted or found.partition("+")[0] == wanted)
