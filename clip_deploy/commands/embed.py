@@ -18,9 +18,11 @@ from clip_deploy.inference.vectors import DTYPES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_package_arguments(parser)
-    parser.add_argument("source", help="a folder of images or of Parquet, one Parquet file, or a URI (s3://...)")
+    parser.add_argument(
+        "source", help="a folder of images, of Parquet or of tar files, one such file, or a URI (s3://, hf://...)"
+    )
     parser.add_argument("output", help="a folder, or a URI")
-    parser.add_argument("--id-column", default="id", help="of a Parquet source; default: %(default)s")
+    parser.add_argument("--id-column", help="of a Parquet source; default: id, or the row's number where there is none")
     parser.add_argument(
         "--image-column", default="image", help="images' bytes in a Parquet source; default: %(default)s"
     )

@@ -136,12 +136,14 @@ def embed(package: Package, source: Source, output: str, settings: EmbedSettings
     present = {number: check_header(job, number) for number in _present(output)}
     plan = _resumed(job, source, present) if isinstance(source, Tables) else _updated(job, source, present)
     kept, missing, gone = plan
-    before, new = sum(_size(header) for header in kept.values()), sum(map(len, missing.values()))
-    summary = Summary(before + new, sum(header["rows"] for header in kept.values()), gone=gone)
+    before, counts = sum(_size(header) for header in kept.values()), [part.images for part in missing.values()]
+    total = None if None in counts else before + sum(filter(None, counts))
+    summary = Summary(before, sum(header["rows"] for header in kept.values()), gone=gone)
     summary.unreadable = [*source.skipped.values(), *_unreadable(kept.values())]
     started = monotonic()
-    with tqdm(total=summary.images, initial=before, desc="embed", disable=None) as bar:
+    with tqdm(total=total, initial=before, desc="embed", disable=None) as bar:
         for header in make(job, missing, bar.update):
+            summary.images += _size(header)
             summary.embedded_now += header["rows"]
             summary.unreadable += _unreadable([header])
     summary.seconds = monotonic() - started
@@ -156,7 +158,7 @@ def embed(package: Package, source: Source, output: str, settings: EmbedSettings
 def _maker(package: Package, source: Source, settings: EmbedSettings, width: int) -> dict[str, Any]:
     return {
         "package": package.fingerprint,
-        "source": "table" if isinstance(source, Tables) else "folder",
+        "source": "table" if isinstance(source, Tables) else "tar" if source.packed else "folder",
         "batch_size": settings.batch_size,
         "part_size": settings.part_size,
         "dtype": settings.dtype,
@@ -204,7 +206,12 @@ def _updated(job: EmbedJob, source: Files, present: dict[int, Header]) -> Plan:
     kept = {number: header for number, header in kept.items() if header["files"]}
     free = (number for number in count() if number not in kept)
     new = source.divide(name for name in source.files if name not in taken)
-    return kept, dict(zip(free, new, strict=False)), len(gone)
+    return kept, dict(zip(free, new, strict=False)), _lost(present, gone) if source.packed else len(gone)
+
+
+def _lost(present: dict[int, Header], gone: set[str]) -> int:
+    """Embeddings in the parts of tar files that are gone."""
+    return sum(header["rows"] for header in present.values() if {name for name, *_ in header["files"]} <= gone)
 
 
 def _staying(source: Files, present: dict[int, Header]) -> dict[int, list[list[Any]]]:
@@ -223,7 +230,9 @@ def _embedded(header: Header) -> set[str]:
 
 
 def _readable_now(source: Files, header: Header) -> set[str]:
-    """What could not be read, and can be: where a library was missing, or the storage failed."""
+    """What could not be read, and can be: where a library was missing, or the storage failed. Not in tar files."""
+    if source.packed:
+        return set()
     names = {name for name, _ in header["unreadable"] if name == printable(name)}
     pictures = (picture for part in source.divide(names) for picture in part.pictures())
     return {name for name, picture in pictures if _is_readable(picture)}

@@ -133,7 +133,7 @@ class EmbedActor:
             if callable(picture):
                 with suppress(DataError):
                     picture()
-        self.attempts.note(number, f"it embedded {len(names)} images, {names[0]} to {names[-1]}")
+        self.attempts.note(number, f"it embedded {len(names)} images, {' to '.join([*names[:1], *names[-1:]])}")
 
 
 def make_on_ray(

@@ -1,8 +1,9 @@
-"""Where images come from and parts go: folders and Parquet, on this machine or on an object store (through pyarrow)."""
+"""Where images come from and parts go: folders, Parquet and tar files, here or on an object store (through pyarrow)."""
 
 import hashlib
 import os
 import re
+import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +23,10 @@ from clip_deploy.core.images import decode
 from clip_deploy.inference.classifier import Picture
 
 STORES = ("s3", "gs", "gcs", "abfs", "abfss")  # object stores that pyarrow knows: there, a put is whole or not at all
+HUB = "hf"  # Hugging Face's hub, as hf://datasets/owner/name: its library reads it, and pyarrow through that
 TABLE = ".parquet"
+SHARD = (".tar", ".tar.gz", ".tgz")
+MAX_MEMBER = 1 << 30  # bytes of an image in a tar file, which is read into memory
 # What makes a folder that holds Parquet too one of images; elsewhere no ending decides.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".heic")
 FOOTERS = 16  # Parquet files whose number of rows is read at a time
@@ -30,9 +34,12 @@ ROWS = 32  # of a table, in memory at a time
 
 
 class Columns(NamedTuple):
-    """Names in a Parquet source: what each image is called, and its bytes (or a struct with a field `bytes`)."""
+    """Names in a Parquet source: what each image is called, and its bytes (or a struct with a field `bytes`).
 
-    id: str = "id"
+    Without a name for `id` that is the column "id", or the row's number where there is none.
+    """
+
+    id: str | None = None
     image: str = "image"
 
 
@@ -48,7 +55,10 @@ class Rows(NamedTuple):
 class Part(Protocol):
     """Some of the images, in their order. Can be pickled, and read on another machine."""
 
-    def __len__(self) -> int: ...
+    @property
+    def images(self) -> int | None:
+        """How many it holds; None where only reading it tells."""
+
     @property
     def origin(self) -> dict[str, Any]:
         """What it is made of, for its metadata: `files`, and of files in a folder `folder`."""
@@ -66,6 +76,7 @@ class Files:
         shared: whether other machines read the files too.
         files: in their order.
         skipped: of the folder, a line for each entry that cannot be looked at.
+        packed: whether they are tar files, each of which is a part.
     """
 
     root: str
@@ -73,18 +84,17 @@ class Files:
     files: dict[str, Stamp]
     part_size: int
     skipped: dict[str, str] = field(default_factory=dict)
+    packed: bool = False
 
     @property
     def parts(self) -> list[Part]:
         return self.divide(self.files)
 
-    @property
-    def images(self) -> int:
-        return len(self.files)
-
     def divide(self, names: Iterable[str]) -> list[Part]:
         """Parts of some of the files, in their order."""
         wanted = set(names)
+        if self.packed:
+            return [Shard(self.root, {name: stamp}) for name, stamp in self.files.items() if name in wanted]
         found = [(name, stamp) for name, stamp in self.files.items() if name in wanted]
         slices = (dict(found[start : start + self.part_size]) for start in range(0, len(found), self.part_size))
         return [SharedFiles(self.root, some) if self.shared else LocalFiles(self.root, some) for some in slices]
@@ -103,10 +113,6 @@ class Tables:
     digest: str
     skipped: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def images(self) -> int:
-        return sum(map(len, self.parts))
-
 
 Source = Files | Tables
 
@@ -118,7 +124,8 @@ class LocalFiles:
     root: str
     files: dict[str, Stamp]
 
-    def __len__(self) -> int:
+    @property
+    def images(self) -> int | None:
         return len(self.files)
 
     @property
@@ -146,6 +153,47 @@ class SharedFiles(LocalFiles):
                 return decode(stream.read(), label, Path(name).suffix)
 
 
+class Shard(LocalFiles):
+    """The images in a tar file, as WebDataset packs them: those whose ending Pillow knows, read once from the start.
+
+    Each is called by the tar file's name with its own behind it. What follows a damaged place is lost, which is named.
+    """
+
+    @property
+    def images(self) -> int | None:
+        return None
+
+    def pictures(self) -> Iterator[tuple[str, Picture]]:
+        (name,) = self.files
+        label = f"{shown(self.root)}/{name}"
+        files, base = locate(self.root)
+        count = 0
+        with storage_errors(label), files.open_input_stream(f"{base}/{name}", compression=None) as stream:
+            try:
+                for member, content in _members(stream):
+                    count += 1
+                    yield f"{name}/{member}", partial(decode, content, f"{label}/{member}", Path(member).suffix)
+            except (tarfile.TarError, EOFError) as error:
+                said = f"{label} is damaged behind its first {count:,} images ({error}): write it anew"
+                yield name, partial(_raise, DataError(said))
+
+
+def _members(stream: Any) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of the images in a tar file."""
+    endings = Image.registered_extensions()
+    with tarfile.open(fileobj=stream, mode="r|*") as archive:
+        for member in archive:
+            if member.isfile() and Path(member.name).suffix.lower() in endings and may_be_image(member.name):
+                if member.size > MAX_MEMBER:
+                    raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes, more than {MAX_MEMBER:,}")
+                content = archive.extractfile(member)
+                yield member.name, content.read() if content else b""
+
+
+def _raise(error: DataError) -> Image.Image:
+    raise error
+
+
 @dataclass
 class TableRows:
     """Rows of Parquet files."""
@@ -155,7 +203,8 @@ class TableRows:
     columns: Columns
     digest: str
 
-    def __len__(self) -> int:
+    @property
+    def images(self) -> int | None:
         return sum(piece.last - piece.first for piece in self.pieces)
 
     @property
@@ -172,11 +221,11 @@ class TableRows:
 
 
 def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bool = False) -> Source:
-    """List a folder of images, a folder of Parquet files or one of these, and divide it into parts.
+    """List a folder of images, of Parquet files or of tar files, or one of these files, and divide it into parts.
 
     Args:
-        where: a path or a URI (file, s3, gs, abfs). A folder that holds images is read as images.
-        part_size: images a part.
+        where: a path or a URI (file, s3, gs, abfs, hf). A folder that holds images is read as images.
+        part_size: images a part; of tar files, each is a part.
         columns: those of Parquet files.
         shared: whether other machines read the parts too.
 
@@ -188,13 +237,25 @@ def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bo
     found = list_files(where)
     tables = {name: stamp for name, stamp in found.files.items() if name.lower().endswith(TABLE)}
     images = {name: stamp for name, stamp in found.files.items() if may_be_image(name)}
+    shards = {name: stamp for name, stamp in found.files.items() if name.lower().endswith(SHARD)}
+    packed = bool(shards) and not any(name.lower().endswith(SUFFIXES) for name in images)
+    if tables and shards and packed:
+        raise DataError(f"{shown(where)} holds Parquet and tar files: give a folder with one kind of them")
     if tables and not any(name.lower().endswith(SUFFIXES) for name in images):
         return _tables(where, tables, part_size, columns)
-    if not images:
-        raise _nothing(where, found, " and no Parquet")
+    if not images and not packed:
+        raise _nothing(where, found, ", no Parquet and no tar files")
     folder = local(where)
     root = str(folder.absolute()) if folder else where
-    return Files(root, shared or folder is None, images, part_size, found.skipped)
+    if where.lower().partition("?")[0].endswith(SHARD):
+        root = _above(root)
+    return Files(root, shared or folder is None, shards if packed else images, part_size, found.skipped, packed)
+
+
+def _above(where: str) -> str:
+    """The folder of a path or URI, whose options stay."""
+    path, mark, options = where.partition("?") if "://" in where else (where, "", "")
+    return path.rpartition("/")[0] + mark + options
 
 
 def folder_id(root: str) -> str:
@@ -222,7 +283,7 @@ def list_files(where: str) -> Listing:
     folder = local(where)
     if folder is None:
         return Listing(dict(sorted(_list_store(where), key=lambda item: os.fsencode(item[0]))))
-    if folder.suffix == TABLE and folder.is_file():
+    if folder.name.lower().endswith((TABLE, *SHARD)) and folder.is_file():
         status = folder.stat()
         return Listing({folder.name: Stamp(status.st_size, status.st_mtime_ns)})
     if not folder.is_dir():
@@ -236,7 +297,7 @@ def _list_store(where: str) -> list[tuple[str, Stamp]]:
     files, base = locate(where)
     bucket = base.partition("/")[0]
     with storage_errors(shown(where)):
-        if files.get_file_info(bucket).type == FileType.NotFound:
+        if not where.startswith(f"{HUB}://") and files.get_file_info(bucket).type == FileType.NotFound:
             raise DataError(f"{shown(where)}: there is no bucket {bucket}: check its name, or make it")
         one = files.get_file_info(base)
         if one.type == FileType.File:
@@ -283,7 +344,7 @@ def _count_rows(where: str, columns: Columns, path: str) -> int:
     with storage_errors(path), files.open_input_file(path) as opened:
         table = parquet.ParquetFile(opened)
         given = table.schema_arrow.names
-        if missing := [name for name in columns if name not in given]:
+        if missing := [name for name in columns if name and name not in given]:
             raise DataError(
                 f"{path} has no column {missing[0]!r}: it has {', '.join(given)}; name them by --id-column and "
                 "--image-column"
@@ -332,11 +393,14 @@ def _read_rows(opened: Any, rows: Rows, columns: Columns) -> Iterator[tuple[Any,
             groups.append((number, at))
         at += count
     at = groups[0][1]
-    for batch in table.iter_batches(ROWS, [number for number, _ in groups], columns=list(columns)):
+    identity = columns.id or ("id" if "id" in table.schema_arrow.names else None)
+    names = [identity, columns.image] if identity else [columns.image]
+    for batch in table.iter_batches(ROWS, [number for number, _ in groups], columns=names):
         wanted = batch.slice(max(0, rows.first - at), max(0, min(rows.last, at + len(batch)) - max(at, rows.first)))
         at += len(batch)
-        for identity, image in zip(*(wanted.column(name).to_pylist() for name in columns), strict=True):
-            yield identity, image["bytes"] if isinstance(image, dict) else image
+        called = wanted.column(identity).to_pylist() if identity else [None] * len(wanted)
+        for name, image in zip(called, wanted.column(columns.image).to_pylist(), strict=True):
+            yield name, image["bytes"] if isinstance(image, dict) else image
 
 
 def _digest(stamps: dict[str, Stamp], columns: Columns) -> str:
@@ -410,8 +474,9 @@ def local(where: str) -> Path | None:
         return Path(where)
     if scheme == "file":
         return Path(unquote(rest))
-    if scheme not in STORES:
-        raise DataError(f"{shown(where)} begins with {scheme}: accepted are a path, and file, {', '.join(STORES)}")
+    if scheme not in (*STORES, HUB):
+        known = ", ".join((*STORES, HUB))
+        raise DataError(f"{shown(where)} begins with {scheme}: accepted are a path, and file, {known}")
     return None
 
 
@@ -424,8 +489,18 @@ def locate(where: str) -> tuple[Any, str]:
     if folder := local(where):
         return LocalFileSystem(), str(folder.absolute())
     with storage_errors(shown(where)):
-        files, base = FileSystem.from_uri(where)
+        files, base = _hub(where) if where.startswith(f"{HUB}://") else FileSystem.from_uri(where)
     return files, base.rstrip("/")
+
+
+def _hub(where: str) -> tuple[Any, str]:
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    try:
+        from huggingface_hub import HfFileSystem
+    except ImportError as error:
+        raise DeployError(f"{where} needs huggingface_hub: pip install huggingface_hub") from error
+    return PyFileSystem(FSSpecHandler(HfFileSystem())), where.removeprefix(f"{HUB}://")
 
 
 def shown(where: str) -> str:

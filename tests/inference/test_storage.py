@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -16,6 +17,7 @@ from clip_deploy.__main__ import main
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.images import decode, read_image
 from clip_deploy.data import scenes
+from clip_deploy.inference import storage
 from clip_deploy.inference.storage import Columns, Rows, list_files, list_parts, open_source, shown, write_part
 
 LABELS = ("red circle", "blue square", "yellow star", "green triangle", "red square")
@@ -48,7 +50,7 @@ def test_rows_keep_their_order_through_files_row_groups_and_parts(pictures, tmp_
     source = open_source(str(tmp_path), part_size=2)
     a, b = (str(tmp_path / name) for name in ("a.parquet", "b.parquet"))
     assert [part.pieces for part in source.parts] == [[Rows(a, 0, 2)], [Rows(a, 2, 3), Rows(b, 0, 1)], [Rows(b, 1, 2)]]
-    assert source.images == 5
+    assert [part.images for part in source.parts] == [2, 2, 1]
     found = read(source)
     assert [[name for name, _ in part] for part in found] == [["0", "1"], ["2", "3"], ["4"]]
     for (_, picture), content in zip((pair for part in found for pair in part), pictures, strict=True):
@@ -64,8 +66,83 @@ def test_one_file_with_images_as_hugging_face_writes_them_and_rows_without_id(pi
     parquet.write_table(pyarrow.table({"id": ["a"], "image": ["photos/a.png"]}), tmp_path / "paths.parquet")
     with pytest.raises(DataError, match=r"its column 'image' holds string: give the bytes of image files"):
         open_source(str(tmp_path / "paths.parquet"), 3)
-    with pytest.raises(DataError, match=r"has no column 'id': it has key, picture; name them by --id-column"):
-        open_source(str(path), 10)
+    with pytest.raises(DataError, match=r"has no column 'name': it has key, picture; name them by --id-column"):
+        open_source(str(path), 10, Columns("name", "picture"))
+    found = read(open_source(str(path), 10, Columns(image="picture")))
+    assert [name for name, _ in found[0]] == [f"{path}:{row}" for row in range(5)]
+
+
+def pack(path, members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def test_each_tar_file_is_a_part_with_its_images_alone(pictures, tmp_path):
+    beside = {"0.json": b"{}", "0.txt": b"a red circle", "0.cls": b"1", ".hidden/1.png": b"", "folder/2.npy": b""}
+    pack(tmp_path / "b.tar", {"3.png": pictures[3], "folder/4.PNG": pictures[4]})
+    pack(tmp_path / "a.tar.gz", {**beside, "0.png": pictures[0], "1.seg.png": pictures[1]}, "w:gz")
+    source = open_source(str(tmp_path), part_size=1)
+    assert [part.images for part in source.parts] == [None, None]
+    found = read(source)
+    assert [[name for name, _ in part] for part in found] == [
+        ["a.tar.gz/0.png", "a.tar.gz/1.seg.png"],
+        ["b.tar/3.png", "b.tar/folder/4.PNG"],
+    ]
+    assert np.array_equal(np.asarray(found[1][0][1]), np.asarray(decode(pictures[3], "")))
+    (one,) = read(open_source(str(tmp_path / "b.tar"), part_size=1))
+    assert [name for name, _ in one] == ["b.tar/3.png", "b.tar/folder/4.PNG"]
+    write(tmp_path / "c.parquet", [0], pictures[:1])
+    with pytest.raises(DataError, match="holds Parquet and tar files: give a folder with one kind"):
+        open_source(str(tmp_path), part_size=1)
+
+
+def test_a_tar_file_that_ends_too_early_is_named_and_harms_no_other(package, pictures, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    pack(shards / "a.tar", {"0.png": pictures[0], "1.png": pictures[1], "2.png": pictures[2]})
+    whole = (shards / "a.tar").read_bytes()
+    (shards / "a.tar").write_bytes(whole[: whole.index(pictures[1]) + 100])
+    pack(shards / "b.tar", {"3.png": pictures[3], "4.png": b"no image"})
+    (shards / "c.tar").write_bytes(b"")
+    words = ["--package", str(package), "--threads", "1"]
+
+    def embed():
+        code = main(["embed", str(shards), str(tmp_path / "out"), *words])
+        return code, capsys.readouterr()
+
+    code, printed = embed()
+    assert code == 3
+    assert "5 images, 0 embedded before, 2 now" in printed.out
+    assert "a.tar is damaged behind its first 1 images (unexpected end of data): write it anew" in printed.err
+    assert "c.tar is damaged behind its first 0 images (empty file): write it anew" in printed.err
+    assert "b.tar/4.png is no readable image" in printed.err
+    assert "5 images, 2 embedded before, 0 now" in embed()[1].out
+    (shards / "a.tar").write_bytes(whole)
+    (shards / "c.tar").unlink()
+    pack(shards / "d.tar", {"0.png": pictures[0]})
+    assert "6 images, 1 embedded before, 4 now" in embed()[1].out
+    (shards / "a.tar").unlink()
+    assert "2 embedded before, 0 now, 3 gone, 1 unreadable" in embed()[1].out
+    assert main(["search", str(tmp_path / "out"), "a red circle", "--top", "1", *words]) == 0
+    assert capsys.readouterr().out.endswith("  d.tar/0.png\n")
+
+
+def test_a_dataset_of_the_hub_is_read_through_its_library(pictures, tmp_path, monkeypatch):
+    """In its place a folder: pyarrow asks both through fsspec."""
+    import huggingface_hub
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    (tmp_path / "datasets" / "owner" / "scenes").mkdir(parents=True)
+    write(tmp_path / "datasets" / "owner" / "scenes" / "train.parquet", [0, 1], pictures[:2])
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: DirFileSystem(str(tmp_path), LocalFileSystem()))
+    storage.locate.cache_clear()
+    found = read(open_source("hf://datasets/owner/scenes", part_size=1))
+    storage.locate.cache_clear()
+    assert [[name for name, _ in part] for part in found] == [["0"], ["1"]]
 
 
 def test_a_table_is_embedded_and_found_and_equal_ids_stay_two_rows(package, pictures, tmp_path, capsys):
