@@ -10,7 +10,12 @@ UNREADABLE = 3  # exit code
 
 
 def add_package_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--package", type=Path, default=Path("artifacts/package"), help="default: %(default)s")
+    parser.add_argument(
+        "--package",
+        type=Path,
+        default=Path("artifacts/package"),
+        help="the folder that `dvc repro` or `clip-deploy package` wrote; default: %(default)s",
+    )
     parser.add_argument("--device", help="cpu or cuda; default: the one that the package was made for")
     parser.add_argument("--threads", type=int, help="of each tower; default: ONNX Runtime's choice")
     parser.add_argument("--cache", type=Path, help="a folder in which embeddings of texts are kept")

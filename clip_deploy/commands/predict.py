@@ -12,8 +12,13 @@ from clip_deploy.inference.classifier import check_count
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_package_arguments(parser)
-    parser.add_argument("image", type=Path)
-    parser.add_argument("texts", nargs="*", help="default: the package's classes, in its templates")
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="a file that Pillow opens, as photo.jpg")
+    parser.add_argument(
+        "texts",
+        metavar="TEXT",
+        nargs="*",
+        help="what the image may show, as a person would say it; default: the package's classes, in its templates",
+    )
     parser.add_argument("--top", type=int, default=5, help="how many are shown; default: %(default)s")
 
 
