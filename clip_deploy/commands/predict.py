@@ -4,15 +4,15 @@ example: clip-deploy predict photo.jpg "a photo of a dog" "a photo of a cat"
 """
 
 import argparse
-from pathlib import Path
 
 from clip_deploy.commands.opened import add_package_arguments, open_package
+from clip_deploy.commands.paths import local_path
 from clip_deploy.inference.classifier import check_count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_package_arguments(parser)
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="a file that Pillow opens, as photo.jpg")
+    parser.add_argument("image", metavar="IMAGE", type=local_path, help="a file that Pillow opens, as photo.jpg")
     parser.add_argument(
         "texts",
         metavar="TEXT",
