@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
 from clip_deploy.core.errors import DeployError, quiet_if_unread
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = next((word for word in words if not word.startswith("-")), None)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        given = parser(chosen).parse_args(words)
+        given = parsed(words, chosen)
         code: int = given.run(given)
         return code
     except DeployError as error:
@@ -61,8 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED
 
 
-def parser(chosen: str | None = None) -> argparse.ArgumentParser:
-    """All commands; only the chosen one is imported, by its name: most need libraries that a deployment has not."""
+def parsed(words: Sequence[str], chosen: str | None) -> argparse.Namespace:
+    """What was given, with options also between a command's words: argparse takes those of one command by itself."""
+    whole, commands = parsers(chosen)
+    if chosen in commands and words[0] == chosen:
+        return commands[chosen].parse_intermixed_args(words[1:])
+    return whole.parse_args(words)
+
+
+def parsers(chosen: str | None = None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole, and each command: the chosen one alone is imported, as most need libraries a deployment has not."""
     whole, commands = _whole()
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,13 +80,21 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    return whole
+    return whole, commands.choices
 
 
 def _whole() -> tuple[argparse.ArgumentParser, "argparse._SubParsersAction[argparse.ArgumentParser]"]:
     layout = argparse.RawDescriptionHelpFormatter
     whole = argparse.ArgumentParser("clip-deploy", description=__doc__, epilog=EPILOG, formatter_class=layout)
+    whole.add_argument("--version", action="version", version=f"%(prog)s {_version()}", help="show it and exit")
     return whole, whole.add_subparsers(required=True, metavar="COMMAND")
+
+
+def _version() -> str:
+    try:
+        return version("clip-deploy")
+    except PackageNotFoundError:
+        return "of a folder that is not installed"
 
 
 def _missing(command: str | None, error: ModuleNotFoundError) -> str:

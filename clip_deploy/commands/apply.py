@@ -37,14 +37,14 @@ def apply(target: str, params: Path, validation: Path) -> str:
 
     Raises ConfigError where the target has no keep_fp32, or no node was named for it.
     """
+    text = params.read_text(encoding="utf-8")
+    settings = _settings(text, target)
     record = read_record(Validation, validation / f"{target}.json")
     found = record.diagnosis
     nodes = [node for drop in found.drops for node in drop.nodes] if found else []
     if not nodes:
         notes = "; ".join(found.notes if found else []) or f"its status is {record.status}"
         raise ConfigError(f"{validation / target}.json names no nodes to keep in FP32: {notes}")
-    text = params.read_text(encoding="utf-8")
-    settings = _settings(text, target)
     write_text(params, _with_nodes(text, settings, nodes))
     return f"{params}: {target} keeps {', '.join(nodes)} in FP32; run `dvc repro`"
 
@@ -52,11 +52,14 @@ def apply(target: str, params: Path, validation: Path) -> str:
 def _settings(text: str, target: str) -> yaml.MappingNode:
     """Where the target's settings stand in the text."""
     sections = dict(_entries(yaml.compose(text)))
-    for section in SECTIONS:
-        for name, settings in _entries(sections.get(section)):
-            if name == target and isinstance(settings, yaml.MappingNode):
-                return settings
-    raise ConfigError(f"{target} is no target of {' or '.join(SECTIONS)} in params.yaml: only those have keep_fp32")
+    known = dict(entry for section in SECTIONS for entry in _entries(sections.get(section)))
+    settings = known.get(target)
+    if not isinstance(settings, yaml.MappingNode):
+        raise ConfigError(
+            f"{target} is no target of {' or '.join(SECTIONS)} in params.yaml, which alone have keep_fp32: accepted "
+            f"are {', '.join(known) or 'none'}"
+        )
+    return settings
 
 
 def _entries(node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:

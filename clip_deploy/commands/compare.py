@@ -4,14 +4,14 @@ example: clip-deploy compare reports reports-of-the-xeon > both.md
 """
 
 import argparse
-from pathlib import Path
 
+from clip_deploy.commands.paths import local_path
 from clip_deploy.report.compare import comparison, read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("REPORTS_A", "REPORTS_B"):
-        parser.add_argument(name.lower(), metavar=name, type=Path, help="a folder as reports/")
+        parser.add_argument(name.lower(), metavar=name, type=local_path, help="a folder as reports/")
 
 
 def run(given: argparse.Namespace) -> int:

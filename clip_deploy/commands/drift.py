@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from clip_deploy.core.errors import DataError, DeployError, first_line
-from clip_deploy.inference.storage import local, read_tables, shown
+from clip_deploy.inference.storage import TABLE, local, read_tables, shown
 from clip_deploy.inference.vectors import read_vectors
 from clip_deploy.serving.drift import measure_drift
 
@@ -57,6 +57,8 @@ def read_embeddings(where: str) -> np.ndarray:
 def _parts(where: str, path: Path | None) -> list[np.ndarray]:
     if path and not path.exists():
         raise FileNotFoundError("no such file or folder")
+    if path and path.is_file() and path.suffix != TABLE:
+        raise ValueError("a file of another kind")
     found = [_array(array) for array in sorted(path.glob("*.npy"))] if path else []
     found = found or [rows for rows in map(_whole, read_tables(where)) if len(rows)]
     if not found:

@@ -19,14 +19,16 @@ from clip_deploy.inference.vectors import DTYPES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_package_arguments(parser)
     parser.add_argument(
-        "source", help="a folder of images, of Parquet or of tar files, one such file, or a URI (s3://, hf://...)"
+        "source",
+        metavar="SOURCE",
+        help="a folder of images, of Parquet or of tar files, one such file, or a URI (s3://, hf://...)",
     )
-    parser.add_argument("output", help="a folder, or a URI")
-    parser.add_argument("--id-column", help="of a Parquet source; default: id, or the row's number where there is none")
+    parser.add_argument("output", metavar="OUTPUT", help="a folder, which is made if need be, or a URI")
+    parser.add_argument("--id-column", help="names of rows in a Parquet source; default: id, or their numbers")
     parser.add_argument(
         "--image-column", default="image", help="images' bytes in a Parquet source; default: %(default)s"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once; default: %(default)s")
     parser.add_argument("--part-size", type=int, default=10_000, help="images a file; default: %(default)s")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="bits of each number: 32, 16, 8 or 1; default: %(default)s"

@@ -4,19 +4,29 @@ import argparse
 import sys
 from pathlib import Path
 
+from clip_deploy.commands.paths import local_path
+from clip_deploy.core.errors import DataError
 from clip_deploy.inference.classifier import ZeroShotClassifier
 
 UNREADABLE = 3  # exit code
 
 
 def add_package_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--package", type=Path, default=Path("artifacts/package"), help="default: %(default)s")
+    parser.add_argument(
+        "--package",
+        type=local_path,
+        default=Path("artifacts/package"),
+        help="the folder that `dvc repro` or `clip-deploy package` wrote; default: %(default)s",
+    )
     parser.add_argument("--device", help="cpu or cuda; default: the one that the package was made for")
     parser.add_argument("--threads", type=int, help="of each tower; default: ONNX Runtime's choice")
-    parser.add_argument("--cache", type=Path, help="a folder in which embeddings of texts are kept")
+    parser.add_argument("--cache", type=local_path, help="a folder in which embeddings of texts are kept")
 
 
 def open_package(given: argparse.Namespace) -> ZeroShotClassifier:
+    """Raises DeployError as ZeroShotClassifier.open does, and where --cache is a file."""
+    if given.cache and given.cache.exists() and not given.cache.is_dir():
+        raise DataError(f"--cache is {given.cache}, a file: give a folder, which is made if need be")
     return ZeroShotClassifier.open(given.package, device=given.device, threads=given.threads, cache_folder=given.cache)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dvc.repo import Repo
 
+from clip_deploy.commands.paths import local_path
 from clip_deploy.commands.project import PARAMS, PIPELINE, check_project
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.manifest import INSIDE
@@ -21,7 +22,9 @@ from clip_deploy.core.manifest import INSIDE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="a row of the table, or `recommended`")
-    parser.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="a package there is replaced")
+    parser.add_argument(
+        "--output", metavar="FOLDER", type=local_path, required=True, help="a package there is replaced"
+    )
 
 
 def run(given: argparse.Namespace) -> int:

@@ -4,16 +4,21 @@ example: clip-deploy predict photo.jpg "a photo of a dog" "a photo of a cat"
 """
 
 import argparse
-from pathlib import Path
 
 from clip_deploy.commands.opened import add_package_arguments, open_package
+from clip_deploy.commands.paths import local_path
 from clip_deploy.inference.classifier import check_count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_package_arguments(parser)
-    parser.add_argument("image", type=Path)
-    parser.add_argument("texts", nargs="*", help="default: the package's classes, in its templates")
+    parser.add_argument("image", metavar="IMAGE", type=local_path, help="a file that Pillow opens, as photo.jpg")
+    parser.add_argument(
+        "texts",
+        metavar="TEXT",
+        nargs="*",
+        help="what the image may show, as a person would say it; default: the package's classes, in its templates",
+    )
     parser.add_argument("--top", type=int, default=5, help="how many are shown; default: %(default)s")
 
 

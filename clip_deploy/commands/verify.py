@@ -6,8 +6,8 @@ example: clip-deploy verify artifacts/package
 """
 
 import argparse
-from pathlib import Path
 
+from clip_deploy.commands.paths import local_path
 from clip_deploy.core.manifest import described, verify
 
 
@@ -15,13 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="FOLDER",
+        type=local_path,
         help="a target's (artifacts/ort-fp32, with ort-fp32.manifest.json beside it), artifacts/package or "
         "artifacts/triton",
     )
 
 
 def run(given: argparse.Namespace) -> int:
-    manifest, found = verify(Path(given.folder))
+    manifest, found = verify(given.folder)
     for difference in found:
         print(f"{given.folder}/{printable(difference)}")
     print(f"{given.folder}: {'not what its manifest says' if found else printable(described(manifest))}")

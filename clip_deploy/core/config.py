@@ -1,10 +1,12 @@
 """The settings of params.yaml and conf/ as dataclasses: types, ranges, and one clear message for whatever is wrong."""
 
+import json
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -609,6 +611,7 @@ def _refuse_bomb(path: Path) -> None:
 def typed(schema: type[T], content: DictConfig, where: str, prefix: str = "") -> T:
     """Turn a DictConfig into `schema`, with its checks; ConfigError names the key and what is accepted."""
     try:
+        _check_shape(schema, OmegaConf.to_container(content, resolve=False), prefix.removesuffix("."))
         merged = OmegaConf.merge(OmegaConf.structured(schema), content)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -619,6 +622,40 @@ def typed(schema: type[T], content: DictConfig, where: str, prefix: str = "") ->
         raise ConfigError(f"{where}: {key}: {(error.msg or str(error)).splitlines()[0]}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_shape(kind: Any, value: Any, key: str) -> None:
+    """Raise ConfigError where a list, a group of settings or a single value stands in the place of another of these.
+
+    OmegaConf refuses them too, in words of its own classes. A reference to another setting (${...}) is left to it.
+    """
+    if isinstance(value, str) and value.startswith("${"):
+        return
+    kinds = [each for each in get_args(kind) if each is not NoneType] if get_origin(kind) in (Union, UnionType) else []
+    if kinds and (value is None or len(kinds) > 1):
+        return
+    kind = kinds[0] if kinds else kind
+    if get_origin(kind) is list:
+        if not isinstance(value, list):
+            example = "as [a, b]" if isinstance(value, dict) else f"as {json.dumps([value], ensure_ascii=False)}"
+            way = "[] for an empty one" if value is None else example
+            raise ConfigError(f"{key} is {_shown(value)}: give a list, {way}")
+        for place, item in enumerate(value):
+            _check_shape(get_args(kind)[0], item, f"{key}[{place}]")
+    elif get_origin(kind) is dict or is_dataclass(kind):
+        if not isinstance(value, dict):
+            known = f" of {', '.join(_keys(kind))}" if _keys(kind) else ""
+            raise ConfigError(f"{key} is {_shown(value)}: give `key: value` lines{known}")
+        hints = get_type_hints(kind) if is_dataclass(kind) else {}
+        inner = Any if hints else get_args(kind)[1]
+        for name, item in value.items():
+            _check_shape(hints.get(name, inner), item, f"{key}.{name}" if key else str(name))
+    elif kind is not Any and isinstance(value, list | dict):
+        raise ConfigError(f"{key} is {_shown(value)}: give a single value")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"{value!r:.80}"
 
 
 def _keys(schema: Any) -> list[str]:

@@ -27,6 +27,11 @@ ADVICE = {
 NO_TEMPORARY = "No usable temporary directory"  # tempfile's words, also where a library that is imported asks for one
 
 
+def no_folder(path: Path) -> str:
+    """What is wrong with a path that is no folder, for messages."""
+    return "is a file" if path.exists() else "does not exist"
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place on success and vanishes on failure.

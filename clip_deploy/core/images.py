@@ -111,6 +111,8 @@ def _heic(file: Path | BytesIO) -> Image.Image:
 def _fault(path: Path) -> str | None:
     if not path.exists():
         return "does not exist: check the path"
+    if path.is_dir():
+        return "is a folder: give an image file"
     return "is empty: replace or remove it" if path.is_file() and path.stat().st_size == 0 else None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from clip_deploy.core.artifact import MANIFEST_NAME, Target, differences, hashes
 from clip_deploy.core.errors import DeployError
-from clip_deploy.core.files import write_text
+from clip_deploy.core.files import no_folder, write_text
 from clip_deploy.core.json_files import read_json, rounded
 from clip_deploy.core.model import Origin
 from clip_deploy.core.parsing import FLAT, plain
@@ -81,7 +81,7 @@ def verify(folder: Path) -> tuple[dict[str, Any], list[str]]:
     what a manifest holds, or the folder cannot be read.
     """
     if not folder.is_dir():
-        raise DeployError(f"{folder}: no such folder; give a target's, artifacts/package or artifacts/triton")
+        raise DeployError(f"{folder} {no_folder(folder)}; give a target's, artifacts/package or artifacts/triton")
     path = find_manifest(folder)
     manifest = read_manifest(path)
     try:

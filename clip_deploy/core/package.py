@@ -9,7 +9,7 @@ from typing import Any
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.errors import DeployError, DiskError, UnavailableError
-from clip_deploy.core.files import sha256
+from clip_deploy.core.files import no_folder, sha256
 from clip_deploy.core.manifest import INSIDE, File, Provenance, Run
 from clip_deploy.core.parsing import FLAT, parse, read_record
 from clip_deploy.core.preprocessing import Preprocessing
@@ -198,6 +198,12 @@ def _content(folder: Path, path: Path) -> Any:
     """The manifest of a package of this format into which something went."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        fault = f"has no {INSIDE}" if folder.is_dir() else no_folder(folder)
+        raise DeployError(
+            f"{folder} is no package (it {fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, as "
+            "artifacts/package"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise DeployError(f"{folder} is no package ({error}): `dvc repro package` writes one") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

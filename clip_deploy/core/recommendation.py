@@ -38,7 +38,7 @@ class Recommendation:
         note: what is packaged and, where it is not the winner or nothing, why.
         doubts: what speaks against the reference itself, and so against all of this.
         alike: for each tower, targets whose speed cannot be told apart from the winner's.
-        front: targets than which no other fit one is as fast on images, as accurate and as small.
+        front: targets than which no other fit one is as fast for each tower, as accurate and as small.
         packaged: what `targets` says of those in `ship`: all that the stage depends on.
         losers: for each other target, why it lost.
         targets: what the gate said of each, its files' hashes and its metrics.

@@ -27,6 +27,7 @@ from clip_deploy.inference.storage import (
     Part,
     Source,
     Tables,
+    check_output,
     folder_id,
     list_parts,
     load_pyarrow,
@@ -131,6 +132,7 @@ def embed(package: Package, source: Source, output: str, settings: EmbedSettings
             be written.
     """
     width = check_width(settings.dimensions, package.dimension, settings.dtype)
+    check_output(output)
     remove_partial(output)
     job = EmbedJob(output, _maker(package, source, settings, width), width, settings)
     present = {number: check_header(job, number) for number in _present(output)}
@@ -147,6 +149,7 @@ def embed(package: Package, source: Source, output: str, settings: EmbedSettings
             summary.embedded_now += header["rows"]
             summary.unreadable += _unreadable([header])
     summary.seconds = monotonic() - started
+    check_output(output)
     remove_partial(output)
     if lost := {*kept, *missing} - {*_present(output)}:
         raise DeployError(
@@ -281,14 +284,14 @@ def _refused(job: EmbedJob, number: int, other: str) -> DeployError:
     return DeployError(f"{shown(job.output)}/{PART.format(number)} was made with {other}: {WAY_OUT}")
 
 
-def read_header(output: str, name: str) -> Header:
+def read_header(output: str, name: str, way_out: str = WAY_OUT) -> Header:
     """What `embed` noted in a part, with its rows. Raises DeployError where the file is none of its parts."""
     try:
         with open_part(output, name) as part:
             found: Header = json.loads((part.metadata.metadata or {})[MADE_BY]) | {"rows": part.metadata.num_rows}
             return found
     except (OSError, ValueError, KeyError) as error:
-        raise DeployError(f"{shown(output)}/{name} is no whole part of `embed`: {WAY_OUT}") from error
+        raise DeployError(f"{shown(output)}/{name} is no whole part of `embed`: {way_out}") from error
 
 
 def make_here(

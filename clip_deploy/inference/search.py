@@ -11,9 +11,10 @@ from tqdm import tqdm
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.inference.classifier import ZeroShotClassifier, check_count
 from clip_deploy.inference.embed import printable, read_header
-from clip_deploy.inference.storage import list_images, list_parts, local, open_part, shown
+from clip_deploy.inference.storage import TABLE, list_images, list_parts, local, open_part, shown
 from clip_deploy.inference.vectors import cut, read_vectors
 
+SEARCHED = "give a folder of images, or what `embed` wrote: a folder or URI of part-*.parquet, or one part"
 Embedded = tuple[list[str], np.ndarray]  # paths, and float32 embeddings [images, dimension]
 
 
@@ -57,7 +58,11 @@ def search(classifier: ZeroShotClassifier, source: Path | str, text: str, top: i
 def _parts(classifier: ZeroShotClassifier, source: str, unreadable: list[str]) -> Iterator[Embedded]:
     """One part in memory at a time."""
     folder = local(source)
+    if folder and not folder.exists():
+        raise DataError(f"{source} does not exist: {SEARCHED}")
     if folder and folder.is_file():
+        if folder.suffix != TABLE:
+            raise DataError(f"{source} is a file: {SEARCHED}")
         yield _read(classifier, str(folder.parent), folder.name)
         return
     names = list_parts(source)
@@ -66,7 +71,7 @@ def _parts(classifier: ZeroShotClassifier, source: str, unreadable: list[str]) -
     if not names and folder:
         yield _embed(classifier, folder, unreadable)
     elif not names:
-        raise DataError(f"{shown(source)} holds none of `embed`'s parts: give a folder of images, or embed them")
+        raise DataError(f"{shown(source)} holds none of `embed`'s parts: {SEARCHED}")
 
 
 def _embed(classifier: ZeroShotClassifier, folder: Path, unreadable: list[str]) -> Embedded:
@@ -86,7 +91,7 @@ def _embed(classifier: ZeroShotClassifier, folder: Path, unreadable: list[str]) 
 
 
 def _read(classifier: ZeroShotClassifier, source: str, name: str) -> Embedded:
-    header = read_header(source, name)
+    header = read_header(source, name, SEARCHED)
     if header["package"] != classifier.fingerprint:
         raise DeployError(
             f"{shown(source)}/{name} was made by another package: search with that one, or embed the images anew"

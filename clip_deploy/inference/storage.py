@@ -17,7 +17,7 @@ from uuid import uuid4
 from PIL import Image
 
 from clip_deploy.core.errors import DataError, DeployError, first_line, listed
-from clip_deploy.core.files import Stamp, disk_errors
+from clip_deploy.core.files import Stamp, disk_errors, no_folder
 from clip_deploy.core.image_files import Listing, image_files, may_be_image, walk
 from clip_deploy.core.images import decode
 from clip_deploy.inference.classifier import Picture
@@ -265,13 +265,17 @@ def folder_id(root: str) -> str:
 
 def _nothing(where: str, found: Listing, more: str = "") -> DataError:
     skipped = f"; {listed(list(found.skipped.values()))}" if found.skipped else ""
-    return DataError(f"{shown(where)} holds no images{more}{skipped}")
+    return DataError(f"{shown(where)} holds no images{more}{skipped}: give a folder with image files in it or below it")
+
+
+def _no_folder(path: Path, more: str = "") -> DataError:
+    return DataError(f"{path} {no_folder(path)}: give a folder of images{more}")
 
 
 def list_images(folder: Path) -> Listing:
     """All files under `folder` that may be images, in one order on every machine. Raises DataError where none is."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: give one with images")
+        raise _no_folder(folder)
     found = image_files(folder)
     if not found.files:
         raise _nothing(str(folder), found)
@@ -287,7 +291,7 @@ def list_files(where: str) -> Listing:
         status = folder.stat()
         return Listing({folder.name: Stamp(status.st_size, status.st_mtime_ns)})
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: give one with images")
+        raise _no_folder(folder, " or of Parquet, or one Parquet file (.parquet)")
     return walk(folder)
 
 
@@ -428,6 +432,16 @@ def has_part(output: str, name: str) -> bool:
     with storage_errors(shown(output)):
         found: bool = files.get_file_info(f"{base}/{name}").is_file
         return found
+
+
+def check_output(output: str) -> None:
+    """Raise DataError where parts cannot be written since a file stands in the way."""
+    folder = local(output)
+    for path in (folder, *folder.parents) if folder else ():
+        if path.exists():
+            if not path.is_dir():
+                raise DataError(f"{output} is no folder for the output, as {path} is a file: give a new folder")
+            return
 
 
 def remove_partial(output: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.files import no_folder
 from clip_deploy.report.tables import MISSING, number, table
 
 WORDS = ("status", "timing")  # in metrics.json, beside the numbers
@@ -32,7 +33,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Raises DeployError where the folder or one of its two files is missing, broken or something else."""
     if not folder.is_dir():
-        raise DeployError(f"{folder}: no such folder; {GIVE}")
+        raise DeployError(f"{folder} {no_folder(folder)}; {GIVE}")
     metrics = _read(folder / "metrics.json", _is_metrics)
     environment = _read(folder / "environment.json", _is_environment)
     return Run(folder, metrics, environment["hardware"], environment["software"])

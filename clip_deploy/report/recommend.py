@@ -1,11 +1,15 @@
-"""Which target to ship: the fastest that passes its gate and keeps the limits, and why each other one lost."""
+"""Which target to ship: the fastest that passes its gate and keeps the limits, and why each other one lost.
+
+Where speeds cannot be told apart, noise would choose, and another run otherwise. What does not vary chooses then: how
+close a target is to the reference, and the size of its files.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, prod
 
 from clip_deploy.core.artifact import TOWERS
-from clip_deploy.core.config import RecommendConfig
+from clip_deploy.core.config import REFERENCE, RecommendConfig
 from clip_deploy.core.parsing import plain
 from clip_deploy.core.recommendation import Recommendation, TargetVerdict
 from clip_deploy.core.records import PairVerdict, Timing
@@ -15,6 +19,13 @@ from clip_deploy.report.rows import Row, doubts, metrics
 from clip_deploy.report.tables import number
 
 UNDECIDED = "its timing decides nothing (~), time it again"
+SAME_COSINE = 1e-4  # two lowest cosines no further apart are alike
+SAME_SIZE = 1.05  # so are sizes: the same weights in another format
+TIE = (
+    f"Where speeds cannot be told apart, the target closest to {REFERENCE} ships (lowest cosine, alike within "
+    f"{SAME_COSINE:.4f}), then the smallest (alike within {100 * (SAME_SIZE - 1):.0f} %), then the fastest; "
+    "recommend.max_size_mb or max_memory_mb asks for small ones"
+)
 
 Together = Callable[[Row, Row], Row]  # what tower_pair.pair_row says of an image tower with another target's text tower
 Unpackable = Callable[[str], str | None]  # what lacks to package a target, by package.unpackable
@@ -45,7 +56,7 @@ def recommend(rows: list[Row], limits: RecommendConfig, together: Together, unpa
         alike={tower: names for tower, names in alike.items() if names},
         front=[row.target for row in pareto(fit, limits.batch)],
         losers={
-            row.target: refused.get(row.target) or _failed(row, pairs) + _slower(row, ship, by_name, limits.batch)
+            row.target: refused.get(row.target) or _failed(row, pairs) + _slower(row, ship, fit, limits.batch)
             for row in lost
         },
         packaged={name: row for name, row in targets.items() if name in ship.values()},
@@ -98,18 +109,49 @@ def steady(rows: list[Row], batch: int) -> list[Row]:
 
 
 def choose(fit: list[Row], batch: int) -> dict[str, str]:
-    """The fastest for each tower; one for both where the other tower's best cannot be told apart from it.
+    """The best for each tower; one for both where its speed cannot be told apart from the fastest on either.
 
-    Where no timing decides, the one with the smallest files.
+    A tie goes as `settle` says. Where no timing decides, it is the one with the smallest files.
     """
     timed = steady(fit, batch)
     if not timed:
         return dict.fromkeys(TOWERS, min(fit, key=lambda row: row.size_mb or inf).target) if fit else {}
-    best = {tower: min(timed, key=lambda row: pace(row, tower, batch).middle) for tower in TOWERS}
-    for tower, other in (TOWERS, TOWERS[::-1]):
-        if alike(best[tower], best[other], other, batch):
-            return dict.fromkeys(TOWERS, best[tower].target)
-    return {tower: row.target for tower, row in best.items()}
+    best = {tower: quickest(timed, (tower,), batch) for tower in TOWERS}
+    if both := level(timed, best, batch):
+        return dict.fromkeys(TOWERS, settle(both, TOWERS, batch)[0].target)
+    tied = {tower: level(timed, {tower: best[tower]}, batch) for tower in TOWERS}
+    return {tower: settle(rows, (tower,), batch)[0].target for tower, rows in tied.items()}
+
+
+def level(timed: list[Row], best: dict[str, Row], batch: int) -> list[Row]:
+    """Those whose speed cannot be told apart from that of a tower's best row, on each tower that is named."""
+    return [row for row in timed if all(alike(row, each, tower, batch) for tower, each in best.items())]
+
+
+def quickest(timed: list[Row], towers: Sequence[str], batch: int) -> Row:
+    """By one figure for all `towers`: as much is gained by halving one as by halving another."""
+    return min(timed, key=lambda row: prod(pace(row, tower, batch).middle for tower in towers))
+
+
+def settle(tied: list[Row], towers: Sequence[str], batch: int) -> tuple[Row, dict[str, str]]:
+    """Which of rows with one speed to ship, and why it is none of the others: TIE in its order."""
+    closest = max(closeness(row, towers) for row in tied)
+    close = [row for row in tied if closeness(row, towers) >= closest - SAME_COSINE]
+    small = [row for row in close if _size(row) <= SAME_SIZE * min(_size(each) for each in close)]
+    winner = quickest(small, towers, batch)
+    why = dict.fromkeys((row.target for row in small if row is not winner), "as close, as small, and not faster")
+    why |= {row.target: f"larger, {number(row.size_mb)} MB" for row in close if row not in small}
+    far = {row.target: closeness(row, towers) for row in tied if row not in close}
+    return winner, why | {name: f"further from {REFERENCE}, lowest cosine {cosine:.4f}" for name, cosine in far.items()}
+
+
+def closeness(row: Row, towers: Sequence[str]) -> float:
+    """The lowest cosine with the reference's embeddings, of the towers that a target is taken for."""
+    return min((row.cosine_min.get(tower, 0.0) for tower in towers), default=0.0)
+
+
+def _size(row: Row) -> float:
+    return row.size_mb or inf
 
 
 def _held(
@@ -125,8 +167,7 @@ def _held(
     """
     if len(set(towers.values())) < 2:
         return towers
-    by_name, timed = {row.target: row for row in fit}, steady(fit, limits.batch)
-    single = min(timed, key=lambda row: _both(row, limits.batch)).target
+    by_name = {row.target: row for row in fit}
     name = f"{towers['vision']} with {towers['text']}"
     if name not in pairs:
         pair = together(by_name[towers["vision"]], by_name[towers["text"]])
@@ -134,7 +175,14 @@ def _held(
         reasons = pair.reasons or ([reason] if reason else [])
         status = "fail" if reason else "pass"
         pairs[name] = PairVerdict(towers, pair.precision, status, reasons)
-    return towers if pairs[name].status == "pass" else dict.fromkeys(TOWERS, single)
+    return towers if pairs[name].status == "pass" else dict.fromkeys(TOWERS, _single(fit, limits.batch))
+
+
+def _single(fit: list[Row], batch: int) -> str:
+    """The best target for both towers where none is as fast as the fastest on either."""
+    timed = steady(fit, batch)
+    best = dict.fromkeys(TOWERS, quickest(timed, TOWERS, batch))
+    return settle(level(timed, best, batch), TOWERS, batch)[0].target
 
 
 def pace(row: Row, tower: str, batch: int) -> Pace:
@@ -153,19 +201,20 @@ def _alike_to(winner: Row, fit: list[Row], tower: str, batch: int) -> list[str]:
     return [row.target for row in fit if row is not winner and alike(row, winner, tower, batch)]
 
 
-def _both(row: Row, batch: int) -> float:
-    """One figure for both towers: as much is gained by halving one as by halving the other."""
-    return pace(row, "vision", batch).middle * pace(row, "text", batch).middle
-
-
 def pareto(fit: list[Row], batch: int) -> list[Row]:
-    """Rows than which none is at least as good in time on images, accuracy and size, and better in one of them."""
+    """Rows than which none is at least as good in each tower's time, accuracy and size, and better in one of them.
 
-    def goods(row: Row) -> tuple[float, float, float]:
-        return -pace(row, "vision", batch).middle, accuracy(row), -(row.size_mb or 0.0)
+    Times that cannot be told apart are equal.
+    """
+
+    def goods(row: Row, other: Row) -> list[float]:
+        """Of `row` as `other` sees it."""
+        timed = {tower: other if alike(row, other, tower, batch) else row for tower in TOWERS}
+        return [*(-pace(each, tower, batch).middle for tower, each in timed.items()), accuracy(row), -_size(row)]
 
     def beaten(row: Row, other: Row) -> bool:
-        return goods(other) != goods(row) and all(a >= b for a, b in zip(goods(other), goods(row), strict=True))
+        mine, others = goods(row, row), goods(other, row)
+        return others != mine and all(a >= b for a, b in zip(others, mine, strict=True))
 
     return [row for row in fit if not any(beaten(row, other) for other in fit)]
 
@@ -178,26 +227,42 @@ def accuracy(row: Row) -> float:
 
 
 def _failed(row: Row, pairs: dict[str, PairVerdict]) -> str:
-    """That a target was the fastest for a tower, and in which pair it failed."""
+    """That a target was the best for a tower, and in which pair it failed."""
     failed = [name for name, pair in pairs.items() if pair.status == "fail" and row.target in pair.towers.values()]
     return "".join(f"{name} failed together; alone " for name in failed[:1])
 
 
-def _slower(row: Row, ship: dict[str, str], by_name: dict[str, Row], batch: int) -> str:
-    """By how much a fit target lost, for each winner."""
-    parts = []
+def _slower(row: Row, ship: dict[str, str], fit: list[Row], batch: int) -> str:
+    """How long a fit target takes beside each winner; where that is no difference, why the winner is another."""
+    by_name, parts = {each.target: each for each in fit}, []
     for winner in dict.fromkeys(ship.values()):
         towers = [tower for tower in TOWERS if ship[tower] == winner]
-        ratios = {
-            tower: pace(row, tower, batch).middle / pace(by_name[winner], tower, batch).middle for tower in towers
-        }
-        said = ", ".join(f"{ratio:.2f}x on {tower}" for tower, ratio in ratios.items())
-        beaten = min(ratios.values()) >= 1.005  # what is said is rounded
-        cost = f"slower than {winner} by {said}" if beaten else f"takes, of {winner}'s time, {said}"
-        near = [tower for tower in towers if alike(row, by_name[winner], tower, batch)]
+        best = by_name[winner]
+        first, *others = (
+            (tower, f"{pace(row, tower, batch).middle / pace(best, tower, batch).middle:.2f}x") for tower in towers
+        )
+        said = ", ".join([f"{first[1]} as long as {winner} on {first[0]}", *(f"{x} on {tower}" for tower, x in others)])
+        near = [tower for tower in towers if alike(row, best, tower, batch)]
         told = f" (not to be told apart on {' and '.join(near)}: the intervals overlap)" if near else ""
-        parts.append(f"{cost}{told}")
-    return "; ".join(parts)
+        tie = f"; {_tie(row, towers, fit, batch)}" if near == towers else ""
+        parts.append(f"{said}{told}{tie}")
+    return f"takes {'; '.join(parts)}"
+
+
+def _tie(row: Row, towers: list[str], fit: list[Row], batch: int) -> str:
+    """Why a target that cannot be told apart from the winner is not the winner."""
+    best = {tower: quickest(fit, (tower,), batch) for tower in towers}
+    if not level(fit, best, batch):
+        best = dict.fromkeys(towers, quickest(fit, towers, batch))
+    tied = level(fit, best, batch)
+    if row in tied:
+        return settle(tied, towers, batch)[1].get(row.target, "")
+    behind: dict[str, list[str]] = {}
+    for tower, one in best.items():
+        if not alike(row, one, tower, batch):
+            behind.setdefault(one.target, []).append(tower)
+    named = (f"{name} on {' and '.join(lost)}" for name, lost in behind.items())
+    return f"slower than the fastest, {', '.join(named)}"
 
 
 def _note(ship: dict[str, str], lacking: str) -> str:
@@ -265,19 +330,22 @@ def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
         f"On {tower}, {', '.join(names)} cannot be told apart from {advice.ship[tower]}: the intervals overlap."
         for tower, names in advice.alike.items()
     ]
-    front = "Pareto front (none other that is fit is as fast on images, as accurate and as small)"
+    front = (
+        "Pareto front (none other that is fit is as fast for each tower, as accurate and as small; times that cannot "
+        "be told apart are equal)"
+    )
     return [
         *(f"{doubt}." for doubt in advice.doubts),
         *([f"Ship {_named(advice.ship)}: {_costs(advice, rows)}."] if advice.ship else []),
         *(
-            f"{_named(pair.towers)}, the fastest for each tower, failed together: {'; '.join(pair.reasons)}."
+            f"{_named(pair.towers)}, the best for each tower, failed together: {'; '.join(pair.reasons)}."
             for pair in advice.pairs.values()
             if pair.status == "fail"
         ),
         *_caveats(advice, rows),
         f"Fit is what passes its gate and keeps `recommend` in params.yaml: {', '.join(asked) or 'no limits'}.",
         f"Package: {advice.note}.",
-        *alike_to,
+        *([*alike_to, f"{TIE}."] if alike_to else []),
         *([f"{front}: {', '.join(advice.front)}."] if advice.front else []),
     ]
 

@@ -15,6 +15,7 @@ from clip_deploy.core.records import (
     Facts,
     Graph,
     HeadAgreement,
+    Limit,
     Metrics,
     PixelParity,
     Placement,
@@ -63,6 +64,7 @@ class Row:
     runtime: str = ""
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was judged
     diagnosis: Diagnosis | None = None  # where it missed its gate
+    limits: dict[str, Limit] = field(default_factory=dict)  # of its gate, by the setting's name
 
     def timing(self, tower: str, batch: int | None = None) -> Judged | None:
         """One tower's timing at a batch size, the smallest if none is named; None where it was not timed."""
@@ -122,6 +124,7 @@ def _row(target: str, checked: Validation, timed: Benchmark, timings: JudgedTimi
         runtime=checked.runtime,
         files=checked.files,
         diagnosis=checked.diagnosis,
+        limits=checked.limits,
     )
 
 
@@ -241,6 +244,7 @@ def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
             {
                 "target": row.target,
                 "share_percent": 100 * point.share,
+                "top1_drop_points": point.top1_drop,
                 "flips_percent": point.flips,
                 "cosine": point.cosine,
             }

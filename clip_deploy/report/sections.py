@@ -8,7 +8,7 @@ from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import REFERENCE
 from clip_deploy.core.fusions import ADVICE, KINDS
 from clip_deploy.core.model import Finding
-from clip_deploy.core.records import EndToEnd, FeedTiming
+from clip_deploy.core.records import EndToEnd, FeedTiming, Limit
 from clip_deploy.report.contents import Block, Key, Report, Section, Table
 from clip_deploy.report.decisive import BETWEEN_RUNS, Judged, again, pace, undecided
 from clip_deploy.report.figures import accuracy_figure, sensitivity_figure, speed_figure, throughput_figure
@@ -97,10 +97,44 @@ def target_section(report: Report) -> Section:
         folded_as=_absent((f"`{row.target}`", "; ".join(row.reasons)) for row in absent),
     )
     about = _listed(f"**{name}**: {value}" for name, value in report.about.items())
-    notes = _listed(_reasons(rows))
+    notes = _listed([*_itself(rows), *_reasons(rows)])
     front = report.shipping.front if report.shipping else []
     figures = [accuracy_figure(rows, front), speed_figure(rows)]
-    return Section("Targets", [block for block in (about, table, notes, *figures) if block])
+    return Section("Targets", [block for block in (about, table, notes, *_gates(rows), *figures) if block])
+
+
+GATES = {  # what the table of gates calls each limit
+    "min_cosine": "Lowest cosine, at least",
+    "max_top1_drop": "Top-1 drop, points, at most",
+    "max_flips": "Flips %, at most",
+}
+
+
+def _gates(rows: list[Row]) -> list[Block]:
+    """What each precision class must keep, and where that is set."""
+    found = {row.precision: row.limits for row in rows if row.limits}
+    body = [[f"`{name}`", *(_limit(limits.get(key)) for key in GATES)] for name, limits in found.items()]
+    said = (
+        f"What a target must keep to pass, by its precision, beside `{REFERENCE}`. The limits are set in conf/gates/, "
+        "in the file that `gates` in params.yaml names."
+    )
+    return [said, Table(["Gate", *GATES.values()], body, left=1)] if body else []
+
+
+def _limit(found: Limit | None) -> str:
+    if found is None:
+        return MISSING
+    return f"{found.limit:g}" + (f" (not applied: {found.unchecked})" if found.unchecked else "")
+
+
+def _itself(rows: list[Row]) -> list[str]:
+    """What the reference's own speed-up is."""
+    if not any(row.target == REFERENCE and row.timings for row in rows):
+        return []
+    return [
+        f"`{REFERENCE}`'s speed-up is over itself, the reference timed once more beside the reference: how far it lies "
+        "from 1 is noise, and every interval here is widened by it"
+    ]
 
 
 def _columns(rows: list[Row]) -> list[Column]:
@@ -462,9 +496,12 @@ def search_section(report: Report) -> Section | None:
         worst = [f"{name} {value:.1e}" for name, value in list(found.sensitivity.items())[:SENSITIVE_SHOWN]]
         cost = f"{found.top1_drop:.2f} points, {found.flips:.2f} %"
         body.append([f"`{row.target}`", left + names, cost, ", ".join(worst)])
-        points = [f"{100 * point.share:.0f} %: {point.flips:.2f} % ({point.cosine:.5f})" for point in found.curve]
-        curves.append([f"`{row.target}`", ", ".join(points)])
-    shares = ["Target", "Share of nodes in INT8: answers that flip (mean cosine), on the calibration set"]
+        points = [
+            f"{100 * point.share:.0f} %: {point.top1_drop:.2f} points, {point.flips:.2f} % ({point.cosine:.5f})"
+            for point in found.curve
+        ]
+        curves.append([f"`{row.target}`", "; ".join(points)])
+    shares = ["Target", "Share of nodes in INT8: drop, flips (mean cosine), on the calibration set"]
     figure = sensitivity_figure(searched)
     tables: list[Block] = [Table(head, body, left=4), Table(shares, curves)]
     return Section("INT8 within its accuracy budget", [*tables, *([figure] if figure else [])])

@@ -1,6 +1,7 @@
 """Why stages run again: what changed (old -> new), the stages that read it, and those behind them, as a tree."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -143,7 +144,8 @@ def _ends(stages: dict[str, Stage], target: str) -> set[str]:
         if target in (name, *name.split("@")) or f"{MODELS}{target}" in stage.outs
     }
     if not ends:
-        known = [out.removeprefix(MODELS) for stage in stages.values() for out in stage.outs if out.startswith(MODELS)]
+        built = [out.removeprefix(MODELS) for stage in stages.values() for out in stage.outs if out.startswith(MODELS)]
+        known = [name for name in built if re.fullmatch("[a-z0-9-]+", name)]  # data/... and manifests are no targets
         names = dict.fromkeys(name.split("@")[0] for name in stages)
         raise ConfigError(f"target is {target!r}: accepted are {', '.join(known)}, and stages: {', '.join(names)}")
     return ends

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from clip_deploy.core.artifact import differences
 from clip_deploy.core.errors import DeployError
-from clip_deploy.core.files import disk_errors, new_folder, write_text
+from clip_deploy.core.files import disk_errors, new_folder, no_folder, write_text
 from clip_deploy.core.manifest import INSIDE, read_manifest
 
 PARTS = ("clip_preprocess", "clip_tokenize", "clip_score", "clip_vision", "clip_text")
 WHOLE = "clip_zero_shot"
 CONFIG = "config.pbtxt"
+REPOSITORIES = "artifacts/triton/onnxruntime or artifacts/triton/python"
 WRITTEN = "1"  # the version that repository.py writes
 LOAD_S = 300.0  # until a server must have loaded a model, warm-up included
 TENSORS = re.compile(r"^(?:input|output) \{\n(?:  .*\n)*\}|^(?:backend|platform): .*|^ *dims: .*", re.MULTILINE)
@@ -82,12 +83,15 @@ def versions(served: Path) -> list[str]:
     found = {path.name for model in (*PARTS, WHOLE) for path in (served / model).glob("[0-9]*") if path.name.isdigit()}
     if lacking or not found:
         what = f"has no {lacking[0]}/{CONFIG}" if lacking else "has no version"
-        raise DeployError(f"{served} {what}: give a copy of artifacts/triton/onnxruntime or artifacts/triton/python")
+        raise DeployError(f"{served} {what if served.is_dir() else no_folder(served)}: give a copy of {REPOSITORIES}")
     return sorted(found, key=int)
 
 
 def _check_whole(new: Path) -> None:
     """Hold a repository's files against the manifest beside it."""
+    if not new.is_dir() or not (new.parent / INSIDE).is_file():
+        what = f"has no {INSIDE} beside it" if new.is_dir() else no_folder(new)
+        raise DeployError(f"{new} {what}: give {REPOSITORIES}")
     files, within = read_manifest(new.parent / INSIDE).get("files", {}), f"{new.name}/"
     inside = {name.removeprefix(within): facts for name, facts in files.items() if name.startswith(within)}
     if found := differences(new, inside):

@@ -4,13 +4,16 @@ import re
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from support.project import ROOT
 
-from clip_deploy.__main__ import COMMANDS, LIGHT, main
+from clip_deploy import __main__ as command
+from clip_deploy.__main__ import COMMANDS, LIGHT, main, parsed, parsers
 
-SHARED = {"__init__", "opened", "project"}
+SHARED = {"__init__", "opened", "paths", "project"}
 
 
 def test_each_module_is_a_command_and_its_help_begins_with_the_line_in_the_list():
@@ -28,6 +31,50 @@ def test_a_command_explains_itself_with_an_example(name, capsys):
     assert ended.value.code == 0
     assert said.startswith(f"usage: clip-deploy {name} ")
     assert f": clip-deploy {name} " in said[said.index("\nexample") :]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_says_of_each_argument_what_it_is(name):
+    arguments = parsers(name)[1][name]._actions
+    assert len(arguments) > 1
+    assert [argument.dest for argument in arguments if not argument.help] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["predict", "a.jpg", "--top", "2", "a dog", "a cat"], {"image": Path("a.jpg"), "texts": ["a dog", "a cat"]}),
+        (["predict", "--top", "2", "a.jpg", "a dog", "--threads", "1"], {"image": Path("a.jpg"), "texts": ["a dog"]}),
+        (["predict", "a.jpg", "--top", "2", "--", "-5 degrees"], {"image": Path("a.jpg"), "texts": ["-5 degrees"]}),
+        (["predict", "a.jpg", "--top", "2"], {"image": Path("a.jpg"), "texts": []}),
+        (["search", "photos", "--top", "2", "a dog"], {"source": "photos", "text": "a dog"}),
+        (["embed", "photos", "--dtype", "int8", "out"], {"source": "photos", "output": "out", "dtype": "int8"}),
+        (["publish", "new", "--withdraw", "served", "url"], {"subject": "new", "served": Path("served"), "url": "url"}),
+        (["why", "--since", "HEAD", "ort-fp32"], {"target": "ort-fp32", "since": "HEAD"}),
+    ],
+)
+def test_options_may_stand_between_a_commands_words(words, expected):
+    found = vars(parsed(words, words[0]))
+    assert expected.items() <= found.items()
+
+
+def test_what_is_one_word_too_many_is_named_with_the_commands_own_usage(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "photos", "--top", "2", "a dog", "a cat"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith("usage: clip-deploy search ")
+    assert said.endswith("unrecognized arguments: a cat\n")
+
+
+@pytest.mark.parametrize(("installed", "said"), [(True, version("clip-deploy")), (False, "of a folder that is not")])
+def test_the_command_says_its_version(installed, said, monkeypatch, capsys):
+    if not installed:
+        monkeypatch.setattr(command, "version", lambda name: version(f"{name}-which-nobody-installed"))
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"clip-deploy {said}")
 
 
 def test_the_whole_command_lists_its_parts_and_exit_codes(capsys):

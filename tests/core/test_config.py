@@ -1,8 +1,12 @@
 import shutil
+from dataclasses import fields, is_dataclass
+from typing import get_origin, get_type_hints
 
 import pytest
+from omegaconf import OmegaConf
 from support.project import ROOT
 
+from clip_deploy.core import config
 from clip_deploy.core.config import GROUPS, OnnxConfig, load_choice, load_params
 from clip_deploy.core.errors import ConfigError
 
@@ -30,6 +34,62 @@ def params(tmp_path):
         return load_params(path, CONF)
 
     return load
+
+
+def settings_of(schema):
+    """Every setting of a group, with its type."""
+    return [(item.name, get_type_hints(schema)[item.name]) for item in fields(schema)]
+
+
+GROUPED = [value for value in vars(config).values() if isinstance(value, type) and is_dataclass(value)]
+LISTS = [(schema, name) for schema in GROUPED for name, hint in settings_of(schema) if get_origin(hint) is list]
+
+
+def refused(schema, name, value):
+    """What is said of a setting by that name, in a file of the group `some`."""
+    with pytest.raises(ConfigError) as error:
+        config.typed(schema, OmegaConf.create({name: value}), "a.yaml", "some.")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("schema", "name"), LISTS, ids=lambda part: getattr(part, "__name__", part))
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("vision: a", """'vision: a': give a list, as ["vision: a"]"""),
+        (8, "8: give a list, as [8]"),
+        (None, "null: give a list, [] for an empty one"),
+        ({"a": 1}, "{'a': 1}: give a list, as [a, b]"),
+    ],
+)
+def test_one_value_in_the_place_of_a_list_is_shown_as_a_list(schema, name, value, said):
+    assert refused(schema, name, value) == f"a.yaml: some.{name} is {said}"
+
+
+def test_the_lists_of_all_groups_are_found():
+    assert {(OnnxConfig, "classifier"), (config.ModelConfig, "allow"), (config.Params, "targets")} <= set(LISTS)
+
+
+@pytest.mark.parametrize(
+    ("schema", "name", "value", "said"),
+    [
+        (OnnxConfig, "opset", [18], "some.opset is [18]: give a single value"),
+        (config.ModelConfig, "path", {"a": 1}, "some.path is {'a': 1}: give a single value"),
+        (config.DataConfig, "templates", [["a {}"]], "some.templates[0] is ['a {}']: give a single value"),
+        (config.GatesConfig, "int8", 0.9, "some.int8 is 0.9: give `key: value` lines of min_cosine, max_top1_drop, "),
+        (config.QuantizeConfig, "accuracy_budget", 1, "some.accuracy_budget is 1: give `key: value` lines of max_top1"),
+        (config.ModelConfig, "architecture", "clip", "some.architecture is 'clip': give `key: value` lines"),
+        (config.Params, "optimize", ["a"], "some.optimize is ['a']: give `key: value` lines"),
+        (config.Params, "optimize", {"a": "b"}, "some.optimize.a is 'b': give `key: value` lines of source, precision"),
+    ],
+)
+def test_a_setting_of_another_shape_is_told_from_what_is_wanted(schema, name, value, said):
+    assert refused(schema, name, value).startswith(f"a.yaml: {said}")
+
+
+def test_a_reference_to_another_setting_stands_for_any_shape():
+    content = OmegaConf.create({"batch_sizes": [32, 48], "image_size": "${batch_sizes}"})
+    assert config.typed(config.BenchmarkConfig, content, "a.yaml").image_size == [32, 48]
 
 
 def test_the_shipped_params_are_valid(params):

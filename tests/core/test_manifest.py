@@ -161,9 +161,12 @@ def test_a_package_into_which_nothing_went_is_no_delivery(tmp_path, capsys):
     assert said(capsys, folder) == (1, ["F/vision.onnx: added", "F: not what its manifest says"])
 
 
-def test_a_folder_that_is_not_there_is_named(capsys):
+def test_what_is_no_folder_is_named(tmp_path, capsys):
+    (tmp_path / "a.onnx").write_bytes(b"")
+    assert main(["verify", str(tmp_path / "a.onnx")]) == 1
+    assert f"{tmp_path}/a.onnx is a file; give" in capsys.readouterr().err
     assert main(["verify", "no-such-folder"]) == 1
-    assert "no such folder; give" in capsys.readouterr().err
+    assert "no-such-folder does not exist; give" in capsys.readouterr().err
 
 
 def test_what_a_checkpoint_was_put_together_from_is_named():

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -461,17 +462,21 @@ def test_a_search_leaves_out_what_cannot_be_read_and_names_it(package, classifie
     assert "page.png is no readable image" in said
 
 
-def test_a_search_of_nothing_but_unreadable_images_finds_nothing(classifier, tmp_path):
+def test_a_search_of_nothing_but_unreadable_images_finds_nothing_and_says_so(package, classifier, tmp_path, capsys):
     (tmp_path / "page.png").write_text("<html>")
-    assert search(classifier, tmp_path, "a red circle", 5).hits == []
     embed_folder(classifier, tmp_path, tmp_path / "out", SMALL)
-    assert search(classifier, tmp_path / "out", "a red circle", 5).hits == []
+    for source in (tmp_path, tmp_path / "out"):
+        assert search(classifier, source, "a red circle", 5).hits == []
+        assert main(["search", str(source), "a red circle", "--package", str(package)]) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert f"error: {source} holds no image that could be read: give a folder of images, or what" in printed.err
 
 
 def test_an_empty_folder_and_a_missing_one_are_named(classifier, tmp_path):
     with pytest.raises(DataError, match="holds no images"):
         embed_folder(classifier, tmp_path, tmp_path / "out", SMALL)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="none does not exist: give a folder of images"):
         embed_folder(classifier, tmp_path / "none", tmp_path / "out", SMALL)
 
 
@@ -510,21 +515,56 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
     [
         (["predict", "none.png", "a cat"], 1, "error: none.png does not exist"),
         (["predict", "none.png", ""], 1, "error: text 1 of 1 is ''"),
-        (["search", "none", "a cat"], 1, "error: none is no folder"),
+        (["predict", "empty", "a cat"], 1, "error: empty is a folder: give an image file"),
+        (["predict", "https://a.b/c.jpg", "a cat"], 1, "error: https://a.b/c.jpg is an address: accepted is a path"),
+        (["predict", "none.png", "--cache", "note.txt"], 1, "error: --cache is note.txt, a file: give a folder"),
+        (["search", "none", "a cat"], 1, "error: none does not exist: give a folder of images, or what `embed` wrote"),
+        (["search", "note.txt", "a cat"], 1, "error: note.txt is a file: give a folder of images, or what"),
+        (["search", "empty", "a cat"], 1, "error: empty holds no images: give a folder with image files"),
+        (
+            ["search", "other.parquet", "a cat"],
+            1,
+            "error: ./other.parquet is no whole part of `embed`: give a folder of",
+        ),
+        (["embed", "none", "out"], 1, "error: none does not exist: give a folder of images or of Parquet, or one"),
+        (["embed", "note.txt", "out"], 1, "error: note.txt is a file: give a folder of images or of Parquet, or one"),
+        (["embed", "images", "note.txt"], 1, "error: note.txt is no folder for the output, as note.txt is a file"),
+        (["embed", "images", "note.txt/a"], 1, "error: note.txt/a is no folder for the output, as note.txt is a file"),
         (["search", "none", "a cat", "--top", "0"], 1, "error: top is 0"),
         (["predict", "none.png", "--top", "0"], 1, "error: top is 0: give 1 or more"),
         (["predict", "none.png", "a cat", "--top", "-1"], 1, "error: top is -1: give 1 or more"),
         (["embed", "none", "out", "--part-size", "0"], 1, "error: part_size is 0"),
-        (["embed", "none", "out", "--ray", "local"], 1, "error: none is no folder"),
+        (["embed", "none", "out", "--ray", "local"], 1, "error: none does not exist"),
         (["predict", "none.png", "--device", "tpu"], 1, "error: device is 'tpu'"),
         (["predict", "none.png", "--threads", "0"], 1, "error: threads is 0"),
     ],
 )
-def test_the_commands_fail_in_one_line(package, capsys, words, code, said):
+def test_the_commands_fail_in_one_line(package, tmp_path, monkeypatch, capsys, words, code, said):
+    for name in ("empty", "images"):
+        (tmp_path / name).mkdir()
+    shapes.render("embed", 0, 0)[0].save(tmp_path / "images" / "a.png")
+    (tmp_path / "note.txt").write_text("no image")
+    parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "other.parquet")
+    monkeypatch.chdir(tmp_path)
     assert main([*words, "--package", str(package)]) == code
     errors = capsys.readouterr().err
     assert errors.startswith(said)
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "fault"),
+    [("none", "it does not exist"), ("note.txt", "it is a file"), ("empty", "it has no manifest.json")],
+)
+def test_what_is_no_package_is_named_with_what_is_one(folder, fault, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.txt").write_text("no package")
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", "a.png", "a cat", "--package", folder]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {folder} is no package ({fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, as "
+        "artifacts/package\n"
+    )
 
 
 def test_a_parts_metadata_is_json(classifier, folder, tmp_path):

@@ -109,7 +109,7 @@ GIVE = "give a reports folder, with metrics.json and environment.json as `dvc re
 
 
 def test_a_missing_folder_is_named(a, tmp_path, capsys):
-    assert refused(capsys, a, tmp_path / "c") == (1, f"error: {tmp_path}/c: no such folder; {GIVE}")
+    assert refused(capsys, a, tmp_path / "c") == (1, f"error: {tmp_path}/c does not exist; {GIVE}")
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "environment.json"])

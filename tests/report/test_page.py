@@ -73,7 +73,7 @@ FINDING = Finding(
 SHIPPING = Shipping(
     facts=["Ship ort-fp32: an image 2.00 ms, a text 1.00 ms (p50 of a call, batch 1)."],
     losers={
-        "torch-fp32": "slower than ort-fp32",
+        "torch-fp32": "takes 3.00x as long as ort-fp32 on vision, 3.00x on text",
         "trt-fp32": "unavailable: no GPU",
         "trt-fp16": "unavailable: no GPU",
     },
@@ -124,7 +124,7 @@ ABSENT = {"status": "unavailable", "reasons": [MISSING], "precision": "fp16", "r
 ABSENT |= {"build": {}, "trained": True}
 LOST = {"status": "fail", "reasons": ["2.0 % flipped > 1"], "diagnosis": DIAGNOSIS}
 ON_CPU = {
-    "torch-fp32": (checked(92.2, doubts=[DOUBT]), timed(6.0, 370)),
+    "torch-fp32": (checked(92.2, doubts=[DOUBT], limits={"max_flips": {"limit": 0.2, "value": 0}}), timed(6.0, 370)),
     "ort-fp32": (checked(92.2, graphs={"vision": GRAPH}, build=FUSED), timed(2.0, 62.1)),
     "ort-fp16": (checked(92.2), timed(2.04, 1062.0)),
     "ort-int8-dynamic": (checked(92.1, search=SEARCH, **LOST), timed(2.02, 59.3)),

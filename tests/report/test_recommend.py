@@ -75,8 +75,8 @@ def test_the_fastest_that_passes_its_gate_wins_and_every_other_gets_its_reason()
     advice = recommend(rows, RecommendConfig())
     assert advice.ship == {"vision": "ort-int8", "text": "ort-int8"}
     assert advice.losers == {
-        "torch-fp32": "slower than ort-int8 by 3.00x on vision, 4.00x on text",
-        "ort-fp32": "slower than ort-int8 by 1.50x on vision, 2.00x on text",
+        "torch-fp32": "takes 3.00x as long as ort-int8 on vision, 4.00x on text",
+        "ort-fp32": "takes 1.50x as long as ort-int8 on vision, 2.00x on text",
         "trt-fp16": "unavailable: no GPU",
         "ort-fp16": "gate failed: top-1 drop 7.00 points",
     }
@@ -118,10 +118,10 @@ def test_each_tower_gets_its_own_where_that_is_better():
         "a with b": PairVerdict(advice.ship, precision="fp32", status="pass", reasons=[])  # judged once
     }
     assert set(advice.packaged) == {"a", "b"}
-    assert advice.losers["torch-fp32"] == "slower than a by 3.00x on vision; slower than b by 4.00x on text"
+    assert advice.losers["torch-fp32"] == "takes 3.00x as long as a on vision; 4.00x as long as b on text"
 
 
-PAIR_FAILED = "a for images with b for texts, the fastest for each tower, failed together: "
+PAIR_FAILED = "a for images with b for texts, the best for each tower, failed together: "
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_pair_that_fails_together_gives_way_to_the_best_single_target_and_the_
     assert advice.ship == {"vision": "b", "text": "b"}
     assert advice.pairs["a with b"].status == "fail"
     assert reason in advice.pairs["a with b"].reasons[0]
-    assert advice.losers["a"] == "a with b failed together; alone takes, of b's time, 0.67x on vision, 2.67x on text"
+    assert advice.losers["a"] == "a with b failed together; alone takes 0.67x as long as b on vision, 2.67x on text"
     assert advice.alike == {}
     report = markdown(Report("title", rows, shipping=shown(advice, rows)))
     assert "\n- Ship b: an image 5.00 ms, a text 2.50 ms" in report
@@ -151,6 +151,72 @@ def test_one_target_serves_both_towers_where_the_others_winner_cannot_be_told_ap
     assert advice.ship == {"vision": "a", "text": "a"}
     assert advice.alike == {"text": ["b"]}
     assert "(not to be told apart on text: the intervals overlap)" in advice.losers["b"]
+
+
+def near(cosine):
+    return {"cosine_min": {"vision": cosine, "text": 1.0}}
+
+
+def test_where_speeds_cannot_be_told_apart_the_closest_to_the_reference_ships_and_the_report_says_why():
+    rows = [
+        row("slower-fp32", 2.0, 2.0, **near(1.0)),
+        row("ort-fp32", 2.96, 3.0, **near(0.99995)),
+        row("ort-fp16", 2.95, 3.0, **near(0.9999), size_mb=150.0),
+        row("larger-fp32", 3.01, 3.01, **near(1.0), size_mb=310.0),
+        row("ort-int8", 3.02, 3.02, **near(0.9992), size_mb=75.0),
+    ]
+    for given in (rows, rows[::-1]):
+        advice = recommend(given, RecommendConfig())
+        assert advice.ship == {"vision": "ort-fp16", "text": "ort-fp16"}
+        assert advice.losers == {
+            "slower-fp32": "takes 1.48x as long as ort-fp16 on vision, 1.50x on text",
+            "ort-fp32": "takes 1.00x as long as ort-fp16 on vision, 1.00x on text (not to be told apart on vision and "
+            "text: the intervals overlap); larger, 300 MB",
+            "larger-fp32": "takes 0.98x as long as ort-fp16 on vision, 1.00x on text (not to be told apart on vision "
+            "and text: the intervals overlap); larger, 310 MB",
+            "ort-int8": "takes 0.98x as long as ort-fp16 on vision, 0.99x on text (not to be told apart on vision and "
+            "text: the intervals overlap); further from torch-fp32, lowest cosine 0.9992",
+        }
+        facts = shown(advice, given).facts
+        (rule,) = [fact for fact in facts if fact.startswith("Where speeds cannot be told apart, ")]
+        assert facts.index(rule) == 1 + max(at for at, fact in enumerate(facts) if "the intervals overlap" in fact)
+    small = recommend(rows, RecommendConfig(max_size_mb=100))
+    assert small.ship == {"vision": "ort-int8", "text": "ort-int8"}
+    assert not any(fact.startswith("Where speeds") for fact in shown(small, rows).facts)
+
+
+def test_of_targets_that_are_alike_in_all_the_faster_ships():
+    rows = [row("onnx-fp32", 2.99, 3.0, size_mb=300.0), row("ort-fp32", 3.01, 3.0, size_mb=303.0)]
+    advice = recommend(rows, RecommendConfig())
+    assert set(advice.ship.values()) == {"ort-fp32"}
+    assert advice.losers["onnx-fp32"].endswith("the intervals overlap); as close, as small, and not faster")
+
+
+def test_a_target_that_is_level_with_the_winner_and_not_with_the_fastest_is_called_slower():
+    rows = [
+        row("lossy", 3.10, 3.10, **near(0.99)),
+        row("exact", 3.00, 3.00, **near(1.0)),
+        row("small", 2.92, 2.92, **near(1.0), size_mb=10.0),
+    ]
+    advice = recommend(rows, RecommendConfig())
+    assert set(advice.ship.values()) == {"exact"}
+    assert advice.losers["small"] == (
+        "takes 1.03x as long as exact on vision, 1.03x on text (not to be told apart on vision and text: the intervals "
+        "overlap); slower than the fastest, lossy on vision and text"
+    )
+
+
+def test_each_tower_of_a_pair_and_the_target_in_its_place_are_settled_alike():
+    rows = [
+        row("a-int8", 3.0, 1.5, cosine_min={"vision": 0.99, "text": 1.0}),
+        row("a-fp32", 2.98, 1.5, cosine_min={"vision": 1.0, "text": 0.99}),
+        row("b-int8", 2.0, 4.0, **near(0.99)),
+        row("b-fp32", 1.99, 3.98, **near(1.0)),
+    ]
+    assert recommend(rows, RecommendConfig()).ship == {"vision": "a-fp32", "text": "b-int8"}
+    advice = recommend(rows, RecommendConfig(), lambda vision, text: replace(vision, zero_shot=drop(2.0)))
+    assert advice.ship == {"vision": "b-fp32", "text": "b-fp32"}
+    assert "; further from torch-fp32, lowest cosine 0.9900" in advice.losers["b-int8"]
 
 
 def test_whatever_runtime_wins_is_packaged_unless_the_limits_name_others():
@@ -270,6 +336,17 @@ def test_the_front_holds_what_no_other_beats_in_time_accuracy_and_size():
     assert recommend(rows, RecommendConfig()).front == ["small", "exact", "fast"]
 
 
+def test_times_that_cannot_be_told_apart_put_nothing_on_the_front():
+    rows = [
+        row("exact", 3.00, 3.00),
+        row("lossy", 3.02, 3.02, zero_shot=drop(0.5)),
+        row("small", 3.02, 3.02, zero_shot=drop(0.5), size_mb=100.0),
+        row("fast on texts", 3.00, 4.00, zero_shot=drop(0.7)),
+        row("fast", 4.00, 4.00, zero_shot=drop(0.9)),
+    ]
+    assert recommend(rows, RecommendConfig()).front == ["exact", "small", "fast on texts", "fast"]
+
+
 def test_on_a_gpu_latency_decides_and_not_the_speedup_over_a_reference_that_was_slow_then():
     a, b = (replace(row(name, 2.0, 2.0), device="cuda") for name in "ab")
     a.timings["vision"][1] = timing(4.0, p50_ms=2.0, p50_low_ms=1.95, p50_high_ms=2.05)
@@ -285,7 +362,7 @@ def test_the_report_and_its_page_say_which_one_to_ship():
     shipping = shown(recommend(rows, RecommendConfig()), rows)
     text = markdown(Report("title", rows, shipping=shipping))
     assert "## Which one to ship\n\n- Ship ort-int8: an image 3.33 ms, a text 2.50 ms (p50 of a call, batch 1)." in text
-    assert "| `torch-fp32` | slower than ort-int8 by 3.00x on vision, 4.00x on text |" in text
+    assert "| `torch-fp32` | takes 3.00x as long as ort-int8 on vision, 4.00x on text |" in text
 
 
 @pytest.mark.parametrize(

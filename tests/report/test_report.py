@@ -8,7 +8,7 @@ from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.json_files import write_json
 from clip_deploy.core.model import Finding
 from clip_deploy.core.parsing import plain
-from clip_deploy.core.records import CurvePoint, Diagnosis, Drop, EndToEnd, FeedTiming, FlowBatch, Photos, Search
+from clip_deploy.core.records import CurvePoint, Diagnosis, Drop, EndToEnd, FeedTiming, FlowBatch, Limit, Photos, Search
 from clip_deploy.report.contents import Report
 from clip_deploy.report.markdown import markdown
 from clip_deploy.report.recommend import Shipping
@@ -73,10 +73,16 @@ def test_what_int8_leaves_in_float_and_its_curve_are_in_the_report(rows):
     )
     text = markdown(Report("tiny on a CPU", rows))
     assert "| `ort-int8` | 1 of 20: vision: MatMul_7 | 0.50 points, 1.00 % | vision: MatMul_7 2.5e-01" in text
-    assert "0 %: 0.00 % (1.00000), 100 %: 12.50 % (0.75000)" in text
+    assert "0 %: 0.00 points, 0.00 % (1.00000); 100 %: 9.00 points, 12.50 % (0.75000)" in text
     assert plots(rows)["sensitivity"] == [
-        {"target": "ort-int8", "share_percent": 0, "flips_percent": 0, "cosine": 1.0},
-        {"target": "ort-int8", "share_percent": 100, "flips_percent": 12.5, "cosine": 0.75},
+        {"target": "ort-int8", "share_percent": 0, "top1_drop_points": 0, "flips_percent": 0, "cosine": 1.0},
+        {
+            "target": "ort-int8",
+            "share_percent": 100,
+            "top1_drop_points": 9,
+            "flips_percent": 12.5,
+            "cosine": 0.75,
+        },
     ]
 
 
@@ -119,6 +125,34 @@ def test_every_configured_target_has_a_row_in_order_and_no_other_has(rows):
     assert "removed" not in text
     assert "- `ort-int8` fail: 2.0 % flipped > 1" in text
     assert "- `trt-fp16` unavailable: no GPU" in text
+
+
+def test_the_gates_that_rows_were_held_to_are_below_the_table_with_where_they_are_set(rows):
+    fp32 = {"min_cosine": Limit(0.9999, 1.0), "max_top1_drop": Limit(0.1, 0.0), "max_flips": Limit(0.2, 0.0)}
+    no_classes = Limit(1.5, unchecked="the evaluation set has no classes")
+    rows[0].limits = fp32
+    rows[1].precision = "int8"
+    rows[1].limits = {"min_cosine": Limit(0.9, 0.99), "max_top1_drop": no_classes, "max_flips": Limit(8.0, 1.0)}
+    text = markdown(Report("title", rows))
+    below = text[text.index("| `trt-fp16` ") :].split("\n## ")[0].splitlines()
+    place = below.index("| Gate | Lowest cosine, at least | Top-1 drop, points, at most | Flips %, at most |")
+    assert "conf/gates/, in the file that `gates` in params.yaml names" in below[place - 2]
+    assert below[place + 2 : place + 5] == [
+        "| `fp32` | 0.9999 | 0.1 | 0.2 |",
+        "| `int8` | 0.9 | 1.5 (not applied: the evaluation set has no classes) | 8 |",
+    ]
+
+
+def test_rows_have_the_limits_that_validate_wrote(tmp_path):
+    limits = {"max_flips": {"limit": 0.2, "value": 0.1}}
+    (_, row) = written(tmp_path, {"ort-fp32": TIMED}, {**CHECKED, "limits": limits})
+    assert row.limits == {"max_flips": Limit(0.2, 0.1)}
+
+
+def test_what_the_references_own_speed_up_is_stands_below_the_table(rows):
+    note = "\n- `torch-fp32`'s speed-up is over itself, the reference timed once more beside the reference: "
+    assert note in markdown(Report("title", rows))
+    assert "is over itself" not in markdown(Report("title", rows[1:]))
 
 
 def test_metrics_hold_scalars_only_under_one_key_a_target(rows):

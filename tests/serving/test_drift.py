@@ -165,10 +165,12 @@ def test_a_folder_without_embeddings_is_named(tmp_path, capsys, content, said):
         ("none.npy", "error: cannot read none.npy"),
         ("none", "error: cannot read none (no such file or folder): give a .npy"),
         ("text.npy", "error: cannot read text.npy"),
+        ("text.txt", "error: cannot read text.txt (a file of another kind): give a .npy"),
     ],
 )
 def test_a_sample_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys, sample, said):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.npy").write_text("no array")
+    for ending in ("npy", "txt"):
+        (tmp_path / f"text.{ending}").write_text("no array")
     assert main(["drift", sample, sample]) == 1
     assert capsys.readouterr().err.startswith(said)

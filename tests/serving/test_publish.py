@@ -149,6 +149,30 @@ def test_a_repository_whose_manifest_names_no_files_is_refused(new, served, cont
         publish(new, served)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["none", "served"], "none does not exist: give artifacts/triton/onnxruntime or artifacts/triton/python"),
+        (["note.txt", "served"], "note.txt is a file: give artifacts/triton/onnxruntime or artifacts/triton/python"),
+        (["served", "served"], "served has no manifest.json beside it: give artifacts/triton/onnxruntime or"),
+        (["https://a.b/c", "served"], "https://a.b/c is an address: accepted is a path on this machine"),
+        (["new/python", "none"], "none does not exist: give a copy of artifacts/triton/onnxruntime or"),
+        (["new/python", "note.txt"], "note.txt is a file: give a copy of artifacts/triton/onnxruntime or"),
+        (["new/python", "served", "localhost:8000"], "the server's address is localhost:8000: give it as http://"),
+        (["--withdraw", "two", "served"], "served has version 1: two cannot be taken out of it"),
+    ],
+)
+def test_a_wrong_word_is_named_with_what_is_right(new, served, words, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "note.txt").write_text("no repository")
+    monkeypatch.chdir(tmp_path)
+    before = hashes(served)
+    assert main(["publish", *words]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {said}")
+    assert errors.count("\n") == 1
+    assert hashes(served) == before
+
+
 def test_by_hand(new, served, server, tmp_path, capsys):
     assert main(["publish", str(new), str(served)]) == 0
     assert capsys.readouterr().out == f"{served}: version 2 is the newest; a server takes it at its next start\n"
