@@ -18,12 +18,12 @@ from clip_deploy.core.errors import DataError, DeployError, first_line
 from clip_deploy.core.model import image_feed
 from clip_deploy.core.package import Package, read_labels, read_package, read_preprocessing
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
+from clip_deploy.core.vectors import unit
 from clip_deploy.inference.embedding_sample import EmbeddingSample
 from clip_deploy.inference.images import read_image, rgb
 from clip_deploy.inference.scores import Scoring
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
-from clip_deploy.inference.vectors import unit
 
 DEVICES = {"cpu": [CPU], "cuda": [CUDA, CPU]}  # ONNX Runtime's providers; what CUDA has no kernel for runs on the CPU
 MIN_ONNXRUNTIME = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
