@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from clip_deploy.core.vectors import unit
 from clip_deploy.inference.classifier import ZeroShotClassifier
-from clip_deploy.inference.vectors import unit
 from clip_deploy.timing.latency_worker import prepare_call, serve
 
 

@@ -24,6 +24,7 @@ class Settings:
     benchmark_results: Path = MISSING
     recommendation: Path = MISSING
     served: Path = MISSING
+    vectors: Path = MISSING
     output: Path = MISSING
 
 
@@ -32,7 +33,8 @@ def report(settings: Settings) -> None:
     rows = read_rows(settings.targets, settings.validation, settings.benchmark_results)
     flows = read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end")
     inputs = settings.environment, settings.checkpoint, settings.evaluation, settings.recommendation, settings.served
-    write_report(gather(rows, flows, settings.model_name, settings.data_name, *inputs), settings.output)
+    gathered = gather(rows, flows, settings.model_name, settings.data_name, *inputs, settings.vectors)
+    write_report(gathered, settings.output)
     counts = f"{len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass"
     print(f"{settings.output / 'report.md'}: {'; '.join([*doubts(rows), counts])}")
 

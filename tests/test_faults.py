@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 HOOKS = str(ROOT / "tests" / "support" / "faults")
 STAGES = [
-    "probe", "download", "prepare", "export_torchscript@torchscript-fp32", "export_torchscript@torch-int8",
+    "probe", "download", "prepare", "vectors", "export_torchscript@torchscript-fp32", "export_torchscript@torch-int8",
     "export_openvino@openvino-fp32", "export_onnx", "optimize@ort-fp32", "optimize@ort-fp16",
     "quantize@ort-int8-dynamic", "quantize@ort-int8-static", "validate@ort-fp32", "benchmark@ort-fp32", "recommend",
     "package", "triton_repository", "validate_triton", "report",

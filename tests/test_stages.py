@@ -21,7 +21,10 @@ from stages import _check_inputs
 from stages.probe import identity
 
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")})
-WITHOUT_TORCH = ("probe", "optimize", "quantize", "validate", "benchmark", "recommend", "triton_repository", "report")
+WITHOUT_TORCH = (
+    *("probe", "vectors", "optimize", "quantize", "validate", "benchmark", "recommend", "triton_repository"),
+    "report",
+)
 
 
 def run(*arguments, cwd=ROOT, code=None):
@@ -163,6 +166,7 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
     project = built.copy(tmp_path / "project")
     arguments = {
         "probe": ["output=out/environment.json", "inputs=out/inputs.json"],
+        "vectors": ["evaluation=artifacts/data/evaluation", "output=out/vectors.json"],
         "optimize": [
             "target=ort-fp32",
             "source=artifacts/onnx-fp32",
@@ -208,6 +212,7 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
             "benchmark_results=reports/benchmark",
             "recommendation=reports/recommendation.json",
             "served=reports/triton.json",
+            "vectors=reports/vectors.json",
             "output=out",
         ],
     }[name]

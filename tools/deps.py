@@ -68,7 +68,7 @@ IDLE = {  # stages in which a library decides nothing: it checks what was made, 
     "torchvision": {"export_torch", "export_torchscript"},
     "pillow": {  # pictures are read by prepare, and by what depends on all libraries
         *("download", "export_torch", "export_torchscript", "export_aoti", "export_openvino", "export_onnx"),
-        *("optimize", "quantize", "build_engine", "triton_engines"),
+        *("optimize", "quantize", "build_engine", "triton_engines", "vectors"),
     },
 }
 NAMES = {"PIL": "pillow"}

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from clip_deploy.core.errors import DataError, DeployError, first_line
+from clip_deploy.core.vectors import read_vectors
 from clip_deploy.inference.storage import TABLE, local, read_tables, shown
-from clip_deploy.inference.vectors import read_vectors
 from clip_deploy.serving.drift import measure_drift
 
 DRIFTED = 3

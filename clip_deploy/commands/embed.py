@@ -10,10 +10,10 @@ import argparse
 from functools import partial
 
 from clip_deploy.commands.opened import add_package_arguments, name_unreadable, open_package
+from clip_deploy.core.vectors import DTYPES
 from clip_deploy.inference.embed import EmbedSettings, Summary, embed, make_here
 from clip_deploy.inference.embed_ray import Shipped, make_on_ray
 from clip_deploy.inference.storage import Columns, open_source, shown
-from clip_deploy.inference.vectors import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

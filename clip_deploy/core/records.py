@@ -336,3 +336,41 @@ class EndToEnd:
     feeds: dict[str, FeedTiming]
     photos: Photos | None = None
     threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Recall in percent, with its 95 % bootstrap interval over the queries."""
+
+    percent: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class VectorCost:
+    """What vectors of one width and type cost a search: bytes of a vector, recall by how many nearest are asked for."""
+
+    dimensions: int
+    dtype: str
+    bytes: int
+    recall: dict[int, Recall]
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """reports/vectors.json: recall against float32 at full width (evaluate/stored_vectors.py).
+
+    Attributes:
+        queries: how many; `of` says whether they are captions or prompts.
+        images: how many are searched.
+        dimension: the full width.
+        left_out: widths and types that cannot be stored, with the reason.
+    """
+
+    queries: int
+    of: str
+    images: int
+    dimension: int
+    costs: list[VectorCost]
+    left_out: list[str]

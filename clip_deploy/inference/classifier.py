@@ -15,12 +15,12 @@ from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.images import read_image, rgb
 from clip_deploy.core.package import Package, read_labels, read_package, read_preprocessing
+from clip_deploy.core.vectors import unit
 from clip_deploy.inference.embedding_sample import EmbeddingSample
 from clip_deploy.inference.encoders import PackageEncoder
 from clip_deploy.inference.scores import Scoring
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
-from clip_deploy.inference.vectors import unit
 
 DEVICES = ("cpu", "cuda")
 AHEAD = 2  # batches that are read and preprocessed while one is encoded

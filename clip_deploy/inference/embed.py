@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.images import read_image
+from clip_deploy.core.vectors import DTYPES, check_width, encode, unit
 from clip_deploy.inference.classifier import Picture, ZeroShotClassifier, check_count
 from clip_deploy.inference.storage import (
     Files,
@@ -38,7 +39,6 @@ from clip_deploy.inference.storage import (
     shown,
     write_part,
 )
-from clip_deploy.inference.vectors import DTYPES, check_width, encode, unit
 
 MADE_BY = b"clip_deploy"  # key of a part's metadata
 PART = "part-{:05}.parquet"

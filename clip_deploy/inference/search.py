@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_deploy.core.errors import DataError, DeployError
+from clip_deploy.core.vectors import cut, read_vectors
 from clip_deploy.inference.classifier import ZeroShotClassifier, check_count
 from clip_deploy.inference.embed import printable, read_header
 from clip_deploy.inference.storage import TABLE, list_images, list_parts, local, open_part, shown
-from clip_deploy.inference.vectors import cut, read_vectors
 
 SEARCHED = "give a folder of images, or what `embed` wrote: a folder or URI of part-*.parquet, or one part"
 Embedded = tuple[list[str], np.ndarray]  # paths, and float32 embeddings [images, dimension]

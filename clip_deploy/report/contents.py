@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clip_deploy.core.model import Finding
-from clip_deploy.core.records import EndToEnd
+from clip_deploy.core.records import EndToEnd, StoredVectors
 from clip_deploy.core.served import Served
 from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row
@@ -60,6 +60,7 @@ class Report:
         shipping: recommend.shown; None where nothing was asked for.
         findings: of the checkpoint's check.
         served: what validate_triton wrote; None where it did not run.
+        vectors: what vectors of fewer dimensions and bits cost a search; None where it was not measured.
     """
 
     title: str
@@ -70,3 +71,4 @@ class Report:
     shipping: Shipping | None = None
     findings: Sequence[Finding] = ()
     served: Served | None = None
+    vectors: StoredVectors | None = None

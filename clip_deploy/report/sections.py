@@ -8,7 +8,7 @@ from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import REFERENCE
 from clip_deploy.core.fusions import ADVICE, KINDS
 from clip_deploy.core.model import Finding
-from clip_deploy.core.records import EndToEnd, FeedTiming, Limit
+from clip_deploy.core.records import EndToEnd, FeedTiming, Limit, Recall, StoredVectors
 from clip_deploy.report.contents import Block, Key, Report, Section, Table
 from clip_deploy.report.decisive import BETWEEN_RUNS, Judged, again, pace, undecided
 from clip_deploy.report.figures import accuracy_figure, sensitivity_figure, speed_figure, throughput_figure
@@ -507,6 +507,36 @@ def search_section(report: Report) -> Section | None:
     return Section("INT8 within its accuracy budget", [*tables, *([figure] if figure else [])])
 
 
+def vector_section(report: Report) -> Section | None:
+    """What fewer dimensions and fewer bits of each cost a search by text."""
+    found = report.vectors
+    if not found:
+        return None
+    nearest = list(dict.fromkeys(k for cost in found.costs for k in cost.recall))
+    head = ["Dimensions", "Type", "Bytes of a vector", *(f"Recall@{k} % [95 %]" for k in nearest)]
+    body = [
+        [str(cost.dimensions), cost.dtype, f"{cost.bytes:,}", *(_recall(cost.recall[k]) for k in nearest)]
+        for cost in found.costs
+    ]
+    left_out = [_listed(f"Left out: {reason}." for reason in found.left_out)] if found.left_out else []
+    return Section("Shorter vectors", [Table(head, body), *left_out, _vectors_measure(found)])
+
+
+def _recall(found: Recall) -> str:
+    return f"{found.percent:.1f} [{found.low:.1f}, {found.high:.1f}]"
+
+
+def _vectors_measure(found: StoredVectors) -> str:
+    return (
+        f"{found.queries:,} {found.of} of different words search the {found.images:,} images of the evaluation set, "
+        f"all embedded by `{REFERENCE}`. Recall@k is the share of the k nearest images by float32 at "
+        f"{found.dimension:,} dimensions that are among the k nearest by the vectors of that row, averaged over the "
+        "queries, with a bootstrap interval over them. The text is cut like the images and stays float32, as in "
+        "`clip-deploy search`. An image that ties with the k-th nearest counts as near; shorter vectors that tie for "
+        "the last places share them."
+    )
+
+
 def build_section(report: Report) -> Section:
     """How each target that is there was made."""
     body = [[f"`{row.target}`", row.build or _plain(row)] for row in report.rows if row.status != "unavailable"]
@@ -563,6 +593,7 @@ SECTIONS: Sequence[Callable[[Report], Section | None]] = (
     pixel_section,
     head_section,
     search_section,
+    vector_section,
     build_section,
     method_section,
     run_section,

@@ -11,7 +11,7 @@ from clip_deploy.core.json_files import read_json, write_json
 from clip_deploy.core.model import Model
 from clip_deploy.core.parsing import read_record
 from clip_deploy.core.recommendation import Recommendation
-from clip_deploy.core.records import EndToEnd
+from clip_deploy.core.records import EndToEnd, StoredVectors
 from clip_deploy.core.served import Served
 from clip_deploy.report.contents import Report
 from clip_deploy.report.markdown import markdown
@@ -39,6 +39,7 @@ def gather(
     evaluation: Path,
     recommendation: Path,
     served: Path,
+    vectors: Path,
 ) -> Report:
     """All that the report says, from the rows, what was timed end to end, and the files of the other stages."""
     machine = read_record(Environment, environment, null_is_nan=False)
@@ -52,6 +53,7 @@ def gather(
         shipping=shown(read_record(Recommendation, recommendation, null_is_nan=False), rows),
         findings=model.findings,
         served=read_record(Served, served),
+        vectors=read_record(StoredVectors, vectors),
     )
 
 

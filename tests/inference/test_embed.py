@@ -19,12 +19,12 @@ from support.project import ROOT
 from clip_deploy.__main__ import main
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.images import read_image
+from clip_deploy.core.vectors import DTYPES
 from clip_deploy.data import scenes as shapes
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.inference.embed import EmbedSettings, embed, embed_folder, make_here, make_part
 from clip_deploy.inference.search import search
 from clip_deploy.inference.storage import list_images, open_source
-from clip_deploy.inference.vectors import DTYPES
 
 LABELS = [shapes.CLASSES[7 * index % len(shapes.CLASSES)] for index in range(25)]
 SMALL = EmbedSettings(batch_size=4, part_size=10)

@@ -16,7 +16,16 @@ from support.project import ROOT
 from clip_deploy.core.json_files import write_json
 from clip_deploy.core.model import Finding
 from clip_deploy.core.parsing import plain
-from clip_deploy.core.records import CurvePoint, EndToEnd, FeedTiming, FlowBatch, Photos
+from clip_deploy.core.records import (
+    CurvePoint,
+    EndToEnd,
+    FeedTiming,
+    FlowBatch,
+    Photos,
+    Recall,
+    StoredVectors,
+    VectorCost,
+)
 from clip_deploy.core.served import Fault, VersionStep
 from clip_deploy.report.contents import Figure, Report, Table
 from clip_deploy.report.markdown import markdown
@@ -84,6 +93,17 @@ SHIPPING = Shipping(
 SERVED = records.served(
     versions=[VersionStep("two", ["1", "2"], "2", "", as_expected=True, right=True, sent=40, failed=0, error="")],
     faults=[Fault("noise", "400: a|b", refused=True, survived=True)],
+)
+VECTORS = StoredVectors(
+    queries=1684,
+    of="captions",
+    images=960,
+    dimension=12,
+    costs=[
+        VectorCost(12, "float32", 48, {1: Recall(100.0, 100.0, 100.0), 5: Recall(100.0, 100.0, 100.0)}),
+        VectorCost(6, "int8", 6, {1: Recall(97.25, 96.0, 98.5), 5: Recall(98.04, 97.1, 98.96)}),
+    ],
+    left_out=["1/8 of 12 dimensions is no whole number"],
 )
 
 
@@ -161,6 +181,7 @@ def report_of(targets, folder):
         shipping=SHIPPING,
         findings=[FINDING],
         served=SERVED,
+        vectors=VECTORS,
     )
 
 
@@ -215,6 +236,14 @@ def test_every_section_is_on_both_faces(build, everything, faces):
         for part in parts:
             assert words(part) in words(written)
             assert words(part) in words_of(shown)
+
+
+def test_the_table_of_shorter_vectors_says_what_each_costs_and_what_is_left_out(faces):
+    section = faces[0].split("## Shorter vectors\n")[1].split("\n## ")[0]
+    assert "| Dimensions | Type | Bytes of a vector | Recall@1 % [95 %] | Recall@5 % [95 %] |" in section
+    assert "| 6 | int8 | 6 | 97.2 [96.0, 98.5] | 98.0 [97.1, 99.0] |" in section
+    assert "- Left out: 1/8 of 12 dimensions is no whole number.\n" in section
+    assert "1,684 captions of different words search the 960 images" in section
 
 
 def test_both_faces_have_the_same_sections_in_the_same_order(everything, faces):
