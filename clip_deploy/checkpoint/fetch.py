@@ -29,7 +29,7 @@ from clip_deploy.checkpoint.layout import (
 )
 from clip_deploy.checkpoint.load import describe
 from clip_deploy.checkpoint.open_clip_files import find_text_config, verify_folder
-from clip_deploy.checkpoint.places import Place, base_place, model_place, processor_place
+from clip_deploy.checkpoint.places import FILE, Place, base_place, model_place, processor_place
 from clip_deploy.checkpoint.processor import processor_files, refuse_unused
 from clip_deploy.checkpoint.sentence_transformers import (
     fold,
@@ -232,11 +232,17 @@ def _refuse_parts(model: ModelConfig, what: str) -> None:
 def _snapshot(place: Place, names: Iterable[str]) -> Path:
     """The files of a repository that match, through the Hugging Face cache.
 
-    HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE hold as usual.
+    HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE hold as usual. Raises CheckpointError where the revision is no commit.
     """
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(place.repo_id), revision=place.revision, allow_patterns=list(names)))
+    folder = Path(snapshot_download(str(place.repo_id), revision=place.revision, allow_patterns=list(names)))
+    if folder.name != place.revision:  # the cache names it by its commit
+        raise CheckpointError(
+            f"model.{place.pin} is {place.revision}, a name that can move to other weights: {place.repo_id} is at "
+            f"{folder.name} there now; set `{place.pin}: {folder.name}` in {FILE}"
+        )
+    return folder
 
 
 def _settings(place: Place) -> Path:

@@ -18,12 +18,13 @@ FILE = "the model's file in conf/model/"
 
 @dataclass(frozen=True)
 class Place:
-    """A local folder, or a repository of the hub at a revision; `setting` is what names it."""
+    """A local folder, or a repository of the hub at a revision; `setting` is what names it, `pin` its revision."""
 
     setting: str
     path: str | None = None
     repo_id: str | None = None
     revision: str | None = None
+    pin: str = "revision"
 
     def __str__(self) -> str:
         return f"{self.repo_id} at {self.revision}" if self.repo_id else str(self.path)
@@ -73,7 +74,7 @@ def _place(setting: str, name: str, revision: str | None, pin: str, local: bool 
     if not revision:
         here = "no such folder here, and " if local else ""
         raise CheckpointError(f"{setting} is {name!r:.120}: {here}as an id it is not pinned to a commit{way}")
-    return Place(setting, repo_id=name, revision=revision)
+    return Place(setting, repo_id=name, revision=revision, pin=pin)
 
 
 def _is_here(name: str) -> bool:

@@ -429,12 +429,12 @@ except CheckpointError as error:
 """
 
 
-def fetch_in_a_process(tmp_path, **variables):
+def fetch_in_a_process(tmp_path, revision=REVISION, **variables):
     """huggingface_hub reads its settings once, when it is imported."""
     output = tmp_path / "output"
     output.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", FETCH, REVISION, str(output)],
+        [sys.executable, "-c", FETCH, revision, str(output)],
         env={"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", **variables},
         cwd=TINY.parent.parent,
         capture_output=True,
@@ -509,6 +509,23 @@ def test_a_hub_checkpoint_is_downloaded_without_pickles_or_code(tmp_path, hub):
     again.mkdir()
     offline, _ = fetch_in_a_process(again, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
     assert offline.returncode == 0, offline.stderr
+
+
+@pytest.mark.parametrize("name", ["main", "v1.0", REVISION[:7]])
+def test_a_revision_that_can_move_is_refused_with_the_commit_that_it_is_now(tmp_path, hub, monkeypatch, name):
+    monkeypatch.setattr(Hub, "asked", [])
+    done, output = fetch_in_a_process(tmp_path, name, HF_ENDPOINT=hub)
+    said = (
+        f"model.revision is {name}, a name that can move to other weights: someone/tiny-clip is at {REVISION} there "
+        f"now; set `revision: {REVISION}` in the model's file in conf/model/"
+    )
+    assert done.stderr.strip().splitlines()[-1] == said
+    assert "model.safetensors" not in Hub.asked
+    assert not list(output.iterdir())
+    again = tmp_path / "again"
+    again.mkdir()
+    offline, _ = fetch_in_a_process(again, name, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    assert offline.stderr.strip().splitlines()[-1] == said
 
 
 def test_a_repository_with_pickles_alone_is_told_so(tmp_path, hub, monkeypatch, kinds):

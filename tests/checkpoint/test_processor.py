@@ -119,6 +119,18 @@ def test_a_tokenizer_of_another_model_is_found_by_the_linter(bare, siglip, tmp_p
         fetched(bare, tmp_path / "torch-fp32", processor=str(siglip.parent))
 
 
+def test_a_processor_at_a_revision_that_can_move_is_refused(bare, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached(tmp_path / "cache", "someone/clip", TINY)
+    (tmp_path / "cache" / "models--someone--clip" / "refs").mkdir()
+    (tmp_path / "cache" / "models--someone--clip" / "refs" / "main").write_text(COMMIT)
+    said = refused(bare, processor="someone/clip", processor_revision="main")
+    assert said.startswith(
+        "model.processor_revision is main, a name that can move to other weights: someone/clip is at "
+    )
+    assert said.endswith(f"set `processor_revision: {COMMIT}` in the model's file in conf/model/")
+
+
 def test_a_revision_alone_is_refused():
     with pytest.raises(ConfigError, match=r"model\.processor_revision is set without model\.processor"):
         ModelConfig(path=str(TINY), processor_revision=COMMIT)
