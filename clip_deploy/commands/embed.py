@@ -10,10 +10,12 @@ import argparse
 from functools import partial
 
 from clip_deploy.commands.opened import add_package_arguments, name_unreadable, open_package
+from clip_deploy.core.errors import DataError
 from clip_deploy.core.vectors import DTYPES
 from clip_deploy.inference.embed import EmbedSettings, Summary, embed, make_here
+from clip_deploy.inference.embed_gpus import Opening, choose_gpus, make_on_gpus
 from clip_deploy.inference.embed_ray import Shipped, make_on_ray
-from clip_deploy.inference.storage import Columns, open_source, shown
+from clip_deploy.inference.storage import Columns, Source, open_source, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="float32", help="bits of each number: 32, 16, 8 or 1; default: %(default)s"
     )
     parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N numbers; default: all")
+    parser.add_argument("--gpus", metavar="GPUS", help="a process for each of these: all, or numbers as 0,1")
     parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster: auto (this machine's), local, or host:port")
 
 
@@ -50,11 +53,22 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _embedded(given: argparse.Namespace) -> Summary:
+    if given.gpus is not None and given.ray is not None:
+        raise DataError("--gpus and --ray are both given: Ray's workers take a GPU each with --device cuda")
     settings = EmbedSettings(given.batch_size, given.part_size, given.dtype, given.dimensions)
     columns = Columns(given.id_column, given.image_column)
     source = open_source(given.source, settings.part_size, columns, shared=given.ray is not None)
+    if given.gpus is not None:
+        return _on_gpus(given, source, settings)
     if given.ray is None:
         classifier = open_package(given)
         return embed(classifier, source, given.output, settings, partial(make_here, classifier))
     package = Shipped.read(given.package, given.device, given.threads)
     return embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))
+
+
+def _on_gpus(given: argparse.Namespace, source: Source, settings: EmbedSettings) -> Summary:
+    chosen = choose_gpus(given.gpus)
+    package = Shipped.read(given.package, given.device or "cuda", given.threads)
+    opening = Opening(given.package, package.device, given.threads)
+    return embed(package, source, given.output, settings, partial(make_on_gpus, opening, chosen))

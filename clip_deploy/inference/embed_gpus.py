@@ -1,0 +1,128 @@
+"""`embed` on several GPUs of this machine: a process for each, which gets one part after the other.
+
+The same part has the same bytes whichever GPU makes it, and appears whole or not at all: what a killed run leaves is
+taken up by the next, on however many GPUs.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from clip_deploy.core.environment import gpus
+from clip_deploy.core.errors import DataError, DeployError, UnavailableError
+from clip_deploy.core.subprocesses import die_with_parent, ending
+from clip_deploy.inference.classifier import ZeroShotClassifier
+from clip_deploy.inference.embed import PART, EmbedJob, Header, make_part
+from clip_deploy.inference.storage import Part
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"  # by which a process of CUDA's sees its GPU alone
+
+
+@dataclass
+class Opening:
+    """How each process opens the package."""
+
+    package: Path
+    device: str | None
+    threads: int | None
+
+
+def choose_gpus(asked: str) -> list[str]:
+    """The GPUs that `--gpus` names, as CUDA_VISIBLE_DEVICES does: "all" of this process's, or some, as "0,2".
+
+    Raises DataError where the list is none, UnavailableError where there are fewer.
+    """
+    visible = os.environ.get(VISIBLE)
+    known = visible.split(",") if visible else [str(number) for number in range(len(gpus()))]
+    if asked == "all":
+        if not known:
+            raise UnavailableError("--gpus is all, and nvidia-smi finds no GPU here: leave it out")
+        return known
+    chosen = asked.split(",")
+    if len(set(chosen)) < len(chosen) or not all(number.isdigit() for number in chosen):
+        raise DataError(f"--gpus is {asked!r}: give all, or numbers with commas between them, as 0,1")
+    if missing := [number for number in chosen if int(number) >= len(known)]:
+        raise UnavailableError(f"--gpus names GPU {', '.join(missing)}, and there are {len(known)}, from 0 on")
+    return [known[int(number)] for number in chosen]
+
+
+def make_on_gpus(
+    opening: Opening, chosen: list[str], job: EmbedJob, missing: dict[int, Part], advance: Callable[[int], object]
+) -> Iterator[Header]:
+    """Make parts in a process for each of the chosen GPUs, and yield their headers as they come.
+
+    Raises DeployError where a process cannot open the package, cannot write, or ends on its own.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    left = list(missing.items())[::-1]
+    workers: dict[Connection, Worker] = {}
+    try:
+        for gpu in chosen[: len(missing)]:
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(gpu, opening, job, there))
+            process.start()
+            there.close()  # the process holds the only other end: its death is the end of the file
+            workers[here] = Worker(gpu, process)
+            _hand_out(here, workers[here], left)
+        while any(worker.part is not None for worker in workers.values()):
+            for ready in wait(list(workers)):
+                assert isinstance(ready, Connection)
+                header = _answer(ready, workers[ready])
+                advance(header["rows"] + len(header["unreadable"]))
+                yield header
+                _hand_out(ready, workers[ready], left)
+    finally:
+        for connection, worker in workers.items():
+            connection.close()
+            worker.process.kill()
+            worker.process.join()
+
+
+@dataclass
+class Worker:
+    """A process, and the number of the part that it makes."""
+
+    gpu: str
+    process: multiprocessing.process.BaseProcess
+    part: int | None = None
+
+
+def _hand_out(connection: Connection, worker: Worker, left: list[tuple[int, Part]]) -> None:
+    worker.part = None
+    if left:
+        number, part = left.pop()
+        worker.part = number
+        connection.send((number, part))
+
+
+def _answer(connection: Connection, worker: Worker) -> Header:
+    try:
+        answer: Header | DeployError = connection.recv()
+    except EOFError:
+        worker.process.join()
+        raise DeployError(
+            f"the process of GPU {worker.gpu} {ending(worker.process.exitcode or 0)} while it made "
+            f"{PART.format(worker.part)}: run again to go on"
+        ) from None
+    if isinstance(answer, DeployError):
+        raise answer
+    return answer
+
+
+def _work(gpu: str, opening: Opening, job: EmbedJob, connection: Connection) -> None:
+    die_with_parent()
+    os.environ[VISIBLE] = gpu
+    try:
+        classifier = ZeroShotClassifier.open(opening.package, opening.device, opening.threads)
+        if classifier.fingerprint != job.maker["package"]:
+            raise DeployError(f"{opening.package} is another package than when the run began: run again")
+        while True:
+            number, part = connection.recv()
+            connection.send(make_part(classifier, job, number, part, lambda images: None))
+    except DeployError as error:
+        connection.send(error)
+    except EOFError:  # nothing is left
+        pass
