@@ -203,7 +203,11 @@ def _describe(folder: Path) -> Model:
     text_inputs = ["input_ids"] if siglip else ["input_ids", "attention_mask"]
     image_size, patches = _image_shape(folder, processor.image_processor)
     tokens = processor.tokenizer(
-        EXAMPLE_TEXTS, padding="max_length" if siglip else "longest", truncation=True, max_length=context
+        EXAMPLE_TEXTS,
+        padding="max_length" if siglip else "longest",
+        truncation=True,
+        max_length=context,
+        return_attention_mask=True,  # also where its model_input_names leave it out
     )
     return Model(
         model_type=kind,

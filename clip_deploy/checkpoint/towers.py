@@ -31,14 +31,9 @@ class ImageTower(nn.Module):  # type: ignore[misc]
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        arranged = (
-            {}
-            if spatial_shapes is None
-            else {
-                "pixel_attention_mask": pixel_attention_mask,
-                "spatial_shapes": spatial_shapes,
-            }
-        )
+        arranged = {}
+        if spatial_shapes is not None:
+            arranged = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         return embeddings(self.model, "get_image_features", pixel_values=pixel_values, **arranged)
 
 

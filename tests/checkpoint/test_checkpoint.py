@@ -26,6 +26,7 @@ from clip_deploy.core.environment import fingerprint
 from clip_deploy.core.errors import CheckpointError, ConfigError, UnavailableError, one_line
 from clip_deploy.core.model import Origin, TowerShape
 from clip_deploy.core.similarity import row_cosines
+from clip_deploy.data.preprocessed import tokenize
 from clip_deploy.runtimes import open_encoder
 
 
@@ -173,6 +174,23 @@ def test_no_allowance_leads_past_a_missing_vocabulary(folder, tmp_path, kinds):
         before="one embedding for all texts, top-1 2.1 % of 48 classes, all rows pass, a package ships",
         now=str(refused.value).replace(str(folder), "the folder"),
     )
+
+
+def test_a_tokenizer_that_names_no_mask_gives_one_to_a_model_that_takes_it(folder, tmp_path):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_input_names": ["input_ids"]}))
+    assert "attention_mask" not in load_processor(folder).tokenizer("red")
+    output = tmp_path / "output"
+    output.mkdir()
+    model = ModelConfig(path=str(folder))
+    described = fetch(model, output).model
+    assert described.text_inputs == ["input_ids", "attention_mask"]
+    assert described.example_texts == describe(TINY).example_texts
+    assert lint(output, model, described) == []
+    texts = ["red", "a photo of a yellow star"]
+    found, expected = (tokenize(load_processor(each), described, texts) for each in (output, TINY))
+    assert found.attention_mask.tolist() == expected.attention_mask.tolist()
+    assert 0 in found.attention_mask
 
 
 def test_a_vocabulary_without_words_is_refused(chinese_clip, tmp_path):
