@@ -10,6 +10,7 @@ import argparse
 from functools import partial
 
 from clip_deploy.commands.opened import add_package_arguments, name_unreadable, open_package
+from clip_deploy.inference.classifier import FEEDS
 from clip_deploy.inference.embed import EmbedSettings, Summary, embed, make_here
 from clip_deploy.inference.embed_ray import Shipped, make_on_ray
 from clip_deploy.inference.storage import Columns, open_source, shown
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="float32", help="bits of each number: 32, 16, 8 or 1; default: %(default)s"
     )
     parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N numbers; default: all")
+    parser.add_argument(
+        "--feed",
+        choices=FEEDS,
+        default="exact",
+        help="fast: JPEGs several times as fast, pixels about a grey level off (extra `fast`); default: %(default)s",
+    )
     parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster: auto (this machine's), local, or host:port")
 
 
@@ -50,7 +57,7 @@ def _embedded(given: argparse.Namespace) -> Summary:
     columns = Columns(given.id_column, given.image_column)
     source = open_source(given.source, settings.part_size, columns, shared=given.ray is not None)
     if given.ray is None:
-        classifier = open_package(given)
+        classifier = open_package(given, given.feed)
         return embed(classifier, source, given.output, settings, partial(make_here, classifier))
-    package = Shipped.read(given.package, given.device, given.threads)
+    package = Shipped.read(given.package, given.device, given.threads, given.feed)
     return embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))

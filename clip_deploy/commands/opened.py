@@ -16,8 +16,10 @@ def add_package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="a folder in which embeddings of texts are kept")
 
 
-def open_package(given: argparse.Namespace) -> ZeroShotClassifier:
-    return ZeroShotClassifier.open(given.package, device=given.device, threads=given.threads, cache_folder=given.cache)
+def open_package(given: argparse.Namespace, feed: str = "exact") -> ZeroShotClassifier:
+    return ZeroShotClassifier.open(
+        given.package, device=given.device, threads=given.threads, cache_folder=given.cache, feed=feed
+    )
 
 
 def name_unreadable(unreadable: list[str]) -> int:

@@ -15,11 +15,13 @@ from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 from clip_deploy.core.artifact import EMBEDS, real_graph
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError, first_line
+from clip_deploy.core.fast_preprocessing import FastPreprocessing
 from clip_deploy.core.model import image_feed
 from clip_deploy.core.package import Package, read_labels, read_package, read_preprocessing
+from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.providers import CPU, CUDA, load_cuda
 from clip_deploy.inference.embedding_sample import EmbeddingSample
-from clip_deploy.inference.images import read_image, rgb
+from clip_deploy.inference.images import jpeg_of, read_image, rgb
 from clip_deploy.inference.scores import Scoring
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
@@ -27,6 +29,7 @@ from clip_deploy.inference.vectors import unit
 
 DEVICES = {"cpu": [CPU], "cuda": [CUDA, CPU]}  # ONNX Runtime's providers; what CUDA has no kernel for runs on the CPU
 MIN_ONNXRUNTIME = (1, 21)  # ONNX Runtime 1.19 and 1.20 attend to the wrong tokens of a masked text, without an error
+FEEDS = ("exact", "fast")  # ways from a file to pixel values: the checkpoint's own, by Pillow, or FastPreprocessing
 AHEAD = 2  # batches that are read and preprocessed while one is encoded
 
 Picture = Path | str | Image.Image | Callable[[], Image.Image]  # a call reads one as RGB, or raises DataError
@@ -48,6 +51,7 @@ class ZeroShotClassifier:
         labels: the classes and templates that the package came with.
         fingerprint: a hash of all that makes an embedding of an image or a text.
         sample: what keeps some of the images' embeddings, or None.
+        feed: one of FEEDS.
     """
 
     def __init__(
@@ -59,14 +63,16 @@ class ZeroShotClassifier:
         cache_size: int,
         cache_folder: Path | None,
         sample: EmbeddingSample | None,
+        feed: str = "exact",
     ) -> None:
-        self.package, self.device, self.sample = package, device, sample
+        self.package, self.device, self.sample, self.feed = package, device, sample, feed
         encoder = package.encoder
         self.dimension, self.towers = encoder.dimension, encoder.towers
         self.labels = read_labels(folder)
         self.scoring = Scoring(encoder.logit_scale, encoder.logit_bias, encoder.activation)
         self.fingerprint = package.fingerprint()
         self.preprocessor = read_preprocessing(folder)
+        self.fast = _fast(self.preprocessor) if feed == "fast" else None
         self.tokenizer = Tokenizer(
             folder / "tokenizer.json", encoder.context_length, encoder.pad_to_context, encoder.pad_token
         )
@@ -84,6 +90,7 @@ class ZeroShotClassifier:
         cache_folder: Path | str | None = None,
         sample_folder: Path | str | None = None,
         sample_share: float = 0.01,
+        feed: str = "exact",
     ) -> "ZeroShotClassifier":
         """Open a package after checking that its files are those that were judged.
 
@@ -95,11 +102,14 @@ class ZeroShotClassifier:
             cache_folder: where they are kept on disk besides, or None.
             sample_folder: where a sample of the images' embeddings is kept for `clip-deploy drift`, or None.
             sample_share: of the images whose embeddings go there, above 0 and at most 1.
+            feed: "exact" gives the pixels of the checkpoint's own processor; "fast" reads JPEG files several times as
+                fast, with pixels about a grey level off (the extra `fast`), and everything else as "exact" does.
 
         Raises:
             DeployError: ONNX Runtime is too old, it is no package, nothing in it was fit to ship, a file is not the one
-                that was judged, the device is unknown, or ONNX Runtime refuses a graph.
-            UnavailableError: the device's provider or GPU is missing.
+                that was judged, device or feed is unknown, the graph resizes images itself and the feed is "fast", or
+                ONNX Runtime refuses a graph.
+            UnavailableError: the device's provider or GPU is missing, or a library of the feed.
         """
         _refuse_old_runtime(onnxruntime.__version__)
         folder = Path(package)
@@ -107,12 +117,15 @@ class ZeroShotClassifier:
         chosen = device or found.encoder.device
         if chosen not in DEVICES:
             raise DeployError(f"device is {chosen!r}: accepted are {', '.join(DEVICES)}")
+        if feed not in FEEDS:
+            raise DeployError(f"feed is {feed!r}: accepted are {', '.join(FEEDS)}")
         if threads is not None and threads < 1:
             raise DeployError(f"threads is {threads}: give 1 or more, or nothing for ONNX Runtime's default")
         sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None
         if chosen == "cuda":
             load_cuda()
-        return cls(folder, found, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None, sample)
+        cache = Path(cache_folder) if cache_folder else None
+        return cls(folder, found, chosen, threads, cache_size, cache, sample, feed)
 
     def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
         """The probability of each text for one image, the highest first.
@@ -195,6 +208,10 @@ class ZeroShotClassifier:
 
     def _prepared(self, image: Picture) -> np.ndarray | DataError:
         try:
+            if self.fast:
+                jpeg, image = jpeg_of(image)
+                if jpeg and (pixels := self.fast(jpeg)) is not None:
+                    return pixels
             picture = _read(image)
         except DataError as error:
             return error
@@ -244,6 +261,12 @@ def _check_list(images: object) -> None:
     """A string is a sequence too, of its letters."""
     if isinstance(images, str | bytes | Path | Image.Image):
         raise DataError(f"images is a single one, {images!r:.80}: give a list of images")
+
+
+def _fast(settings: Preprocessing | None) -> FastPreprocessing:
+    if settings is None:
+        raise DeployError("feed is 'fast', and this package's graph resizes images itself: take 'exact'")
+    return FastPreprocessing(settings)
 
 
 def _read(image: Picture) -> Image.Image:

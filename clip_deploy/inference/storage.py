@@ -13,13 +13,11 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote
 from uuid import uuid4
 
-from PIL import Image
-
 from clip_deploy.core.errors import DataError, DeployError, first_line, listed
 from clip_deploy.core.files import Stamp, disk_errors
 from clip_deploy.core.image_files import Listing, image_files, may_be_image, walk
 from clip_deploy.inference.classifier import Picture
-from clip_deploy.inference.images import decode
+from clip_deploy.inference.images import Encoded
 
 STORES = ("s3", "gs", "gcs", "abfs", "abfss")  # object stores that pyarrow knows: there, a put is whole or not at all
 TABLE = ".parquet"
@@ -134,16 +132,19 @@ class SharedFiles(LocalFiles):
     """Files that any machine may read: what was listed must be there, or nothing is embedded."""
 
     def pictures(self) -> Iterator[tuple[str, Picture]]:
-        return ((name, partial(self._read, name)) for name in self.files)
+        return ((name, Encoded(partial(self._read, name), self._label(name), Path(name).suffix)) for name in self.files)
 
-    def _read(self, name: str) -> Image.Image:
-        folder, label = local(self.root), f"{shown(self.root)}/{name}"
-        with storage_errors(label):
-            if folder:  # pyarrow refuses names that are no UTF-8
-                return decode((folder / name).read_bytes(), label, Path(name).suffix)
+    def _label(self, name: str) -> str:
+        return f"{shown(self.root)}/{name}"
+
+    def _read(self, name: str) -> bytes:
+        with storage_errors(self._label(name)):
+            if folder := local(self.root):  # pyarrow refuses names that are no UTF-8
+                return (folder / name).read_bytes()
             files, base = locate(self.root)
             with files.open_input_stream(f"{base}/{name}", compression=None) as stream:
-                return decode(stream.read(), label, Path(name).suffix)
+                content: bytes = stream.read()
+                return content
 
 
 @dataclass
@@ -168,7 +169,7 @@ class TableRows:
             with storage_errors(piece.path), files.open_input_file(piece.path) as opened:
                 for row, (identity, content) in enumerate(_read_rows(opened, piece, self.columns), piece.first):
                     name = f"{piece.path}:{row}" if identity is None else str(identity)
-                    yield name, partial(decode, content or b"", name)
+                    yield name, Encoded(partial(bytes, content or b""), name)
 
 
 def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bool = False) -> Source:
