@@ -142,6 +142,7 @@ triton-env: $(TRITON)/ready ## a real Triton server in build/triton-venv (half a
 TORCH := torch==2.13.0
 GPU := sys_platform == 'linux' and platform_machine == 'x86_64'
 CPU := sys_platform != 'linux' or platform_machine != 'x86_64'
+WHEEL := sys_platform != 'linux' or platform_machine == 'x86_64'
 # OpenVINO and what NNCF needs, for the CPUs that they are made for.
 OPENVINO := cloudpickle|joblib|narwhals|ninja|nncf|openvino|openvino-telemetry|scikit-learn|scipy|threadpoolctl
 lock: ## renew requirements.lock from pyproject.toml, in a new environment
@@ -150,7 +151,7 @@ lock: ## renew requirements.lock from pyproject.toml, in a new environment
 	@echo '# Made by `make lock`; torch brings its own CUDA packages where its build has them.' > requirements.lock
 	build/lock/bin/python -m pip freeze --all --exclude pip --exclude clip-deploy | sed -E \
 	  -e '/^(nvidia|triton|cuda)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' \
-	  -e "s/^((tensorrt_rtx.*|$(OPENVINO))==.*)/\1; $(GPU)/" \
+	  -e "s/^((tensorrt_rtx.*|$(OPENVINO))==.*)/\1; $(GPU)/" -e "s/^(cykooz-resizer==.*)/\1; $(WHEEL)/" \
 	  -e "s/^onnxruntime==(.*)/onnxruntime==\1; $(CPU)/" -e "s/^(onnxruntime-gpu==.*)/\1; $(GPU)/" >> requirements.lock
 
 clean: ## remove what the pipeline built (reports stay)

@@ -12,6 +12,7 @@ from functools import partial
 from clip_deploy.commands.opened import add_package_arguments, name_unreadable, open_package
 from clip_deploy.core.errors import DataError
 from clip_deploy.core.vectors import DTYPES
+from clip_deploy.inference.classifier import FEEDS
 from clip_deploy.inference.embed import EmbedSettings, Summary, embed, make_here
 from clip_deploy.inference.embed_gpus import Opening, choose_gpus, make_on_gpus
 from clip_deploy.inference.embed_ray import Shipped, make_on_ray
@@ -37,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N numbers; default: all")
     parser.add_argument("--gpus", metavar="GPUS", help="a process for each of these: all, or numbers as 0,1")
+    parser.add_argument(
+        "--feed",
+        choices=FEEDS,
+        default="exact",
+        help="fast: JPEGs several times as fast, pixels about a grey level off (extra `fast`); default: %(default)s",
+    )
     parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster: auto (this machine's), local, or host:port")
 
 
@@ -61,14 +68,14 @@ def _embedded(given: argparse.Namespace) -> Summary:
     if given.gpus is not None:
         return _on_gpus(given, source, settings)
     if given.ray is None:
-        classifier = open_package(given)
+        classifier = open_package(given, given.feed)
         return embed(classifier, source, given.output, settings, partial(make_here, classifier))
-    package = Shipped.read(given.package, given.device, given.threads)
+    package = Shipped.read(given.package, given.device, given.threads, given.feed)
     return embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))
 
 
 def _on_gpus(given: argparse.Namespace, source: Source, settings: EmbedSettings) -> Summary:
     chosen = choose_gpus(given.gpus)
-    package = Shipped.read(given.package, given.device or "cuda", given.threads)
-    opening = Opening(given.package, package.device, given.threads)
+    package = Shipped.read(given.package, given.device or "cuda", given.threads, given.feed)
+    opening = Opening(given.package, package.device, given.threads, given.feed)
     return embed(package, source, given.output, settings, partial(make_on_gpus, opening, chosen))

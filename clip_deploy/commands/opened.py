@@ -23,11 +23,13 @@ def add_package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=local_path, help="a folder in which embeddings of texts are kept")
 
 
-def open_package(given: argparse.Namespace) -> ZeroShotClassifier:
+def open_package(given: argparse.Namespace, feed: str = "exact") -> ZeroShotClassifier:
     """Raises DeployError as ZeroShotClassifier.open does, and where --cache is a file."""
     if given.cache and given.cache.exists() and not given.cache.is_dir():
         raise DataError(f"--cache is {given.cache}, a file: give a folder, which is made if need be")
-    return ZeroShotClassifier.open(given.package, device=given.device, threads=given.threads, cache_folder=given.cache)
+    return ZeroShotClassifier.open(
+        given.package, device=given.device, threads=given.threads, cache_folder=given.cache, feed=feed
+    )
 
 
 def name_unreadable(unreadable: list[str]) -> int:

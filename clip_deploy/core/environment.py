@@ -40,6 +40,8 @@ LIBRARIES = {  # by the name that is imported (pillow aside): the distributions 
     "pandas": ("pandas",),
     "pillow": ("pillow",),
     "pillow_heif": ("pillow-heif",),
+    "simplejpeg": ("simplejpeg",),
+    "cykooz_resizer": ("cykooz-resizer",),
     "datasets": ("datasets",),
     "openvino": ("openvino",),
     "nncf": ("nncf",),

@@ -3,19 +3,23 @@
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clip_deploy.core.errors import DataError
+from clip_deploy.core.preprocessing import MAX_ASPECT
 
+JPEG = b"\xff\xd8\xff"  # how each begins
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands: bytes 8 to 12 of a file
 # What Pillow's parser raises where EXIF is damaged.
 BROKEN_EXIF = (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
-MAX_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
 UNBOUNDED = ("I", "F")  # Pillow's modes without a fixed range: black and white are a matter of opinion
 
 
@@ -41,6 +45,43 @@ def decode(content: bytes, name: str, ending: str | None = None) -> Image.Image:
     Raises DataError naming what is none.
     """
     return _read(_Named(content, name), name, lambda: None if content else "is empty: replace or remove it", ending)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture that is still in its file's bytes: to call it is to read and to decode it.
+
+    Attributes:
+        read: gives the bytes.
+        name, ending: as decode takes them.
+    """
+
+    read: Callable[[], bytes]
+    name: str
+    ending: str | None = None
+
+    def __call__(self) -> Image.Image:
+        return decode(self.read(), self.name, self.ending)
+
+
+def jpeg_of(image: Any) -> tuple[bytes | None, Any]:
+    """The bytes of a picture's file where it is a JPEG, else None; and the picture, which is not fetched twice.
+
+    Args:
+        image: a classifier.Picture. Of a picture of Pillow, or of a call that is none of ours, there are no bytes.
+    """
+    if isinstance(image, Encoded):
+        content = image.read()
+        image = replace(image, read=partial(bytes, content))
+    elif isinstance(image, Path | str):
+        with suppress(OSError), Path(image).open("rb") as file:  # read_image says what is wrong
+            if file.read(len(JPEG)) == JPEG:
+                file.seek(0)
+                return file.read(), image
+        return None, image
+    else:
+        return None, image
+    return content if content.startswith(JPEG) else None, image
 
 
 class _Named(BytesIO):

@@ -9,6 +9,8 @@ from PIL import Image
 
 from clip_deploy.core.model import image_dtype
 
+MAX_ASPECT = 500  # of the longer side to the shorter: resizing the shorter one makes a thin image as much larger
+
 
 @dataclass
 class Preprocessing:

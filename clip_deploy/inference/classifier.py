@@ -13,8 +13,10 @@ from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError
-from clip_deploy.core.images import read_image, rgb
+from clip_deploy.core.fast_preprocessing import FastPreprocessing
+from clip_deploy.core.images import jpeg_of, read_image, rgb
 from clip_deploy.core.package import Package, read_labels, read_package, read_preprocessing
+from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.vectors import unit
 from clip_deploy.inference.embedding_sample import EmbeddingSample
 from clip_deploy.inference.encoders import PackageEncoder
@@ -23,6 +25,7 @@ from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
 
 DEVICES = ("cpu", "cuda")
+FEEDS = ("exact", "fast")  # ways from a file to pixel values: the checkpoint's own, by Pillow, or FastPreprocessing
 AHEAD = 2  # batches that are read and preprocessed while one is encoded
 
 Picture = Path | str | Image.Image | Callable[[], Image.Image]  # a call reads one as RGB, or raises DataError
@@ -44,6 +47,7 @@ class ZeroShotClassifier:
         labels: the classes and templates that the package came with.
         fingerprint: a hash of all that makes an embedding of an image or a text.
         sample: what keeps some of the images' embeddings, or None.
+        feed: one of FEEDS.
     """
 
     def __init__(
@@ -55,14 +59,16 @@ class ZeroShotClassifier:
         cache_size: int,
         cache_folder: Path | None,
         sample: EmbeddingSample | None,
+        feed: str = "exact",
     ) -> None:
-        self.package, self.device, self.sample = package, device, sample
+        self.package, self.device, self.sample, self.feed = package, device, sample, feed
         encoder = package.encoder
         self.dimension = encoder.dimension
         self.labels = read_labels(folder)
         self.scoring = Scoring(encoder.logit_scale, encoder.logit_bias, encoder.activation)
         self.fingerprint = package.fingerprint()
         self.preprocessor = read_preprocessing(folder)
+        self.fast = _fast(self.preprocessor) if feed == "fast" else None
         self.tokenizer = Tokenizer(
             folder / "tokenizer.json", encoder.context_length, encoder.pad_to_context, encoder.pad_token
         )
@@ -80,6 +86,7 @@ class ZeroShotClassifier:
         cache_folder: Path | str | None = None,
         sample_folder: Path | str | None = None,
         sample_share: float = 0.01,
+        feed: str = "exact",
     ) -> "ZeroShotClassifier":
         """Open a package after checking that its files are those that were judged.
 
@@ -91,22 +98,28 @@ class ZeroShotClassifier:
             cache_folder: where they are kept on disk besides, or None.
             sample_folder: where a sample of the images' embeddings is kept for `clip-deploy drift`, or None.
             sample_share: of the images whose embeddings go there, above 0 and at most 1.
+            feed: "exact" gives the pixels of the checkpoint's own processor; "fast" reads JPEG files several times as
+                fast, with pixels about a grey level off (the extra `fast`), and everything else as "exact" does.
 
         Raises:
-            DeployError: it is no package, nothing in it was fit to ship, a file is not the one that was judged, the
-                device is unknown, or the runtime refuses a file.
-            UnavailableError: the runtime's library is missing or too old, or the device is; the message says what pip
-                must install.
+            DeployError: it is no package, nothing in it was fit to ship, a file is not the one that was judged, device
+                or feed is unknown, the graph resizes images itself and the feed is "fast", or the runtime refuses a
+                file.
+            UnavailableError: a library of the runtime or the feed is missing or too old, or the device is; the message
+                says what pip must install.
         """
         folder = Path(package)
         found = read_package(folder)
         chosen = device or found.encoder.device
         if chosen not in DEVICES:
             raise DeployError(f"device is {chosen!r}: accepted are {', '.join(DEVICES)}")
+        if feed not in FEEDS:
+            raise DeployError(f"feed is {feed!r}: accepted are {', '.join(FEEDS)}")
         if threads is not None and threads < 1:
             raise DeployError(f"threads is {threads}: give 1 or more, or nothing for the runtime's default")
         sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None
-        return cls(folder, found, chosen, threads, cache_size, Path(cache_folder) if cache_folder else None, sample)
+        cache = Path(cache_folder) if cache_folder else None
+        return cls(folder, found, chosen, threads, cache_size, cache, sample, feed)
 
     def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
         """The probability of each text for one image, the highest first.
@@ -189,6 +202,10 @@ class ZeroShotClassifier:
 
     def _prepared(self, image: Picture) -> np.ndarray | DataError:
         try:
+            if self.fast:
+                jpeg, image = jpeg_of(image)
+                if jpeg and (pixels := self.fast(jpeg)) is not None:
+                    return pixels
             picture = _read(image)
         except DataError as error:
             return error
@@ -224,6 +241,12 @@ def _check_list(images: object) -> None:
     """A string is a sequence too, of its letters."""
     if isinstance(images, str | bytes | Path | Image.Image):
         raise DataError(f"images is a single one, {images!r:.80}: give a list of images")
+
+
+def _fast(settings: Preprocessing | None) -> FastPreprocessing:
+    if settings is None:
+        raise DeployError("feed is 'fast', and this package's graph resizes images itself: take 'exact'")
+    return FastPreprocessing(settings)
 
 
 def _read(image: Picture) -> Image.Image:

@@ -102,6 +102,7 @@ class Package(Protocol):
 
     dimension: int
     fingerprint: str
+    feed: str
 
 
 Header = dict[str, Any]  # a part's metadata, with its `rows`
@@ -161,6 +162,7 @@ def embed(package: Package, source: Source, output: str, settings: EmbedSettings
 def _maker(package: Package, source: Source, settings: EmbedSettings, width: int) -> dict[str, Any]:
     return {
         "package": package.fingerprint,
+        "feed": package.feed,
         "source": "table" if isinstance(source, Tables) else "tar" if source.packed else "folder",
         "batch_size": settings.batch_size,
         "part_size": settings.part_size,

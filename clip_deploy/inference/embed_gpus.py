@@ -28,6 +28,7 @@ class Opening:
     package: Path
     device: str | None
     threads: int | None
+    feed: str = "exact"
 
 
 def choose_gpus(asked: str) -> list[str]:
@@ -116,7 +117,7 @@ def _work(gpu: str, opening: Opening, job: EmbedJob, connection: Connection) -> 
     die_with_parent()
     os.environ[VISIBLE] = gpu
     try:
-        classifier = ZeroShotClassifier.open(opening.package, opening.device, opening.threads)
+        classifier = ZeroShotClassifier.open(opening.package, opening.device, opening.threads, feed=opening.feed)
         if classifier.fingerprint != job.maker["package"]:
             raise DeployError(f"{opening.package} is another package than when the run began: run again")
         while True:

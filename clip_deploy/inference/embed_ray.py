@@ -36,6 +36,7 @@ class Shipped:
         files: their contents by their names.
         device: "cpu" or "cuda", of each worker; this machine needs no GPU.
         threads: of each worker, and the CPUs that it takes.
+        feed: as ZeroShotClassifier.open takes it.
     """
 
     dimension: int
@@ -43,14 +44,15 @@ class Shipped:
     files: dict[str, bytes]
     device: str
     threads: int
+    feed: str = "exact"
 
     @classmethod
-    def read(cls, folder: Path, device: str | None, threads: int | None) -> "Shipped":
+    def read(cls, folder: Path, device: str | None, threads: int | None, feed: str = "exact") -> "Shipped":
         """Raises DeployError where it is no package, or a file is not the one that was judged."""
         package = read_package(folder)
         files = {name: (folder / name).read_bytes() for name in (INSIDE, *package.files)}
         encoder = package.encoder
-        return cls(encoder.dimension, package.fingerprint(), files, device or encoder.device, threads or 1)
+        return cls(encoder.dimension, package.fingerprint(), files, device or encoder.device, threads or 1, feed)
 
     def open(self) -> ZeroShotClassifier:
         """Open it on a worker. Raises DeployError where what arrived is not what was sent."""
@@ -59,7 +61,7 @@ class Shipped:
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            classifier = ZeroShotClassifier.open(folder, self.device, self.threads)
+            classifier = ZeroShotClassifier.open(folder, self.device, self.threads, feed=self.feed)
         if classifier.fingerprint != self.fingerprint:
             raise DeployError(f"the package's hash is {classifier.fingerprint} here, and {self.fingerprint} was sent")
         return classifier

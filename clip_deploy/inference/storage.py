@@ -19,7 +19,7 @@ from PIL import Image
 from clip_deploy.core.errors import DataError, DeployError, first_line, listed
 from clip_deploy.core.files import Stamp, disk_errors, no_folder
 from clip_deploy.core.image_files import Listing, image_files, may_be_image, walk
-from clip_deploy.core.images import decode
+from clip_deploy.core.images import Encoded
 from clip_deploy.inference.classifier import Picture
 
 STORES = ("s3", "gs", "gcs", "abfs", "abfss")  # object stores that pyarrow knows: there, a put is whole or not at all
@@ -141,16 +141,19 @@ class SharedFiles(LocalFiles):
     """Files that any machine may read: what was listed must be there, or nothing is embedded."""
 
     def pictures(self) -> Iterator[tuple[str, Picture]]:
-        return ((name, partial(self._read, name)) for name in self.files)
+        return ((name, Encoded(partial(self._read, name), self._label(name), Path(name).suffix)) for name in self.files)
 
-    def _read(self, name: str) -> Image.Image:
-        folder, label = local(self.root), f"{shown(self.root)}/{name}"
-        with storage_errors(label):
-            if folder:  # pyarrow refuses names that are no UTF-8
-                return decode((folder / name).read_bytes(), label, Path(name).suffix)
+    def _label(self, name: str) -> str:
+        return f"{shown(self.root)}/{name}"
+
+    def _read(self, name: str) -> bytes:
+        with storage_errors(self._label(name)):
+            if folder := local(self.root):  # pyarrow refuses names that are no UTF-8
+                return (folder / name).read_bytes()
             files, base = locate(self.root)
             with files.open_input_stream(f"{base}/{name}", compression=None) as stream:
-                return decode(stream.read(), label, Path(name).suffix)
+                content: bytes = stream.read()
+                return content
 
 
 class Shard(LocalFiles):
@@ -172,7 +175,7 @@ class Shard(LocalFiles):
             try:
                 for member, content in _members(stream):
                     count += 1
-                    yield f"{name}/{member}", partial(decode, content, f"{label}/{member}", Path(member).suffix)
+                    yield f"{name}/{member}", Encoded(partial(bytes, content), f"{label}/{member}", Path(member).suffix)
             except (tarfile.TarError, EOFError) as error:
                 said = f"{label} is damaged behind its first {count:,} images ({error}): write it anew"
                 yield name, partial(_raise, DataError(said))
@@ -217,7 +220,7 @@ class TableRows:
             with storage_errors(piece.path), files.open_input_file(piece.path) as opened:
                 for row, (identity, content) in enumerate(_read_rows(opened, piece, self.columns), piece.first):
                     name = f"{piece.path}:{row}" if identity is None else str(identity)
-                    yield name, partial(decode, content or b"", name)
+                    yield name, Encoded(partial(bytes, content or b""), name)
 
 
 def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bool = False) -> Source:

@@ -7,12 +7,15 @@ import sys
 import venv
 import zipfile
 from email import message_from_bytes
+from functools import partial
 from pathlib import Path
 
 import grimp
 import numpy as np
 import onnxruntime
 import pytest
+from PIL import Image
+from support.fast_feed import need_fast_feed
 from support.project import ROOT
 from support.targets import packed
 
@@ -20,9 +23,11 @@ from clip_deploy.__main__ import LIGHT
 from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.processor_files import write_portable
 from clip_deploy.checkpoint.load import load_model, load_processor
+from clip_deploy.core import fast_preprocessing
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import OnnxConfig
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
+from clip_deploy.core.images import Encoded
 from clip_deploy.data import scenes
 from clip_deploy.inference.classifier import ZeroShotClassifier
 
@@ -30,7 +35,8 @@ SCENES = [scenes.render("classifier", index, 5 * index) for index in range(6)]
 IMAGES = [image for image, _ in SCENES]
 TEXTS = ["a photo of a red circle", "a photo of a yellow star", "a blue square"]
 ALLOWED = {"numpy", "PIL", "tokenizers", "onnxruntime", "tqdm"}  # tokenizers brings tqdm
-ON_DEMAND = {"pyarrow", "ray", "pillow_heif"}  # for Parquet and object stores, for many machines, for HEIC
+# for Parquet and object stores, for many machines, for HEIC, for JPEGs in a hurry
+ON_DEMAND = {"pyarrow", "ray", "pillow_heif", "simplejpeg", "cykooz_resizer"}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +121,74 @@ def test_one_image_is_no_list_of_images(classifier, image):
         next(classifier.embed_each(image))
 
 
+@pytest.fixture(scope="module")
+def fast(package):
+    need_fast_feed()
+    return ZeroShotClassifier.open(package, threads=2, feed="fast")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """JPEGs of four times the model's size, of which one lies on its side."""
+    folder = tmp_path_factory.mktemp("photos")
+    for index, image in enumerate(IMAGES):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if index == 0 else 1
+        image.resize((230, 200)).save(folder / f"{index}.jpg", quality=90, exif=exif)
+    return sorted(folder.iterdir())
+
+
+def test_the_fast_feed_embeds_photos_nearly_as_the_checkpoints_processor(classifier, fast, photos):
+    found, expected = fast.embed_images(photos), classifier.embed_images(photos)
+    cosines = (found * expected).sum(axis=1)
+    assert 0.99 < cosines.min() < cosines.max() < 1
+    answers = [[opened.predict(photo)[0].text for photo in photos] for opened in (fast, classifier)]
+    assert answers[0] == answers[1]
+
+
+def test_the_fast_feed_reads_files_on_disk_and_in_memory_alike(fast, photos):
+    held = [Encoded(photo.read_bytes, photo.name, ".jpg") for photo in photos]
+    assert np.array_equal(fast.embed_images(held), fast.embed_images(photos))
+
+
+def test_the_fast_feed_leaves_all_but_jpegs_to_the_exact_one(classifier, fast, tmp_path, photos):
+    IMAGES[0].save(tmp_path / "a.png")
+    IMAGES[1].convert("CMYK").save(tmp_path / "b.jpg")
+    given = [tmp_path / "a.png", str(tmp_path / "b.jpg"), IMAGES[2], lambda: IMAGES[3]]
+    given.append(Encoded((tmp_path / "a.png").read_bytes, "a.png", ".png"))
+    assert np.array_equal(fast.embed_images(given), classifier.embed_images(given))
+
+
+def test_through_the_fast_feed_what_cannot_be_read_is_named_in_the_same_words(classifier, fast, photos, tmp_path):
+    whole = photos[1].read_bytes()
+    broken = {"half": whole[: len(whole) // 2], "head": whole[:40], "empty": b"", "page": b"<html>"}
+    for name, content in broken.items():
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+    Image.new("L", (2, 1001)).save(tmp_path / "thin.jpg")
+    files = [*sorted(tmp_path.iterdir()), tmp_path / "nowhere.jpg"]
+    files += [Encoded(partial(bytes, content), f"row {name}") for name, content in broken.items()]
+    said = [[str(error) for error in opened.embed_each(files)] for opened in (fast, classifier)]
+    assert said[0] == said[1]
+    assert "half.jpg is no readable image (image file is truncated" in said[0][1 + files.index(tmp_path / "empty.jpg")]
+    assert len(said[0]) == 10
+
+
+def test_an_image_in_memory_is_fetched_once(fast, tmp_path):
+    IMAGES[0].save(tmp_path / "a.png")
+    fetched = []
+    image = Encoded(lambda: fetched.append(1) or (tmp_path / "a.png").read_bytes(), "a.png")
+    fast.embed_images([image])
+    assert fetched == [1]
+
+
+def test_an_unknown_feed_and_a_missing_library_are_refused(package, monkeypatch):
+    with pytest.raises(DeployError, match="feed is 'quick': accepted are exact, fast"):
+        ZeroShotClassifier.open(package, feed="quick")
+    monkeypatch.setattr(fast_preprocessing, "find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match=r"needs simplejpeg and cykooz_resizer: pip install"):
+        ZeroShotClassifier.open(package, feed="fast")
+
+
 def test_an_unknown_device_is_refused(package):
     with pytest.raises(DeployError, match="device is 'tpu': accepted are cpu, cuda"):
         ZeroShotClassifier.open(package, device="tpu")
@@ -168,6 +242,8 @@ def test_a_graph_that_preprocesses_takes_images_of_any_size(checkpoint, sets, tm
     expected = load_model(checkpoint).get_image_features(pixel_values=pixels).pooler_output.detach().numpy()
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     assert (found * expected).sum(axis=1).min() > 0.999
+    with pytest.raises(DeployError, match="this package's graph resizes images itself: take 'exact'"):
+        ZeroShotClassifier.open(folder, feed="fast")
 
 
 @pytest.mark.parametrize("name", ["siglip", "siglip2"])

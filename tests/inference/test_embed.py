@@ -14,6 +14,7 @@ import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from support.fast_feed import need_fast_feed
 from support.project import ROOT
 
 from clip_deploy.__main__ import main
@@ -136,6 +137,27 @@ def test_other_settings_are_refused(classifier, folder, tmp_path, other, said):
     embed_folder(classifier, folder, tmp_path, SMALL)
     with pytest.raises(DeployError, match=said):
         embed_folder(classifier, folder, tmp_path, other)
+
+
+def test_another_feed_is_refused(classifier, package, folder, tmp_path):
+    need_fast_feed()
+    embed_folder(classifier, folder, tmp_path, SMALL)
+    with pytest.raises(DeployError, match="made with feed exact, and this run has fast: give another output folder"):
+        embed_folder(ZeroShotClassifier.open(package, feed="fast"), folder, tmp_path, SMALL)
+
+
+def test_the_command_embeds_photos_through_the_fast_feed(classifier, package, tmp_path, capsys):
+    need_fast_feed()
+    (tmp_path / "photos").mkdir()
+    for index in range(3):
+        shapes.render("embed", index, index)[0].resize((300, 200)).save(tmp_path / "photos" / f"{index}.jpg")
+    given = ["embed", str(tmp_path / "photos"), "--package", str(package), "--threads", "1"]
+    assert main([*given, str(tmp_path / "fast"), "--feed", "fast"]) == 0
+    assert "3 images, 0 embedded before, 3 now" in capsys.readouterr().out
+    found = np.array(list(rows(tmp_path / "fast").values()))
+    expected = classifier.embed_images(sorted((tmp_path / "photos").iterdir()))
+    cosines = (found * expected).sum(axis=1)
+    assert 0.99 < cosines.min() < cosines.max() < 1
 
 
 def test_another_package_other_files_and_damaged_parts_are_refused(classifier, folder, tmp_path, monkeypatch):
