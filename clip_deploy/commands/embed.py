@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-column", default="image", help="images' bytes in a Parquet source; default: %(default)s"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once; default: %(default)s")
+    parser.add_argument("--batch-size", type=int, help="images a call; default: what was fastest in the benchmark")
     parser.add_argument("--part-size", type=int, default=10_000, help="images a file; default: %(default)s")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="bits of each number: 32, 16, 8 or 1; default: %(default)s"

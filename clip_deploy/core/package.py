@@ -18,6 +18,7 @@ from clip_deploy.core.records import Metrics
 FORMAT = 2  # of manifest.json
 LABELS, PREPROCESSOR, TOKENIZER = "labels.json", "preprocessor.json", "tokenizer.json"
 BEFORE = {"vision": PREPROCESSOR, "text": TOKENIZER}  # what makes a tower's inputs
+DEFAULT_BATCH = 32
 AGAIN = "package it anew with `dvc repro package`"
 
 
@@ -49,6 +50,11 @@ class ImageTower(Tower):
     @property
     def inputs(self) -> list[str]:
         return [self.image_input]
+
+    @property
+    def best_batch(self) -> int:
+        """That gives most images per second; DEFAULT_BATCH where none was timed."""
+        return max(self.batch_sizes, default=DEFAULT_BATCH)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.fast_preprocessing import FastPreprocessing
 from clip_deploy.core.images import jpeg_of, read_image, rgb
-from clip_deploy.core.package import Package, read_labels, read_package, read_preprocessing
+from clip_deploy.core.package import DEFAULT_BATCH, Package, read_labels, read_package, read_preprocessing
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.vectors import unit
 from clip_deploy.inference.embedding_sample import EmbeddingSample
@@ -47,6 +47,7 @@ class ZeroShotClassifier:
         labels: the classes and templates that the package came with.
         fingerprint: a hash of all that makes an embedding of an image or a text.
         sample: what keeps some of the images' embeddings, or None.
+        batch_size: of images, that gave most per second in the benchmark.
         feed: one of FEEDS.
     """
 
@@ -63,7 +64,7 @@ class ZeroShotClassifier:
     ) -> None:
         self.package, self.device, self.sample, self.feed = package, device, sample, feed
         encoder = package.encoder
-        self.dimension = encoder.dimension
+        self.dimension, self.batch_size = encoder.dimension, encoder.towers.vision.best_batch
         self.labels = read_labels(folder)
         self.scoring = Scoring(encoder.logit_scale, encoder.logit_bias, encoder.activation)
         self.fingerprint = package.fingerprint()
@@ -144,8 +145,8 @@ class ZeroShotClassifier:
         """Of cosines [images, texts], as the model itself scores them."""
         return self.scoring.probabilities(cosines)
 
-    def embed_images(self, images: Sequence[Picture], batch_size: int = 32) -> np.ndarray:
-        """Embeddings [images, dimension], in their order.
+    def embed_images(self, images: Sequence[Picture], batch_size: int | None = None) -> np.ndarray:
+        """Embeddings [images, dimension], in their order. Without a batch size it is the package's best.
 
         Raises DataError where one cannot be read, or `images` is a single one and no list.
         """
@@ -158,18 +159,19 @@ class ZeroShotClassifier:
             rows[row] = embedding
         return rows
 
-    def embed_each(self, images: Iterable[Picture], batch_size: int = 32) -> Iterator[np.ndarray | DataError]:
+    def embed_each(self, images: Iterable[Picture], batch_size: int | None = None) -> Iterator[np.ndarray | DataError]:
         """One embedding [dimension] after the other, and in its place the error where an image cannot be read.
 
         Images are read and preprocessed by threads while the batch before is encoded.
         """
         _check_list(images)
-        check_count("batch_size", batch_size)
+        size = self.batch_size if batch_size is None else batch_size
+        check_count("batch_size", size)
         waiting: deque[list[Future[Any]]] = deque()
         with ThreadPoolExecutor(cores()) as pool:
             try:
                 images = iter(images)
-                while batch := list(islice(images, batch_size)):
+                while batch := list(islice(images, size)):
                     waiting.append([pool.submit(self._prepared, image) for image in batch])
                     if len(waiting) > AHEAD:
                         yield from self._encode_images([future.result() for future in waiting.popleft()])
@@ -178,7 +180,7 @@ class ZeroShotClassifier:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def embed_texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+    def embed_texts(self, texts: Sequence[str], batch_size: int = DEFAULT_BATCH) -> np.ndarray:
         """Embeddings [texts, dimension], in their order; known texts come from the cache.
 
         Raises DataError where there are no texts, or one is empty.

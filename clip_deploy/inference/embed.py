@@ -9,7 +9,7 @@ into new ones.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, tee
 from pathlib import Path
@@ -50,14 +50,15 @@ OTHER_FILES = "another list of files, or files that were changed since"
 class EmbedSettings:
     """How images are embedded; a run goes on only with the settings that it began with."""
 
-    batch_size: int = 32
+    batch_size: int | None = None  # None: the package's best
     part_size: int = 10_000  # images a part: what a kill costs at most
     dtype: str = "float32"  # one of DTYPES
     dimensions: int | None = None  # the first ones are kept, of unit length again; None: all
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "part_size"):
-            check_count(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if self.dtype not in DTYPES:
             raise DataError(f"dtype is {self.dtype!r}: accepted are {', '.join(DTYPES)}")
 
@@ -102,6 +103,7 @@ class Package(Protocol):
 
     dimension: int
     fingerprint: str
+    batch_size: int
     feed: str
 
 
@@ -132,6 +134,7 @@ def embed(package: Package, source: Source, output: str, settings: EmbedSettings
         DeployError: `output` holds parts of another package, other settings, another table or another folder, or cannot
             be written.
     """
+    settings = replace(settings, batch_size=settings.batch_size or package.batch_size)
     width = check_width(settings.dimensions, package.dimension, settings.dtype)
     check_output(output)
     remove_partial(output)

@@ -7,6 +7,7 @@ taken up by the next, on however many GPUs.
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -96,13 +97,14 @@ def _hand_out(connection: Connection, worker: Worker, left: list[tuple[int, Part
     if left:
         number, part = left.pop()
         worker.part = number
-        connection.send((number, part))
+        with suppress(OSError):  # a process that has ended is found when its answer is read
+            connection.send((number, part))
 
 
 def _answer(connection: Connection, worker: Worker) -> Header:
     try:
         answer: Header | DeployError = connection.recv()
-    except EOFError:
+    except (EOFError, OSError):
         worker.process.join()
         raise DeployError(
             f"the process of GPU {worker.gpu} {ending(worker.process.exitcode or 0)} while it made "

@@ -36,6 +36,7 @@ class Shipped:
         files: their contents by their names.
         device: "cpu" or "cuda", of each worker; this machine needs no GPU.
         threads: of each worker, and the CPUs that it takes.
+        batch_size: as ZeroShotClassifier has it.
         feed: as ZeroShotClassifier.open takes it.
     """
 
@@ -44,6 +45,7 @@ class Shipped:
     files: dict[str, bytes]
     device: str
     threads: int
+    batch_size: int
     feed: str = "exact"
 
     @classmethod
@@ -52,7 +54,8 @@ class Shipped:
         package = read_package(folder)
         files = {name: (folder / name).read_bytes() for name in (INSIDE, *package.files)}
         encoder = package.encoder
-        return cls(encoder.dimension, package.fingerprint(), files, device or encoder.device, threads or 1, feed)
+        best = encoder.towers.vision.best_batch
+        return cls(encoder.dimension, package.fingerprint(), files, device or encoder.device, threads or 1, best, feed)
 
     def open(self) -> ZeroShotClassifier:
         """Open it on a worker. Raises DeployError where what arrived is not what was sent."""

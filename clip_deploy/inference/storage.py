@@ -294,7 +294,7 @@ def list_files(where: str) -> Listing:
         status = folder.stat()
         return Listing({folder.name: Stamp(status.st_size, status.st_mtime_ns)})
     if not folder.is_dir():
-        raise _no_folder(folder, " or of Parquet, or one Parquet file (.parquet)")
+        raise _no_folder(folder, ", of Parquet or of tar files, or one such file")
     return walk(folder)
 
 

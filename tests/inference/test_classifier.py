@@ -36,7 +36,7 @@ IMAGES = [image for image, _ in SCENES]
 TEXTS = ["a photo of a red circle", "a photo of a yellow star", "a blue square"]
 ALLOWED = {"numpy", "PIL", "tokenizers", "onnxruntime", "tqdm"}  # tokenizers brings tqdm
 # for Parquet and object stores, for many machines, for HEIC, for JPEGs in a hurry
-ON_DEMAND = {"pyarrow", "ray", "pillow_heif", "simplejpeg", "cykooz_resizer"}
+ON_DEMAND = {"huggingface_hub", "pyarrow", "ray", "pillow_heif", "simplejpeg", "cykooz_resizer"}
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from clip_deploy.data import scenes
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.inference import encoders
 from clip_deploy.inference.classifier import ZeroShotClassifier
+from clip_deploy.inference.embed import EmbedSettings, embed_folder, read_header
 from clip_deploy.inference.encoders import PackageEncoder, other_versions
 from clip_deploy.runtimes import open_encoder
 
@@ -186,3 +187,15 @@ def test_on_a_cpu_batches_stay_as_they_are(package, monkeypatch):
 def test_tokens_that_a_runtime_might_take_for_others_are_refused(classifier, ids, said):
     with pytest.raises(DataError, match=said):
         classifier.encoder.encode_texts(np.array(ids), np.ones_like(ids))
+
+
+def test_images_are_embedded_in_the_batches_that_were_fastest_in_the_benchmark(package, tmp_path):
+    opened, recorder = ZeroShotClassifier.open(package), Recorder()
+    opened.encoder = recorder
+    assert opened.batch_size == 4
+    list(opened.embed_each(IMAGES[:1] * 9))
+    list(opened.embed_each(IMAGES[:1] * 9, batch_size=8))
+    assert [shape[0] for shape in recorder.shapes] == [4, 4, 1, 8, 1]
+    IMAGES[0].save(tmp_path / "one.png")
+    embed_folder(opened, tmp_path, tmp_path / "out", EmbedSettings(dimensions=1))
+    assert read_header(str(tmp_path / "out"), "part-00000.parquet")["batch_size"] == 4
