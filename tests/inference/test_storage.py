@@ -140,7 +140,7 @@ def test_a_part_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [("ftp://host/images", "begins with ftp: accepted are a path, and file, s3"), ("none", "none is no folder")],
+    [("ftp://host/images", "begins with ftp: accepted are a path, and file, s3"), ("none", "none does not exist")],
 )
 def test_what_cannot_be_read_is_refused(given, said):
     with pytest.raises(DataError, match=said):
