@@ -31,12 +31,12 @@ from support.open_clip import (
     save_with_text_tower,
 )
 from support.project import ROOT, TINY
-from support.targets import packed
+from support.targets import packed, prepare
 
 from clip_deploy.builders.aoti import export_aoti
 from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.onnx_export import export_onnx
-from clip_deploy.builders.processor_files import probe_texts, write_portable, write_preprocessor, write_tokenizer
+from clip_deploy.builders.processor_files import probe_texts, write_preprocessor, write_tokenizer
 from clip_deploy.builders.quantize import quantize
 from clip_deploy.builders.torch_checkpoint import export_torch
 from clip_deploy.builders.torchscript import export_torchscript
@@ -62,9 +62,9 @@ from clip_deploy.core.fusions import missed
 from clip_deploy.core.images import rgb
 from clip_deploy.core.model import Model
 from clip_deploy.core.preprocessing import Preprocessing
+from clip_deploy.data import scenes
 from clip_deploy.data.dataset import load as load_data
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
-from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.inference.tokenizer import Tokenizer
 from clip_deploy.onnx_graph.preprocessing import preprocessing_nodes
@@ -313,18 +313,12 @@ def test_a_packages_probabilities_are_open_clips_own(name, targets, tmp_path):
     target, own = targets(name)
     built, sets = tmp_path / "built", tmp_path / "sets"
     build(built / "onnx-fp32", lambda output: export_onnx(target, OnnxConfig(), output), None)
-    dataset = load_data(DataConfig(evaluation_samples=8, calibration_samples=1, templates=["a {}"]), 0)
-    (sets / "evaluation").mkdir(parents=True)
-    (sets / "portable").mkdir()
-    processor, model = load_processor(target), read_target(target).model
-    write_prepared("evaluation", dataset, ["a {}"], processor, model, sets / "evaluation")
-    reference = encode_set(open_encoder(target), load_prepared(sets / "evaluation"))
-    save_embeddings(reference, sets / "evaluation" / "reference.npz")
-    write_portable(target, sets / "portable")
+    sets.mkdir()
+    prepare(target, sets, evaluation_samples=8, calibration_samples=1, templates=["a {}"])
     (tmp_path / "package").mkdir()
     classifier = ZeroShotClassifier.open(packed(built / "onnx-fp32", sets, tmp_path / "package"), device="cpu")
     texts = ["a red circle", "TWO blue Squares", "\u201ccaf\u00e9\u201d"]
-    picture = dataset.evaluation[0].open()
+    picture, _ = scenes.render("test", 0, 0)
     given = {found.text: found.probability for found in classifier.predict(picture, texts)}
     preprocess = image_transform_v2(PreprocessCfg(**own.visual.preprocess_cfg), is_train=False)
     with torch.inference_mode():
