@@ -14,7 +14,7 @@ from clip_deploy.inference.search import search
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_package_arguments(parser)
-    parser.add_argument("source", help="a folder of images, or what `embed` wrote")
+    parser.add_argument("source", help="a folder of images, or what `embed` or `index` wrote")
     parser.add_argument("text")
     parser.add_argument("--top", type=int, default=10, help="how many are shown; default: %(default)s")
 

@@ -30,7 +30,8 @@ SCENES = [scenes.render("classifier", index, 5 * index) for index in range(6)]
 IMAGES = [image for image, _ in SCENES]
 TEXTS = ["a photo of a red circle", "a photo of a yellow star", "a blue square"]
 ALLOWED = {"numpy", "PIL", "tokenizers", "onnxruntime", "tqdm"}  # tokenizers brings tqdm
-ON_DEMAND = {"pyarrow", "ray", "pillow_heif"}  # for Parquet and object stores, for many machines, for HEIC
+# For Parquet and object stores, for many machines, for HEIC, for an index.
+ON_DEMAND = {"pyarrow", "ray", "pillow_heif", "faiss"}
 
 
 @pytest.fixture(scope="module")
