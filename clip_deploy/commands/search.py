@@ -17,7 +17,7 @@ from clip_deploy.inference.storage import shown
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_package_arguments(parser)
     parser.add_argument(
-        "source", metavar="SOURCE", help="a folder of images, or what `embed` wrote: a folder, part or URI"
+        "source", metavar="SOURCE", help="a folder of images, or what `embed` (a folder, part or URI) or `index` wrote"
     )
     parser.add_argument("text", metavar="TEXT", help="what the images show, as a person would say it")
     parser.add_argument("--top", type=int, default=10, help="how many are shown; default: %(default)s")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.images import read_image
-from clip_deploy.core.vectors import DTYPES, check_width, encode, unit
+from clip_deploy.core.vectors import DTYPES, check_width, encode, read_vectors, unit
 from clip_deploy.inference.classifier import Picture, ZeroShotClassifier, check_count
 from clip_deploy.inference.storage import (
     Files,
@@ -297,6 +297,13 @@ def read_header(output: str, name: str, way_out: str = WAY_OUT) -> Header:
             return found
     except (OSError, ValueError, KeyError) as error:
         raise DeployError(f"{shown(output)}/{name} is no whole part of `embed`: {way_out}") from error
+
+
+def read_part(output: str, name: str, width: int) -> tuple[list[str], np.ndarray]:
+    """Paths and vectors, float32 [rows, width], of a part whose header says that width."""
+    with open_part(output, name) as part:
+        table = part.read().combine_chunks()
+    return table.column("path").to_pylist(), read_vectors(table).reshape(-1, width)
 
 
 def make_here(

@@ -1,4 +1,4 @@
-"""The images that a text describes best: of a folder, or of what `embed` made of one."""
+"""The images that a text describes best: of a folder, of what `embed` made of one, or of an index of that."""
 
 import heapq
 from collections.abc import Iterator
@@ -9,12 +9,13 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_deploy.core.errors import DataError, DeployError
-from clip_deploy.core.vectors import cut, read_vectors
+from clip_deploy.core.vectors import cut
 from clip_deploy.inference.classifier import ZeroShotClassifier, check_count
-from clip_deploy.inference.embed import printable, read_header
-from clip_deploy.inference.storage import TABLE, list_images, list_parts, local, open_part, shown
+from clip_deploy.inference.embed import printable, read_header, read_part
+from clip_deploy.inference.index import is_index, search_index
+from clip_deploy.inference.storage import TABLE, list_images, list_parts, local, shown
 
-SEARCHED = "give a folder of images, or what `embed` wrote: a folder or URI of part-*.parquet, or one part"
+SEARCHED = "give a folder of images, or what `embed` (a folder or URI of part-*.parquet, or one part) or `index` wrote"
 Embedded = tuple[list[str], np.ndarray]  # paths, and float32 embeddings [images, dimension]
 
 
@@ -33,18 +34,22 @@ class Found(NamedTuple):
 def search(classifier: ZeroShotClassifier, source: Path | str, text: str, top: int) -> Found:
     """The `top` images nearest to `text`. What cannot be read is left out and named.
 
-    Of parts with fewer dimensions the text is cut like the images; of binary ones a cosine is that of the signs.
+    FAISS searches an index (index.search_index); all else is searched whole. Of parts with fewer dimensions the text is
+    cut like the images; of binary ones a cosine is that of the signs.
 
     Args:
-        source: a folder of images, a folder or URI of `embed`'s parts, or one part. Paths are relative to the images'
-            folder.
+        source: a folder of images, a folder or URI of `embed`'s parts, one part, or an index of parts. Paths are
+            relative to the images' folder.
 
     Raises:
         DataError: there is nothing to search, `top` is below 1, or the text is empty.
-        DeployError: the parts were made by another package, whose embeddings mean something else.
+        DeployError: the parts were made by another package, whose embeddings mean something else, or an index is
+            damaged.
     """
     check_count("top", top)
     (wanted,) = classifier.embed_texts([text])
+    if (folder := local(str(source))) and is_index(folder):
+        return Found([Hit(*each) for each in search_index(folder, classifier.fingerprint, wanted, top)], [])
     best: list[Hit] = []
     unreadable: list[str] = []
     for paths, embeddings in _parts(classifier, str(source), unreadable):
@@ -100,6 +105,4 @@ def _read(classifier: ZeroShotClassifier, source: str, name: str) -> Embedded:
         raise DeployError(
             f"{shown(source)}/{name} was made with an earlier version of clip-deploy: embed the images anew"
         )
-    with open_part(source, name) as part:
-        table = part.read().combine_chunks()
-    return table.column("path").to_pylist(), read_vectors(table).reshape(-1, header["dimensions"])
+    return read_part(source, name, header["dimensions"])

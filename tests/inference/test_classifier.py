@@ -35,8 +35,8 @@ SCENES = [scenes.render("classifier", index, 5 * index) for index in range(6)]
 IMAGES = [image for image, _ in SCENES]
 TEXTS = ["a photo of a red circle", "a photo of a yellow star", "a blue square"]
 ALLOWED = {"numpy", "PIL", "tokenizers", "onnxruntime", "tqdm"}  # tokenizers brings tqdm
-# for Parquet and object stores, for many machines, for HEIC, for JPEGs in a hurry
-ON_DEMAND = {"huggingface_hub", "pyarrow", "ray", "pillow_heif", "simplejpeg", "cykooz_resizer"}
+# For Parquet and object stores, for many machines, for HEIC, for JPEGs in a hurry, for an index.
+ON_DEMAND = {"huggingface_hub", "pyarrow", "ray", "pillow_heif", "simplejpeg", "cykooz_resizer", "faiss"}
 
 
 @pytest.fixture(scope="module")

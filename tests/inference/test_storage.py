@@ -309,8 +309,10 @@ def test_an_object_store_gives_what_a_folder_gives_and_is_searched(package, pict
     capsys.readouterr()
     assert main(["embed", f"{uri}/in", f"{uri}/out", *parted]) == 0
     assert "5 images, 5 embedded before, 0 now" in capsys.readouterr().out
-    assert main(["search", f"{uri}/out", "a photo of a yellow star", "--top", "1", *settings]) == 0
-    assert capsys.readouterr().out.endswith("2.png\n")
+    assert main(["index", f"{uri}/out", str(tmp_path / "index")]) == 0
+    for searched in (f"{uri}/out", str(tmp_path / "index")):
+        assert main(["search", searched, "a photo of a yellow star", "--top", "1", *settings]) == 0
+        assert capsys.readouterr().out.endswith("2.png\n")
 
 
 def test_a_killed_run_on_an_object_store_goes_on_and_takes_up_what_changed(package, pictures, bucket, tmp_path):
