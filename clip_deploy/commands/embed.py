@@ -57,7 +57,7 @@ def _embedded(given: argparse.Namespace) -> Summary:
     columns = Columns(given.id_column, given.image_column)
     source = open_source(given.source, settings.part_size, columns, shared=given.ray is not None)
     if given.ray is None:
-        classifier = open_package(given, given.feed)
+        classifier = open_package(given, feed=given.feed, allow_spinning=False)
         return embed(classifier, source, given.output, settings, partial(make_here, classifier))
     package = Shipped.read(given.package, given.device, given.threads, given.feed)
     return embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from clip_deploy.inference.classifier import ZeroShotClassifier
 
@@ -16,9 +17,10 @@ def add_package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="a folder in which embeddings of texts are kept")
 
 
-def open_package(given: argparse.Namespace, feed: str = "exact") -> ZeroShotClassifier:
+def open_package(given: argparse.Namespace, **options: Any) -> ZeroShotClassifier:
+    """Args: options: others of ZeroShotClassifier.open."""
     return ZeroShotClassifier.open(
-        given.package, device=given.device, threads=given.threads, cache_folder=given.cache, feed=feed
+        given.package, device=given.device, threads=given.threads, cache_folder=given.cache, **options
     )
 
 

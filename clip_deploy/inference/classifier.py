@@ -64,6 +64,7 @@ class ZeroShotClassifier:
         cache_folder: Path | None,
         sample: EmbeddingSample | None,
         feed: str = "exact",
+        allow_spinning: bool = True,
     ) -> None:
         self.package, self.device, self.sample, self.feed = package, device, sample, feed
         encoder = package.encoder
@@ -78,7 +79,9 @@ class ZeroShotClassifier:
         )
         of_texts = package.fingerprint("text", "tokenizer")
         self.cache = TextCache(of_texts, encoder.dimension, cache_size, cache_folder)
-        self.sessions = {tower: _session(folder / self.towers[tower].file, device, threads) for tower in EMBEDS}
+        self.sessions = {
+            tower: _session(folder / self.towers[tower].file, device, threads, allow_spinning) for tower in EMBEDS
+        }
 
     @classmethod
     def open(
@@ -91,6 +94,7 @@ class ZeroShotClassifier:
         sample_folder: Path | str | None = None,
         sample_share: float = 0.01,
         feed: str = "exact",
+        allow_spinning: bool = True,
     ) -> "ZeroShotClassifier":
         """Open a package after checking that its files are those that were judged.
 
@@ -104,6 +108,8 @@ class ZeroShotClassifier:
             sample_share: of the images whose embeddings go there, above 0 and at most 1.
             feed: "exact" gives the pixels of the checkpoint's own processor; "fast" reads JPEG files several times as
                 fast, with pixels about a grey level off (the extra `fast`), and everything else as "exact" does.
+            allow_spinning: whether a tower's threads wait busily for work: quick for one image at a time, and a waste
+                where many are embedded, since those that read images need the cores meanwhile.
 
         Raises:
             DeployError: ONNX Runtime is too old, it is no package, nothing in it was fit to ship, a file is not the one
@@ -125,7 +131,7 @@ class ZeroShotClassifier:
         if chosen == "cuda":
             load_cuda()
         cache = Path(cache_folder) if cache_folder else None
-        return cls(folder, found, chosen, threads, cache_size, cache, sample, feed)
+        return cls(folder, found, chosen, threads, cache_size, cache, sample, feed, allow_spinning)
 
     def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
         """The probability of each text for one image, the highest first.
@@ -275,8 +281,9 @@ def _read(image: Picture) -> Image.Image:
     return image() if callable(image) else read_image(Path(image))
 
 
-def _session(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:
+def _session(path: Path, device: str, threads: int | None, allow_spinning: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(allow_spinning)))
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
