@@ -2,8 +2,8 @@
 
 Two libraries do the work, both without Python's lock: simplejpeg decodes, cykooz_resizer (Rust's fast_image_resize, of
 the same filters as Pillow's, in the other order of rows and columns) resizes what the crop keeps. A photo of more than
-twice the wanted size is decoded at a half or a quarter of its size, as libjpeg does within its DCT: about one grey level
-off on average. libjpeg's fast DCT and plain upsampling are left alone: the one overflows, the other bleeds colours.
+twice the wanted size is decoded at a half or a quarter of it, as libjpeg does within its DCT: about a grey level off on
+average. libjpeg's fast DCT and plain upsampling are left alone: the one overflows, the other bleeds colours.
 """
 
 import math
