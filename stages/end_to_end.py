@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, GatesConfig
 from clip_deploy.core.json_files import write_json
 from clip_deploy.core.parsing import plain
 from clip_deploy.data.preprocessed import load_prepared
@@ -17,6 +17,7 @@ from stages import stage
 class Settings:
     benchmark: BenchmarkConfig = MISSING
     end_to_end: EndToEndConfig = MISSING
+    gates: GatesConfig = MISSING
     seed: int = 0
     source: Path = MISSING
     checkpoint: Path = MISSING
@@ -28,7 +29,13 @@ class Settings:
 def end_to_end(settings: Settings) -> None:
     prepared = load_prepared(settings.evaluation)
     record = measure_feeds(
-        settings.source, settings.checkpoint, prepared, settings.benchmark, settings.end_to_end, settings.seed
+        settings.source,
+        settings.checkpoint,
+        prepared,
+        settings.benchmark,
+        settings.end_to_end,
+        settings.gates,
+        settings.seed,
     )
     write_json(settings.output, plain(record))
     for name, row in record.feeds.items():

@@ -68,7 +68,7 @@ def _embedded(given: argparse.Namespace) -> Summary:
     if given.gpus is not None:
         return _on_gpus(given, source, settings)
     if given.ray is None:
-        classifier = open_package(given, given.feed)
+        classifier = open_package(given, feed=given.feed, allow_spinning=False)
         return embed(classifier, source, given.output, settings, partial(make_here, classifier))
     package = Shipped.read(given.package, given.device, given.threads, given.feed)
     return embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))

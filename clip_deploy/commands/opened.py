@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from clip_deploy.commands.paths import local_path
 from clip_deploy.core.errors import DataError
@@ -23,12 +24,15 @@ def add_package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=local_path, help="a folder in which embeddings of texts are kept")
 
 
-def open_package(given: argparse.Namespace, feed: str = "exact") -> ZeroShotClassifier:
-    """Raises DeployError as ZeroShotClassifier.open does, and where --cache is a file."""
+def open_package(given: argparse.Namespace, **options: Any) -> ZeroShotClassifier:
+    """Open it as the command line says; `options` are others of ZeroShotClassifier.open.
+
+    Raises DeployError as that does, and where --cache is a file.
+    """
     if given.cache and given.cache.exists() and not given.cache.is_dir():
         raise DataError(f"--cache is {given.cache}, a file: give a folder, which is made if need be")
     return ZeroShotClassifier.open(
-        given.package, device=given.device, threads=given.threads, cache_folder=given.cache, feed=feed
+        given.package, device=given.device, threads=given.threads, cache_folder=given.cache, **options
     )
 
 

@@ -1,9 +1,9 @@
 """JPEG files as pixel values with libjpeg-turbo and a SIMD resize: faster than Pillow, and about a grey level off.
 
 Two libraries do the work, both without Python's lock: simplejpeg decodes, cykooz_resizer (Rust's fast_image_resize, of
-the same filters as Pillow's) resizes. What makes it fast, and not exact: a photo of more than twice the wanted size is
-decoded at a half or a quarter of its size (libjpeg scales within its DCT), libjpeg repeats colours instead
-of interpolating them, and only what the crop keeps is resized. libjpeg's fast DCT is left alone: it overflows.
+the same filters as Pillow's, in the other order of rows and columns) resizes what the crop keeps. A photo of more than
+twice the wanted size is decoded at a half or a quarter of it, as libjpeg does within its DCT: about a grey level off on
+average. libjpeg's fast DCT and plain upsampling are left alone: the one overflows, the other bleeds colours.
 """
 
 import math
@@ -89,7 +89,7 @@ class FastPreprocessing:
             plan = self.plan(*((width, height) if lies in LYING else (height, width)), lies)
             sides = -(-height // plan.scale), -(-width // plan.scale)
             least = dict(zip(("min_height", "min_width"), sides, strict=True)) if plan.scale > 1 else {}
-            pixels = simplejpeg.decode_jpeg(jpeg, fastupsample=True, **least)
+            pixels = simplejpeg.decode_jpeg(jpeg, **least)
         except Exception:  # of whatever is wrong, Pillow's own reading says it
             return None
         return Decoded(upright(pixels, lies), plan) if pixels.shape[:2] == sides else None

@@ -298,8 +298,10 @@ class FeedTiming:
     """reports/benchmark/end_to_end/<target>.json: one feed into the target.
 
     Attributes:
-        status: "measured", "wrong" where its pixels give other embeddings, or "unavailable".
+        status: "measured", "fail" where it misses the gate of its target's precision, "wrong" where its pixels give
+            other embeddings, or "unavailable".
         cosine_min: lowest cosine with the embeddings of what the checkpoint's own processor makes of the photos.
+        top1_drop, flips: percentage points, and percent of the photos with another answer, against that processor.
         workers: threads that decode and preprocess.
         through_host: whether pixels leave the GPU before the encoder takes them.
         batches: by batch size; `best_batch` has most images per second.
@@ -308,6 +310,8 @@ class FeedTiming:
     status: str
     reason: str | None = None
     cosine_min: float | None = None
+    top1_drop: float | None = None
+    flips: float | None = None
     workers: int | None = None
     through_host: bool | None = None
     best_batch: int | None = None

@@ -61,6 +61,7 @@ class ZeroShotClassifier:
         cache_folder: Path | None,
         sample: EmbeddingSample | None,
         feed: str = "exact",
+        allow_spinning: bool = True,
     ) -> None:
         self.package, self.device, self.sample, self.feed = package, device, sample, feed
         encoder = package.encoder
@@ -75,7 +76,7 @@ class ZeroShotClassifier:
         )
         of_texts = package.fingerprint("text")
         self.cache = TextCache(of_texts, encoder.dimension, cache_size, cache_folder)
-        self.encoder = PackageEncoder(folder, encoder, device, threads)
+        self.encoder = PackageEncoder(folder, encoder, device, threads, allow_spinning=allow_spinning)
 
     @classmethod
     def open(
@@ -88,6 +89,7 @@ class ZeroShotClassifier:
         sample_folder: Path | str | None = None,
         sample_share: float = 0.01,
         feed: str = "exact",
+        allow_spinning: bool = True,
     ) -> "ZeroShotClassifier":
         """Open a package after checking that its files are those that were judged.
 
@@ -101,6 +103,8 @@ class ZeroShotClassifier:
             sample_share: of the images whose embeddings go there, above 0 and at most 1.
             feed: "exact" gives the pixels of the checkpoint's own processor; "fast" reads JPEG files several times as
                 fast, with pixels about a grey level off (the extra `fast`), and everything else as "exact" does.
+            allow_spinning: whether a tower's threads wait busily for work: quick for one image at a time, and a waste
+                where many are embedded, since those that read images need the cores meanwhile.
 
         Raises:
             DeployError: it is no package, nothing in it was fit to ship, a file is not the one that was judged, device
@@ -120,7 +124,7 @@ class ZeroShotClassifier:
             raise DeployError(f"threads is {threads}: give 1 or more, or nothing for the runtime's default")
         sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None
         cache = Path(cache_folder) if cache_folder else None
-        return cls(folder, found, chosen, threads, cache_size, cache, sample, feed)
+        return cls(folder, found, chosen, threads, cache_size, cache, sample, feed, allow_spinning)
 
     def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
         """The probability of each text for one image, the highest first.

@@ -64,7 +64,9 @@ class Shipped:
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            classifier = ZeroShotClassifier.open(folder, self.device, self.threads, feed=self.feed)
+            classifier = ZeroShotClassifier.open(
+                folder, self.device, self.threads, feed=self.feed, allow_spinning=False
+            )
         if classifier.fingerprint != self.fingerprint:
             raise DeployError(f"the package's hash is {classifier.fingerprint} here, and {self.fingerprint} was sent")
         return classifier

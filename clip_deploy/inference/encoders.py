@@ -24,9 +24,15 @@ class PackageEncoder:
     """
 
     def __init__(
-        self, folder: Path, package: DualEncoder, device: str, threads: int | None, towers: Sequence[str] = TOWERS
+        self,
+        folder: Path,
+        package: DualEncoder,
+        device: str,
+        threads: int | None,
+        towers: Sequence[str] = TOWERS,
+        allow_spinning: bool = True,
     ) -> None:
-        """Open towers of the package in `folder`.
+        """Open towers of the package in `folder`; the rest is as open_encoder takes it.
 
         Raises:
             DeployError: a runtime refuses the files.
@@ -38,7 +44,7 @@ class PackageEncoder:
             shared.setdefault(package.towers[tower].target, []).append(tower)
         self.towers: dict[str, Encoder] = {}
         for target, names in shared.items():
-            opened = _opened(folder / target, package, device, threads, names)
+            opened = _opened(folder / target, package, device, threads, names, allow_spinning)
             self.towers |= dict.fromkeys(names, opened)
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
@@ -88,9 +94,16 @@ def read_encoder(path: Path) -> DualEncoder:
     return read_record(DualEncoder, path)
 
 
-def _opened(folder: Path, package: DualEncoder, device: str, threads: int | None, towers: Sequence[str]) -> Encoder:
+def _opened(
+    folder: Path,
+    package: DualEncoder,
+    device: str,
+    threads: int | None,
+    towers: Sequence[str],
+    allow_spinning: bool,
+) -> Encoder:
     try:
-        return open_encoder(folder, threads, device, towers)
+        return open_encoder(folder, threads, device, towers, allow_spinning)
     except DeployError as error:
         if others := other_versions(package.requires):
             raise UnavailableError(f"{error}; the package was judged with others than are here: {others}") from error

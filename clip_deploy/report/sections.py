@@ -348,6 +348,8 @@ def flow_section(report: Report) -> Section | None:
         "Encode ms",
         "Bottleneck",
         "Lowest cosine",
+        "Top-1 drop, points",
+        "Flips %",
         "Workers",
     ]
     rows = [(target, feed, row) for target, flow in flows.items() for feed, row in flow.feeds.items()]
@@ -375,7 +377,8 @@ def _flow_facts(flows: Mapping[str, EndToEnd]) -> list[Block]:
         f"{number(photos.kilobytes)} kB each, from memory. Workers decode and preprocess the next batches while the "
         f"encoder, with {flow.threads} threads, encodes one. Milliseconds are of one image, each part alone on the "
         "machine, decoding and preprocessing in one worker; where workers and encoder share the cores, the whole can "
-        "be slower than its slowest part. The cosine is with what the checkpoint's own processor makes of the files.",
+        "be slower than its slowest part. Cosine, top-1 and flips are against what the checkpoint's own processor "
+        "makes of the files; a feed that costs more than its target's gate allows is marked.",
     ]
 
 
@@ -383,7 +386,7 @@ def _flow_cells(target: str, feed: str, row: FeedTiming) -> list[str]:
     name = f"`{target}`, {feed}"
     best = row.best
     if best is None:
-        return [name, f"**{row.status}**", *[MISSING] * 8]
+        return [name, f"**{row.status}**", *[MISSING] * 10]
     return [
         name,
         row.status if row.status == "measured" else f"**{row.status}**",
@@ -392,6 +395,7 @@ def _flow_cells(target: str, feed: str, row: FeedTiming) -> list[str]:
         *(number(part) for part in (best.decode_ms, best.preprocess_ms, best.encode_ms)),
         best.bottleneck,
         f"{row.cosine_min:.4f}",
+        *(MISSING if value is None else f"{value:.1f}" for value in (row.top1_drop, row.flips)),
         str(row.workers),
     ]
 

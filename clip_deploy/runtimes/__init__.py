@@ -13,6 +13,7 @@ from clip_deploy.core.errors import DeployError, UnavailableError, first_line
 from clip_deploy.core.records import Placement
 
 T = TypeVar("T")
+SPINNING = ("ort",)  # whose threads wait busily for the next call unless told otherwise
 MOVABLE = ("eager", "compiled", "ort")  # runtimes whose files are not bound to the device that they were made for
 
 
@@ -60,7 +61,11 @@ class PlacedEncoder(Protocol):
 
 
 def open_encoder(
-    folder: Path, threads: int | None = None, device: str | None = None, towers: Sequence[str] = TOWERS
+    folder: Path,
+    threads: int | None = None,
+    device: str | None = None,
+    towers: Sequence[str] = TOWERS,
+    allow_spinning: bool = True,
 ) -> Encoder:
     """Open the target in `folder`.
 
@@ -69,6 +74,7 @@ def open_encoder(
         threads: of the library's pool; None leaves its default.
         device: "cpu" or "cuda" instead of the target's own.
         towers: those that are opened; the other one's files may be missing.
+        allow_spinning: whether threads wait busily for the next call, of a runtime that leaves the choice.
 
     Raises:
         UnavailableError: it could not be built, it is bound to another device, or the library or the device that runs
@@ -87,7 +93,9 @@ def open_encoder(
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed") from error
     try:
-        found: Encoder = module.Encoder(folder, replace(target, device=device or target.device), threads, towers)
+        options = {"allow_spinning": allow_spinning} if target.runtime in SPINNING else {}
+        moved = replace(target, device=device or target.device)
+        found: Encoder = module.Encoder(folder, moved, threads, towers, **options)
         return found
     except UnavailableError:
         raise

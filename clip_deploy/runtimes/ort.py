@@ -29,9 +29,16 @@ ProviderOptions = tuple[str, dict[str, str]]
 class Encoder:
     provider = CUDA  # what must run the nodes on a GPU
 
-    def __init__(self, folder: Path, target: Target, threads: int | None, towers: Sequence[str] = TOWERS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        target: Target,
+        threads: int | None,
+        towers: Sequence[str] = TOWERS,
+        allow_spinning: bool = True,
+    ) -> None:
         _refuse_old_runtime(onnxruntime.__version__)
-        self.folder, self.threads = folder, threads
+        self.folder, self.threads, self.allow_spinning = folder, threads, allow_spinning
         self.text_inputs = target.model.text_inputs
         self.image_input = target.image_input
         preprocesses = self.image_input == "images"
@@ -95,6 +102,8 @@ class Encoder:
         options = SessionOptions()
         if self.threads:
             options.intra_op_num_threads = self.threads
+        if not self.allow_spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         for axis, length in (shape or {}).items():
             options.add_free_dimension_override_by_name(axis, length)
         if self.on_gpu:

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,15 @@ from tqdm import tqdm
 
 from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import Target, failure, read_target
-from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, GatesConfig
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.model import as_images
 from clip_deploy.core.parsing import parse
 from clip_deploy.core.preprocessing import Preprocessing, to_pixels
 from clip_deploy.core.records import EndToEnd, FeedTiming, Photos
 from clip_deploy.data.preprocessed import Prepared
-from clip_deploy.evaluate.embeddings import encode_images
+from clip_deploy.evaluate.embeddings import Embeddings, encode_images, encode_texts
+from clip_deploy.evaluate.gates import gate_of
 from clip_deploy.onnx_graph.preprocessing import read_preprocessing
 from clip_deploy.runtimes import open_encoder
 from clip_deploy.timing.end_to_end_worker import FeedJob
@@ -39,13 +41,19 @@ PROGRAM = (sys.executable, "-m", "clip_deploy.timing.end_to_end_worker")
 
 
 def measure_feeds(
-    folder: Path, checkpoint: Path, prepared: Prepared, benchmark: BenchmarkConfig, settings: EndToEndConfig, seed: int
+    folder: Path,
+    checkpoint: Path,
+    prepared: Prepared,
+    benchmark: BenchmarkConfig,
+    settings: EndToEndConfig,
+    gates: GatesConfig,
+    seed: int,
 ) -> EndToEnd:
-    """Time every feed that suits the target in `folder`, each in a process of its own."""
+    """Time every feed that suits the target in `folder`, each in a process of its own, and hold it to its gate."""
     target = read_target(folder)
     names = FEEDS[target.image_input]
     try:
-        job, photos = _first_job(folder, target, checkpoint, prepared, benchmark, settings, seed)
+        job, photos = _first_job(folder, target, checkpoint, prepared, benchmark, settings, gates, seed)
     except Exception as error:  # whatever a library raises is this row's result
         reason = str(error) if isinstance(error, UnavailableError) else failure(error)
         return EndToEnd(dict.fromkeys(names, FeedTiming("unavailable", reason)))
@@ -63,6 +71,7 @@ def _first_job(
     prepared: Prepared,
     benchmark: BenchmarkConfig,
     settings: EndToEndConfig,
+    gates: GatesConfig,
     seed: int,
 ) -> tuple[FeedJob, Photos]:
     """The photos, and the embeddings that the checkpoint's processor makes of them, for the first feed."""
@@ -72,11 +81,28 @@ def _first_job(
     preprocessing = read_preprocessing(processor)
     jpegs = make_photos(prepared.pixel_values, preprocessing, benchmark.image_size, settings.images, seed)
     encoder = folder if target.image_input == "pixel_values" else checkpoint  # the one that takes pixel_values
-    reference = reference_embeddings(encoder, processor, jpegs)
+    reference = reference_embeddings(encoder, processor, jpegs, prepared)
+    rows = photo_rows(len(prepared.pixel_values), settings.images, np.random.default_rng(seed))
+    labels = prepared.labels[rows] if len(prepared.labels) else prepared.labels
+    questions = replace(prepared, pixel_values=np.empty(0), images=None, labels=labels)
     height, width = benchmark.image_size
     kilobytes = sum(map(len, jpegs)) / len(jpegs) / 1e3
     photos = Photos(len(jpegs), height, width, QUALITY, kilobytes)
-    return FeedJob(FEEDS[target.image_input][0], folder, preprocessing, jpegs, reference, benchmark, settings), photos
+    job = FeedJob(
+        FEEDS[target.image_input][0],
+        folder,
+        preprocessing,
+        jpegs,
+        reference,
+        questions,
+        target.precision,
+        gate_of(gates, target.precision),
+        benchmark,
+        settings,
+        target.model.trained,
+        seed,
+    )
+    return job, photos
 
 
 def make_photos(
@@ -90,8 +116,13 @@ def make_photos(
         size: [height, width] of the files.
     """
     rng = np.random.default_rng(seed)
-    rows = np.resize(rng.permutation(len(pixel_values)), count)
+    rows = photo_rows(len(pixel_values), count, rng)
     return [_photo(pixel_values[row], preprocessing, size, rng) for row in rows]
+
+
+def photo_rows(available: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Which images of the set the photos show: no one twice before all have had their turn."""
+    return np.resize(rng.permutation(available), count)
 
 
 def _photo(pixels: np.ndarray, preprocessing: Preprocessing, size: list[int], rng: np.random.Generator) -> bytes:
@@ -115,10 +146,14 @@ def texture(size: list[int], rng: np.random.Generator) -> np.ndarray:
     return found
 
 
-def reference_embeddings(folder: Path, processor: "BaseImageProcessor", jpegs: list[bytes]) -> np.ndarray:
-    """Embeddings [photos, dimension] of the target in `folder`, which takes pixel_values, through the processor."""
+def reference_embeddings(
+    folder: Path, processor: "BaseImageProcessor", jpegs: list[bytes], prepared: Prepared
+) -> Embeddings:
+    """What the target in `folder`, which takes pixel_values, makes of texts, and of photos through the processor."""
     made = processor([decode_rgb(jpeg) for jpeg in jpegs], return_tensors="np")
-    return encode_images(open_encoder(folder), as_images(made, read_target(folder).model.image_dtype))
+    encoder = open_encoder(folder)
+    images = encode_images(encoder, as_images(made, read_target(folder).model.image_dtype))
+    return Embeddings(images, encode_texts(encoder, prepared.captions), encode_texts(encoder, prepared.prompts))
 
 
 def run_feed(job: FeedJob) -> FeedTiming:

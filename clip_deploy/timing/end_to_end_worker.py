@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from time import perf_counter
@@ -22,13 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, GateLimits
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.parsing import plain
-from clip_deploy.core.records import FeedTiming, FlowBatch
+from clip_deploy.core.records import FeedTiming, FlowBatch, Measured
 from clip_deploy.core.similarity import similarity
 from clip_deploy.core.subprocesses import die_with_parent
-from clip_deploy.data.preprocessed import batches
+from clip_deploy.data.preprocessed import Prepared, batches
+from clip_deploy.evaluate import accuracy
+from clip_deploy.evaluate.embeddings import Embeddings
+from clip_deploy.evaluate.gates import check_gate
 from clip_deploy.runtimes import Encoder, open_encoder
 from clip_deploy.timing.input_pipelines import Feed, open_feed
 from clip_deploy.timing.latency_worker import answer_stream, reason, timed
@@ -46,16 +49,24 @@ class FeedJob:
 
     Attributes:
         jpegs: the photos, in memory.
-        reference: [photos, dimension], the embeddings that the checkpoint's own processor leads to.
+        reference: what the checkpoint's own processor leads to: images [photos, dimension], and the evaluation set's
+            texts.
+        questions: labels of the photos, and classes or captions of the evaluation set; without its images.
+        precision, gate: of the target: what its embeddings through the feed are held to.
     """
 
     feed: str
     folder: Path
     preprocessing: "Preprocessing"
     jpegs: list[bytes]
-    reference: np.ndarray
+    reference: Embeddings
+    questions: Prepared
+    precision: str
+    gate: GateLimits
     benchmark: BenchmarkConfig
     settings: EndToEndConfig
+    trained: bool = True
+    seed: int = 0
 
 
 def main() -> None:
@@ -75,12 +86,16 @@ def measure_feed(job: FeedJob) -> FeedTiming:
     """Time the flow at every batch size, and each of its parts alone."""
     encoder = open_encoder(job.folder, job.benchmark.threads)
     feed = open_feed(job.feed, job.preprocessing, getattr(encoder, "takes_device_tensors", False))
-    cosine = similarity(_embeddings(feed, encoder, job.jpegs), job.reference).cosine_min
+    measured = judge(_embeddings(feed, encoder, job.jpegs), job)
+    status, reason = check_embeddings(measured, job)
     workers = 1 if feed.whole_batches else job.settings.workers or job.benchmark.threads
     found = {batch: measure_batch(feed, encoder, job, batch, workers) for batch in job.benchmark.batch_sizes}
     return FeedTiming(
-        *check_embeddings(cosine),
-        cosine_min=cosine,
+        status,
+        reason,
+        cosine_min=measured.parity["vision"].cosine_min,
+        top1_drop=measured.zero_shot.top1_drop if measured.zero_shot else None,
+        flips=measured.flips,
         workers=workers,
         through_host=feed.whole_batches and not getattr(encoder, "takes_device_tensors", False),
         best_batch=max(found, key=lambda batch: found[batch].images_per_s),
@@ -88,12 +103,28 @@ def measure_feed(job: FeedJob) -> FeedTiming:
     )
 
 
-def check_embeddings(cosine: float) -> tuple[str, str | None]:
-    """Status of a feed, and a reason, by its embeddings' lowest cosine with those of the checkpoint's own processor."""
-    if cosine >= MIN_COSINE:
-        return "measured", None
-    why = "the embeddings are not those of the checkpoint's own processor"
-    return "wrong", f"cosine {cosine:.4f} < {MIN_COSINE}: {why}"
+def judge(images: np.ndarray, job: FeedJob) -> Measured:
+    """What the feed costs: its embeddings [photos, dimension] and answers against the checkpoint's own processor's."""
+    finite = np.nan_to_num(images, nan=0.0, posinf=0.0, neginf=0.0)
+    actual, questions = replace(job.reference, images=finite), job.questions
+    classes = questions.manifest["classes"]
+    return Measured(
+        parity={"vision": similarity(images, job.reference.images)},
+        shapes={},
+        zero_shot=accuracy.zero_shot(actual, job.reference, questions, job.seed) if classes else None,
+        flips=accuracy.flips(actual, job.reference, questions),
+        evaluation=questions.identity,
+    )
+
+
+def check_embeddings(found: Measured, job: FeedJob) -> tuple[str, str | None]:
+    """Status of a feed, and a reason: "wrong" below MIN_COSINE, "fail" where it misses its target's gate."""
+    cosine = found.parity["vision"].cosine_min
+    if not cosine >= MIN_COSINE:
+        why = "the embeddings are not those of the checkpoint's own processor"
+        return "wrong", f"cosine {cosine:.4f} < {MIN_COSINE}: {why}"
+    missed = check_gate(found, job.trained, job.gate, job.precision)
+    return ("fail", "; ".join(missed)) if missed else ("measured", None)
 
 
 def _embeddings(feed: Feed, encoder: Encoder, jpegs: list[bytes]) -> np.ndarray:

@@ -9,16 +9,18 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
+from clip_deploy.core import fast_preprocessing
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.fast_preprocessing import FLIPS, LYING, Decoded, FastPreprocessing, orientation
 
 if TYPE_CHECKING:
     import torch
 
     from clip_deploy.core.preprocessing import Preprocessing
 
-FEEDS = {"pixel_values": ("pil", "torchvision", "nvjpeg"), "images": ("graph",)}  # by what a tower takes
+FEEDS = {"pixel_values": ("pil", "fast", "torchvision", "nvjpeg"), "images": ("graph",)}  # by what a tower takes
 
 
 class Feed(Protocol):
@@ -37,10 +39,12 @@ class Feed(Protocol):
 
 def check_feed(name: str, settings: "Preprocessing") -> None:
     """Raise UnavailableError where a library or the GPU that the feed needs is missing; loads no library for it."""
+    if name == "fast":
+        fast_preprocessing.check(settings)
     if name not in ("torchvision", "nvjpeg"):
         return
     if settings.max_patches:
-        raise UnavailableError("only Pillow's feed cuts images in their proportions into patches (NaFlex)")
+        raise UnavailableError("only pil and fast cut images in their proportions into patches (NaFlex)")
     if find_spec("torchvision") is None:
         raise UnavailableError("torchvision is not installed (pip install torchvision)")
     if name == "nvjpeg":
@@ -59,6 +63,7 @@ def open_feed(name: str, settings: "Preprocessing", device_tensors: bool) -> Fee
     """
     opened: dict[str, Callable[[], Feed]] = {
         "pil": lambda: PilFeed(settings),
+        "fast": lambda: FastFeed(settings),
         "graph": GraphFeed,
         "torchvision": lambda: TorchFeed(settings, "cpu", False),
         "nvjpeg": lambda: TorchFeed(settings, "cuda", device_tensors),
@@ -73,23 +78,10 @@ def decode_rgb(jpeg: bytes) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-FLIPS: dict[int, tuple[int, ...]] = {2: (-1,), 3: (-1, -2), 4: (-2,), 6: (-1,), 7: (-1, -2), 8: (-2,)}
-LYING = (5, 6, 7, 8)
-
-
-def orientation(jpeg: bytes) -> int:
-    """How the picture lies in the file, by EXIF's numbers; 1 is upright."""
-    if b"Exif\0" not in jpeg and b"tiff:Orientation" not in jpeg:  # most have none, and to open one takes its time
-        return 1
-    with Image.open(io.BytesIO(jpeg)) as image:
-        found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return found
-
-
 def upright(image: "torch.Tensor", lies: int) -> "torch.Tensor":
     """A picture [3, height, width] turned as Pillow's exif_transpose does: torchvision does it on the CPU alone."""
     image = image.transpose(-2, -1) if lies in LYING else image
-    return image.flip(FLIPS[lies]) if lies in FLIPS else image
+    return image.flip([axis - 2 for axis in FLIPS[lies]]) if lies in FLIPS else image
 
 
 class PilFeed:
@@ -105,6 +97,24 @@ class PilFeed:
 
     def preprocess(self, images: list[Image.Image]) -> np.ndarray:
         return np.stack([self.settings(image) for image in images])
+
+
+class FastFeed:
+    """What `embed --feed fast` does: libjpeg-turbo and a SIMD resize, and Pillow for what they leave to it."""
+
+    whole_batches = False
+
+    def __init__(self, settings: "Preprocessing") -> None:
+        self.settings, self.fast = settings, FastPreprocessing(settings)
+
+    def decode(self, jpegs: list[bytes]) -> list[Decoded | Image.Image]:
+        return [self.fast.decode(jpeg) or decode_rgb(jpeg) for jpeg in jpegs]
+
+    def preprocess(self, images: list[Decoded | Image.Image]) -> np.ndarray:
+        return np.stack([self._pixels(image) for image in images])
+
+    def _pixels(self, image: Decoded | Image.Image) -> np.ndarray:
+        return self.settings(image) if isinstance(image, Image.Image) else self.fast.preprocess(image)
 
 
 class GraphFeed:

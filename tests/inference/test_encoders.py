@@ -142,7 +142,7 @@ class Recorder:
 @pytest.fixture
 def on_gpu(package, monkeypatch):
     recorder, described = Recorder(), read_package(package).encoder
-    monkeypatch.setattr(encoders, "open_encoder", lambda *_: recorder)
+    monkeypatch.setattr(encoders, "open_encoder", lambda *_, **__: recorder)
     return PackageEncoder(package, described, "cuda", None), recorder, described
 
 
@@ -170,7 +170,7 @@ def test_texts_have_one_of_two_lengths_on_a_gpu(on_gpu):
 
 def test_on_a_cpu_batches_stay_as_they_are(package, monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(encoders, "open_encoder", lambda *_: recorder)
+    monkeypatch.setattr(encoders, "open_encoder", lambda *_, **__: recorder)
     encoder = PackageEncoder(package, read_package(package).encoder, "cpu", None)
     encoder.encode_images(np.zeros((11, 1, 1, 1), dtype=np.float32))
     assert recorder.shapes == [(11, 1, 1, 1)]

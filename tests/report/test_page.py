@@ -65,7 +65,9 @@ DIAGNOSIS = {"reference": "onnx-fp32", "drops": [DROP | {"cosine_before": 1.0, "
 BEST = FlowBatch(400.0, 390.0, 410.0, decode_ms=3.0, preprocess_ms=1.5, encode_ms=0.5, bottleneck="decode")
 FLOW = EndToEnd(
     feeds={
-        "pil": FeedTiming("wrong", "cosine 0.5 < 0.99", 0.5, 2, through_host=True, best_batch=8, batches={8: BEST}),
+        "pil": FeedTiming(
+            "wrong", "cosine 0.5 < 0.99", 0.5, workers=2, through_host=True, best_batch=8, batches={8: BEST}
+        ),
         "nvjpeg": FeedTiming("unavailable", "PyTorch sees no GPU"),
     },
     photos=Photos(32, 480, 640, 90, 82.0),

@@ -289,7 +289,9 @@ def test_on_a_gpu_a_row_whose_own_calls_differ_is_undecided_whatever_its_speed_u
 
 SLOW = FlowBatch(300.0, 290.0, 310.0, 3.0, 1.5, 0.8, "decode")
 BEST = FlowBatch(400.0, 390.0, 410.0, decode_ms=3.0, preprocess_ms=1.5, encode_ms=0.5, bottleneck="decode")
-FED = FeedTiming("measured", None, 1.0, workers=2, through_host=False, best_batch=8, batches={1: SLOW, 8: BEST})
+FED = FeedTiming(
+    "measured", None, 1.0, 0.5, 3.125, workers=2, through_host=False, best_batch=8, batches={1: SLOW, 8: BEST}
+)
 FLOW = EndToEnd(
     feeds={"pil": FED, "nvjpeg": FeedTiming("unavailable", "PyTorch sees no <GPU>")},
     photos=Photos(32, 480, 640, 90, 82.0),
@@ -300,8 +302,11 @@ FLOW = EndToEnd(
 def test_the_way_from_jpeg_to_embedding_has_a_row_for_each_feed(rows):
     text = markdown(Report("title", rows, flows={"ort-fp32": FLOW}))
     assert "32 JPEGs of 480 x 640 pixels, quality 90, 82.0 kB each" in text
-    assert "| `ort-fp32`, pil | measured | 400 [390, 410] | 8 | 3.00 | 1.50 | 0.500 | decode | 1.0000 | 2 |" in text
-    assert "| `ort-fp32`, nvjpeg | **unavailable** | - | - | - | - | - | - | - | - |" in text
+    assert (
+        "| `ort-fp32`, pil | measured | 400 [390, 410] | 8 | 3.00 | 1.50 | 0.500 | decode | 1.0000 | 0.5 | 3.1 | 2 |"
+        in text
+    )
+    assert "| `ort-fp32`, nvjpeg | **unavailable** | - | - | - | - | - | - | - | - | - | - |" in text
     assert "- `ort-fp32` nvjpeg unavailable: PyTorch sees no <GPU>" in text
 
 
