@@ -119,7 +119,9 @@ def _work(gpu: str, opening: Opening, job: EmbedJob, connection: Connection) -> 
     die_with_parent()
     os.environ[VISIBLE] = gpu
     try:
-        classifier = ZeroShotClassifier.open(opening.package, opening.device, opening.threads, feed=opening.feed)
+        classifier = ZeroShotClassifier.open(
+            opening.package, opening.device, opening.threads, feed=opening.feed, allow_spinning=False
+        )
         if classifier.fingerprint != job.maker["package"]:
             raise DeployError(f"{opening.package} is another package than when the run began: run again")
         while True:
