@@ -224,7 +224,7 @@ def test_what_ended_every_process_that_tried_it_is_named_with_what_was_done_last
     (few / "3.png").write_text("<html>")
     source = open_source(str(few), 10, shared=True)
     monkeypatch.setattr(
-        "clip_deploy.inference.storage.decode", lambda content, name, _: die() if name.endswith("5.png") else content
+        "clip_deploy.inference.images.decode", lambda content, name, _: die() if name.endswith("5.png") else content
     )
     attempts.begun[0] = 1
     for _ in range(TRIES - 1):
