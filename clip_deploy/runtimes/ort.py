@@ -102,8 +102,7 @@ class Encoder:
         options = SessionOptions()
         if self.threads:
             options.intra_op_num_threads = self.threads
-        if not self.allow_spinning:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.allow_spinning)))
         for axis, length in (shape or {}).items():
             options.add_free_dimension_override_by_name(axis, length)
         if self.on_gpu:

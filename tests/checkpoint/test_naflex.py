@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from support import models
+from support.fast_feed import need_fast_feed
 from support.targets import packed
 from transformers import AutoModel, AutoProcessor
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
@@ -163,13 +164,16 @@ def test_it_is_timed(naflex, forms):
     assert record.towers["vision"][2].p50_ms > 0
 
 
-def test_it_is_fed_by_pillow_alone(naflex, forms, naflex_sets):
+def test_it_is_fed_by_pillow_and_by_the_fast_feed_alone(naflex, forms, naflex_sets):
+    need_fast_feed()
     benchmark = BenchmarkConfig(batch_sizes=[2], threads=1)
     settings = EndToEndConfig(images=3, passes=1, seconds=0.01)
-    found = measure_feeds(forms / "ort-fp32", naflex, load_prepared(naflex_sets / "evaluation"), benchmark, settings, 0)
+    prepared = load_prepared(naflex_sets / "evaluation")
+    found = measure_feeds(forms / "ort-fp32", naflex, prepared, benchmark, settings, GatesConfig(), 0)
     assert found.feeds["pil"].status == "measured", found.feeds["pil"]
+    assert found.feeds["fast"].status == "measured", found.feeds["fast"]
     assert (
-        found.feeds["torchvision"].reason == "only Pillow's feed cuts images in their proportions into patches (NaFlex)"
+        found.feeds["torchvision"].reason == "only pil and fast cut images in their proportions into patches (NaFlex)"
     )
 
 

@@ -189,6 +189,13 @@ def test_an_unknown_feed_and_a_missing_library_are_refused(package, monkeypatch)
         ZeroShotClassifier.open(package, feed="fast")
 
 
+@pytest.mark.parametrize(("options", "entry"), [({}, "1"), ({"allow_spinning": False}, "0")])
+def test_the_towers_threads_wait_busily_unless_told_otherwise(package, options, entry):
+    sessions = ZeroShotClassifier.open(package, **options).encoder.towers["vision"].sessions
+    found = [session.get_session_options() for session in sessions.values()]
+    assert [each.get_session_config_entry("session.intra_op.allow_spinning") for each in found] == [entry, entry]
+
+
 def test_an_unknown_device_is_refused(package):
     with pytest.raises(DeployError, match="device is 'tpu': accepted are cpu, cuda"):
         ZeroShotClassifier.open(package, device="tpu")
