@@ -32,6 +32,6 @@ def test_another_target_than_the_recommended_one_is_packaged_by_hand(built, tmp_
     assert {tower: chosen["target"] for tower, chosen in manifest["towers"].items()} == dict.fromkeys(
         ("vision", "text"), "ort-fp16"
     )
-    refused = project.run(*command, "torch-fp32", "--output", "build/none", check=False)
+    refused = project.run(*command, "ort-fp31", "--output", "build/none", check=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert not (project.path / "build/none").exists()

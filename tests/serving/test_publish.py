@@ -15,6 +15,8 @@ from clip_deploy.core.errors import DeployError
 from clip_deploy.serving.publish import PARTS, WHOLE, publish, versions, withdraw
 from clip_deploy.serving.repository import write_repository
 
+VISION = "onnx-fp32/vision.onnx"  # in a version of the image tower
+
 
 @pytest.fixture(scope="module")
 def written(package, tmp_path_factory):
@@ -70,11 +72,11 @@ def renew(new):
 
 
 def test_a_version_is_added_beside_the_others_and_the_ensemble_names_it(new, served):
-    (new / "clip_vision" / "1" / "model.onnx").write_bytes(b"another")
+    (new / "clip_vision" / "1" / VISION).write_bytes(b"another")
     batching = (new / "clip_vision" / "config.pbtxt").read_text().replace("_microseconds: 200", "_microseconds: 300")
     (new / "clip_vision" / "config.pbtxt").write_text(batching)
     renew(new)
-    old = (served / "clip_vision" / "1" / "model.onnx").read_bytes()
+    old = (served / "clip_vision" / "1" / VISION).read_bytes()
     assert publish(new, served) == "2"
     assert publish(new, served) == "3"
     assert versions(served) == ["1", "2", "3"]
@@ -86,8 +88,8 @@ def test_a_version_is_added_beside_the_others_and_the_ensemble_names_it(new, ser
             "3",
             *(["warmup"] if model == "clip_text" else []),
         ]
-    assert (served / "clip_vision" / "1" / "model.onnx").read_bytes() == old
-    assert (served / "clip_vision" / "3" / "model.onnx").read_bytes() == b"another"
+    assert (served / "clip_vision" / "1" / VISION).read_bytes() == old
+    assert (served / "clip_vision" / "3" / VISION).read_bytes() == b"another"
     assert (served / "clip_vision" / "config.pbtxt").read_text() == batching
 
 
@@ -137,8 +139,8 @@ def test_a_repository_of_another_backend_cannot_be_a_version(written, served):
 
 
 def test_a_damaged_repository_is_refused(new, served):
-    (new / "clip_text" / "1" / "model.onnx").write_bytes(b"damaged")
-    with pytest.raises(DeployError, match=r"clip_text/1/model\.onnx: changed"):
+    (new / "clip_text" / "1" / "onnx-fp32" / "text.onnx").write_bytes(b"damaged")
+    with pytest.raises(DeployError, match=r"clip_text/1/onnx-fp32/text\.onnx: changed"):
         publish(new, served)
 
 

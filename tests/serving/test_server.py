@@ -163,7 +163,7 @@ def test_a_killed_run_leaves_no_server_no_model_and_no_memory(environment, repos
 @pytest.mark.slow
 def test_a_server_that_cannot_start_says_why_and_leaves_nothing_behind(environment, repository, tmp_path):
     shutil.copytree(repository / "python" / "clip_text", tmp_path / "models" / "clip_text")
-    (tmp_path / "models" / "clip_text" / "1" / "model.onnx").write_bytes(b"broken")
+    (tmp_path / "models" / "clip_text" / "1" / "onnx-fp32" / "text.onnx").write_bytes(b"broken")
     with (
         pytest.raises(DeployError, match=r"Triton ended with code 1: .*"),
         serve(tmp_path / "models", environment, tmp_path / "server.log"),
