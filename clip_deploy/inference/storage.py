@@ -25,6 +25,7 @@ from clip_deploy.inference.classifier import Picture
 STORES = ("s3", "gs", "gcs", "abfs", "abfss")  # object stores that pyarrow knows: there, a put is whole or not at all
 HUB = "hf"  # Hugging Face's hub, as hf://datasets/owner/name: its library reads it, and pyarrow through that
 TABLE = ".parquet"
+ARROW = ".arrow"  # as save_to_disk of `datasets` writes it; cache-*.arrow beside are its own
 SHARD = (".tar", ".tar.gz", ".tgz")
 MAX_MEMBER = 1 << 30  # bytes of an image in a tar file, which is read into memory
 # What makes a folder that holds Parquet too one of images; elsewhere no ending decides.
@@ -215,10 +216,9 @@ class TableRows:
         return {"files": self.digest}
 
     def pictures(self) -> Iterator[tuple[str, Picture]]:
-        files, _ = locate(self.where)
         for piece in self.pieces:
-            with storage_errors(piece.path), files.open_input_file(piece.path) as opened:
-                for row, (identity, content) in enumerate(_read_rows(opened, piece, self.columns), piece.first):
+            with storage_errors(piece.path):
+                for row, (identity, content) in enumerate(_read_rows(self.where, piece, self.columns), piece.first):
                     name = f"{piece.path}:{row}" if identity is None else str(identity)
                     yield name, Encoded(partial(bytes, content or b""), name)
 
@@ -238,7 +238,7 @@ def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bo
     """
     load_pyarrow()  # whatever is missing is said before the work
     found = list_files(where)
-    tables = {name: stamp for name, stamp in found.files.items() if name.lower().endswith(TABLE)}
+    tables = {name: stamp for name, stamp in found.files.items() if _is_table(name)}
     images = {name: stamp for name, stamp in found.files.items() if may_be_image(name)}
     shards = {name: stamp for name, stamp in found.files.items() if name.lower().endswith(SHARD)}
     packed = bool(shards) and not any(name.lower().endswith(SUFFIXES) for name in images)
@@ -290,7 +290,7 @@ def list_files(where: str) -> Listing:
     folder = local(where)
     if folder is None:
         return Listing(dict(sorted(_list_store(where), key=lambda item: os.fsencode(item[0]))))
-    if folder.name.lower().endswith((TABLE, *SHARD)) and folder.is_file():
+    if folder.name.lower().endswith((TABLE, ARROW, *SHARD)) and folder.is_file():
         status = folder.stat()
         return Listing({folder.name: Stamp(status.st_size, status.st_mtime_ns)})
     if not folder.is_dir():
@@ -345,22 +345,50 @@ def read_tables(where: str) -> Iterator[Any]:
             yield parquet.read_table(files.open_input_file(path), columns=["embedding"])
 
 
+def _is_table(name: str) -> bool:
+    last = name.lower().rpartition("/")[2]
+    return last.endswith(TABLE) or (last.endswith(ARROW) and not last.startswith("cache-"))
+
+
 def _count_rows(where: str, columns: Columns, path: str) -> int:
     _, parquet = load_pyarrow()
     files, _ = locate(where)
-    with storage_errors(path), files.open_input_file(path) as opened:
-        table = parquet.ParquetFile(opened)
-        given = table.schema_arrow.names
-        if missing := [name for name in columns if name and name not in given]:
-            raise DataError(
-                f"{path} has no column {missing[0]!r}: it has {', '.join(given)}; name them by --id-column and "
-                "--image-column"
-            )
-        kind = table.schema_arrow.field(columns.image).type
-        if not _holds_bytes(kind):
-            raise DataError(f"{path}: its column {columns.image!r} holds {kind}: give the bytes of image files")
-        found: int = table.metadata.num_rows
-        return found
+    with storage_errors(path):
+        if path.lower().endswith(ARROW):
+            if not local(where):
+                raise DataError(f"{path}: Arrow files are read where they lie on a disk; give Parquet")
+            schema, batches = _open_arrow(path)
+            _check_columns(path, schema, columns)
+            return sum(batch.num_rows for batch in batches)
+        with files.open_input_file(path) as opened:
+            table = parquet.ParquetFile(opened)
+            _check_columns(path, table.schema_arrow, columns)
+            found: int = table.metadata.num_rows
+            return found
+
+
+def _check_columns(path: str, schema: Any, columns: Columns) -> None:
+    """Raise DataError where a table lacks a column, or its images are no bytes."""
+    if missing := [name for name in columns if name and name not in schema.names]:
+        raise DataError(
+            f"{path} has no column {missing[0]!r}: it has {', '.join(schema.names)}; name them by --id-column and "
+            "--image-column"
+        )
+    kind = schema.field(columns.image).type
+    if not _holds_bytes(kind):
+        raise DataError(f"{path}: its column {columns.image!r} holds {kind}: give the bytes of image files")
+
+
+def _open_arrow(path: str) -> tuple[Any, Iterator[Any]]:
+    """Schema and record batches of an Arrow file, mapped into memory: of the streaming format, or the other."""
+    pyarrow, _ = load_pyarrow()
+    mapped = pyarrow.memory_map(path)
+    if mapped.read(6) != b"ARROW1":
+        mapped.seek(0)
+        reader = pyarrow.ipc.open_stream(mapped)
+        return reader.schema, iter(reader)
+    reader = pyarrow.ipc.open_file(mapped)
+    return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -389,25 +417,41 @@ def _divide(counts: list[tuple[str, int]], part_size: int) -> list[list[Rows]]:
     return parts
 
 
-def _read_rows(opened: Any, rows: Rows, columns: Columns) -> Iterator[tuple[Any, bytes | None]]:
-    """Of the row groups that hold them, few at a time."""
+def _read_rows(where: str, rows: Rows, columns: Columns) -> Iterator[tuple[Any, bytes | None]]:
+    """Names, None where the table has none, and images' bytes, few at a time."""
+    if rows.path.lower().endswith(ARROW):
+        _, batches = _open_arrow(rows.path)
+        yield from _named_images(batches, 0, rows, columns)
+        return
     _, parquet = load_pyarrow()
-    table = parquet.ParquetFile(opened)
-    at, groups = 0, []
-    for number in range(table.metadata.num_row_groups):
-        count = table.metadata.row_group(number).num_rows
-        if at < rows.last and at + count > rows.first:
-            groups.append((number, at))
-        at += count
-    at = groups[0][1]
-    identity = columns.id or ("id" if "id" in table.schema_arrow.names else None)
-    names = [identity, columns.image] if identity else [columns.image]
-    for batch in table.iter_batches(ROWS, [number for number, _ in groups], columns=names):
-        wanted = batch.slice(max(0, rows.first - at), max(0, min(rows.last, at + len(batch)) - max(at, rows.first)))
+    files, _ = locate(where)
+    with files.open_input_file(rows.path) as opened:
+        table = parquet.ParquetFile(opened)
+        at, groups = 0, []
+        for number in range(table.metadata.num_row_groups):
+            count = table.metadata.row_group(number).num_rows
+            if at < rows.last and at + count > rows.first:
+                groups.append((number, at))
+            at += count
+        known = [name for name in {columns.id or "id", columns.image} if name in table.schema_arrow.names]
+        batches = table.iter_batches(ROWS, [number for number, _ in groups], columns=known)
+        yield from _named_images(batches, groups[0][1], rows, columns)
+
+
+def _named_images(batches: Iterable[Any], at: int, rows: Rows, columns: Columns) -> Iterator[tuple[Any, bytes | None]]:
+    """Those of `rows` among record batches of which the first begins at row `at`."""
+    identity = columns.id or "id"
+    for batch in batches:
+        begin, end = max(0, rows.first - at), min(rows.last - at, len(batch))
+        for first in range(begin, end, ROWS):
+            wanted = batch.slice(first, min(ROWS, end - first))
+            named = identity in batch.schema.names
+            called = wanted.column(identity).to_pylist() if named else [None] * len(wanted)
+            for name, image in zip(called, wanted.column(columns.image).to_pylist(), strict=True):
+                yield name, image["bytes"] if isinstance(image, dict) else image
         at += len(batch)
-        called = wanted.column(identity).to_pylist() if identity else [None] * len(wanted)
-        for name, image in zip(called, wanted.column(columns.image).to_pylist(), strict=True):
-            yield name, image["bytes"] if isinstance(image, dict) else image
+        if at >= rows.last:
+            return
 
 
 def _digest(stamps: dict[str, Stamp], columns: Columns) -> str:

@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 import numpy as np
 import pyarrow
 import pytest
+from PIL import Image
 from pyarrow import fs, parquet
 from support.project import ROOT
 
@@ -128,6 +130,29 @@ def test_a_tar_file_that_ends_too_early_is_named_and_harms_no_other(package, pic
     assert "2 embedded before, 0 now, 3 gone, 1 unreadable" in embed()[1].out
     assert main(["search", str(tmp_path / "out"), "a red circle", "--top", "1", *words]) == 0
     assert capsys.readouterr().out.endswith("  d.tar/0.png\n")
+
+
+def test_what_datasets_saves_to_disk_is_read_row_by_row(pictures, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    images = [Image.open(io.BytesIO(content)) for content in pictures]
+    whole = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 2, 3, 4]})
+    whole.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    shutil.copy(tmp_path / "saved" / "data-00000-of-00002.arrow", tmp_path / "saved" / "cache-0123.arrow")
+    source = open_source(str(tmp_path / "saved"), part_size=2)
+    assert [part.images for part in source.parts] == [2, 2, 1]
+    found = [pair for part in read(source) for pair in part]
+    folder = tmp_path / "saved"
+    names = [f"{folder}/data-00000-of-00002.arrow:{row}" for row in range(3)]
+    assert [name for name, _ in found] == [*names, *(f"{folder}/data-00001-of-00002.arrow:{row}" for row in range(2))]
+    for (_, picture), image in zip(found, images, strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(image.convert("RGB")))
+    table = pyarrow.table({"id": ["a", "b", "c"], "image": pictures[:3]})
+    with pyarrow.OSFile(str(tmp_path / "one.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    assert [[name for name, _ in part] for part in read(open_source(str(tmp_path / "one.arrow"), 2))] == [
+        ["a", "b"],
+        ["c"],
+    ]
 
 
 def test_a_dataset_of_the_hub_is_read_through_its_library(pictures, tmp_path, monkeypatch):
