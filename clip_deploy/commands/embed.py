@@ -76,6 +76,5 @@ def _embedded(given: argparse.Namespace) -> Summary:
 
 def _on_gpus(given: argparse.Namespace, source: Source, settings: EmbedSettings) -> Summary:
     chosen = choose_gpus(given.gpus)
-    package = Shipped.read(given.package, given.device or "cuda", given.threads, given.feed)
-    opening = Opening(given.package, package.device, given.threads, given.feed)
-    return embed(package, source, given.output, settings, partial(make_on_gpus, opening, chosen))
+    package = Opening.read(given.package, given.device or "cuda", given.threads, given.feed)
+    return embed(package, source, given.output, settings, partial(make_on_gpus, package, chosen))

@@ -20,7 +20,7 @@ def add_package_arguments(parser: argparse.ArgumentParser) -> None:
         help="the folder that `dvc repro` or `clip-deploy package` wrote; default: %(default)s",
     )
     parser.add_argument("--device", help="cpu or cuda; default: the one that the package was made for")
-    parser.add_argument("--threads", type=int, help="of each tower; default: ONNX Runtime's choice")
+    parser.add_argument("--threads", type=int, help="of each tower; default: its runtime's choice")
     parser.add_argument("--cache", type=local_path, help="a folder in which embeddings of texts are kept")
 
 

@@ -1,7 +1,7 @@
 """Put a target, with all that a deployment needs, into one folder.
 
-The target must have passed its gate in the last `dvc repro`. It runs the pipeline's stage
-`package` as dvc.yaml has it, with another target and another folder.
+The target must have passed its gate in the last `dvc repro`. It runs the pipeline's stage `package` as dvc.yaml has it,
+with another target and another folder.
 
 example: clip-deploy package ort-fp16 --output build/package
 """

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clip_deploy.core.environment import gpus
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
+from clip_deploy.core.package import read_package
 from clip_deploy.core.subprocesses import die_with_parent, ending
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.inference.embed import PART, EmbedJob, Header, make_part
@@ -24,12 +25,23 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"  # by which a process of CUDA's sees its GPU al
 
 @dataclass
 class Opening:
-    """How each process opens the package."""
+    """A package (embed.Package) that each process opens by itself, and how."""
 
-    package: Path
-    device: str | None
+    folder: Path
+    device: str
     threads: int | None
-    feed: str = "exact"
+    feed: str
+    dimension: int
+    fingerprint: str
+    batch_size: int
+
+    @classmethod
+    def read(cls, folder: Path, device: str, threads: int | None, feed: str = "exact") -> "Opening":
+        """Raises DeployError where it is no package, or a file is not the one that was judged."""
+        package = read_package(folder)
+        encoder = package.encoder
+        best = encoder.towers.vision.best_batch
+        return cls(folder, device, threads, feed, encoder.dimension, package.fingerprint(), best)
 
 
 def choose_gpus(asked: str) -> list[str]:
@@ -120,10 +132,10 @@ def _work(gpu: str, opening: Opening, job: EmbedJob, connection: Connection) -> 
     os.environ[VISIBLE] = gpu
     try:
         classifier = ZeroShotClassifier.open(
-            opening.package, opening.device, opening.threads, feed=opening.feed, allow_spinning=False
+            opening.folder, opening.device, opening.threads, feed=opening.feed, allow_spinning=False
         )
-        if classifier.fingerprint != job.maker["package"]:
-            raise DeployError(f"{opening.package} is another package than when the run began: run again")
+        if classifier.fingerprint != opening.fingerprint:
+            raise DeployError(f"{opening.folder} is another package than when the run began: run again")
         while True:
             number, part = connection.recv()
             connection.send(make_part(classifier, job, number, part, lambda images: None))

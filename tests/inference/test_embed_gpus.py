@@ -1,5 +1,6 @@
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,6 @@ from clip_deploy.inference import embed_gpus
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.inference.embed import EmbedSettings, embed, embed_folder
 from clip_deploy.inference.embed_gpus import Opening, choose_gpus, make_on_gpus
-from clip_deploy.inference.embed_ray import Shipped
 from clip_deploy.inference.storage import open_source
 
 SETTINGS = EmbedSettings(batch_size=4, part_size=6)
@@ -32,7 +32,7 @@ def contents(output):
 
 def on_two(package, images, output, opening=None, kill=None):
     """With two processes in the place of two GPUs, on this CPU."""
-    shipped, done = Shipped.read(package, "cpu", 1), []
+    opening, done = opening or Opening.read(package, "cpu", 1), []
 
     def advance(count):
         done.append(count)
@@ -40,9 +40,9 @@ def on_two(package, images, output, opening=None, kill=None):
             kill()
 
     def make(job, missing, _):
-        return make_on_gpus(opening or Opening(package, "cpu", 1), ["0", "1"], job, missing, advance)
+        return make_on_gpus(opening, ["0", "1"], job, missing, advance)
 
-    return embed(shipped, open_source(str(images), 6), str(output), SETTINGS, make), done
+    return embed(opening, open_source(str(images), 6), str(output), SETTINGS, make), done
 
 
 def test_two_processes_make_the_same_bytes_as_one(package, images, tmp_path):
@@ -68,7 +68,7 @@ def test_a_process_that_is_killed_is_named_and_the_next_run_goes_on(package, ima
 
 def test_what_a_process_cannot_open_is_said_once(package, images, tmp_path):
     with pytest.raises(DeployError, match=r"is no package"):
-        on_two(package, images, tmp_path / "out", Opening(tmp_path, "cpu", 1))
+        on_two(package, images, tmp_path / "out", replace(Opening.read(package, "cpu", 1), folder=tmp_path))
 
 
 def test_gpus_are_chosen_among_those_that_are_visible(monkeypatch):
