@@ -6,8 +6,8 @@ export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro gate test reliability kinds layouts check deps format bench-pipeline bench-int8 bench-embed bench-package \
-  bench-index bench-peers reproducible \
+.PHONY: help repro gate test reliability kinds layouts check deps format bench-pipeline bench-int8 bench-embed \
+  bench-embed-gpu bench-package bench-index bench-peers reproducible \
   triton-env lock clean
 
 help: ## show this list
@@ -131,6 +131,9 @@ bench-int8: $(VENV)/ready ## compare the ways to INT8 in accuracy, on what the l
 
 bench-embed: $(VENV)/ready ## embed 50,000 rendered images with the package, kill it half-way and go on
 	python -m benchmarks.embed
+
+bench-embed-gpu: $(VENV)/ready ## time tower, feeds and embed on one GPU and on all, from photographs
+	python -m benchmarks.embed_gpu
 
 bench-package: $(VENV)/ready ## time a package of each target beside the target itself, on the same arrays
 	python -m benchmarks.package

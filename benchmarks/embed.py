@@ -28,9 +28,10 @@ from clip_deploy.core.environment import cores, hardware
 from clip_deploy.core.files import write_text
 from clip_deploy.core.package import read_package
 from clip_deploy.data import scenes
-from clip_deploy.inference.classifier import FEEDS, ZeroShotClassifier
+from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.timing.end_to_end import TEXTURE, texture
 
+FEEDS = ("exact", "fast")  # those of a CPU
 PHOTO = [480, 640]  # height and width
 SAMPLE = {"pictures": 1024, "photos": 192}  # how many are timed in parts
 BATCH = 32  # as embed's
@@ -107,9 +108,9 @@ def parts_alone(paths: list[Path]) -> dict[str, object]:
     """
     opened = {feed: ZeroShotClassifier.open(PACKAGE, feed=feed, allow_spinning=False) for feed in FEEDS}
     exact = opened["exact"]
-    encoded = [exact._prepared(path) for path in paths[:BATCH]]
+    encoded = [exact.prepare(path) for path in paths[:BATCH]]
     calls: dict[str, Callable[[], object]] = {
-        "tower": lambda: [exact._encode_images(encoded) for _ in range(len(paths) // BATCH)]
+        "tower": lambda: [exact.encode_prepared(encoded) for _ in range(len(paths) // BATCH)]
     }
     with ThreadPoolExecutor(cores()) as pool:
         for feed, classifier in opened.items():
@@ -133,7 +134,7 @@ def parts_alone(paths: list[Path]) -> dict[str, object]:
 
 
 def _all(pool: ThreadPoolExecutor, classifier: ZeroShotClassifier, paths: list[Path]) -> None:
-    deque(pool.map(classifier._prepared, paths), maxlen=0)
+    deque(pool.map(classifier.prepare, paths), maxlen=0)
 
 
 def _embed_each(classifier: ZeroShotClassifier, paths: list[Path]) -> None:

@@ -37,7 +37,7 @@ OPENED = {
     "prepare": {"clip_deploy.runtimes.eager"},  # it opens the checkpoint
     "validate": RUNTIME_MODULES,
     "benchmark": {"clip_deploy.timing.latency_worker", *RUNTIME_MODULES},
-    "end_to_end": RUNTIME_MODULES,
+    "end_to_end": {"clip_deploy.runtimes.gpu_preprocessing", *RUNTIME_MODULES},
     "recommend": RUNTIME_MODULES,
     "validate_triton": {"clip_deploy.serving.client", *RUNTIME_MODULES},  # the client in the server's environment
 }
@@ -71,7 +71,7 @@ IDLE = {  # stages in which a library decides nothing: it checks what was made, 
         *("optimize", "quantize", "build_engine", "triton_engines", "vectors"),
     },
 }
-NAMES = {"PIL": "pillow"}
+NAMES = {"PIL": "pillow", "nvidia": "nvimgcodec"}
 PROBED = "reports/environment.json"
 
 

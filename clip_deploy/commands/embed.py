@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--feed",
         choices=FEEDS,
         default="exact",
-        help="fast: JPEGs several times as fast, pixels about a grey level off (extra `fast`); default: %(default)s",
+        help="fast, gpu: JPEGs several times as fast on the CPU or the GPU, pixels about a grey level off (extras "
+        "`fast`, `fast-gpu`); default: %(default)s",
     )
     parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster: auto (this machine's), local, or host:port")
 

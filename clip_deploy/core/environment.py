@@ -41,6 +41,7 @@ LIBRARIES = {  # by the name that is imported (pillow aside): the distributions 
     "pillow": ("pillow",),
     "pillow_heif": ("pillow-heif",),
     "simplejpeg": ("simplejpeg",),
+    "nvimgcodec": ("nvidia-nvimgcodec-cu13",),
     "cykooz_resizer": ("cykooz-resizer",),
     "datasets": ("datasets",),
     "openvino": ("openvino",),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -27,6 +27,7 @@ SCALES = (4, 2)  # that libjpeg-turbo decodes with SIMD; at 8 it takes the mean 
 COLOURS = ("YCbCr", "Gray")  # what else JPEG can hold (CMYK, RGB) is left to Pillow
 FLIPS: dict[int, tuple[int, ...]] = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}  # rows 0, columns 1
 LYING = (5, 6, 7, 8)
+SCAN = 0xDA  # the marker behind which a JPEG's pixels begin
 PLANS = 1024  # sizes of photos that are remembered
 
 
@@ -81,18 +82,17 @@ class FastPreprocessing:
         """
         import simplejpeg
 
+        if (header := read_header(jpeg)) is None:
+            return None
+        plan = self.plan(header.height, header.width, header.lies)
+        sides = -(-header.height // plan.scale), -(-header.width // plan.scale)
+        least = dict(zip(("min_height", "min_width"), header.as_stored(*sides), strict=True)) if plan.scale > 1 else {}
         try:
-            lies = orientation(jpeg)
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
-            if colours not in COLOURS or is_refused(height, width):
-                return None
-            plan = self.plan(*((width, height) if lies in LYING else (height, width)), lies)
-            sides = -(-height // plan.scale), -(-width // plan.scale)
-            least = dict(zip(("min_height", "min_width"), sides, strict=True)) if plan.scale > 1 else {}
             pixels = simplejpeg.decode_jpeg(jpeg, **least)
         except Exception:  # of whatever is wrong, Pillow's own reading says it
             return None
-        return Decoded(upright(pixels, lies), plan) if pixels.shape[:2] == sides else None
+        pixels = upright(pixels, header.lies)
+        return Decoded(pixels, plan) if pixels.shape[:2] == sides else None
 
     def preprocess(self, image: Decoded) -> np.ndarray:
         """Resize, crop, rescale and normalise, and cut into patches."""
@@ -166,6 +166,32 @@ class FastPreprocessing:
         return options
 
 
+class Header(NamedTuple):
+    """How a picture lies in its file, by EXIF's numbers, and the upright picture's height and width."""
+
+    lies: int
+    height: int
+    width: int
+
+    def as_stored(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in the file of what is so high and wide when it is upright."""
+        return (width, height) if self.lies in LYING else (height, width)
+
+
+def read_header(jpeg: bytes) -> Header | None:
+    """None where the file is for Pillow to read or to refuse: none, of rare colours, too large or too thin."""
+    import simplejpeg
+
+    try:
+        lies = orientation(jpeg)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
+    except Exception:  # of whatever is wrong, Pillow's own reading says it
+        return None
+    if colours not in COLOURS or is_refused(height, width):
+        return None
+    return Header(lies, *((width, height) if lies in LYING else (height, width)))
+
+
 def _window(pixels: np.ndarray, start: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     return pixels[start[0] : start[0] + size[0], start[1] : start[1] + size[1]]
 
@@ -188,11 +214,23 @@ def is_refused(height: int, width: int) -> bool:
 
 def orientation(jpeg: bytes) -> int:
     """How the picture lies in the file, by EXIF's numbers; 1 is upright."""
-    if b"Exif\0" not in jpeg and b"tiff:Orientation" not in jpeg:  # most have none, and to open one takes its time
+    told = _before_pixels(jpeg)
+    if b"Exif\0" not in told and b"tiff:Orientation" not in told:  # most have none, and to open one takes its time
         return 1
     with Image.open(BytesIO(jpeg)) as image:
         found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
         return found
+
+
+def _before_pixels(jpeg: bytes) -> bytes:
+    """What stands before the first scan, or all where the segments cannot be followed."""
+    place = 2
+    while place + 1 < len(jpeg) and jpeg[place] == 0xFF:
+        kind = jpeg[place + 1]
+        if kind == SCAN or place + 3 >= len(jpeg):
+            return jpeg[:place]
+        place += 1 if kind == 0xFF else 2 + (jpeg[place + 2] << 8) + jpeg[place + 3]  # any number of fill bytes
+    return jpeg
 
 
 def upright(pixels: np.ndarray, lies: int) -> np.ndarray:

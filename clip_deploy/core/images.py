@@ -1,5 +1,6 @@
 """Image files as RGB, with Pillow and numpy alone, as the checkpoint's own processor opens them."""
 
+import os
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from clip_deploy.core.errors import DataError
 from clip_deploy.core.preprocessing import MAX_ASPECT
 
 JPEG = b"\xff\xd8\xff"  # how each begins
+READ = 2**20  # bytes of a file that are read at once
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands: bytes 8 to 12 of a file
 # What Pillow's parser raises where EXIF is damaged.
 BROKEN_EXIF = (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
@@ -72,16 +74,25 @@ def jpeg_of(image: Any) -> tuple[bytes | None, Any]:
     """
     if isinstance(image, Encoded):
         content = image.read()
-        image = replace(image, read=partial(bytes, content))
-    elif isinstance(image, Path | str):
-        with suppress(OSError), Path(image).open("rb") as file:  # read_image says what is wrong
-            if file.read(len(JPEG)) == JPEG:
-                file.seek(0)
-                return file.read(), image
-        return None, image
-    else:
-        return None, image
-    return content if content.startswith(JPEG) else None, image
+        return content if content.startswith(JPEG) else None, replace(image, read=partial(bytes, content))
+    if isinstance(image, Path | str):
+        with suppress(OSError):  # read_image says what is wrong
+            return _jpeg_file(image), image
+    return None, image
+
+
+def _jpeg_file(path: Path | str) -> bytes | None:
+    """By few calls of the system: each lets Python's other threads in."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        content = os.read(file, READ)
+        if not content.startswith(JPEG):
+            return None
+        while len(content) % READ == 0 and (more := os.read(file, READ)):
+            content += more
+        return content
+    finally:
+        os.close(file)
 
 
 class _Named(BytesIO):

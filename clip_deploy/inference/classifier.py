@@ -2,10 +2,10 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -20,14 +20,18 @@ from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.vectors import unit
 from clip_deploy.inference.embedding_sample import EmbeddingSample
 from clip_deploy.inference.encoders import PackageEncoder
+from clip_deploy.inference.gpu_feed import GpuFeed
 from clip_deploy.inference.scores import Scoring
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
 
 DEVICES = ("cpu", "cuda")
-FEEDS = ("exact", "fast")  # ways from a file to pixel values: the checkpoint's own, by Pillow, or FastPreprocessing
+# Ways from a file to pixel values: the checkpoint's own, by Pillow, FastPreprocessing, or GpuPreprocessing.
+FEEDS = ("exact", "fast", "gpu")
 AHEAD = 2  # batches that are read and preprocessed while one is encoded
+AHEAD_ON_GPU = 4  # two decoders have one each, and one is ready
 
+T = TypeVar("T")
 Picture = Path | str | Image.Image | Callable[[], Image.Image]  # a call reads one as RGB, or raises DataError
 
 
@@ -70,7 +74,8 @@ class ZeroShotClassifier:
         self.scoring = Scoring(encoder.logit_scale, encoder.logit_bias, encoder.activation)
         self.fingerprint = package.fingerprint()
         self.preprocessor = read_preprocessing(folder)
-        self.fast = _fast(self.preprocessor) if feed == "fast" else None
+        self.fast = FastPreprocessing(self._settings()) if feed == "fast" else None
+        self.gpu = GpuFeed(self._settings(), self.prepare) if feed == "gpu" else None
         self.tokenizer = Tokenizer(
             folder / "tokenizer.json", encoder.context_length, encoder.pad_to_context, encoder.pad_token
         )
@@ -102,14 +107,15 @@ class ZeroShotClassifier:
             sample_folder: where a sample of the images' embeddings is kept for `clip-deploy drift`, or None.
             sample_share: of the images whose embeddings go there, above 0 and at most 1.
             feed: "exact" gives the pixels of the checkpoint's own processor; "fast" reads JPEG files several times as
-                fast, with pixels about a grey level off (the extra `fast`), and everything else as "exact" does.
+                fast, with pixels about a grey level off (the extra `fast`), and everything else as "exact" does;
+                "gpu" decodes and resizes JPEG files on the GPU (the extra `fast-gpu`).
             allow_spinning: whether a tower's threads wait busily for work: quick for one image at a time, and a waste
                 where many are embedded, since those that read images need the cores meanwhile.
 
         Raises:
             DeployError: it is no package, nothing in it was fit to ship, a file is not the one that was judged, device
-                or feed is unknown, the graph resizes images itself and the feed is "fast", or the runtime refuses a
-                file.
+                or feed is unknown or they do not go together, the graph resizes images itself and the feed is not
+                "exact", or the runtime refuses a file.
             UnavailableError: a library of the runtime or the feed is missing or too old, or the device is; the message
                 says what pip must install.
         """
@@ -120,6 +126,8 @@ class ZeroShotClassifier:
             raise DeployError(f"device is {chosen!r}: accepted are {', '.join(DEVICES)}")
         if feed not in FEEDS:
             raise DeployError(f"feed is {feed!r}: accepted are {', '.join(FEEDS)}")
+        if feed == "gpu" and chosen != "cuda":
+            raise DeployError("feed is 'gpu', and the package is opened on cpu: give the device cuda, or another feed")
         if threads is not None and threads < 1:
             raise DeployError(f"threads is {threads}: give 1 or more, or nothing for the runtime's default")
         sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None
@@ -171,18 +179,33 @@ class ZeroShotClassifier:
         _check_list(images)
         size = self.batch_size if batch_size is None else batch_size
         check_count("batch_size", size)
-        waiting: deque[list[Future[Any]]] = deque()
+        for answers in self.embed_batches(batched(images, size)):
+            yield from answers
+
+    def embed_batches(self, batches: Iterable[Sequence[Picture]]) -> Iterator[list[np.ndarray | DataError]]:
+        """As embed_each, of batches that the caller makes: some batches are begun before the first is given."""
         with ThreadPoolExecutor(cores()) as pool:
             try:
-                images = iter(images)
-                while batch := list(islice(images, size)):
-                    waiting.append([pool.submit(self._prepared, image) for image in batch])
-                    if len(waiting) > AHEAD:
-                        yield from self._encode_images([future.result() for future in waiting.popleft()])
-                while waiting:
-                    yield from self._encode_images([future.result() for future in waiting.popleft()])
+                yield from self._embedded_on_gpu(self.gpu, pool, batches) if self.gpu else self._embedded(pool, batches)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def _embedded(
+        self, pool: ThreadPoolExecutor, batches: Iterable[Sequence[Picture]]
+    ) -> Iterator[list[np.ndarray | DataError]]:
+        begun = ([pool.submit(self.prepare, image) for image in batch] for batch in batches)
+        for futures in ahead(begun, AHEAD):
+            yield self.encode_prepared([future.result() for future in futures])
+
+    def _embedded_on_gpu(
+        self, feed: GpuFeed, pool: ThreadPoolExecutor, batches: Iterable[Sequence[Picture]]
+    ) -> Iterator[list[np.ndarray | DataError]]:
+        begun = (feed.begin(pool, batch) for batch in batches)
+        for future in ahead(begun, AHEAD_ON_GPU):
+            pixels, unreadable = future.result()
+            rows = [row for row in range(len(pixels)) if row not in unreadable]
+            embeddings = iter(self._encode_pixels(pixels[rows] if unreadable else pixels) if rows else ())
+            yield [unreadable[row] if row in unreadable else next(embeddings) for row in range(len(pixels))]
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = DEFAULT_BATCH) -> np.ndarray:
         """Embeddings [texts, dimension], in their order; known texts come from the cache.
@@ -206,7 +229,7 @@ class ZeroShotClassifier:
         prompts = self.embed_texts([template.format(name) for name in classes for template in templates])
         return unit(prompts.reshape(len(classes), len(templates), -1).mean(axis=1))
 
-    def _prepared(self, image: Picture) -> np.ndarray | DataError:
+    def prepare(self, image: Picture) -> np.ndarray | DataError:
         try:
             if self.fast:
                 jpeg, image = jpeg_of(image)
@@ -217,7 +240,7 @@ class ZeroShotClassifier:
             return error
         return np.asarray(picture) if self.preprocessor is None else self.preprocessor(picture)
 
-    def _encode_images(self, prepared: list[np.ndarray | DataError]) -> list[np.ndarray | DataError]:
+    def encode_prepared(self, prepared: list[np.ndarray | DataError]) -> list[np.ndarray | DataError]:
         """Encode what was read, images of one size together."""
         answers = list(prepared)
         sizes: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
@@ -225,12 +248,23 @@ class ZeroShotClassifier:
             if isinstance(image, np.ndarray):
                 sizes.setdefault(image.shape, {})[row] = image
         for alike in sizes.values():
-            embeddings = unit(self.encoder.encode_images(np.stack(list(alike.values()))))
+            embeddings = self._encode_pixels(np.stack(list(alike.values())))
             for row, embedding in zip(alike, embeddings, strict=True):
                 answers[row] = embedding
-            if self.sample:
-                self.sample.add(embeddings)
         return answers
+
+    def _encode_pixels(self, pixels: Any) -> np.ndarray:
+        """Args: pixels: of images of one size, as the tower takes them; or a tensor on the GPU."""
+        suits = isinstance(pixels, np.ndarray) or self.encoder.takes_device_tensors
+        embeddings = unit(self.encoder.encode_images(pixels if suits else pixels.cpu().numpy()))
+        if self.sample:
+            self.sample.add(embeddings)
+        return embeddings
+
+    def _settings(self) -> Preprocessing:
+        if self.preprocessor is None:
+            raise DeployError(f"feed is {self.feed!r}, and this package's graph resizes images itself: take 'exact'")
+        return self.preprocessor
 
     def _encode_texts(self, texts: list[str]) -> np.ndarray:
         tokens = self.tokenizer(texts)
@@ -249,10 +283,20 @@ def _check_list(images: object) -> None:
         raise DataError(f"images is a single one, {images!r:.80}: give a list of images")
 
 
-def _fast(settings: Preprocessing | None) -> FastPreprocessing:
-    if settings is None:
-        raise DeployError("feed is 'fast', and this package's graph resizes images itself: take 'exact'")
-    return FastPreprocessing(settings)
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def ahead(begun: Iterable[T], count: int) -> Iterator[T]:
+    """What was begun, in its order; so many more are begun before the first is given."""
+    waiting: deque[T] = deque()
+    for each in begun:
+        waiting.append(each)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _read(image: Picture) -> Image.Image:

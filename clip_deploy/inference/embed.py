@@ -8,10 +8,11 @@ into new ones.
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count, tee
+from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.images import read_image
 from clip_deploy.core.vectors import DTYPES, check_width, encode, read_vectors, unit
-from clip_deploy.inference.classifier import Picture, ZeroShotClassifier, check_count
+from clip_deploy.inference.classifier import Picture, ZeroShotClassifier, batched, check_count
 from clip_deploy.inference.storage import (
     Files,
     Part,
@@ -309,40 +310,76 @@ def read_part(output: str, name: str, width: int) -> tuple[list[str], np.ndarray
 def make_here(
     classifier: ZeroShotClassifier, job: EmbedJob, missing: dict[int, Part], advance: Callable[[int], object]
 ) -> Iterator[Header]:
-    for number, part in missing.items():
-        yield make_part(classifier, job, number, part, advance)
+    yield from make_parts(classifier, job, missing.items(), advance)
 
 
 def make_part(
     classifier: ZeroShotClassifier, job: EmbedJob, number: int, part: Part, advance: Callable[[int], object]
 ) -> Header:
-    """Embed and write one part; `advance` is told how many images are done. The same part has the same bytes.
+    """Embed and write one part, as make_parts does."""
+    return next(make_parts(classifier, job, [(number, part)], advance))
+
+
+def make_parts(
+    classifier: ZeroShotClassifier,
+    job: EmbedJob,
+    parts: Iterable[tuple[int, Part]],
+    advance: Callable[[int], object],
+) -> Iterator[Header]:
+    """Embed and write parts; `advance` is told how many images are done. The same part has the same bytes.
+
+    The next part is begun before the last batches of one are done. No batch holds images of two parts.
 
     Raises DeployError where storage fails: the part is not written then.
     """
-    made, unreadable = _embed_part(classifier, part, job.settings, advance)
-    header = job.maker | part.origin | {"unreadable": unreadable}
-    write_part(job.output, PART.format(number), _table(made, header, job))
-    return header | {"rows": len(made)}
+    size = job.settings.batch_size or classifier.batch_size
+    names: deque[list[str]] = deque()  # of the batches that are under way
+    begun: deque[Making] = deque()
 
+    def batches() -> Iterator[list[Picture]]:
+        for number, part in parts:
+            begun.append(Making(number, part))
+            for batch in batched(part.pictures(), size):
+                names.append([name for name, _ in batch])
+                yield [picture for _, picture in batch]
+            names.append([])
+            yield []  # the part's end
 
-def _embed_part(
-    classifier: ZeroShotClassifier, part: Part, settings: EmbedSettings, advance: Callable[[int], object]
-) -> tuple[list[tuple[str, np.ndarray]], list[list[str]]]:
-    """Names with their embeddings; names of what cannot be read, with a line that says why."""
-    made: list[tuple[str, np.ndarray]] = []
-    unreadable: list[list[str]] = []
-    named, read = tee(part.pictures())
-    found = classifier.embed_each((picture for _, picture in read), settings.batch_size)
-    for (name, _), embedding in zip(named, found, strict=True):
-        advance(1)
-        if isinstance(embedding, DataError):
-            unreadable.append([name, printable(str(embedding))])
-        elif printable(name) != name:
-            unreadable.append([name, f"{printable(name)} has a name that is no UTF-8: rename it"])
+    for answers in classifier.embed_batches(batches()):
+        if batch := names.popleft():
+            begun[0].add(batch, answers)
+            advance(len(batch))
         else:
-            made.append((name, embedding))
-    return made, unreadable
+            yield begun.popleft().write(job)
+
+
+@dataclass
+class Making:
+    """A part whose images are being embedded.
+
+    Attributes:
+        made: names with their embeddings.
+        unreadable: names of what cannot be read, with a line that says why.
+    """
+
+    number: int
+    part: Part
+    made: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    unreadable: list[list[str]] = field(default_factory=list)
+
+    def add(self, names: list[str], answers: list[np.ndarray | DataError]) -> None:
+        for name, embedding in zip(names, answers, strict=True):
+            if isinstance(embedding, DataError):
+                self.unreadable.append([name, printable(str(embedding))])
+            elif printable(name) != name:
+                self.unreadable.append([name, f"{printable(name)} has a name that is no UTF-8: rename it"])
+            else:
+                self.made.append((name, embedding))
+
+    def write(self, job: EmbedJob) -> Header:
+        header = job.maker | self.part.origin | {"unreadable": self.unreadable}
+        write_part(job.output, PART.format(self.number), _table(self.made, header, job))
+        return header | {"rows": len(self.made)}
 
 
 def printable(text: str) -> str:

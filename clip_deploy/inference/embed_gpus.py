@@ -1,4 +1,4 @@
-"""`embed` on several GPUs of this machine: a process for each, which gets one part after the other.
+"""`embed` on several GPUs of this machine: a process for each, which asks for one part after the other.
 
 The same part has the same bytes whichever GPU makes it, and appears whole or not at all: what a killed run leaves is
 taken up by the next, on however many GPUs.
@@ -6,9 +6,10 @@ taken up by the next, on however many GPUs.
 
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from clip_deploy.core.errors import DataError, DeployError, UnavailableError
 from clip_deploy.core.package import read_package
 from clip_deploy.core.subprocesses import die_with_parent, ending
 from clip_deploy.inference.classifier import ZeroShotClassifier
-from clip_deploy.inference.embed import PART, EmbedJob, Header, make_part
+from clip_deploy.inference.embed import PART, EmbedJob, Header, make_parts
 from clip_deploy.inference.storage import Part
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # by which a process of CUDA's sees its GPU alone
@@ -74,20 +75,20 @@ def make_on_gpus(
     left = list(missing.items())[::-1]
     workers: dict[Connection, Worker] = {}
     try:
-        for gpu in chosen[: len(missing)]:
+        for place, gpu in enumerate(chosen[: len(missing)]):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(gpu, opening, job, there))
+            shares = place, min(len(chosen), len(missing))
+            process = context.Process(target=_work, args=(gpu, shares, opening, job, there))
             process.start()
             there.close()  # the process holds the only other end: its death is the end of the file
             workers[here] = Worker(gpu, process)
-            _hand_out(here, workers[here], left)
-        while any(worker.part is not None for worker in workers.values()):
-            for ready in wait(list(workers)):
+        while busy := [connection for connection, worker in workers.items() if worker.parts or worker.wants_more]:
+            for ready in wait(busy):
                 assert isinstance(ready, Connection)
-                header = _answer(ready, workers[ready])
-                advance(header["rows"] + len(header["unreadable"]))
-                yield header
-                _hand_out(ready, workers[ready], left)
+                header = _answer(ready, workers[ready], left)
+                if header is not None:
+                    advance(header["rows"] + len(header["unreadable"]))
+                    yield header
     finally:
         for connection, worker in workers.items():
             connection.close()
@@ -97,49 +98,69 @@ def make_on_gpus(
 
 @dataclass
 class Worker:
-    """A process, and the number of the part that it makes."""
+    """A process, and the numbers of the parts that it has, the first under way."""
 
     gpu: str
     process: multiprocessing.process.BaseProcess
-    part: int | None = None
+    parts: deque[int] = field(default_factory=deque)
+    wants_more: bool = True
 
 
-def _hand_out(connection: Connection, worker: Worker, left: list[tuple[int, Part]]) -> None:
-    worker.part = None
-    if left:
-        number, part = left.pop()
-        worker.part = number
-        with suppress(OSError):  # a process that has ended is found when its answer is read
-            connection.send((number, part))
-
-
-def _answer(connection: Connection, worker: Worker) -> Header:
+def _answer(connection: Connection, worker: Worker, left: list[tuple[int, Part]]) -> Header | None:
+    """A part's header; or None where the process asked for the next part, which it was given."""
     try:
-        answer: Header | DeployError = connection.recv()
+        answer: Header | DeployError | None = connection.recv()
     except (EOFError, OSError):
         worker.process.join()
+        when = f"while it made {PART.format(worker.parts[0])}" if worker.parts else "before it made a part"
         raise DeployError(
-            f"the process of GPU {worker.gpu} {ending(worker.process.exitcode or 0)} while it made "
-            f"{PART.format(worker.part)}: run again to go on"
+            f"the process of GPU {worker.gpu} {ending(worker.process.exitcode or 0)} {when}: run again to go on"
         ) from None
     if isinstance(answer, DeployError):
         raise answer
-    return answer
+    if answer is not None:
+        worker.parts.popleft()
+        return answer
+    following = left.pop() if left else None
+    worker.wants_more = following is not None
+    if following:
+        worker.parts.append(following[0])
+    with suppress(OSError):  # a process that has ended is found when its answer is read
+        connection.send(following)
+    return None
 
 
-def _work(gpu: str, opening: Opening, job: EmbedJob, connection: Connection) -> None:
+def _work(gpu: str, shares: tuple[int, int], opening: Opening, job: EmbedJob, connection: Connection) -> None:
+    """Args: shares: which of how many shares of this process's cores it takes."""
     die_with_parent()
     os.environ[VISIBLE] = gpu
+    _keep_to_share(*shares)
     try:
         classifier = ZeroShotClassifier.open(
             opening.folder, opening.device, opening.threads, feed=opening.feed, allow_spinning=False
         )
         if classifier.fingerprint != opening.fingerprint:
             raise DeployError(f"{opening.folder} is another package than when the run began: run again")
-        while True:
-            number, part = connection.recv()
-            connection.send(make_part(classifier, job, number, part, lambda images: None))
+        for header in make_parts(classifier, job, _asked_for(connection), lambda images: None):
+            connection.send(header)
     except DeployError as error:
         connection.send(error)
-    except EOFError:  # nothing is left
+    except (EOFError, BrokenPipeError):  # the run was stopped
         pass
+
+
+def _asked_for(connection: Connection) -> Iterator[tuple[int, Part]]:
+    while True:
+        connection.send(None)
+        following = connection.recv()
+        if following is None:
+            return
+        yield following
+
+
+def _keep_to_share(place: int, count: int) -> None:
+    """Take a share of the cores, so that the processes' threads do not stand in each other's way."""
+    if hasattr(os, "sched_setaffinity"):
+        own = sorted(os.sched_getaffinity(0))
+        if len(own) >= count:
+            os.sched_setaffinity(0, own[place * len(own) // count : (place + 1) * len(own) // count])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,9 @@ STEP = 8  # tokens; on a GPU texts are filled up to a quarter of the context, ro
 
 class PackageEncoder:
     """Embeddings are float32 [rows, dimension], as the towers give them.
+
+    Attributes:
+        takes_device_tensors: whether encode_images also takes a PyTorch tensor that is on the GPU already.
 
     On a GPU each shape is prepared and recorded by itself. So batches are filled up there to one of the few sizes that
     the package names, by its last row again, and texts to one of two lengths; what is larger goes in several calls.
@@ -46,8 +50,9 @@ class PackageEncoder:
         for target, names in shared.items():
             opened = _opened(folder / target, package, device, threads, names, allow_spinning)
             self.towers |= dict.fromkeys(names, opened)
+        self.takes_device_tensors: bool = getattr(self.towers.get("vision"), "takes_device_tensors", False)
 
-    def encode_images(self, images: np.ndarray) -> np.ndarray:
+    def encode_images(self, images: Any) -> np.ndarray:
         """Encode [batch] as the tower takes them: pixel values, images of one size, or records of patches."""
         return self._in_sizes("vision", self.towers["vision"].encode_images, images)
 
@@ -75,7 +80,7 @@ class PackageEncoder:
         short = -(-context // 4 // STEP) * STEP
         return short if tokens <= short < context and not self.package.pad_to_context else context
 
-    def _in_sizes(self, tower: str, encode: Callable[..., np.ndarray], *rows: np.ndarray) -> np.ndarray:
+    def _in_sizes(self, tower: str, encode: Callable[..., np.ndarray], *rows: Any) -> np.ndarray:
         sizes = self.package.towers[tower].batch_sizes
         if not self.on_gpu or not sizes:
             return encode(*rows)
@@ -84,9 +89,11 @@ class PackageEncoder:
             part = [array[start : start + sizes[-1]] for array in rows]
             count = len(part[0])
             size = next(size for size in sizes if size >= count)
-            filled = [np.concatenate([array, np.repeat(array[-1:], size - count, axis=0)]) for array in part]
-            found.append(encode(*filled)[:count])
-        return np.concatenate(found)
+            if size > count:
+                filled = np.minimum(np.arange(size), count - 1)
+                part = [array[filled] for array in part]
+            found.append(encode(*part)[:count])
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def read_encoder(path: Path) -> DualEncoder:

@@ -4,13 +4,16 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from clip_deploy.core.artifact import RUNTIMES, TOWERS, Target, read_target
 from clip_deploy.core.errors import DeployError, UnavailableError, first_line
 from clip_deploy.core.records import Placement
+
+if TYPE_CHECKING:
+    from clip_deploy.core.preprocessing import Preprocessing
 
 T = TypeVar("T")
 SPINNING = ("ort",)  # whose threads wait busily for the next call unless told otherwise
@@ -60,6 +63,28 @@ class PlacedEncoder(Protocol):
         ...
 
 
+class GpuPreprocessing(Protocol):
+    """JPEG files as pixel values on a GPU, float32 [rows, 3, height, width]: tensors of PyTorch's.
+
+    Attributes:
+        workers: threads that do a batch each, and so keep it busy.
+    """
+
+    workers: int
+
+    def __call__(self, jpegs: Sequence[bytes | None]) -> tuple[Any, list[int]]:
+        """Of a batch the pixel values, and the rows that are left to `fill`: what the GPU does not decode."""
+        ...
+
+    def fill(self, pixels: Any, row: int, found: np.ndarray) -> None:
+        """Put a picture's pixel values, float32 [3, height, width], into their row."""
+        ...
+
+    def decode(self, jpegs: Sequence[bytes | None]) -> list[Any]: ...
+
+    def preprocess(self, images: Sequence[Any]) -> Any: ...
+
+
 def open_encoder(
     folder: Path,
     threads: int | None = None,
@@ -102,6 +127,19 @@ def open_encoder(
     except Exception as error:  # the runtimes' errors share no base class
         reason = first_line(error)
         raise DeployError(f"{folder.name} does not load: {reason}") from error
+
+
+def open_gpu_preprocessing(settings: "Preprocessing") -> GpuPreprocessing:
+    """Open the GPU's way from JPEG files to pixel values.
+
+    Raises UnavailableError where a library or the GPU is missing, or these settings are not for it.
+    """
+    try:
+        module = importlib.import_module("clip_deploy.runtimes.gpu_preprocessing")
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"the feed gpu needs {error.name}: it comes with PyTorch for CUDA") from error
+    found: GpuPreprocessing = module.GpuPreprocessing(settings)
+    return found
 
 
 def text_feed(names: Sequence[str], input_ids: T, attention_mask: T) -> dict[str, T]:

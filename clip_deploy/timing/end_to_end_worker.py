@@ -88,7 +88,7 @@ def measure_feed(job: FeedJob) -> FeedTiming:
     feed = open_feed(job.feed, job.preprocessing, getattr(encoder, "takes_device_tensors", False))
     measured = judge(_embeddings(feed, encoder, job.jpegs), job)
     status, reason = check_embeddings(measured, job)
-    workers = 1 if feed.whole_batches else job.settings.workers or job.benchmark.threads
+    workers = feed.batch_workers or job.settings.workers or job.benchmark.threads
     found = {batch: measure_batch(feed, encoder, job, batch, workers) for batch in job.benchmark.batch_sizes}
     return FeedTiming(
         status,
@@ -97,7 +97,7 @@ def measure_feed(job: FeedJob) -> FeedTiming:
         top1_drop=measured.zero_shot.top1_drop if measured.zero_shot else None,
         flips=measured.flips,
         workers=workers,
-        through_host=feed.whole_batches and not getattr(encoder, "takes_device_tensors", False),
+        through_host=bool(feed.batch_workers) and not getattr(encoder, "takes_device_tensors", False),
         best_batch=max(found, key=lambda batch: found[batch].images_per_s),
         batches=found,
     )
@@ -165,7 +165,7 @@ def prefetched(feed: Feed, jpegs: list[bytes], batch: int, workers: int) -> Gene
 
 
 def _jobs(feed: Feed, photos: list[bytes]) -> list[list[bytes]]:
-    return [photos] if feed.whole_batches else [[photo] for photo in photos]
+    return [photos] if feed.batch_workers else [[photo] for photo in photos]
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -12,21 +12,22 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from clip_deploy.core import fast_preprocessing
-from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.fast_preprocessing import FLIPS, LYING, Decoded, FastPreprocessing, orientation
+from clip_deploy.runtimes import open_gpu_preprocessing
 
 if TYPE_CHECKING:
     import torch
 
     from clip_deploy.core.preprocessing import Preprocessing
 
-FEEDS = {"pixel_values": ("pil", "fast", "torchvision", "nvjpeg"), "images": ("graph",)}  # by what a tower takes
+FEEDS = {"pixel_values": ("pil", "fast", "torchvision", "nvjpeg", "gpu"), "images": ("graph",)}  # by what a tower takes
 
 
 class Feed(Protocol):
-    """Attributes: whole_batches: a job is a batch and one worker does them all; otherwise a job is one image."""
+    """Attributes: batch_workers: that do a whole batch each; where it is 0, a job is one image."""
 
-    whole_batches: bool
+    batch_workers: int
 
     def decode(self, jpegs: list[bytes]) -> list[Any]:
         """RGB images, in whatever form preprocess takes them."""
@@ -41,6 +42,8 @@ def check_feed(name: str, settings: "Preprocessing") -> None:
     """Raise UnavailableError where a library or the GPU that the feed needs is missing; loads no library for it."""
     if name == "fast":
         fast_preprocessing.check(settings)
+    if name == "gpu":
+        open_gpu_preprocessing(settings)
     if name not in ("torchvision", "nvjpeg"):
         return
     if settings.max_patches:
@@ -59,7 +62,7 @@ def open_feed(name: str, settings: "Preprocessing", device_tensors: bool) -> Fee
 
     Args:
         settings: the checkpoint's own image processor.
-        device_tensors: whether the encoder takes tensors of the GPU; otherwise nvjpeg copies its own to the host.
+        device_tensors: whether the encoder takes tensors of the GPU; otherwise nvjpeg and gpu copy theirs to the host.
     """
     opened: dict[str, Callable[[], Feed]] = {
         "pil": lambda: PilFeed(settings),
@@ -67,6 +70,7 @@ def open_feed(name: str, settings: "Preprocessing", device_tensors: bool) -> Fee
         "graph": GraphFeed,
         "torchvision": lambda: TorchFeed(settings, "cpu", False),
         "nvjpeg": lambda: TorchFeed(settings, "cuda", device_tensors),
+        "gpu": lambda: GpuFeed(settings, device_tensors),
     }
     return opened[name]()
 
@@ -87,7 +91,7 @@ def upright(image: "torch.Tensor", lies: int) -> "torch.Tensor":
 class PilFeed:
     """Pillow, which the checkpoint's processor calls too. It decodes and resizes without holding Python's lock."""
 
-    whole_batches = False
+    batch_workers = 0
 
     def __init__(self, settings: "Preprocessing") -> None:
         self.settings = settings
@@ -102,7 +106,7 @@ class PilFeed:
 class FastFeed:
     """What `embed --feed fast` does: libjpeg-turbo and a SIMD resize, and Pillow for what they leave to it."""
 
-    whole_batches = False
+    batch_workers = 0
 
     def __init__(self, settings: "Preprocessing") -> None:
         self.settings, self.fast = settings, FastPreprocessing(settings)
@@ -120,7 +124,7 @@ class FastFeed:
 class GraphFeed:
     """Pillow decodes; the target's own graph does the rest."""
 
-    whole_batches = False
+    batch_workers = 0
 
     def decode(self, jpegs: list[bytes]) -> list[np.ndarray]:
         return [np.asarray(decode_rgb(jpeg)) for jpeg in jpegs]
@@ -136,7 +140,7 @@ class TorchFeed:
         import torch
 
         self.settings, self.device, self.device_tensors = settings, device, device_tensors
-        self.whole_batches = device == "cuda"
+        self.batch_workers = 1 if device == "cuda" else 0
         self.scale, self.offset = (
             torch.tensor(part, dtype=torch.float32, device=device).reshape(3, 1, 1)
             for part in (settings.scale, settings.offset)
@@ -182,3 +186,22 @@ class TorchFeed:
 
         if self.device == "cuda":
             torch.cuda.current_stream().synchronize()
+
+
+class GpuFeed:
+    """What `embed --feed gpu` does: nvImageCodec, and kernels that resize a whole batch."""
+
+    def __init__(self, settings: "Preprocessing", device_tensors: bool) -> None:
+        self.preprocessing, self.device_tensors = open_gpu_preprocessing(settings), device_tensors
+        self.batch_workers = self.preprocessing.workers
+
+    def decode(self, jpegs: list[bytes]) -> list[Any]:
+        """Raises DeployError where nvImageCodec refuses one."""
+        images = self.preprocessing.decode(jpegs)
+        if None in images:
+            raise DeployError("nvImageCodec does not decode these photos")
+        return images
+
+    def preprocess(self, images: list[Any]) -> Any:
+        pixels = self.preprocessing.preprocess(images)
+        return pixels if self.device_tensors else pixels.cpu().numpy()

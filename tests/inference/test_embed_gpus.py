@@ -92,3 +92,16 @@ def test_gpus_and_ray_exclude_each_other(package, images, tmp_path, capsys):
     words = [str(images), str(tmp_path / "out"), "--package", str(package)]
     assert main(["embed", *words, "--gpus", "all", "--ray", "auto"]) == 1
     assert capsys.readouterr().err.startswith("error: --gpus and --ray are both given")
+
+
+def test_a_process_reads_ahead_over_parts_that_are_shorter_than_its_lead(package, images, tmp_path):
+    settings = EmbedSettings(batch_size=8, part_size=2)  # a batch a part, and two batches are begun ahead
+    opening = Opening.read(package, "cpu", 1)
+
+    def make(job, missing, advance):
+        return make_on_gpus(opening, ["0"], job, missing, advance)
+
+    summary = embed(opening, open_source(str(images), 2), str(tmp_path / "out"), settings, make)
+    alone = embed_folder(ZeroShotClassifier.open(package, threads=1), images, tmp_path / "one", settings)
+    assert (summary.images, summary.embedded_now) == (alone.images, alone.embedded_now) == (21, 20)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")

@@ -271,10 +271,11 @@ def test_a_missing_library_keeps_the_rows(checkpoint, onnx_target, sets, monkeyp
     monkeypatch.setattr(input_pipelines, "find_spec", lambda name: None)
     prepared = load_prepared(sets / "evaluation")
     record = measure_feeds(onnx_target, checkpoint, prepared, BENCHMARK, SETTINGS, STRICT, seed=0)
-    assert list(record.feeds) == ["pil", "fast", "torchvision", "nvjpeg"]
+    assert list(record.feeds) == ["pil", "fast", "torchvision", "nvjpeg", "gpu"]
     assert record.feeds["pil"].status == "measured"
     missing = FeedTiming("unavailable", "torchvision is not installed (pip install torchvision)")
     assert record.feeds["torchvision"] == record.feeds["nvjpeg"] == missing
+    assert record.feeds["gpu"].status == "unavailable"
     assert record.photos.count == 6
     assert record.photos.height == 120
 
@@ -296,7 +297,7 @@ def test_a_target_that_could_not_be_built_keeps_its_rows(checkpoint, sets, tmp_p
         tmp_path / "target", checkpoint, load_prepared(sets / "evaluation"), BENCHMARK, SETTINGS, STRICT, seed=0
     )
     unavailable = FeedTiming("unavailable", "no such library")
-    assert record == EndToEnd(dict.fromkeys(("pil", "fast", "torchvision", "nvjpeg"), unavailable))
+    assert record == EndToEnd(dict.fromkeys(("pil", "fast", "torchvision", "nvjpeg", "gpu"), unavailable))
 
 
 def test_a_target_that_fails_in_front_of_its_feeds_keeps_its_rows(checkpoint, onnx_target, sets, monkeypatch):
@@ -337,7 +338,7 @@ def test_an_encoder_that_takes_gpu_tensors_says_so_by_an_attribute(job, monkeypa
     def opened(name, settings, device_tensors):
         told.append(device_tensors)
         feed = PilFeed(settings)
-        feed.whole_batches = True
+        feed.batch_workers = 1
         return feed
 
     monkeypatch.setattr(end_to_end_worker, "open_feed", opened)

@@ -1,0 +1,160 @@
+"""From photographs to embeddings on GPUs: python -m benchmarks.embed_gpu [images] (or `make bench-embed-gpu`)
+
+With artifacts/package as the last `dvc repro` made it for a GPU. Lays that many JPEG files of two sizes, copies of some
+hundred that differ, into build/embed/. Times in turn on one GPU: the tower alone, each feed alone, and embed with it.
+Then `clip-deploy embed` from files on disk, on one GPU and on all of them, and holds their parts against each other,
+byte by byte. Prints a line each and writes reports/embed_gpu.json.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.embed import PACKAGE, ROOT, contents, in_turn
+from clip_deploy.core.environment import cores, gpus, hardware
+from clip_deploy.core.files import write_text
+from clip_deploy.core.package import read_package
+from clip_deploy.data import scenes
+from clip_deploy.inference.classifier import FEEDS, ZeroShotClassifier, ahead, batched
+from clip_deploy.timing.end_to_end import TEXTURE, texture
+
+WORK = ROOT / "build" / "embed"
+OUTPUT = ROOT / "reports" / "embed_gpu.json"
+SIZES = {"640x480": ([480, 640], 90), "500x400": ([400, 500], 96)}  # height and width, and JPEG's quality
+DISTINCT = 256  # photographs of each size
+TIMED = {"exact": 1024, "fast": 4096, "gpu": 16384, "tower": 16384}  # images of one turn
+FOLDER = 1000  # images a folder
+PART = 20_000
+TURNS = 3  # of embed on one GPU and on all
+
+
+def main(count: int) -> None:
+    encoder = read_package(PACKAGE).encoder
+    record: dict[str, object] = {"target": encoder.towers.vision.target, "batch": encoder.towers.vision.best_batch}
+    record["sizes"] = {name: one_size(name, count) for name in SIZES}
+    record["machine"] = asdict(hardware())
+    write_text(OUTPUT, json.dumps(record, indent=2) + "\n")
+
+
+def one_size(name: str, count: int) -> dict[str, object]:
+    folder = lay_out(name, count)
+    paths = sorted(folder.rglob("*.jpg"))
+    kilobytes = sum(path.stat().st_size for path in paths[:DISTINCT]) / DISTINCT / 1000
+    found = {"images": count, "kilobytes": round(kilobytes), **parts_alone(paths), **on_disk(folder, name)}
+    print(f"{name}: {found}", flush=True)
+    return found
+
+
+def lay_out(name: str, count: int) -> Path:
+    """Copies of DISTINCT photographs, as files of their own."""
+    folder, drawn = WORK / f"photos-{name}-{count}", WORK / f"drawn-{name}"
+    drawn.mkdir(parents=True, exist_ok=True)
+    with Pool() as pool:
+        list(pool.imap_unordered(partial(draw, drawn, name), range(DISTINCT)))
+    for index in range(count):
+        path = folder / f"{index // FOLDER:03}" / f"{index:06}.jpg"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(drawn / f"{index % DISTINCT}.jpg", path)
+    return folder
+
+
+def draw(folder: Path, name: str, index: int) -> None:
+    path, (size, quality) = folder / f"{index}.jpg", SIZES[name]
+    if path.exists():
+        return
+    image, _ = scenes.render("embed", index, index % len(scenes.CLASSES))
+    large = np.asarray(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    grain = TEXTURE * texture(size, np.random.default_rng(index))
+    Image.fromarray((large + grain).clip(0, 255).astype(np.uint8)).save(path, "jpeg", quality=quality)
+
+
+def parts_alone(paths: list[Path]) -> dict[str, object]:
+    """Images per second of the tower, of each feed, and of embed with it; medians of turns that alternate."""
+    opened = {feed: ZeroShotClassifier.open(PACKAGE, "cuda", feed=feed) for feed in FEEDS}
+    best = opened["gpu"].batch_size
+    calls: dict[str, Callable[[], object]] = {"tower": tower(opened["gpu"], paths[:best])}
+    for feed, classifier in opened.items():
+        chosen = paths[: TIMED[feed]]
+        calls[f"feed {feed}"] = partial(read_all, classifier, chosen)
+        calls[f"embed {feed}"] = partial(embed_all, classifier, chosen)
+    counts = {name: min(len(paths), TIMED[name.split()[-1]]) for name in calls}
+    counts["tower"] = TIMED["tower"]
+    rates = {name: counts[name] / seconds for name, seconds in in_turn(calls).items()}
+    print(rates, flush=True)
+    sample = paths[:512]
+    exact, found = (opened[feed].embed_images(sample) for feed in ("exact", "gpu"))
+    record: dict[str, object] = {name.replace(" ", "_") + "_per_s": round(rate) for name, rate in rates.items()}
+    record["of_tower"] = round(rates["embed gpu"] / rates["tower"], 3)
+    record["cosine_min"] = round(float((exact * found).sum(axis=1).min()), 6)
+    return record
+
+
+def tower(classifier: ZeroShotClassifier, paths: list[Path]) -> Callable[[], object]:
+    """Encodes pixel values that are on the GPU already."""
+    assert classifier.gpu
+    with ThreadPoolExecutor(cores()) as pool:
+        pixels, _ = classifier.gpu.begin(pool, paths).result()
+    return lambda: [classifier.encoder.encode_images(pixels) for _ in range(TIMED["tower"] // len(paths))]
+
+
+def read_all(classifier: ZeroShotClassifier, paths: list[Path]) -> None:
+    """Pixel values of all, of which nothing is made."""
+    with ThreadPoolExecutor(cores()) as pool:
+        if feed := classifier.gpu:
+            begun: Iterable[Any] = (feed.begin(pool, batch) for batch in batched(paths, classifier.batch_size))
+            deque((future.result() for future in ahead(begun, 4)), maxlen=0)
+        else:
+            deque(pool.map(classifier.prepare, paths), maxlen=0)
+
+
+def embed_all(classifier: ZeroShotClassifier, paths: list[Path]) -> None:
+    deque(classifier.embed_each(paths), maxlen=0)
+
+
+def on_disk(folder: Path, name: str) -> dict[str, object]:
+    """Images per second of the command, on one GPU and on all; and whether all give the same bytes."""
+    numbers = {1: "0", len(gpus()): "all"}
+    rates: dict[int, list[int]] = {count: [] for count in numbers}
+    same = True
+    for _ in range(TURNS):
+        outputs = []
+        for count, chosen in numbers.items():
+            output = WORK / f"gpus-{count}-{name}"
+            shutil.rmtree(output, ignore_errors=True)
+            rates[count].append(embed(folder, output, chosen))
+            outputs.append(contents(output))
+        same &= outputs[0] == outputs[-1]
+    found: dict[str, object] = {"embed_on_disk_per_s": {count: median(rate) for count, rate in rates.items()}}
+    found["runs"] = rates
+    if len(numbers) > 1:
+        found["speedup"] = round(median(rates[len(gpus())]) / median(rates[1]), 3)
+        found["same_bytes"] = same
+    return found
+
+
+def embed(images: Path, output: Path, chosen: str) -> int:
+    command = [sys.executable, "-m", "clip_deploy", "embed", str(images), str(output), "--device", "cuda"]
+    command += ["--feed", "gpu", "--gpus", chosen, "--part-size", str(PART)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    said = re.search(r"\(([\d,]+) images/s\)", done.stdout)
+    assert said, done.stdout
+    return int(said[1].replace(",", ""))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100_000)

@@ -1,0 +1,54 @@
+"""Pictures as pixel values on a GPU, batch by batch: JPEG files are decoded there, all else is read on the CPU."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clip_deploy.core.errors import DataError
+from clip_deploy.core.images import jpeg_of
+from clip_deploy.core.preprocessing import Preprocessing
+from clip_deploy.runtimes import open_gpu_preprocessing
+
+CHUNK = 16  # pictures that one job of the pool reads: a job each costs as much as reading a small file
+
+
+class Batch(NamedTuple):
+    """Pixel values on the GPU, float32 [rows, 3, height, width], and of rows that cannot be read the reason."""
+
+    pixels: Any
+    unreadable: dict[int, DataError]
+
+
+class GpuFeed:
+    """What cannot be decoded on the GPU is read on the CPU, and takes its place among its neighbours."""
+
+    def __init__(self, settings: Preprocessing, read: Callable[[Any], np.ndarray | DataError]) -> None:
+        """Args: read: one picture's pixel values on the CPU, or why it cannot be read.
+
+        Raises UnavailableError as open_gpu_preprocessing does.
+        """
+        self.preprocessing, self.read = open_gpu_preprocessing(settings), read
+        self.decoding = ThreadPoolExecutor(self.preprocessing.workers, "decoder")  # they keep their buffers
+
+    def begin(self, pool: ThreadPoolExecutor, pictures: Sequence[Any]) -> "Future[Batch]":
+        """Have a batch read by the pool's threads, and decoded behind the batches before it."""
+        chunks = [pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK)]
+        contents = [pool.submit(_contents, chunk) for chunk in chunks]
+        return self.decoding.submit(self._batch, pool, contents)
+
+    def _batch(self, pool: ThreadPoolExecutor, contents: list["Future[list[tuple[bytes | None, Any]]]"]) -> Batch:
+        read = [each for chunk in contents for each in chunk.result()]
+        pixels, left = self.preprocessing([jpeg for jpeg, _ in read])
+        unreadable = {}
+        for row, found in zip(left, pool.map(self.read, [read[row][1] for row in left]), strict=True):
+            if isinstance(found, DataError):
+                unreadable[row] = found
+            else:
+                self.preprocessing.fill(pixels, row, found)
+        return Batch(pixels, unreadable)
+
+
+def _contents(pictures: Sequence[Any]) -> list[tuple[bytes | None, Any]]:
+    return [jpeg_of(picture) for picture in pictures]
