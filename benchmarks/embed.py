@@ -141,10 +141,10 @@ def _embed_each(classifier: ZeroShotClassifier, paths: list[Path]) -> None:
     deque(classifier.embed_each(paths, BATCH), maxlen=0)
 
 
-def in_turn(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
     """Median seconds of each call; the first turn warms up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(1 + ROUNDS):
+    for _ in range(1 + rounds):
         for name, call in calls.items():
             started = time.perf_counter()
             call()

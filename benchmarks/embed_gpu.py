@@ -1,45 +1,49 @@
 """From photographs to embeddings on GPUs: python -m benchmarks.embed_gpu [images] (or `make bench-embed-gpu`)
 
-With artifacts/package as the last `dvc repro` made it for a GPU. Lays that many JPEG files of two sizes, copies of some
-hundred that differ, into build/embed/. Times in turn on one GPU: the tower alone, each feed alone, and embed with it.
-Then `clip-deploy embed` from files on disk, on one GPU and on all of them, and holds their parts against each other,
-byte by byte. Prints a line each and writes reports/embed_gpu.json.
+With artifacts/package as the last `dvc repro` made it for a GPU. Lays that many JPEG files of two sizes, of which some
+hundred differ, into build/embed/. Times in turn on one GPU: the tower alone, each feed alone, and embed with it.
+Then what `clip-deploy embed --gpus` does, from files on disk, on one GPU and on all of them, and holds their parts
+against each other, byte by byte. Prints a line each and writes reports/embed_gpu.json.
 """
 
 import json
-import re
 import shutil
-import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.embed import PACKAGE, ROOT, contents, in_turn
+from benchmarks.embed import PACKAGE, contents, in_turn
 from clip_deploy.core.environment import cores, gpus, hardware
 from clip_deploy.core.files import write_text
 from clip_deploy.core.package import read_package
 from clip_deploy.data import scenes
 from clip_deploy.inference.classifier import FEEDS, ZeroShotClassifier, ahead, batched
+from clip_deploy.inference.embed import EmbedJob, EmbedSettings, Header, embed
+from clip_deploy.inference.embed_gpus import Opening, choose_gpus, make_on_gpus
+from clip_deploy.inference.storage import Part, open_source
 from clip_deploy.timing.end_to_end import TEXTURE, texture
 
+ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "embed"
 OUTPUT = ROOT / "reports" / "embed_gpu.json"
 SIZES = {"640x480": ([480, 640], 90), "500x400": ([400, 500], 96)}  # height and width, and JPEG's quality
 DISTINCT = 256  # photographs of each size
-TIMED = {"exact": 1024, "fast": 4096, "gpu": 16384, "tower": 16384}  # images of one turn
+TIMED = {"exact": 1024, "fast": 4096, "gpu": 16384, "tower": 65536}  # images of one turn
 FOLDER = 1000  # images a folder
-PART = 20_000
-TURNS = 3  # of embed on one GPU and on all
+PART = 10_000
+ROUNDS = 3  # of tower, feeds and embed
+TURNS = 2  # of embed on one GPU and on all
 
 
 def main(count: int) -> None:
@@ -60,7 +64,7 @@ def one_size(name: str, count: int) -> dict[str, object]:
 
 
 def lay_out(name: str, count: int) -> Path:
-    """Copies of DISTINCT photographs, as files of their own."""
+    """DISTINCT photographs under many names."""
     folder, drawn = WORK / f"photos-{name}-{count}", WORK / f"drawn-{name}"
     drawn.mkdir(parents=True, exist_ok=True)
     with Pool() as pool:
@@ -69,7 +73,7 @@ def lay_out(name: str, count: int) -> Path:
         path = folder / f"{index // FOLDER:03}" / f"{index:06}.jpg"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(drawn / f"{index % DISTINCT}.jpg", path)
+            path.hardlink_to(drawn / f"{index % DISTINCT}.jpg")
     return folder
 
 
@@ -94,7 +98,7 @@ def parts_alone(paths: list[Path]) -> dict[str, object]:
         calls[f"embed {feed}"] = partial(embed_all, classifier, chosen)
     counts = {name: min(len(paths), TIMED[name.split()[-1]]) for name in calls}
     counts["tower"] = TIMED["tower"]
-    rates = {name: counts[name] / seconds for name, seconds in in_turn(calls).items()}
+    rates = {name: counts[name] / seconds for name, seconds in in_turn(calls, ROUNDS).items()}
     print(rates, flush=True)
     sample = paths[:512]
     exact, found = (opened[feed].embed_images(sample) for feed in ("exact", "gpu"))
@@ -127,34 +131,38 @@ def embed_all(classifier: ZeroShotClassifier, paths: list[Path]) -> None:
 
 
 def on_disk(folder: Path, name: str) -> dict[str, object]:
-    """Images per second of the command, on one GPU and on all; and whether all give the same bytes."""
-    numbers = {1: "0", len(gpus()): "all"}
-    rates: dict[int, list[int]] = {count: [] for count in numbers}
+    """Images per second from files to Parquet, on one GPU and on all, opening apart; and whether their bytes agree."""
+    chosen = {1: ["0"], len(gpus()): choose_gpus("all")}
+    rates: dict[int, list[int]] = {count: [] for count in chosen}
     same = True
     for _ in range(TURNS):
         outputs = []
-        for count, chosen in numbers.items():
+        for count, numbers in chosen.items():
             output = WORK / f"gpus-{count}-{name}"
             shutil.rmtree(output, ignore_errors=True)
-            rates[count].append(embed(folder, output, chosen))
+            rates[count].append(embed_on(numbers, folder, output))
             outputs.append(contents(output))
         same &= outputs[0] == outputs[-1]
     found: dict[str, object] = {"embed_on_disk_per_s": {count: median(rate) for count, rate in rates.items()}}
     found["runs"] = rates
-    if len(numbers) > 1:
+    if len(chosen) > 1:
         found["speedup"] = round(median(rates[len(gpus())]) / median(rates[1]), 3)
         found["same_bytes"] = same
+    print(found, flush=True)
     return found
 
 
-def embed(images: Path, output: Path, chosen: str) -> int:
-    command = [sys.executable, "-m", "clip_deploy", "embed", str(images), str(output), "--device", "cuda"]
-    command += ["--feed", "gpu", "--gpus", chosen, "--part-size", str(PART)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    said = re.search(r"\(([\d,]+) images/s\)", done.stdout)
-    assert said, done.stdout
-    return int(said[1].replace(",", ""))
+def embed_on(chosen: list[str], images: Path, output: Path) -> int:
+    """Images per second of what `embed --gpus` does."""
+    opening = Opening.read(PACKAGE, "cuda", None, "gpu")
+    began: list[float] = []
+
+    def make(job: EmbedJob, missing: dict[int, Part], advance: Callable[[int], object]) -> Iterator[Header]:
+        return make_on_gpus(opening, chosen, job, missing, advance, lambda: began.append(perf_counter()))
+
+    done = embed(opening, open_source(str(images), PART), str(output), EmbedSettings(part_size=PART), make)
+    return round(done.embedded_now / (perf_counter() - began[0]))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100_000)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200_000)

@@ -18,7 +18,6 @@ from clip_deploy.core.errors import DataError
 from clip_deploy.core.preprocessing import MAX_ASPECT
 
 JPEG = b"\xff\xd8\xff"  # how each begins
-READ = 2**20  # bytes of a file that are read at once
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands: bytes 8 to 12 of a file
 # What Pillow's parser raises where EXIF is damaged.
 BROKEN_EXIF = (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
@@ -85,12 +84,10 @@ def _jpeg_file(path: Path | str) -> bytes | None:
     """By few calls of the system: each lets Python's other threads in."""
     file = os.open(path, os.O_RDONLY)
     try:
-        content = os.read(file, READ)
-        if not content.startswith(JPEG):
+        if os.pread(file, len(JPEG), 0) != JPEG:
             return None
-        while len(content) % READ == 0 and (more := os.read(file, READ)):
-            content += more
-        return content
+        content = os.read(file, os.fstat(file).st_size)
+        return content if len(content) == os.fstat(file).st_size else None
     finally:
         os.close(file)
 

@@ -65,9 +65,17 @@ def choose_gpus(asked: str) -> list[str]:
 
 
 def make_on_gpus(
-    opening: Opening, chosen: list[str], job: EmbedJob, missing: dict[int, Part], advance: Callable[[int], object]
+    opening: Opening,
+    chosen: list[str],
+    job: EmbedJob,
+    missing: dict[int, Part],
+    advance: Callable[[int], object],
+    begin: Callable[[], object] = lambda: None,
 ) -> Iterator[Header]:
     """Make parts in a process for each of the chosen GPUs, and yield their headers as they come.
+
+    Args:
+        begin: called when all processes have opened the package, before they get their first parts.
 
     Raises DeployError where a process cannot open the package, cannot write, or ends on its own.
     """
@@ -82,11 +90,19 @@ def make_on_gpus(
             process.start()
             there.close()  # the process holds the only other end: its death is the end of the file
             workers[here] = Worker(gpu, process)
+        for connection, worker in workers.items():
+            _answer(connection, worker)  # it asks for its first part
+        begin()
+        for connection, worker in workers.items():
+            _hand_out(connection, worker, left)
         while busy := [connection for connection, worker in workers.items() if worker.parts or worker.wants_more]:
             for ready in wait(busy):
                 assert isinstance(ready, Connection)
-                header = _answer(ready, workers[ready], left)
-                if header is not None:
+                header = _answer(ready, workers[ready])
+                if header is None:
+                    _hand_out(ready, workers[ready], left)
+                else:
+                    workers[ready].parts.popleft()
                     advance(header["rows"] + len(header["unreadable"]))
                     yield header
     finally:
@@ -106,8 +122,8 @@ class Worker:
     wants_more: bool = True
 
 
-def _answer(connection: Connection, worker: Worker, left: list[tuple[int, Part]]) -> Header | None:
-    """A part's header; or None where the process asked for the next part, which it was given."""
+def _answer(connection: Connection, worker: Worker) -> Header | None:
+    """A part's header, or None where the process asks for the next part."""
     try:
         answer: Header | DeployError | None = connection.recv()
     except (EOFError, OSError):
@@ -118,16 +134,16 @@ def _answer(connection: Connection, worker: Worker, left: list[tuple[int, Part]]
         ) from None
     if isinstance(answer, DeployError):
         raise answer
-    if answer is not None:
-        worker.parts.popleft()
-        return answer
+    return answer
+
+
+def _hand_out(connection: Connection, worker: Worker, left: list[tuple[int, Part]]) -> None:
     following = left.pop() if left else None
     worker.wants_more = following is not None
     if following:
         worker.parts.append(following[0])
     with suppress(OSError):  # a process that has ended is found when its answer is read
         connection.send(following)
-    return None
 
 
 def _work(gpu: str, shares: tuple[int, int], opening: Opening, job: EmbedJob, connection: Connection) -> None:

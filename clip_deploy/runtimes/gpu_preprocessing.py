@@ -1,10 +1,11 @@
 """JPEG files as pixel values on a GPU: nvImageCodec decodes a batch, two kernels resize all its images at once.
 
-Decoding is shared by the GPU's JPEG engines and its multiprocessors, which leave Huffman's code to the CPU. The kernels
-do as Pillow does: rows first, then columns, rounded to grey levels after each, with antialiasing filters. Images differ
-in size: each has its place, its strides (by which it is turned upright, too) and its crop in one table.
+The GPU's JPEG engines decode; what they refuse, its multiprocessors do, which leave Huffman's code to the CPU. Where
+both shared a batch, they were slower than the engines alone (H200, 640 x 480). The kernels do as Pillow does: rows
+first, then columns, rounded to grey levels after each, with antialiasing filters. Images differ in size: each has its
+place, its strides (by which it is turned upright, too) and its crop in one table.
 
-Source of the libraries and their balance: https://docs.nvidia.com/cuda/nvimagecodec/py_api.html.
+Source of the library's backends: https://docs.nvidia.com/cuda/nvimagecodec/py_api.html.
 """
 
 import atexit
@@ -35,8 +36,7 @@ from clip_deploy.runtimes.resize_kernels import resize_first, resize_second
 
 LIBRARIES = ("nvidia.nvimgcodec", "simplejpeg")  # the second reads headers
 FILTERS = {1: 3, 2: 1, 3: 2}  # Pillow's numbers of lanczos, bilinear and bicubic; half their widths in pixels
-DECODERS = 3  # threads that decode a batch each: one by the engines, one by the rest of the GPU, one prepares
-ENGINES = 0.7  # of a batch, decoded by the JPEG engines; the rest by the multiprocessors: fastest on an H200
+DECODERS = 2  # threads that decode a batch each: while one waits for the engines, the other prepares
 SMALL = 2**20  # pixels of a picture that is decoded together with all others that are as small
 MAX_PIXELS = 2**28  # of one call with larger ones: 0.8 GB
 MIN_SIDE = 16  # pixels; decoders differ at the edges, of which smaller pictures are full
@@ -94,7 +94,7 @@ def strides(header: Header, pitch: int) -> tuple[int, int, int]:
 class GpuPreprocessing:
     """What a Preprocessing makes of JPEG files, within about three grey levels, 0.01 on average.
 
-    The same batch gives the same bytes: which of its files the engines decode does not depend on how busy they are.
+    The same batch gives the same bytes: what decodes a file does not depend on how busy anything is.
     """
 
     workers = DECODERS
@@ -158,7 +158,7 @@ class GpuPreprocessing:
 
 
 class DecoderThread:
-    """One thread's decoders and stream. While it has the engines decode, another one has the rest of the GPU do it."""
+    """One thread's decoders and its stream."""
 
     def __init__(self) -> None:
         codec = _codec()
@@ -173,12 +173,8 @@ class DecoderThread:
     def decode(
         self, rows: list[int], jpegs: Sequence[bytes | None], readable: dict[int, Header]
     ) -> dict[int, DeviceImage]:
-        """Pictures by their rows: the engines decode a fixed share of them, and the rest what they refuse, too.
-
-        Small ones are valid until the next are decoded.
-        """
-        share = [row for place, row in enumerate(rows) if place % 10 < 10 * ENGINES]
-        images = self._called(self.engines, share, jpegs, readable)
+        """Pictures by their rows. Small ones are valid until the next are decoded."""
+        images = self._called(self.engines, rows, jpegs, readable)
         images |= self._called(self.rest, [row for row in rows if row not in images], jpegs, readable)
         placed = {row: _placed(image, readable[row]) for row, image in images.items()}
         return {row: image for row, image in placed.items() if image is not None}
