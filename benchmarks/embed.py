@@ -107,9 +107,9 @@ def parts_alone(paths: list[Path]) -> dict[str, object]:
     """
     opened = {feed: ZeroShotClassifier.open(PACKAGE, feed=feed, allow_spinning=False) for feed in FEEDS}
     exact = opened["exact"]
-    encoded = [exact._prepared(path) for path in paths[:BATCH]]
+    encoded = [exact.prepare(path) for path in paths[:BATCH]]
     calls: dict[str, Callable[[], object]] = {
-        "tower": lambda: [exact._encode_images(encoded) for _ in range(len(paths) // BATCH)]
+        "tower": lambda: [exact.encode_prepared(encoded) for _ in range(len(paths) // BATCH)]
     }
     with ThreadPoolExecutor(cores()) as pool:
         for feed, classifier in opened.items():
@@ -133,7 +133,7 @@ def parts_alone(paths: list[Path]) -> dict[str, object]:
 
 
 def _all(pool: ThreadPoolExecutor, classifier: ZeroShotClassifier, paths: list[Path]) -> None:
-    deque(pool.map(classifier._prepared, paths), maxlen=0)
+    deque(pool.map(classifier.prepare, paths), maxlen=0)
 
 
 def _embed_each(classifier: ZeroShotClassifier, paths: list[Path]) -> None:

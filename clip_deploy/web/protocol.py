@@ -1,0 +1,81 @@
+"""uvicorn's HTTP/1.1 with bounds on a request's headers: it knows none itself (0.54), in size or in time."""
+
+from asyncio import TimerHandle
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from clip_deploy.web.errors import RequestError
+
+MAX_HEADERS = 32_768  # bytes, with the URL
+MAX_CONNECTIONS = 1_024
+HEADERS_S = 10  # from a connection's beginning, or a request's first byte, to the end of its headers
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """A connection. Requests that break a bound are answered before the application sees them."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.header_bytes, self.is_in_headers = 0, True
+        self.headers_timer: TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._refuse(RequestError(503, "too many connections: try again", retry_after_s=1))
+        else:
+            self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self.is_in_headers:
+            if self.headers_timer is None:
+                self._await_headers()
+            self.header_bytes += len(data)
+        super().data_received(data)
+        if self.is_in_headers and self.header_bytes > MAX_HEADERS:
+            self._refuse(RequestError(431, f"the headers have more than {MAX_HEADERS:,} bytes"))
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self.is_in_headers, self.header_bytes = False, 0
+        if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > MAX_HEADERS:
+            self._refuse(RequestError(431, f"the headers have more than {MAX_HEADERS:,} bytes"))
+            return
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.is_in_headers = True
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(RequestError(400, "this is no HTTP/1.1 request", None, "invalid_http"))
+
+    def _await_headers(self) -> None:
+        late = RequestError(408, f"the headers did not come within {HEADERS_S} s")
+        self.headers_timer = self.loop.call_later(HEADERS_S, self._refuse, late)
+
+    def _stop_timer(self) -> None:
+        if self.headers_timer:
+            self.headers_timer.cancel()
+            self.headers_timer = None
+
+    def _refuse(self, refusal: RequestError) -> None:
+        """Answer and hang up."""
+        self._stop_timer()
+        if self.transport.is_closing():
+            return
+        body = orjson.dumps(refusal.body)
+        fields = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        lines = [f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in (fields | refusal.headers).items()]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()
