@@ -128,7 +128,7 @@ class Api:
             async with _within(self.settings.timeout_s, late), _while_connected(request):
                 return _json(await answer(parse_json(body)))
         except RequestError as refusal:
-            return refused(refusal, is_read=body is not None)
+            return refused(refusal)
         except DataError as error:
             return refused(bad(str(error)))
         except (ClientLeftError, ClientDisconnect):
@@ -276,10 +276,8 @@ def _drained(api: Api) -> Iterator[None]:
         signal.signal(signal.SIGTERM, stop)
 
 
-def refused(refusal: RequestError, is_read: bool = True) -> Response:
-    """A refusal as an answer. Where the body was not read, the connection ends with it."""
-    headers = refusal.headers if is_read else refusal.headers | {"connection": "close"}
-    return Response(orjson.dumps(refusal.body), refusal.status, headers, JSON)
+def refused(refusal: RequestError) -> Response:
+    return Response(orjson.dumps(refusal.body), refusal.status, refusal.headers, JSON)
 
 
 async def _on_refusal(request: Request, refusal: RequestError) -> Response:
@@ -289,7 +287,7 @@ async def _on_refusal(request: Request, refusal: RequestError) -> Response:
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
     """No such path, or not this method for it."""
     said = f"{request.method} {request.url.path}: {error.detail.lower()}; /docs lists what there is"
-    response = refused(RequestError(error.status_code, said), is_read=False)
+    response = refused(RequestError(error.status_code, said))
     response.headers.update(error.headers or {})
     return response
 

@@ -1,9 +1,9 @@
 """What arrives, in batches: each row of an answer belongs to the request that asked for it.
 
-A request is a Job. Its rows wait in queues that threads empty: threads that prepare images, and one thread a tower that
-encodes. A queue is emptied in turns, a row of each job, so that a large request holds up nobody. What comes of the rows
-goes to the event loop, which alone changes a job. An idle encoder takes what is there at once; it waits a few ms only
-while images are being prepared, so that they become one batch.
+A request is a Job. Its rows wait in queues, which a few threads empty: each prepares a row, or encodes a batch of what
+is prepared, and one alone encodes at a time. A queue is emptied in turns, a row of each job, so that a large request
+holds up nobody. What comes of the rows goes to the event loop, which alone changes a job. What is prepared is encoded
+at once; it waits a few ms only while other rows are being prepared, so that they become one batch.
 """
 
 import asyncio
@@ -64,65 +64,30 @@ class Row(NamedTuple):
 
 
 class FairQueue:
-    """Rows of jobs, taken in turns.
-
-    Attributes:
-        coming: rows that are being prepared for it.
-    """
+    """Rows of jobs, taken in turns. Its owner holds a lock."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
         self.jobs: dict[Job, deque[Row]] = {}  # whose turn it is first
-        self.count, self.coming, self.is_closed = 0, 0, False
+        self.count = 0
 
-    def put(self, rows: Sequence[Row], came: int = 0) -> None:
-        """Add rows, of which `came` were expected."""
-        with self.changed:
-            self.coming -= came
-            for row in rows:
-                self.jobs.setdefault(row.job, deque()).append(row)
-            self.count += len(rows)
-            self.changed.notify(len(rows))
+    def put(self, row: Row) -> None:
+        self.jobs.setdefault(row.job, deque()).append(row)
+        self.count += 1
 
-    def expect(self, rows: int) -> None:
-        """So many more are coming, or, below zero, fewer."""
-        with self.changed:
-            self.coming += rows
-            if rows < 0:
-                self.changed.notify()
-
-    def take(self, most: int, wait_s: float = 0.0) -> list[Row]:
-        """Up to `most` rows as soon as there are any; up to wait_s later while more are coming. None once closed."""
-        with self.changed:
-            while not self.count and not self.is_closed:
-                self.changed.wait()
-            until = perf_counter() + wait_s
-            while self.count < most and self.coming > 0 and (left := until - perf_counter()) > 0:
-                self.changed.wait(left)
-            return self._drawn(most)
-
-    def _drawn(self, most: int) -> list[Row]:
-        drawn: list[Row] = []
-        while self.jobs and len(drawn) < most:
+    def take(self, most: int) -> list[Row]:
+        taken: list[Row] = []
+        while self.jobs and len(taken) < most:
             job, rows = next(iter(self.jobs.items()))
             del self.jobs[job]
-            drawn.append(rows.popleft())
+            taken.append(rows.popleft())
             if rows:
                 self.jobs[job] = rows
-        self.count -= len(drawn)
-        return drawn
+        self.count -= len(taken)
+        return taken
 
-    def drop(self, job: Job) -> int:
-        """Take a job's rows out and say how many there were."""
-        with self.changed:
-            dropped = len(self.jobs.pop(job, ()))
-            self.count -= dropped
-            return dropped
-
-    def close(self) -> None:
-        with self.changed:
-            self.is_closed = True
-            self.changed.notify_all()
+    def drop(self, job: Job) -> None:
+        """Take a job's rows out."""
+        self.count -= len(self.jobs.pop(job, ()))
 
 
 class Batcher:
@@ -130,6 +95,8 @@ class Batcher:
 
     Attributes:
         held: rows of requests that wait for an answer.
+        raw, ready: rows that are to be prepared, and to be encoded.
+        preparing: rows that threads prepare now.
     """
 
     def __init__(
@@ -140,7 +107,7 @@ class Batcher:
         metrics: TowerMetrics,
         wait_s: float = 0.0,
         prepare: Callable[[Any], Any] | None = None,
-        threads: int = 1,
+        threads: int = 0,
         on_gpu: bool = False,
     ) -> None:
         """
@@ -148,16 +115,22 @@ class Batcher:
             encode: from a batch's rows to as many answers, of which the first part, or all, is a vector.
             most: rows of a batch.
             max_queue: rows that may wait.
-            wait_s: how long a batch waits while rows are being prepared.
-            prepare: what is done to each row first, by `threads` threads; its errors fail the row's job alone.
+            wait_s: how long what is prepared waits for rows that are not.
+            prepare: what is done to each row first; what it raises or returns as an exception fails the row's job.
+            threads: that prepare, beside the one that encodes.
             on_gpu: whether it shares the GPU with other towers.
         """
         self.encode, self.most, self.max_queue, self.wait_s = encode, most, max_queue, wait_s
         self.prepare, self.metrics = prepare, metrics
         self.alone: AbstractContextManager[Any] = ON_GPU if on_gpu else nullcontext()
-        self.raw, self.ready, self.held = FairQueue(), FairQueue(), 0
-        targets = [self._encode_all] + [self._prepare_all] * (threads if prepare else 0)
-        self.threads = [threading.Thread(target=target, daemon=True) for target in targets]
+        self.held = 0
+        self.lock = threading.Lock()  # for all that follows
+        self.raw, self.ready, self.preparing = FairQueue(), FairQueue(), 0
+        self.is_encoding, self.is_closed, self.ready_since = False, False, 0.0
+        self.idle: list[
+            threading.Lock
+        ] = []  # of each thread that waits; the last one, whose caches are warm, goes first
+        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads + 1)]
 
     def start(self) -> None:
         """Begin to work for the running event loop."""
@@ -166,8 +139,9 @@ class Batcher:
             thread.start()
 
     def close(self) -> None:
-        for queue in (self.raw, self.ready):
-            queue.close()
+        with self.lock:
+            self.is_closed = True
+            self._wake(len(self.threads))
         for thread in self.threads:
             thread.join()
 
@@ -179,52 +153,121 @@ class Batcher:
             Exception: what `prepare` or `encode` raised for one of them, or WrongAnswerError.
         """
         if is_bounded and self.held and self.held + len(values) > self.max_queue:
-            raise RequestError(
-                429, f"{self.held:,} wait already, and at most {self.max_queue:,} may: try again", None, None, RETRY_S
-            )
+            said = f"{self.held:,} wait already, and at most {self.max_queue:,} may: try again"
+            raise RequestError(429, said, retry_after_s=RETRY_S)
         if not values:
             return []
-        job, now = Job(len(values)), perf_counter()
+        job = Job(len(values))
         self._hold(len(values))
-        rows = [Row(job, number, value, now) for number, value in enumerate(values)]
-        if self.prepare:
-            self.ready.expect(len(rows))
-            self.raw.put(rows)
-        else:
-            self.ready.put(rows)
         try:
+            self._put(job, values)
             return await job.future
         finally:
             job.is_over = True
             self._hold(-len(values))
             if job.missing:
-                self.ready.drop(job)
-                if dropped := self.raw.drop(job):
-                    self.ready.expect(-dropped)
+                self._drop(job)
 
     def _hold(self, rows: int) -> None:
         self.held += rows
         self.metrics.held.inc(rows)
 
-    def _prepare_all(self) -> None:
-        assert self.prepare
-        while rows := self.raw.take(1):
-            row, start = rows[0], perf_counter()
-            prepared = None if row.job.is_over else _tried(self.prepare, row.value)
-            self.metrics.prepare.observe(perf_counter() - start)
-            if row.job.is_over or isinstance(prepared, Exception):
-                self.ready.expect(-1)
-                self._settle([row], [prepared])
-            else:
-                self.ready.put([row._replace(value=prepared, since=perf_counter())], came=1)
+    def _put(self, job: Job, values: Sequence[Any]) -> None:
+        now = perf_counter()
+        with self.lock:
+            for number, value in enumerate(values):
+                row = Row(job, number, value, now)
+                if self.prepare:
+                    self.raw.put(row)
+                else:
+                    self._put_ready(row)
+            self._wake(len(values))
 
-    def _encode_all(self) -> None:
-        while rows := self.ready.take(self.most, self.wait_s):
-            start = perf_counter()
-            with self.alone:
-                answers = self._encoded([row.value for row in rows])
-            self.metrics.observe_batch(len(rows), start - min(row.since for row in rows), perf_counter() - start)
-            self._settle(rows, answers)
+    def _put_ready(self, row: Row) -> None:
+        if not self.ready.count:
+            self.ready_since = row.since
+        self.ready.put(row)
+
+    def _drop(self, job: Job) -> None:
+        with self.lock:
+            self.raw.drop(job)
+            self.ready.drop(job)
+            self._wake(1)  # nothing may be left to wait for
+
+    def _wake(self, threads: int) -> None:
+        for _ in range(min(threads, len(self.idle))):
+            self.idle.pop().release()
+
+    def _work(self) -> None:
+        """What each thread does."""
+        wake = threading.Lock()
+        wake.acquire()
+        while True:
+            with self.lock:
+                if self.is_closed:
+                    return
+                rows = self._batch() if self._is_due() else []
+                row = self._raw_row() if not rows else None
+                if not rows and not row:
+                    self.idle.append(wake)
+                    patience = self._patience_s()
+            if rows:
+                self._encode_batch(rows)
+            elif row:
+                self._prepare_row(row)
+            elif not wake.acquire(timeout=patience):
+                with self.lock:
+                    if wake in self.idle:
+                        self.idle.remove(wake)
+                    else:
+                        wake.acquire()  # woken at that moment
+
+    def _is_due(self) -> bool:
+        """Whether what is prepared is to be encoded now."""
+        if not self.ready.count or self.is_encoding:
+            return False
+        if self.ready.count >= self.most or not (self.raw.count or self.preparing):
+            return True
+        return perf_counter() >= self.ready_since + self.wait_s
+
+    def _patience_s(self) -> float:
+        """How long a thread may wait for another to wake it; -1 is for ever."""
+        if not self.ready.count or self.is_encoding:
+            return -1
+        return max(0.0, self.ready_since + self.wait_s - perf_counter())
+
+    def _batch(self) -> list[Row]:
+        self.is_encoding = True
+        rows = self.ready.take(self.most)
+        self.ready_since = perf_counter()  # of what is left: it has waited for a batch already
+        return rows
+
+    def _raw_row(self) -> Row | None:
+        rows = self.raw.take(1)
+        self.preparing += len(rows)
+        return rows[0] if rows else None
+
+    def _prepare_row(self, row: Row) -> None:
+        assert self.prepare
+        start = perf_counter()
+        prepared = None if row.job.is_over else _tried(self.prepare, row.value)
+        self.metrics.prepare.observe(perf_counter() - start)
+        is_wanted = not row.job.is_over and not isinstance(prepared, Exception)
+        with self.lock:
+            self.preparing -= 1
+            if is_wanted:
+                self._put_ready(row._replace(value=prepared, since=perf_counter()))
+        if isinstance(prepared, Exception):
+            self._settle([row], [prepared])
+
+    def _encode_batch(self, rows: list[Row]) -> None:
+        start = perf_counter()
+        with self.alone:
+            answers = self._encoded([row.value for row in rows])
+        self._settle(rows, answers)
+        with self.lock:
+            self.is_encoding = False
+        self.metrics.observe_batch(len(rows), start - min(row.since for row in rows), perf_counter() - start)
 
     def _encoded(self, values: list[Any]) -> Sequence[Any]:
         """An answer or an exception for each value. Where a batch fails, each is tried alone."""

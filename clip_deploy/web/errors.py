@@ -37,7 +37,6 @@ class RequestError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of a request that was refused before its body was read, the connection ends with the answer."""
         return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
 
 

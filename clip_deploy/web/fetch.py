@@ -7,6 +7,7 @@ of the DNS cannot lead elsewhere. No redirect is followed, and size and time are
 import asyncio
 import ssl
 from collections.abc import Sequence
+from functools import cached_property
 from http.client import parse_headers
 from io import BytesIO
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -26,6 +27,10 @@ class Fetcher:
     def __init__(self, hosts: Sequence[str], max_bytes: int) -> None:
         self.hosts, self.max_bytes = {host.lower() for host in hosts}, max_bytes
         self.at_once = asyncio.Semaphore(AT_ONCE)
+
+    @cached_property
+    def tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context()
 
     async def all(self, pictures: Sequence[Picture]) -> dict[Picture, bytes]:
         """The content behind each one's URL. Raises RequestError where one is not to be fetched, or does not come."""
@@ -65,7 +70,7 @@ class Fetcher:
         host = url.hostname or ""
         address = await self._address(picture, host)
         reader, writer = await asyncio.open_connection(
-            address, PORT, ssl=ssl.create_default_context(), server_hostname=host, limit=MAX_HEAD
+            address, PORT, ssl=self.tls, server_hostname=host, limit=MAX_HEAD
         )
         try:
             target = (url.path or "/") + (f"?{url.query}" if url.query else "")
@@ -89,7 +94,7 @@ class Fetcher:
     async def _body(self, picture: Picture, reader: asyncio.StreamReader) -> bytes:
         head = await reader.readuntil(b"\r\n\r\n")
         line, _, fields = head.partition(b"\r\n")
-        status = int(line.split()[1])
+        status = int(b" ".join(line.split()[1:2]))
         if status != 200:
             said = "redirects are not followed" if 300 <= status < 400 else "200 is wanted"
             raise _refusal(picture, f"the image's server answered {status}: {said}")

@@ -12,6 +12,7 @@ from clip_deploy.web.errors import RequestError
 MAX_HEADERS = 32_768  # bytes, with the URL
 MAX_CONNECTIONS = 1_024
 HEADERS_S = 10  # from a connection's beginning, or a request's first byte, to the end of its headers
+LINGER_S = 5  # in which the rest of a refused body is thrown away: a client that still sends does not read the answer
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -19,8 +20,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self.header_bytes, self.is_in_headers = 0, True
-        self.headers_timer: TimerHandle | None = None
+        self.header_bytes, self.is_in_headers, self.is_refused = 0, True, False
+        self.timer: TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -34,10 +35,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self.is_refused:
             return
         if self.is_in_headers:
-            if self.headers_timer is None:
+            if self.timer is None:
                 self._await_headers()
             self.header_bytes += len(data)
         super().data_received(data)
@@ -49,28 +50,45 @@ class BoundedProtocol(HttpToolsProtocol):
         self.is_in_headers, self.header_bytes = False, 0
         if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > MAX_HEADERS:
             self._refuse(RequestError(431, f"the headers have more than {MAX_HEADERS:,} bytes"))
-            return
-        super().on_headers_complete()
+        if not self.is_refused:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self.is_refused:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
-        super().on_message_complete()
+        self._stop_timer()
         self.is_in_headers = True
+        if not self.is_refused:
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.is_in_headers and not self.transport.is_closing():
+            self.timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(RequestError(400, "this is no HTTP/1.1 request", None, "invalid_http"))
 
     def _await_headers(self) -> None:
-        late = RequestError(408, f"the headers did not come within {HEADERS_S} s")
-        self.headers_timer = self.loop.call_later(HEADERS_S, self._refuse, late)
+        self.timer = self.loop.call_later(HEADERS_S, self._late)
+
+    def _late(self) -> None:
+        if self.header_bytes:
+            self._refuse(RequestError(408, f"the headers did not come within {HEADERS_S} s"))
+        else:  # an answer to no request would be taken for that to the next one
+            self.transport.close()
 
     def _stop_timer(self) -> None:
-        if self.headers_timer:
-            self.headers_timer.cancel()
-            self.headers_timer = None
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
 
     def _refuse(self, refusal: RequestError) -> None:
         """Answer and hang up."""
         self._stop_timer()
+        self.is_refused = True
         if self.transport.is_closing():
             return
         body = orjson.dumps(refusal.body)

@@ -1,26 +1,31 @@
 """The server's processes: one, or several that accept from one socket."""
 
 import logging
+import math
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from functools import partial
 from ipaddress import ip_address
+from multiprocessing import connection
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors import Multiprocess
 
 from clip_deploy.core.errors import DeployError
 from clip_deploy.web.keys import warn_if_readable
 from clip_deploy.web.settings import Settings
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they hang up first
-HUNG_S = 60  # a worker that answers nothing so long is replaced
+FAILED = 3  # exit code of a worker that cannot begin
+RESTART_S = 1  # before a worker is replaced: one may die each time that it begins
 
 
 def serve(settings: Settings) -> int:
@@ -35,17 +40,16 @@ def serve(settings: Settings) -> int:
     from clip_deploy.web.app import create_app
 
     app = create_app(settings)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it stopped, for a code of 143
     print(f"serving {_names(app)} at {_address(listening)}", flush=True)
-    uvicorn.Server(uvicorn_config(settings, app)).run([listening])
+    _run(settings, app, listening)
     return 0
 
 
-def uvicorn_config(settings: Settings, app: object) -> uvicorn.Config:
+def uvicorn_config(settings: Settings, app: Starlette) -> uvicorn.Config:
     from clip_deploy.web.protocol import BoundedProtocol
 
     return uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         http=BoundedProtocol,
         ws="none",
         lifespan="on",
@@ -53,34 +57,75 @@ def uvicorn_config(settings: Settings, app: object) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        workers=settings.workers,
-        factory=not isinstance(app, Starlette),
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(settings.timeout_s),
-        timeout_worker_healthcheck=HUNG_S,
+        timeout_graceful_shutdown=math.ceil(settings.timeout_s),
     )
 
 
+def _run(settings: Settings, app: Starlette, listening: socket.socket) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it stopped, for a code of 143
+    uvicorn.Server(uvicorn_config(settings, app)).run([listening])
+
+
 def _serve_many(settings: Settings, listening: socket.socket) -> int:
-    """Workers that a parent starts, and replaces where one dies."""
+    """Workers of one parent, which replaces one that dies and takes them along when it ends."""
     with tempfile.TemporaryDirectory(prefix="clip-deploy-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         print(f"serving with {settings.workers} workers at {_address(listening)}", flush=True)
-        supervisor = Multiprocess(uvicorn_config(settings, partial(_worker_app, settings)), [listening])
-        supervisor.run()
-        failed = any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes)
-        return 1 if failed else 0
+        start = partial(multiprocessing.get_context("spawn").Process, target=_work, args=(settings, listening))
+        workers = [start() for _ in range(settings.workers)]
+        is_stopping = False
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal is_stopping
+            is_stopping = True
+            for worker in workers:
+                if worker.is_alive():
+                    worker.terminate()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        for worker in workers:
+            worker.start()
+        has_failed = False
+        while workers:
+            ended = connection.wait([worker.sentinel for worker in workers])
+            for worker in [worker for worker in workers if worker.sentinel in ended]:
+                worker.join()
+                workers.remove(worker)
+                if worker.exitcode == FAILED:
+                    has_failed = True
+                    stop(signal.SIGTERM, None)
+                elif not is_stopping:
+                    print(f"warning: a worker ended ({worker.exitcode}), and another begins", file=sys.stderr)
+                    time.sleep(RESTART_S)
+                    workers.append(start())
+                    workers[-1].start()
+                    if is_stopping:  # the signal came before it was there
+                        workers[-1].terminate()
+        return 1 if has_failed else 0
 
 
-def _worker_app(settings: Settings) -> Starlette:
-    """In a worker: a package that does not open would not open the next time either."""
+def _work(settings: Settings, listening: socket.socket) -> None:
+    """A worker. One whose package does not open would not open it the next time either."""
     from clip_deploy.web.app import create_app
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        return create_app(settings)
+        app = create_app(settings)
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(STARTUP_FAILURE)
+        sys.exit(FAILED)
+    _run(settings, app, listening)
+
+
+def _end_with_parent() -> None:
+    """Stop as at SIGTERM once the parent is gone, which may have been killed."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _bind(settings: Settings) -> socket.socket:

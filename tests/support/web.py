@@ -4,15 +4,20 @@ import base64
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from io import BytesIO
 
 import numpy as np
+import uvicorn
 from support.project import ROOT
+
+from clip_deploy.web.server import uvicorn_config
 
 STARTS_S = 60
 
@@ -68,6 +73,20 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=60)
 
+    def send(self, content):
+        """A connection over which these bytes went."""
+        connection = socket.create_connection((self.host, int(self.port)), timeout=30)
+        connection.sendall(content)
+        return connection
+
+
+def request(path, body, **headers):
+    """A POST as bytes."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    fields = {"Host": "test", "Content-Type": "application/json", "Content-Length": len(content), **headers}
+    lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
 
 def vectors(embeddings):
     """Of an answer, as floats or as base64."""
@@ -97,6 +116,22 @@ def serving(*arguments, drain_s="0"):
         process.wait()
         process.stdout.close()
         process.stderr.close()
+
+
+@contextmanager
+def served_here(app, settings):
+    """The same in a thread of this process, for tests that change what is within."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn_config(settings, app))
+    thread = threading.Thread(target=running.run, args=([listening],))
+    thread.start()
+    server = Server(None, f"http://127.0.0.1:{listening.getsockname()[1]}")
+    try:
+        wait_until(server.is_ready)
+        yield server
+    finally:
+        running.should_exit = True
+        thread.join()
 
 
 def wait_until(holds, seconds=STARTS_S):
