@@ -1,7 +1,8 @@
-"""Answer over HTTP: embeddings as OpenAI's clients ask for them, zero-shot labels and rankings.
+"""Answer over HTTP: embeddings, zero-shot labels and rankings.
 
-It listens on this machine alone unless --host says otherwise. /docs lists what can be asked. It needs the extra `serve`
-(pip install 'clip-deploy[serve]'). SIGTERM lets running requests finish.
+Embeddings are asked for as OpenAI's clients do; /docs lists what else can be asked. It listens on this machine alone
+unless --host says otherwise. It needs the extra `serve` (pip install 'clip-deploy[serve]'). SIGTERM lets running
+requests finish.
 
 example: clip-deploy serve artifacts/package --port 8000
 """

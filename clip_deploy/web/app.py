@@ -162,7 +162,17 @@ class Api:
         return b"".join(chunks)
 
     async def list_models(self, request: Request) -> Response:
-        data = [{"id": served.id, "object": "model", "owned_by": "clip-deploy"} for served in self.models.served]
+        data = [
+            {
+                "id": served.id,
+                "object": "model",
+                "created": served.created,
+                "owned_by": "clip-deploy",
+                "dimensions": served.classifier.dimension,
+                "fingerprint": served.classifier.fingerprint,
+            }
+            for served in self.models.served
+        ]
         return _json({"object": "list", "data": data})
 
     async def live(self, request: Request) -> Response:

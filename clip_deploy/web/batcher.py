@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from clip_deploy.web.metrics import TowerMetrics
 logger = logging.getLogger(__name__)
 
 RETRY_S = 1
+MAX_BATCH_BYTES = 2**28  # of prepared rows; where a graph resizes images itself, they are as large as they came
+MAX_READY_BYTES = 2**29  # beyond it, nothing is prepared until something was encoded
 ON_GPU = threading.Lock()  # CUDA graphs are recorded while no other thread of the process calls the GPU
 
 Encode = Callable[[list[Any]], Sequence[Any]]
@@ -62,32 +64,44 @@ class Row(NamedTuple):
     value: Any
     since: float  # perf_counter
 
+    @property
+    def bytes(self) -> int:
+        """Of a prepared image."""
+        return self.value.nbytes if isinstance(self.value, np.ndarray) else 0
+
 
 class FairQueue:
     """Rows of jobs, taken in turns. Its owner holds a lock."""
 
     def __init__(self) -> None:
         self.jobs: dict[Job, deque[Row]] = {}  # whose turn it is first
-        self.count = 0
+        self.count, self.bytes = 0, 0
 
     def put(self, row: Row) -> None:
         self.jobs.setdefault(row.job, deque()).append(row)
-        self.count += 1
+        self._count(1, row)
 
     def take(self, most: int) -> list[Row]:
+        """Up to so many rows, or fewer where they have MAX_BATCH_BYTES."""
         taken: list[Row] = []
-        while self.jobs and len(taken) < most:
+        held = 0
+        while self.jobs and len(taken) < most and held < MAX_BATCH_BYTES:
             job, rows = next(iter(self.jobs.items()))
             del self.jobs[job]
             taken.append(rows.popleft())
+            held += taken[-1].bytes
             if rows:
                 self.jobs[job] = rows
-        self.count -= len(taken)
+        self._count(-1, *taken)
         return taken
 
     def drop(self, job: Job) -> None:
         """Take a job's rows out."""
-        self.count -= len(self.jobs.pop(job, ()))
+        self._count(-1, *self.jobs.pop(job, ()))
+
+    def _count(self, sign: int, *rows: Row) -> None:
+        self.count += sign * len(rows)
+        self.bytes += sign * sum(row.bytes for row in rows)
 
 
 class Batcher:
@@ -216,17 +230,23 @@ class Batcher:
             elif row:
                 self._prepare_row(row)
             elif not wake.acquire(timeout=patience):
-                with self.lock:
-                    if wake in self.idle:
-                        self.idle.remove(wake)
-                    else:
-                        wake.acquire()  # woken at that moment
+                self._stop_waiting(wake)
+
+    def _stop_waiting(self, wake: threading.Lock) -> None:
+        """Of a thread whose patience is over."""
+        with self.lock:
+            if wake in self.idle:
+                self.idle.remove(wake)
+            else:
+                wake.acquire()  # it was woken at that moment
 
     def _is_due(self) -> bool:
         """Whether what is prepared is to be encoded now."""
         if not self.ready.count or self.is_encoding:
             return False
-        if self.ready.count >= self.most or not (self.raw.count or self.preparing):
+        if self.ready.count >= self.most or self.ready.bytes >= MAX_BATCH_BYTES:
+            return True
+        if not self.raw.count and not self.preparing:
             return True
         return perf_counter() >= self.ready_since + self.wait_s
 
@@ -239,11 +259,12 @@ class Batcher:
     def _batch(self) -> list[Row]:
         self.is_encoding = True
         rows = self.ready.take(self.most)
+        self._wake(self.raw.count)  # where too much was ready, threads wait although there is something to prepare
         self.ready_since = perf_counter()  # of what is left: it has waited for a batch already
         return rows
 
     def _raw_row(self) -> Row | None:
-        rows = self.raw.take(1)
+        rows = self.raw.take(1) if self.ready.bytes < MAX_READY_BYTES else []
         self.preparing += len(rows)
         return rows[0] if rows else None
 
@@ -262,11 +283,13 @@ class Batcher:
 
     def _encode_batch(self, rows: list[Row]) -> None:
         start = perf_counter()
-        with self.alone:
-            answers = self._encoded([row.value for row in rows])
-        self._settle(rows, answers)
-        with self.lock:
-            self.is_encoding = False
+        try:
+            with self.alone:
+                answers = self._encoded([row.value for row in rows])
+            self._settle(rows, answers)
+        finally:
+            with self.lock:
+                self.is_encoding = False
         self.metrics.observe_batch(len(rows), start - min(row.since for row in rows), perf_counter() - start)
 
     def _encoded(self, values: list[Any]) -> Sequence[Any]:
@@ -292,7 +315,8 @@ class Batcher:
             for row, answer in zip(rows, answers, strict=True):
                 row.job.settle(row.number, answer)
 
-        self.loop.call_soon_threadsafe(settle)
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            self.loop.call_soon_threadsafe(settle)
 
 
 def _tried(call: Callable[[Any], Any], value: Any) -> Any:

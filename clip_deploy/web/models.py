@@ -16,6 +16,7 @@ from PIL import Image
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.images import Encoded
+from clip_deploy.core.manifest import INSIDE
 from clip_deploy.core.package import DEFAULT_BATCH
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web.api import IMAGE, Item, Picture, Text
@@ -49,8 +50,18 @@ class Embedded:
 class Served:
     """One package. Everything but the threads of its batchers runs on the event loop."""
 
-    def __init__(self, name: str, version: str, classifier: ZeroShotClassifier, settings: Settings, metrics: Metrics):
-        self.name, self.version, self.id, self.classifier = name, version, f"{name}:{version}", classifier
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        created: int,
+        classifier: ZeroShotClassifier,
+        settings: Settings,
+        metrics: Metrics,
+    ):
+        """`created` is when it was packaged, in seconds since 1970."""
+        self.name, self.version, self.id, self.created = name, version, f"{name}:{version}", created
+        self.classifier = classifier
         on_gpu, towers = classifier.device == "cuda", classifier.package.encoder.towers
         self.pictures = Batcher(
             classifier.encode_prepared,
@@ -251,6 +262,7 @@ def _open(given: str, settings: Settings, metrics: Metrics) -> Served:
     served = Served(
         name or classifier.package.origin.run.model,
         version or classifier.fingerprint[:VERSION],
+        int((Path(folder) / INSIDE).stat().st_mtime),
         classifier,
         settings,
         metrics,

@@ -160,9 +160,9 @@ def test_documents_are_ranked_by_their_cosine(server, classifier, query):
 def test_models_health_and_documentation_are_told(server, classifier):
     status, _, found = server.get("/v1/models")
     assert status == 200
-    assert [model["id"] for model in found["data"]] == [
-        f"{classifier.package.origin.run.model}:{classifier.fingerprint[:12]}"
-    ]
+    (model,) = found["data"]
+    assert model["id"] == f"{classifier.package.origin.run.model}:{classifier.fingerprint[:12]}"
+    assert (model["dimensions"], model["fingerprint"]) == (64, classifier.fingerprint)
     assert server.get("/health/live")[2] == {"status": "live"}
     assert server.get("/health/ready")[2] == {"status": "ready"}
     paths = server.get("/openapi.json")[2]["paths"]

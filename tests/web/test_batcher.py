@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from clip_deploy.web import batcher as batcher_module
 from clip_deploy.web.batcher import Batcher, WrongAnswerError
 from clip_deploy.web.errors import RequestError
 from clip_deploy.web.metrics import Metrics, TowerMetrics
@@ -97,6 +98,31 @@ def test_what_is_prepared_waits_for_what_is_not_but_not_long():
 
     run(main, tower, prepare=prepare, threads=3, wait_s=0.2)
     assert sorted(map(sorted, tower.batches)) == [[1, 2], [9]]
+
+
+def test_what_is_prepared_is_bounded_in_bytes(monkeypatch):
+    """As where a graph resizes images itself, and they stay as large as they came."""
+    monkeypatch.setattr(batcher_module, "MAX_BATCH_BYTES", 1000)
+    monkeypatch.setattr(batcher_module, "MAX_READY_BYTES", 2000)
+    tower = Tower()
+    tower.go.clear()
+
+    def encode(images):
+        return tower([image[0] for image in images])
+
+    async def main(batcher):
+        job = asyncio.ensure_future(batcher(list(range(20))))
+        await until(lambda: tower.batches and batcher.ready.bytes >= 2000)
+        await asyncio.sleep(0.05)
+        assert batcher.ready.bytes <= 2000 + 3 * 500
+        tower.go.set()
+        found = await job
+        assert (batcher.ready.bytes, batcher.raw.count) == (0, 0)
+        return [float(row[0]) for row in found]
+
+    found = run(main, encode, prepare=lambda value: np.full(125, value, np.float32), threads=3, most=50)
+    assert found == list(range(20))
+    assert max(map(len, tower.batches)) == 2
 
 
 def test_a_cancelled_job_leaves_nothing_behind():

@@ -1,3 +1,4 @@
+import base64
 import json
 import os
 import re
@@ -10,9 +11,12 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from support.fast_feed import need_fast_feed
 from support.project import ROOT
 from support.web import encoded, request, serving, vectors, wait_until
 
+from clip_deploy.__main__ import main
+from clip_deploy.commands import serve
 from clip_deploy.core.errors import DataError
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web.keys import Keys
@@ -182,6 +186,24 @@ def test_an_open_address_without_keys_is_warned_of(package):
     with serving(package, "--host", "0.0.0.0") as server:
         assert server.stop() == 0
         assert "warning: --host 0.0.0.0 lets everyone who reaches this machine ask" in server.process.stderr.read()
+
+
+def test_the_fast_feed_gives_the_fast_feeds_embeddings(package, tmp_path):
+    need_fast_feed()
+    photo = Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 50).convert("RGB")
+    photo.save(tmp_path / "photo.jpg")
+    opened = [ZeroShotClassifier.open(package, threads=2, feed=feed) for feed in ("fast", "exact")]
+    fast, exact = (each.embed_images([tmp_path / "photo.jpg"]) for each in opened)
+    assert np.abs(fast - exact).max() > 1e-4
+    with serving(package, "--feed", "fast") as server:
+        found = server.embed(input=[{"image": base64.b64encode((tmp_path / "photo.jpg").read_bytes()).decode()}])
+    assert np.abs(found - fast).max() < 1e-5
+
+
+def test_a_library_of_the_extra_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err == "error: serve needs uvicorn: pip install 'clip-deploy[serve]'\n"
 
 
 def test_the_default_is_this_machine_alone():
