@@ -40,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--api-key-file", type=local_path, help="a key a line, of which requests must bring one")
     parser.add_argument(
+        "--allow-host",
+        dest="allow_hosts",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a name that a proxy on this machine passes on, may be repeated; default: addresses and localhost",
+    )
+    parser.add_argument(
         "--allow-image-host",
         dest="image_hosts",
         metavar="HOST",
@@ -69,5 +77,6 @@ def run(given: argparse.Namespace) -> int:
     from clip_deploy.web.server import serve
 
     named = {name: value for name, value in vars(given).items() if name in Settings.__dataclass_fields__}
-    packages = tuple(given.packages) or DEFAULT.packages
-    return serve(Settings(**named | {"packages": packages, "image_hosts": tuple(given.image_hosts)}))
+    lists = {name: tuple(named[name]) for name in ("packages", "allow_hosts", "image_hosts")}
+    lists["packages"] = lists["packages"] or DEFAULT.packages
+    return serve(Settings(**named | lists))

@@ -27,11 +27,11 @@ from clip_deploy.web.keys import Keys
 from clip_deploy.web.metrics import CONTENT_TYPE, Metrics
 from clip_deploy.web.models import Fetched, Models, base64_of
 from clip_deploy.web.openapi import DOCS, OPENAPI
+from clip_deploy.web.responses import JSON, answered, refused
 from clip_deploy.web.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-JSON = "application/json"
 RETRY_S = 1
 LEFT = 499  # nginx's number for a client that did not wait for its answer
 BODIES = 16  # of the largest size may be held at once
@@ -126,7 +126,7 @@ class Api:
             self.metrics.read.labels(path).observe(perf_counter() - start)
             late = RequestError(503, "the answer took too long: try again", retry_after_s=RETRY_S)
             async with _within(self.settings.timeout_s, late), _while_connected(request):
-                return _json(await answer(parse_json(body)))
+                return answered(await answer(parse_json(body)))
         except RequestError as refusal:
             return refused(refusal)
         except DataError as error:
@@ -173,15 +173,15 @@ class Api:
             }
             for served in self.models.served
         ]
-        return _json({"object": "list", "data": data})
+        return answered({"object": "list", "data": data})
 
     async def live(self, request: Request) -> Response:
-        return _json({"status": "live"})
+        return answered({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
         if self.is_draining:
             raise RequestError(503, "the server is about to stop", retry_after_s=RETRY_S)
-        return _json({"status": "ready"})
+        return answered({"status": "ready"})
 
     async def numbers(self, request: Request) -> Response:
         text = await asyncio.get_running_loop().run_in_executor(None, self.metrics.text)
@@ -286,10 +286,6 @@ def _drained(api: Api) -> Iterator[None]:
         signal.signal(signal.SIGTERM, stop)
 
 
-def refused(refusal: RequestError) -> Response:
-    return Response(orjson.dumps(refusal.body), refusal.status, refusal.headers, JSON)
-
-
 async def _on_refusal(request: Request, refusal: RequestError) -> Response:
     return refused(refusal)
 
@@ -319,10 +315,6 @@ def _fixed(content: bytes, media_type: str | None) -> Callable[[Request], Awaita
         return Response(content, media_type=media_type)
 
     return endpoint
-
-
-def _json(content: Any) -> Response:
-    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type=JSON)
 
 
 def _check_type(request: Request) -> None:

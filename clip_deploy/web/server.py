@@ -12,7 +12,6 @@ import threading
 import time
 import warnings
 from functools import partial
-from ipaddress import ip_address
 from multiprocessing import connection
 from types import FrameType
 
@@ -20,6 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from clip_deploy.core.errors import DeployError
+from clip_deploy.web.hosts import NamedHosts, is_local
 from clip_deploy.web.keys import warn_if_readable
 from clip_deploy.web.settings import Settings
 
@@ -49,7 +49,7 @@ def uvicorn_config(settings: Settings, app: Starlette) -> uvicorn.Config:
     from clip_deploy.web.protocol import BoundedProtocol
 
     return uvicorn.Config(
-        app,
+        NamedHosts(app, settings.allow_hosts) if is_local(settings.host) else app,
         http=BoundedProtocol,
         ws="none",
         lifespan="on",
@@ -145,19 +145,12 @@ def _bind(settings: Settings) -> socket.socket:
 def _warn(settings: Settings) -> None:
     if settings.api_key_file:
         warn_if_readable(settings.api_key_file)
-    elif not _is_local(settings.host):
+    elif not is_local(settings.host):
         warnings.warn(
             f"--host {settings.host} lets everyone who reaches this machine ask without a key: give --api-key-file, or "
             "a proxy in front",
             stacklevel=2,
         )
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _address(listening: socket.socket) -> str:

@@ -1,6 +1,6 @@
 """What a server is told, each with its default."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from clip_deploy.core.errors import DataError
@@ -33,6 +33,7 @@ class Settings:
         timeout_s: for a request's body to come (408), and for its answer to be computed (503).
         drain_s: after SIGTERM, how long new requests are still answered while /health/ready says 503.
         api_key_file: a key a line; without one, everyone may ask.
+        allow_hosts: names besides localhost by which a server on a local address may be asked, as by a proxy.
         image_hosts: from which images may be fetched.
     """
 
@@ -51,7 +52,8 @@ class Settings:
     timeout_s: float = 30
     drain_s: float = 2
     api_key_file: Path | None = None
-    image_hosts: tuple[str, ...] = field(default=())
+    allow_hosts: tuple[str, ...] = ()
+    image_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():

@@ -83,7 +83,7 @@ class Server:
 def request(path, body, **headers):
     """A POST as bytes."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    fields = {"Host": "test", "Content-Type": "application/json", "Content-Length": len(content), **headers}
+    fields = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": len(content), **headers}
     lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     return "\r\n".join([*lines, "", ""]).encode() + content
 

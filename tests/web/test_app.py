@@ -290,6 +290,18 @@ def test_other_content_types_are_refused_since_any_page_may_send_them(server, ki
     assert (status, found["error"]["code"]) == (415, "unsupported_media_type")
 
 
+@pytest.mark.parametrize("host", ["evil.example.com", "localhost.evil.com", "127.0.0.1.evil.com:80", "[", "a b"])
+def test_a_page_whose_name_leads_here_is_refused(server, host):
+    """DNS rebinding: for the browser such a page is of one origin with the server."""
+    status, found = server.post("/v1/embeddings", {"input": "a"}, host=host)
+    assert (status, found["error"]["code"]) == (421, "unknown_host")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "a.localhost", "127.0.0.1:1", "[::1]:80", "10.1.2.3"])
+def test_addresses_and_localhost_are_names_of_this_machine(server, host):
+    assert server.get("/health/live", host=host)[0] == 200
+
+
 def test_other_paths_and_methods_are_refused(server):
     assert server.post("/v1/nothing", {})[0] == 404
     status, headers, found = server.get("/v1/embeddings")

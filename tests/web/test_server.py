@@ -22,7 +22,7 @@ from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web.keys import Keys
 from clip_deploy.web.settings import Settings
 
-READY = b"GET /health/ready HTTP/1.1\r\nHost: test\r\n\r\n"
+READY = b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,9 @@ def test_a_key_is_asked_for_wherever_one_is_given(package, tmp_path):
     keys.write_text("first-key\nsecond-key\n")
     keys.chmod(0o644)
     body = {"input": "a"}
-    with serving(package, "--api-key-file", keys) as server:
+    with serving(package, "--api-key-file", keys, "--allow-host", "proxy.example.com") as server:
+        assert server.get("/health/live", host="proxy.example.com")[0] == 200
+        assert server.get("/health/live", host="another.example.com")[0] == 421
         assert server.post("/v1/embeddings", body)[0] == 401
         for given in ("Bearer wrong", "Bearer", "Basic first-key", "first-key", "Bearer é"):
             status, found = server.post("/v1/embeddings", body, authorization=given.encode())
@@ -184,6 +186,7 @@ def test_a_port_that_is_taken_is_named(package):
 
 def test_an_open_address_without_keys_is_warned_of(package):
     with serving(package, "--host", "0.0.0.0") as server:
+        assert server.get("/health/live", host="any.example.com")[0] == 200
         assert server.stop() == 0
         assert "warning: --host 0.0.0.0 lets everyone who reaches this machine ask" in server.process.stderr.read()
 
