@@ -11,8 +11,10 @@ from clip_deploy.web.errors import RequestError
 
 MAX_HEADERS = 32_768  # bytes, with the URL
 MAX_CONNECTIONS = 1_024
+MAX_PIPELINED = 16  # requests of a connection that wait for the answer to another; uvicorn would collect them all
 HEADERS_S = 10  # from a connection's beginning, or a request's first byte, to the end of its headers
 LINGER_S = 5  # in which the rest of a refused body is thrown away: a client that still sends does not read the answer
+UNREAD_S = 30  # after which an answer that its client does not read is given up, with its connection
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -50,6 +52,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self.is_in_headers, self.header_bytes = False, 0
         if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > MAX_HEADERS:
             self._refuse(RequestError(431, f"the headers have more than {MAX_HEADERS:,} bytes"))
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.is_refused = True
+            self.transport.abort()  # an answer would be taken for that to the first of them
         if not self.is_refused:
             super().on_headers_complete()
 
@@ -65,11 +70,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(UNREAD_S, self._abort_if_unread)
         if not self.is_in_headers and not self.transport.is_closing():
             self.timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(RequestError(400, "this is no HTTP/1.1 request", None, "invalid_http"))
+
+    def _abort_if_unread(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
     def _await_headers(self) -> None:
         self.timer = self.loop.call_later(HEADERS_S, self._late)
