@@ -39,7 +39,15 @@ class Picture:
     param: str
 
 
-Item = Text | Picture
+@dataclass(frozen=True)
+class Fetched:
+    """An image that came from a URL, and the field that named it."""
+
+    content: bytes
+    param: str
+
+
+Item = Text | Picture | Fetched
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from starlette.routing import Route
 
 from clip_deploy.core.errors import DataError
 from clip_deploy.core.vectors import check_width, cut
-from clip_deploy.web.api import Item, Picture, parse_embeddings, parse_json, parse_rank, parse_zero_shot
+from clip_deploy.web.api import Text, parse_embeddings, parse_json, parse_rank, parse_zero_shot
 from clip_deploy.web.errors import RequestError, bad
 from clip_deploy.web.fetch import Fetcher
 from clip_deploy.web.keys import Keys
 from clip_deploy.web.metrics import CONTENT_TYPE, Metrics
-from clip_deploy.web.models import Fetched, Models, base64_of
+from clip_deploy.web.models import Models, base64_of
 from clip_deploy.web.openapi import DOCS, OPENAPI
 from clip_deploy.web.responses import JSON, answered, refused
 from clip_deploy.web.settings import Settings
@@ -48,7 +48,7 @@ class Api:
 
     def __init__(self, settings: Settings, models: Models, metrics: Metrics, keys: Keys) -> None:
         self.settings, self.models, self.metrics, self.keys = settings, models, metrics, keys
-        self.fetcher = Fetcher(settings.image_hosts, settings.max_body)
+        self.fetcher = Fetcher(settings.image_hosts, settings.max_body, BODIES * settings.max_body)
         self.is_draining, self.held = False, 0
 
     async def embeddings(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,8 @@ class Api:
             width = check_width(asked.dimensions, served.classifier.dimension, "float32")
         except DataError as error:
             raise bad(str(error), "dimensions") from error
-        embedded = await served.embed(await self._fetched(asked.items))
+        async with self.fetcher.fetched(asked.items) as items:
+            embedded = await served.embed(items)
         rows = cut(embedded.rows, width)
         data = [
             {
@@ -73,34 +74,24 @@ class Api:
     async def zero_shot(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = parse_zero_shot(body, self.settings.max_items)
         served = self.models[asked.model]
-        image = await self._fetched([asked.image])
         labels = served.classifier.labels.classes if asked.labels is None else asked.labels
         if not labels:
             raise bad("labels is missing, and the package has no classes of its own", "labels")
-        pictures = (await served.embed(image)).rows
-        if asked.labels is None:
-            targets = await served.class_embeddings()
-        else:
-            targets = np.stack([row for row, _ in await served.embed_texts(asked.prompts)])
-        scores = served.classifier.probabilities(pictures @ targets.T)[0]
+        async with self.fetcher.fetched([asked.image, *map(Text, asked.prompts)]) as items:
+            rows = (await served.embed(items)).rows
+        targets = await served.class_embeddings() if asked.labels is None else rows[1:]
+        scores = served.classifier.probabilities(rows[:1] @ targets.T)[0]
         found = [{"label": labels[row], "probability": float(scores[row])} for row in _falling(scores)]
         return {"object": "list", "labels": found, "model": served.id}
 
     async def rank(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = parse_rank(body, self.settings.max_items)
         served = self.models[asked.model]
-        embedded = await served.embed(await self._fetched([asked.query, *asked.documents]))
+        async with self.fetcher.fetched([asked.query, *asked.documents]) as items:
+            embedded = await served.embed(items)
         cosines = embedded.rows[1:] @ embedded.rows[0]
         found = [{"index": int(row), "relevance_score": float(cosines[row])} for row in _falling(cosines)[: asked.top]]
         return {"object": "list", "results": found, "model": served.id, "usage": _usage(embedded.tokens)}
-
-    async def _fetched(self, items: list[Item]) -> list[Item | Fetched]:
-        """The same items, with what is behind URLs."""
-        urls = [item for item in items if isinstance(item, Picture) and _is_url(item.source)]
-        if not urls:
-            return list(items)
-        contents = await self.fetcher.all(urls)
-        return [Fetched(contents[item], item.param) if item in contents else item for item in items]
 
     def route(self, path: str, answer: Answer) -> Route:
         """A POST of JSON."""
@@ -332,7 +323,3 @@ def _falling(scores: np.ndarray) -> list[int]:
     """Rows, the highest score first."""
     rows: list[int] = np.argsort(-scores, kind="stable").tolist()
     return rows
-
-
-def _is_url(source: str) -> bool:
-    return not source.startswith("data:") and "://" in source[:16]

@@ -6,14 +6,15 @@ of the DNS cannot lead elsewhere. No redirect is followed, and size and time are
 
 import asyncio
 import ssl
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import cached_property
 from http.client import parse_headers
 from io import BytesIO
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
-from clip_deploy.web.api import Picture
+from clip_deploy.web.api import Fetched, Item, Picture
 from clip_deploy.web.errors import RequestError, bad
 
 TIMEOUT_S = 10
@@ -24,24 +25,42 @@ NAT64 = ip_network("64:ff9b::/96")  # IPv4 addresses, private ones too, as IPv6
 
 
 class Fetcher:
-    def __init__(self, hosts: Sequence[str], max_bytes: int) -> None:
-        self.hosts, self.max_bytes = {host.lower() for host in hosts}, max_bytes
+    """Attributes: held: bytes of images of running requests."""
+
+    def __init__(self, hosts: Sequence[str], max_bytes: int, max_held: int) -> None:
+        """
+        Args:
+            max_bytes: of all images of one request.
+            max_held: of all running requests.
+        """
+        self.hosts, self.max_bytes, self.max_held, self.held = {host.lower() for host in hosts}, max_bytes, max_held, 0
         self.at_once = asyncio.Semaphore(AT_ONCE)
 
     @cached_property
     def tls(self) -> ssl.SSLContext:
         return ssl.create_default_context()
 
-    async def all(self, pictures: Sequence[Picture]) -> dict[Picture, bytes]:
-        """The content behind each one's URL. Raises RequestError where one is not to be fetched, or does not come."""
-        for picture in pictures:
+    @asynccontextmanager
+    async def fetched(self, items: Sequence[Item]) -> AsyncIterator[list[Item]]:
+        """The same items, with the content behind each URL in its place.
+
+        Raises RequestError where one is not to be fetched or does not come, or too much is held.
+        """
+        urls = [item for item in items if isinstance(item, Picture) and is_url(item.source)]
+        for picture in urls:
             self._check(picture)
-        tasks = [asyncio.ensure_future(self._fetch(picture)) for picture in pictures]
+        budget = Budget(self)
+        tasks = {picture: asyncio.ensure_future(self._fetch(picture, budget)) for picture in urls}
         try:
-            return dict(zip(pictures, await asyncio.gather(*tasks), strict=True))
+            await asyncio.gather(*tasks.values())
+            yield [
+                Fetched(tasks[item].result(), item.param) if isinstance(item, Picture) and item in tasks else item
+                for item in items
+            ]
         finally:
-            for task in tasks:
+            for task in tasks.values():
                 task.cancel()
+            self.held -= budget.taken
 
     def _check(self, picture: Picture) -> None:
         if not self.hosts:
@@ -56,16 +75,16 @@ class Fetcher:
         if host not in self.hosts:
             raise _refusal(picture, f"host {host} is not among those that this server fetches from")
 
-    async def _fetch(self, picture: Picture) -> bytes:
+    async def _fetch(self, picture: Picture, budget: "Budget") -> bytes:
         try:
             async with self.at_once, asyncio.timeout(TIMEOUT_S):
-                return await self._get(picture)
+                return await self._get(picture, budget)
         except TimeoutError:
             raise _refusal(picture, f"the image did not come within {TIMEOUT_S} s") from None
         except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
             raise _refusal(picture, f"the image could not be fetched ({type(error).__name__})") from error
 
-    async def _get(self, picture: Picture) -> bytes:
+    async def _get(self, picture: Picture, budget: "Budget") -> bytes:
         url = urlsplit(picture.source)
         host = url.hostname or ""
         address = await self._address(picture, host)
@@ -79,7 +98,7 @@ class Fetcher:
             writer.write(
                 f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nAccept: image/*\r\n\r\n".encode()
             )
-            return await self._body(picture, reader)
+            return await self._body(picture, reader, budget)
         finally:
             writer.close()
 
@@ -91,7 +110,7 @@ class Fetcher:
             raise _refusal(picture, f"host {host} has an address that is not public")
         return addresses[0]
 
-    async def _body(self, picture: Picture, reader: asyncio.StreamReader) -> bytes:
+    async def _body(self, picture: Picture, reader: asyncio.StreamReader, budget: "Budget") -> bytes:
         head = await reader.readuntil(b"\r\n\r\n")
         line, _, fields = head.partition(b"\r\n")
         status = int(b" ".join(line.split()[1:2]))
@@ -100,33 +119,45 @@ class Fetcher:
             raise _refusal(picture, f"the image's server answered {status}: {said}")
         headers = parse_headers(BytesIO(fields))
         if "chunked" in headers.get("Transfer-Encoding", "").lower():
-            return await self._chunks(picture, reader)
-        length = headers.get("Content-Length")
-        if length is None:
-            return await self._most(picture, reader, None)
-        return await self._most(picture, reader, int(length))
-
-    async def _most(self, picture: Picture, reader: asyncio.StreamReader, length: int | None) -> bytes:
-        if length is not None:
-            self._check_size(picture, length)
-            return await reader.readexactly(length)
+            return await _chunks(picture, reader, budget)
+        if (length := headers.get("Content-Length")) is not None:
+            budget.take(picture, int(length))
+            return await reader.readexactly(int(length))
         content = bytearray()
         while part := await reader.read(65_536):
+            budget.take(picture, len(part))
             content += part
-            self._check_size(picture, len(content))
         return bytes(content)
 
-    async def _chunks(self, picture: Picture, reader: asyncio.StreamReader) -> bytes:
-        content = bytearray()
-        while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-            self._check_size(picture, len(content) + size)
-            content += await reader.readexactly(size)
-            await reader.readexactly(2)
-        return bytes(content)
 
-    def _check_size(self, picture: Picture, size: int) -> None:
-        if not 0 <= size <= self.max_bytes:
-            raise _refusal(picture, f"the image has more than {self.max_bytes:,} bytes")
+async def _chunks(picture: Picture, reader: asyncio.StreamReader, budget: "Budget") -> bytes:
+    content = bytearray()
+    while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+        budget.take(picture, size)
+        content += await reader.readexactly(size)
+        await reader.readexactly(2)
+    return bytes(content)
+
+
+class Budget:
+    """Bytes that one request has fetched."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self.fetcher, self.taken = fetcher, 0
+
+    def take(self, picture: Picture, size: int) -> None:
+        """Raise RequestError where there are not so many left."""
+        fetcher = self.fetcher
+        if not 0 <= size <= fetcher.max_bytes - self.taken:
+            raise _refusal(picture, f"the images of this request have more than {fetcher.max_bytes:,} bytes")
+        if fetcher.held + size > fetcher.max_held:
+            raise RequestError(429, "too many large images at once: try again", picture.param, retry_after_s=1)
+        self.taken += size
+        fetcher.held += size
+
+
+def is_url(source: str) -> bool:
+    return not source.startswith("data:") and "://" in source[:16]
 
 
 def is_public(address: str) -> bool:

@@ -19,7 +19,7 @@ from clip_deploy.core.images import Encoded
 from clip_deploy.core.manifest import INSIDE
 from clip_deploy.core.package import DEFAULT_BATCH
 from clip_deploy.inference.classifier import ZeroShotClassifier
-from clip_deploy.web.api import IMAGE, Item, Picture, Text
+from clip_deploy.web.api import IMAGE, Fetched, Item, Picture, Text
 from clip_deploy.web.batcher import Batcher
 from clip_deploy.web.errors import RequestError, bad
 from clip_deploy.web.metrics import Metrics, TowerMetrics
@@ -29,14 +29,6 @@ from clip_deploy.web.settings import Settings
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 VERSION = 12  # digits of a fingerprint
 CACHED_TEXTS = 16_384
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """An image that came from a URL, and the field that named it."""
-
-    content: bytes
-    param: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ class Served:
         self.pictures.close()
         self.texts.close()
 
-    async def embed(self, items: Sequence[Item | Fetched]) -> Embedded:
+    async def embed(self, items: Sequence[Item]) -> Embedded:
         """Embeddings of texts and images, in their order.
 
         Raises RequestError where an image cannot be read or too much waits.

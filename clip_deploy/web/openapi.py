@@ -56,7 +56,7 @@ def _get(summary: str, kind: str = "application/json") -> dict[str, Any]:
 EMBEDDINGS = _post(
     "Embeddings of texts and images",
     "As OpenAI's clients send it, with images besides; also as Jina's ({image: ...} items), infinity's (modality) and "
-    "vLLM's (messages with image_url) clients do. Embeddings have unit length.",
+    "vLLM's (messages with image_url) clients do. Embeddings have unit length. A text beyond the context is cut.",
     {
         "input": {"oneOf": [{"type": "string"}, {"type": "array", "items": ITEM, "minItems": 1}]},
         "modality": {"enum": ["text", "image"], "description": "what the strings of input are; text without it"},

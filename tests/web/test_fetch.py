@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from clip_deploy.web import fetch
-from clip_deploy.web.api import Picture
+from clip_deploy.web.api import Picture, Text
 from clip_deploy.web.errors import RequestError
 from clip_deploy.web.fetch import Fetcher, is_public
 
@@ -35,10 +35,19 @@ def test_addresses_of_the_internet_are_told_from_all_others(address, public):
     assert is_public(address) is public
 
 
-def fetched(*urls, hosts=(HOST,), max_bytes=1000):
+def fetched(*urls, hosts=(HOST,), max_held=10_000):
+    """What is behind URLs, within 1,000 bytes a request."""
+
     async def main():
+        fetcher = Fetcher(hosts, 1000, max_held)
         pictures = [Picture(url, f"input[{row}].image") for row, url in enumerate(urls)]
-        return list((await Fetcher(hosts, max_bytes).all(pictures)).values())
+        try:
+            async with fetcher.fetched([Text("a"), *pictures]) as items:
+                assert items[0] == Text("a")
+                assert fetcher.held == sum(len(item.content) for item in items[1:])
+                return [item.content for item in items[1:]]
+        finally:
+            assert fetcher.held == 0
 
     return asyncio.run(main())
 
@@ -91,7 +100,7 @@ def test_a_name_that_leads_into_a_private_network_is_refused(monkeypatch, addres
 
 
 @contextmanager
-def answering(monkeypatch, answer, seconds=10):
+def answering(monkeypatch, answer, seconds=10, addresses=(["93.184.215.14"], ["127.0.0.1"])):
     """A server that is taken for the public one; `answer` gets each connection. Yields what was asked of it."""
     asked = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -113,7 +122,7 @@ def answering(monkeypatch, answer, seconds=10):
 
         thread = threading.Thread(target=serve)
         thread.start()
-        resolve(monkeypatch, ["93.184.215.14"], ["127.0.0.1"])  # a second question would be answered otherwise
+        resolve(monkeypatch, *addresses)
         monkeypatch.setattr(asyncio, "open_connection", connect)
         monkeypatch.setattr(fetch, "TIMEOUT_S", seconds)
         try:
@@ -136,6 +145,17 @@ def test_an_image_is_fetched_from_the_address_that_was_checked(monkeypatch, cont
         assert fetched(URL) == [b"image"]
     head = b"GET /a.png?b=c HTTP/1.1\r\nHost: images.example.com\r\nConnection: close\r\nAccept: image/*\r\n\r\n"
     assert asked == [head]
+
+
+def test_the_images_of_a_request_and_of_all_requests_are_bounded_together(monkeypatch):
+    public, content = (["93.184.215.14"],) * 2, b"HTTP/1.1 200 OK\r\nContent-Length: 600\r\n\r\n" + b"a" * 600
+    with answering(monkeypatch, send(content), addresses=public), pytest.raises(RequestError) as refused:
+        fetched(URL, f"{URL}2")
+    assert refused.value.status == 400
+    assert "the images of this request have more than 1,000 bytes" in refused.value.message
+    with answering(monkeypatch, send(content), addresses=public), pytest.raises(RequestError) as refused:
+        fetched(URL, max_held=500)
+    assert (refused.value.status, refused.value.retry_after_s) == (429, 1)
 
 
 def trickle(connection):
