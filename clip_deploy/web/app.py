@@ -231,7 +231,7 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        api.models.start()
+        await api.models.start()
         with _drained(api):
             yield
         api.models.close()

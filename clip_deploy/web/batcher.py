@@ -4,6 +4,8 @@ A request is a Job. Its rows wait in queues, which a few threads empty: each pre
 is prepared, and one alone encodes at a time. A queue is emptied in turns, a row of each job, so that a large request
 holds up nobody. What comes of the rows goes to the event loop, which alone changes a job. What is prepared is encoded
 at once; it waits a few ms only while other rows are being prepared, so that they become one batch.
+
+On a GPU one thread encodes and does nothing else: ONNX Runtime keeps the CUDA graphs that it records for each thread.
 """
 
 import asyncio
@@ -12,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -123,6 +126,7 @@ class Batcher:
         prepare: Callable[[Any], Any] | None = None,
         threads: int = 0,
         on_gpu: bool = False,
+        warm_up: Callable[[], object] | None = None,
     ) -> None:
         """
         Args:
@@ -133,6 +137,7 @@ class Batcher:
             prepare: what is done to each row first; what it raises or returns as an exception fails the row's job.
             threads: that prepare, beside the one that encodes.
             on_gpu: whether it shares the GPU with other towers.
+            warm_up: what the thread that encodes on a GPU does first, before `start` returns.
         """
         self.encode, self.most, self.max_queue, self.wait_s = encode, most, max_queue, wait_s
         self.prepare, self.metrics = prepare, metrics
@@ -141,21 +146,26 @@ class Batcher:
         self.lock = threading.Lock()  # for all that follows
         self.raw, self.ready, self.preparing = FairQueue(), FairQueue(), 0
         self.is_encoding, self.is_closed, self.ready_since = False, False, 0.0
-        self.idle: list[
-            threading.Lock
-        ] = []  # of each thread that waits; the last one, whose caches are warm, goes first
-        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads + 1)]
+        # Of each thread that waits a lock that wakes it; the last one, whose caches are warm, goes first.
+        self.idle: list[threading.Lock] = []
+        self.idle_encoder: list[threading.Lock] = [] if on_gpu else self.idle
+        self.on_gpu, self.warm_up, self.is_warm = on_gpu, warm_up, threading.Event()
+        targets = [self._work_on_gpu if on_gpu else self._work] + [partial(self._work, encodes=not on_gpu)] * threads
+        self.threads = [threading.Thread(target=target, daemon=True) for target in targets]
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Begin to work for the running event loop."""
         self.loop = asyncio.get_running_loop()
         for thread in self.threads:
             thread.start()
+        if self.on_gpu:
+            await self.loop.run_in_executor(None, self.is_warm.wait)
 
     def close(self) -> None:
         with self.lock:
             self.is_closed = True
             self._wake(len(self.threads))
+            self._wake_encoder()
         for thread in self.threads:
             thread.join()
 
@@ -195,7 +205,10 @@ class Batcher:
                     self.raw.put(row)
                 else:
                     self._put_ready(row)
-            self._wake(len(values))
+            if self.prepare:
+                self._wake(len(values))
+            else:
+                self._wake_encoder()
 
     def _put_ready(self, row: Row) -> None:
         if not self.ready.count:
@@ -206,37 +219,53 @@ class Batcher:
         with self.lock:
             self.raw.drop(job)
             self.ready.drop(job)
-            self._wake(1)  # nothing may be left to wait for
+            self._wake_encoder()  # nothing may be left to wait for
 
     def _wake(self, threads: int) -> None:
         for _ in range(min(threads, len(self.idle))):
             self.idle.pop().release()
 
-    def _work(self) -> None:
+    def _wake_encoder(self) -> None:
+        if self.idle_encoder:
+            self.idle_encoder.pop().release()
+
+    def _work_on_gpu(self) -> None:
+        """What the thread does that encodes there."""
+        try:
+            with self.alone:
+                if self.warm_up:
+                    self.warm_up()
+        except Exception:
+            logger.exception("a tower could not be called at each of its batch sizes")
+        self.is_warm.set()
+        self._work(prepares=False)
+
+    def _work(self, encodes: bool = True, prepares: bool = True) -> None:
         """What each thread does."""
+        idle = self.idle if prepares else self.idle_encoder
         wake = threading.Lock()
         wake.acquire()
         while True:
             with self.lock:
                 if self.is_closed:
                     return
-                rows = self._batch() if self._is_due() else []
-                row = self._raw_row() if not rows else None
+                rows = self._batch() if encodes and self._is_due() else []
+                row = self._raw_row() if prepares and not rows else None
                 if not rows and not row:
-                    self.idle.append(wake)
-                    patience = self._patience_s()
+                    idle.append(wake)
+                    patience = self._patience_s() if encodes else -1
             if rows:
                 self._encode_batch(rows)
             elif row:
                 self._prepare_row(row)
             elif not wake.acquire(timeout=patience):
-                self._stop_waiting(wake)
+                self._stop_waiting(wake, idle)
 
-    def _stop_waiting(self, wake: threading.Lock) -> None:
+    def _stop_waiting(self, wake: threading.Lock, idle: list[threading.Lock]) -> None:
         """Of a thread whose patience is over."""
         with self.lock:
-            if wake in self.idle:
-                self.idle.remove(wake)
+            if wake in idle:
+                idle.remove(wake)
             else:
                 wake.acquire()  # it was woken at that moment
 
@@ -278,6 +307,8 @@ class Batcher:
             self.preparing -= 1
             if is_wanted:
                 self._put_ready(row._replace(value=prepared, since=perf_counter()))
+            if self.on_gpu:  # else this thread looks itself what is due
+                self._wake_encoder()
         if isinstance(prepared, Exception):
             self._settle([row], [prepared])
 

@@ -64,6 +64,7 @@ class Served:
             self._prepared,
             cores(),
             on_gpu,
+            self._record_images,
         )
         self.texts = Batcher(
             self._encoded,
@@ -71,6 +72,7 @@ class Served:
             settings.max_queue,
             TowerMetrics(metrics, self.id, "text"),
             on_gpu=on_gpu,
+            warm_up=self._record_texts,
         )
         self.hits, self.misses = (metrics.cache.labels(self.id, result) for result in ("hit", "miss"))
         self.tokens: OrderedDict[str, int] = OrderedDict()  # of the texts in the cache
@@ -78,19 +80,28 @@ class Served:
         metrics.models.labels(self.id, classifier.fingerprint).set(1)
 
     def warm_up(self) -> None:
-        """Call both towers, at each batch size where a GPU records them, so that no request pays for the first call."""
+        """Call both towers, so that what they refuse is said now, and no request pays for the first call."""
+        self.classifier.encode_prepared([self._blank()])
+        self.classifier.encode_texts(["a"])
+
+    def _blank(self) -> Any:
+        return self.classifier.prepare(Image.new("RGB", (64, 64)))
+
+    def _record_images(self) -> None:
+        """On a GPU, each size of a batch."""
+        for size in self.classifier.package.encoder.towers.vision.batch_sizes:
+            self.classifier.encode_prepared([self._blank()] * size)
+
+    def _record_texts(self) -> None:
+        """On a GPU, each size of a batch of short texts and of long ones."""
         encoder = self.classifier.package.encoder
-        image = self.classifier.prepare(Image.new("RGB", (64, 64)))
-        on_gpu = self.classifier.device == "cuda"
-        for size in encoder.towers.vision.batch_sizes if on_gpu else (1,):
-            self.classifier.encode_prepared([image] * size)
-        for size in encoder.towers.text.batch_sizes if on_gpu else (1,):
-            for text in ("a", "a " * encoder.context_length if on_gpu else "a"):
+        for size in encoder.towers.text.batch_sizes:
+            for text in ("a", "a " * encoder.context_length):
                 self.classifier.encode_texts([text] * size)
 
-    def start(self) -> None:
-        self.pictures.start()
-        self.texts.start()
+    async def start(self) -> None:
+        await self.pictures.start()
+        await self.texts.start()
 
     def close(self) -> None:
         self.pictures.close()
@@ -229,9 +240,9 @@ class Models:
             raise RequestError(404, f"model {name[:100]!r} is not served: there is {known}", "model", "model_not_found")
         return self.by_name[name]
 
-    def start(self) -> None:
+    async def start(self) -> None:
         for served in self.served:
-            served.start()
+            await served.start()
 
     def close(self) -> None:
         for served in self.served:

@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from functools import partial
@@ -19,6 +18,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.web.hosts import NamedHosts, is_local
 from clip_deploy.web.keys import warn_if_readable
 from clip_deploy.web.settings import Settings
@@ -108,9 +108,12 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
 
 def _work(settings: Settings, listening: socket.socket) -> None:
     """A worker. One whose package does not open would not open it the next time either."""
+    die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():  # it ended before that
+        return
     from clip_deploy.web.app import create_app
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app = create_app(settings)
@@ -118,14 +121,6 @@ def _work(settings: Settings, listening: socket.socket) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(FAILED)
     _run(settings, app, listening)
-
-
-def _end_with_parent() -> None:
-    """Stop as at SIGTERM once the parent is gone, which may have been killed."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _bind(settings: Settings) -> socket.socket:

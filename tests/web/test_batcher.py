@@ -30,7 +30,7 @@ def run(main, encode, **options):
     async def started():
         settings = {"most": 4, "max_queue": 100, "metrics": TowerMetrics(Metrics(), "model", "vision"), **options}
         batcher = Batcher(encode, **settings)
-        batcher.start()
+        await batcher.start()
         try:
             return await main(batcher)
         finally:
@@ -55,10 +55,32 @@ def test_every_job_gets_its_own_answers_in_its_order():
         asked = [[100 * job + row for row in range(1 + job % 7)] for job in range(60)]
         return asked, await asyncio.gather(*map(batcher, asked))
 
-    for options in ({}, {"prepare": slow, "threads": 3, "wait_s": 0.002}):
+    images = {"prepare": slow, "threads": 3, "wait_s": 0.002}
+    for options in ({}, {"on_gpu": True}, images, images | {"on_gpu": True}):
         asked, found = run(main, tower, max_queue=1000, **options)
         assert [[float(row[0]) for row in rows] for rows in found] == asked
     assert max(map(len, tower.batches)) == 4
+
+
+def test_on_a_gpu_one_thread_encodes_and_warms_up_before_anything_else():
+    threads = []
+
+    def encode(values):
+        threads.append(threading.get_ident())
+        return [np.array([float(value)]) for value in values]
+
+    def prepare(value):
+        assert threading.get_ident() != threads[0]
+        time.sleep(0.001)
+        return value
+
+    async def main(batcher):
+        assert len(threads) == 1
+        return await batcher(list(range(50)))
+
+    found = run(main, encode, prepare=prepare, threads=3, on_gpu=True, warm_up=lambda: encode([0]))
+    assert [float(row[0]) for row in found] == list(range(50))
+    assert len(set(threads)) == 1
 
 
 def test_a_large_job_holds_up_nobody():
@@ -79,7 +101,8 @@ def test_a_large_job_holds_up_nobody():
     assert tower.batches == [[0], [10, 50, 11, 51], [12, 13, 14, 15], [16, 17]]
 
 
-def test_what_is_prepared_waits_for_what_is_not_but_not_long():
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_is_prepared_waits_for_what_is_not_but_not_long(on_gpu):
     tower, slow = Tower(), threading.Event()
 
     def prepare(value):
@@ -96,7 +119,7 @@ def test_what_is_prepared_waits_for_what_is_not_but_not_long():
         slow.set()
         await late
 
-    run(main, tower, prepare=prepare, threads=3, wait_s=0.2)
+    run(main, tower, prepare=prepare, threads=3, wait_s=0.2, on_gpu=on_gpu)
     assert sorted(map(sorted, tower.batches)) == [[1, 2], [9]]
 
 
@@ -125,7 +148,8 @@ def test_what_is_prepared_is_bounded_in_bytes(monkeypatch):
     assert max(map(len, tower.batches)) == 2
 
 
-def test_a_cancelled_job_leaves_nothing_behind():
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_cancelled_job_leaves_nothing_behind(on_gpu):
     tower = Tower()
     tower.go.clear()
 
@@ -141,7 +165,7 @@ def test_a_cancelled_job_leaves_nothing_behind():
         await asyncio.gather(first, batcher([4]))
         assert batcher.held == 0
 
-    run(main, tower)
+    run(main, tower, on_gpu=on_gpu)
     assert tower.batches == [[0], [4]]
 
 

@@ -116,7 +116,10 @@ def test_ctrl_c_ends_it(package):
         assert "Traceback" not in server.process.stderr.read()
 
 
-def test_workers_share_a_port_and_their_numbers_and_one_that_dies_is_replaced(package, classifier):
+def test_workers_share_a_port_one_that_dies_is_replaced_and_all_end_with_their_parent(
+    package, classifier, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a parent that is killed leaves the workers' numbers there
     with serving(package, "--workers", 2) as server:
         expected = classifier.embed_images([Image.new("RGB", (50, 50), "red")])
         item = {"image": encoded(Image.new("RGB", (50, 50), "red"), "PNG")}
@@ -129,6 +132,8 @@ def test_workers_share_a_port_and_their_numbers_and_one_that_dies_is_replaced(pa
         wait_until(lambda: len(after := workers(server)) == 2 and before[0] not in after)
         wait_until(lambda: answers(server, item, expected))
         assert server.metric('clip_requests_total{route="/v1/embeddings",status="200"}') > 20
+        server.process.kill()
+        wait_until(lambda: not accepts(server))  # nothing outlives a parent that was killed
 
 
 def answers(server, item, expected):
