@@ -55,6 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="fetch images by https from this host, may be repeated; default: from none",
     )
+    parser.add_argument(
+        "--index",
+        type=local_path,
+        metavar="FOLDER",
+        help="search it: what `embed` or `index` made with a package of these",
+    )
+    parser.add_argument(
+        "--images", type=local_path, metavar="FOLDER", help="the folder that was embedded, to show what a search found"
+    )
     bounds = parser.add_argument_group("limits")
     for name, kind, said in (
         ("max_items", int, "texts and images of one request"),

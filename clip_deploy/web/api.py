@@ -20,6 +20,7 @@ import orjson
 from clip_deploy.web.errors import RequestError, bad
 
 MAX_TEXT = 32_768  # characters: several times the longest context, and not yet slow to cut
+DEFAULT_FOUND, MAX_FOUND = 10, 1_000  # images of a search
 FORMATS = ("float", "base64")
 IMAGE = "base64, a data URI (data:image/jpeg;base64,...) or a https URL"
 TOKENS = "token arrays are not accepted: give texts, since another model's tokens mean nothing to this one"
@@ -85,6 +86,15 @@ class Rank:
     top: int | None
 
 
+@dataclass(frozen=True)
+class Search:
+    """POST /v1/search."""
+
+    model: str | None
+    query: Item
+    count: int
+
+
 def parse_json(body: bytes) -> dict[str, Any]:
     """Raises RequestError where it is no JSON object."""
     try:
@@ -139,6 +149,17 @@ def parse_rank(body: Mapping[str, Any], max_items: int) -> Rank:
         [_item(document, f"documents[{row}]") for row, document in enumerate(documents)],
         _count(body, "top_n"),
     )
+
+
+def parse_search(body: Mapping[str, Any]) -> Search:
+    _check_fields(body, {"model", "text", "image", "count"})
+    if ("text" in body) == ("image" in body):
+        raise bad("give either text or image, to search by it", "text")
+    query = _text(body["text"], "text") if "text" in body else _picture(body["image"], "image")
+    count = _count(body, "count") or DEFAULT_FOUND
+    if count > MAX_FOUND:
+        raise bad(f"count is {count:,}: at most {MAX_FOUND:,} are found in one request", "count")
+    return Search(_model(body), query, count)
 
 
 def _items(given: Any, param: str, max_items: int, modality: str) -> list[Item]:

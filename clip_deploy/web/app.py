@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from clip_deploy.core.errors import DataError
 from clip_deploy.core.vectors import check_width, cut
-from clip_deploy.web.api import Text, parse_embeddings, parse_json, parse_rank, parse_zero_shot
+from clip_deploy.web.api import Text, parse_embeddings, parse_json, parse_rank, parse_search, parse_zero_shot
 from clip_deploy.web.errors import RequestError, bad
 from clip_deploy.web.fetch import Fetcher
 from clip_deploy.web.keys import Keys
@@ -28,6 +28,7 @@ from clip_deploy.web.metrics import CONTENT_TYPE, Metrics
 from clip_deploy.web.models import Models, base64_of
 from clip_deploy.web.openapi import DOCS, OPENAPI
 from clip_deploy.web.responses import JSON, answered, refused
+from clip_deploy.web.search import ADDRESS, Searched
 from clip_deploy.web.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,13 @@ logger = logging.getLogger(__name__)
 RETRY_S = 1
 LEFT = 499  # nginx's number for a client that did not wait for its answer
 BODIES = 16  # of the largest size may be held at once
+# Other origins may not show it, and it is no page; one address is always one picture.
+PICTURE = {
+    "cache-control": "private, max-age=3600",
+    "content-security-policy": "default-src 'none'; sandbox",
+    "cross-origin-resource-policy": "same-origin",
+    "x-content-type-options": "nosniff",
+}
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
@@ -42,12 +50,16 @@ class Api:
     """What the routes call.
 
     Attributes:
+        searched: the index, or None.
         is_draining: SIGTERM came: running and new requests are answered, and the server says that it is not ready.
         held: bytes of bodies of running requests.
     """
 
-    def __init__(self, settings: Settings, models: Models, metrics: Metrics, keys: Keys) -> None:
+    def __init__(
+        self, settings: Settings, models: Models, metrics: Metrics, keys: Keys, searched: Searched | None = None
+    ) -> None:
         self.settings, self.models, self.metrics, self.keys = settings, models, metrics, keys
+        self.searched = searched
         self.fetcher = Fetcher(settings.image_hosts, settings.max_body, BODIES * settings.max_body)
         self.is_draining, self.held = False, 0
 
@@ -92,6 +104,24 @@ class Api:
         cosines = embedded.rows[1:] @ embedded.rows[0]
         found = [{"index": int(row), "relevance_score": float(cosines[row])} for row in _falling(cosines)[: asked.top]]
         return {"object": "list", "results": found, "model": served.id, "usage": _usage(embedded.tokens)}
+
+    async def search(self, body: dict[str, Any]) -> dict[str, Any]:
+        asked, searched = parse_search(body), self.searched
+        if searched is None:
+            raise RequestError(404, "there is no index to search: start the server with --index", None, "no_index")
+        if asked.model and self.models[asked.model] is not searched.served:
+            raise bad(f"the index was made with {searched.served.id}: leave model out", "model")
+        async with self.fetcher.fetched([asked.query]) as items:
+            embedded = await searched.served.embed(items)
+        found = await searched.nearest(embedded.rows[0], asked.count)
+        return {"object": "list", "results": found, "model": searched.served.id, "usage": _usage(embedded.tokens)}
+
+    async def picture(self, request: Request) -> Response:
+        """One that a search found, small."""
+        if self.searched is None:
+            raise RequestError(404, "there is no index, and no picture of it", None, "no_index")
+        content = await self.searched.picture(request.path_params["version"], request.path_params["row"])
+        return Response(content, headers=PICTURE, media_type="image/jpeg")
 
     def route(self, path: str, answer: Answer) -> Route:
         """A POST of JSON."""
@@ -161,6 +191,8 @@ class Api:
                 "owned_by": "clip-deploy",
                 "dimensions": served.classifier.dimension,
                 "fingerprint": served.classifier.fingerprint,
+                "classes": len(served.classifier.labels.classes),
+                "searched_images": self.searched.rows if self.searched and self.searched.served is served else None,
             }
             for served in self.models.served
         ]
@@ -224,10 +256,12 @@ async def _disconnect(request: Request) -> None:
 def create_app(settings: Settings) -> Starlette:
     """Open the packages and make the application.
 
-    Raises DeployError as Models and Keys do.
+    Raises DeployError as Models, Searched and Keys do.
     """
     keys, metrics = Keys(settings.api_key_file), Metrics()
-    api = Api(settings, Models(settings, metrics), metrics, keys)
+    models = Models(settings, metrics)
+    searched = Searched(settings.index, settings.images, models) if settings.index else None
+    api = Api(settings, models, metrics, keys, searched)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -235,11 +269,15 @@ def create_app(settings: Settings) -> Starlette:
         with _drained(api):
             yield
         api.models.close()
+        if searched:
+            searched.close()
 
     routes = [
         api.route("/v1/embeddings", api.embeddings),
         api.route("/v1/zero-shot", api.zero_shot),
         api.route("/v1/rank", api.rank),
+        api.route("/v1/search", api.search),
+        Route(ADDRESS, _locked(keys, api.picture)),
         Route("/v1/models", _locked(keys, api.list_models)),
         Route("/health/live", api.live),
         Route("/health/ready", api.ready),

@@ -6,6 +6,8 @@ from typing import Any
 
 import orjson
 
+from clip_deploy.web.api import DEFAULT_FOUND, MAX_FOUND
+
 IMAGE = {"type": "string", "description": "base64 of an image file, a data URI, or a https URL of an allowed host"}
 ITEM = {
     "oneOf": [
@@ -20,7 +22,7 @@ PHOTO = "/9j/4AAQSkZJRg..."
 STATUS = {
     "400": "a mistake in the request, which the message names",
     "401": "no key or a wrong one",
-    "404": "no such model",
+    "404": "no such model, or no index",
     "408": "the request did not come in time",
     "413": "too large: too many bytes, texts or images",
     "415": "the content type is not application/json",
@@ -104,6 +106,26 @@ RANK = _post(
         "answer": {"object": "list", "results": [{"index": 0, "relevance_score": 0.31}], "model": "NAME:VERSION"},
     },
 )
+SEARCH = _post(
+    "The images of the index that are nearest to a text or an image",
+    "Where the server was started with --index. score is the cosine, the highest first; image is the address of a "
+    "small JPEG, or null where the server was started without --images.",
+    {
+        "text": {"type": "string", "description": "what the images show"},
+        "image": IMAGE | {"description": f"in the place of text: {IMAGE['description']}"},
+        "count": {"type": "integer", "minimum": 1, "maximum": MAX_FOUND, "default": DEFAULT_FOUND},
+    },
+    [],
+    {
+        "request": {"text": "a photo of a cat", "count": 1},
+        "answer": {
+            "object": "list",
+            "results": [{"name": "cats/1.jpg", "score": 0.31, "image": "/v1/pictures/0123456789ab/7"}],
+            "model": "NAME:VERSION",
+            "usage": {"prompt_tokens": 7, "total_tokens": 7},
+        },
+    },
+)
 ERROR = {
     "type": "object",
     "properties": {
@@ -125,6 +147,8 @@ OPENAPI: dict[str, Any] = {
         "/v1/embeddings": {"post": EMBEDDINGS},
         "/v1/zero-shot": {"post": ZERO_SHOT},
         "/v1/rank": {"post": RANK},
+        "/v1/search": {"post": SEARCH},
+        "/v1/pictures/{version}/{row}": _get("A picture that /v1/search found", "image/jpeg"),
         "/v1/models": _get("The packages that are served, by NAME:VERSION"),
         "/health/live": _get("200 while the process runs"),
         "/health/ready": _get("200 while requests should be sent here, 503 once it is about to stop"),

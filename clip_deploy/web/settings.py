@@ -35,6 +35,8 @@ class Settings:
         api_key_file: a key a line; without one, everyone may ask.
         allow_hosts: names besides localhost by which a server on a local address may be asked, as by a proxy.
         image_hosts: from which images may be fetched.
+        index: what `embed` or `index` wrote, which is searched; None answers no search.
+        images: the folder that was embedded, from which found pictures are shown; None shows their names.
     """
 
     packages: tuple[str, ...] = ("artifacts/package",)
@@ -54,8 +56,12 @@ class Settings:
     api_key_file: Path | None = None
     allow_hosts: tuple[str, ...] = ()
     image_hosts: tuple[str, ...] = ()
+    index: Path | None = None
+    images: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.images and not self.index:
+            raise DataError("--images is given without --index: give what `clip-deploy embed` made of that folder too")
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise DataError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {least} or more")

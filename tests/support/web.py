@@ -31,15 +31,19 @@ class Server:
 
     def ask(self, method, path, body=None, headers=None, timeout=30):
         """Status, headers and what JSON said, or the text where it is none."""
+        status, found, content = self.fetch(method, path, body, headers, timeout)
+        is_json = found.get("content-type", "").startswith("application/json")
+        return status, found, json.loads(content) if is_json else content.decode()
+
+    def fetch(self, method, path, body=None, headers=None, timeout=30):
+        """Status, headers and bytes."""
         connection = HTTPConnection(self.host, int(self.port), timeout=timeout)
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
-            content = answer.read()
+            return answer.status, answer.headers, answer.read()
         finally:
             connection.close()
-        is_json = answer.headers.get("content-type", "").startswith("application/json")
-        return answer.status, answer.headers, json.loads(content) if is_json else content.decode()
 
     def is_ready(self):
         try:
