@@ -1,8 +1,8 @@
 """Answer over HTTP: embeddings, zero-shot labels and rankings.
 
-Embeddings are asked for as OpenAI's clients do; /docs lists what else can be asked. It listens on this machine alone
-unless --host says otherwise. It needs the extra `serve` (pip install 'clip-deploy[serve]'). SIGTERM lets running
-requests finish.
+Embeddings are asked for as OpenAI's clients do; /docs lists what else can be asked, and the page at / tries it. It
+listens on this machine alone unless --host says otherwise. It needs the extra `serve` (pip install
+'clip-deploy[serve]'). SIGTERM lets running requests finish.
 
 example: clip-deploy serve artifacts/package --port 8000
 """

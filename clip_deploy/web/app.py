@@ -27,6 +27,7 @@ from clip_deploy.web.keys import Keys
 from clip_deploy.web.metrics import CONTENT_TYPE, Metrics
 from clip_deploy.web.models import Models, base64_of
 from clip_deploy.web.openapi import DOCS, OPENAPI
+from clip_deploy.web.page import page
 from clip_deploy.web.responses import JSON, answered, refused
 from clip_deploy.web.search import ADDRESS, Searched
 from clip_deploy.web.settings import Settings
@@ -279,6 +280,7 @@ def create_app(settings: Settings) -> Starlette:
         api.route("/v1/search", api.search),
         Route(ADDRESS, _locked(keys, api.picture)),
         Route("/v1/models", _locked(keys, api.list_models)),
+        Route("/", page),
         Route("/health/live", api.live),
         Route("/health/ready", api.ready),
         Route("/metrics", _locked(keys, api.numbers)),
