@@ -14,6 +14,7 @@ COMMANDS = {
     "embed": "Write the embeddings of images as Parquet files.",
     "index": "Make an index of what `embed` wrote, which `search` takes in its place.",
     "search": "Find the images that a text describes best.",
+    "serve": "Answer over HTTP: embeddings, zero-shot labels and rankings.",
     "verify": "Hold a folder's files against its manifest: is it what was built and judged?",
     "drift": "Hold a sample of live embeddings against the golden set's: has what is sent changed?",
     "publish": "Add Triton's models as the next version to a repository that is served, or take a version back.",
@@ -24,11 +25,12 @@ COMMANDS = {
     "package": "Put a target, with all that a deployment needs, into one folder.",
     "device": "Choose the device: put its targets, and how each is built, into params.yaml.",
 }
-LIGHT = ("predict", "embed", "index", "search", "verify", "drift", "publish")  # need none of the pipeline's libraries
+# Need none of the pipeline's libraries.
+LIGHT = ("predict", "embed", "index", "search", "serve", "verify", "drift", "publish")
 STOPPED = 130  # what shells report of Ctrl-C
 EPILOG = """\
-predict, embed, index, search, verify, drift, publish and compare run anywhere, the others in the project's folder.
-`clip-deploy COMMAND --help` shows what a command takes, with an example.
+predict, embed, index, search, serve, verify, drift, publish and compare run anywhere, the others in the project's
+folder. `clip-deploy COMMAND --help` shows what a command takes, with an example.
 
 example: clip-deploy predict photo.jpg "a photo of a dog" "a photo of a cat" --package artifacts/package
 

@@ -36,16 +36,18 @@ def read_image(path: Path) -> Image.Image:
     return _read(path, path, lambda: _fault(path))
 
 
-def decode(content: bytes, name: str, ending: str | None = None) -> Image.Image:
+def decode(content: bytes, name: str, ending: str | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
     """A picture's bytes as RGB, with the messages of read_image.
 
     Args:
         name: for the messages.
         ending: of the file's name; without one, Pillow may guess formats that no content tells for sure, as TGA.
+        formats: those of Pillow's that are accepted, besides HEIC; None is all, of which one (EPS) runs a program.
 
     Raises DataError naming what is none.
     """
-    return _read(_Named(content, name), name, lambda: None if content else "is empty: replace or remove it", ending)
+    fault = None if content else "is empty: replace or remove it"
+    return _read(_Named(content, name), name, lambda: fault, ending, formats)
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,16 @@ class Encoded:
 
     Attributes:
         read: gives the bytes.
-        name, ending: as decode takes them.
+        name, ending, formats: as decode takes them.
     """
 
     read: Callable[[], bytes]
     name: str
     ending: str | None = None
+    formats: tuple[str, ...] | None = None
 
     def __call__(self) -> Image.Image:
-        return decode(self.read(), self.name, self.ending)
+        return decode(self.read(), self.name, self.ending, self.formats)
 
 
 def jpeg_of(image: Any) -> tuple[bytes | None, Any]:
@@ -104,10 +107,14 @@ class _Named(BytesIO):
 
 
 def _read(
-    file: Path | BytesIO, name: Path | str, fault: Callable[[], str | None], ending: str | None = None
+    file: Path | BytesIO,
+    name: Path | str,
+    fault: Callable[[], str | None],
+    ending: str | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     try:
-        with _opened(file, file.suffix if isinstance(file, Path) else ending) as image:
+        with _opened(file, file.suffix if isinstance(file, Path) else ending, formats) as image:
             return rgb(image, turn=True)
     except DataError as error:
         raise DataError(f"{name} {error}") from error
@@ -116,9 +123,9 @@ def _read(
         raise DataError(f"{name} {said}") from error
 
 
-def _opened(file: Path | BytesIO, ending: str | None) -> Image.Image:
+def _opened(file: Path | BytesIO, ending: str | None, formats: tuple[str, ...] | None) -> Image.Image:
     try:
-        image: Image.Image = Image.open(file)
+        image: Image.Image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
         if not _is_heic(file):
             raise

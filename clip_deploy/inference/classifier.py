@@ -148,7 +148,8 @@ class ZeroShotClassifier:
         names = self.labels.classes if texts is None else texts
         if texts is None and not names:
             raise DataError("the package has no classes of its own: give texts")
-        targets = self._classes() if texts is None else self.embed_texts(texts)
+        prompts = self.embed_texts(self.class_prompts() if texts is None else texts)
+        targets = self.class_embeddings(prompts) if texts is None else prompts
         scores = self.probabilities(self.embed_images([image]) @ targets.T)[0]
         order = np.argsort(-scores, kind="stable")
         return [Prediction(names[row], float(scores[row])) for row in order]
@@ -218,18 +219,24 @@ class ZeroShotClassifier:
         missing = [text for text, embedding in found.items() if embedding is None]
         for start in tqdm(range(0, len(missing), batch_size), desc="embed texts", disable=_few(missing, batch_size)):
             batch = missing[start : start + batch_size]
-            for text, embedding in zip(batch, self._encode_texts(batch), strict=True):
+            for text, embedding in zip(batch, self.encode_texts(batch)[0], strict=True):
                 self.cache.put(text, embedding)
                 found[text] = embedding
         return np.stack([found[text] for text in texts])  # type: ignore[misc]
 
-    def _classes(self) -> np.ndarray:
-        """Embeddings of the package's classes: of each the mean over its templates, of unit length."""
-        classes, templates = self.labels.classes, self.labels.templates
-        prompts = self.embed_texts([template.format(name) for name in classes for template in templates])
-        return unit(prompts.reshape(len(classes), len(templates), -1).mean(axis=1))
+    def class_prompts(self) -> list[str]:
+        """The package's classes in its templates: those of the first class, then those of the next one."""
+        return [template.format(name) for name in self.labels.classes for template in self.labels.templates]
+
+    def class_embeddings(self, prompts: np.ndarray) -> np.ndarray:
+        """Embeddings [classes, dimension] of the package's classes, from those of class_prompts.
+
+        Each is the mean over its templates, of unit length.
+        """
+        return unit(prompts.reshape(len(self.labels.classes), len(self.labels.templates), -1).mean(axis=1))
 
     def prepare(self, image: Picture) -> np.ndarray | DataError:
+        """Read and preprocess one image for encode_prepared; the error where that fails. Threads may share it."""
         try:
             if self.fast:
                 jpeg, image = jpeg_of(image)
@@ -240,8 +247,11 @@ class ZeroShotClassifier:
             return error
         return np.asarray(picture) if self.preprocessor is None else self.preprocessor(picture)
 
-    def encode_prepared(self, prepared: list[np.ndarray | DataError]) -> list[np.ndarray | DataError]:
-        """Encode what was read, images of one size together."""
+    def encode_prepared(self, prepared: Sequence[np.ndarray | DataError]) -> list[np.ndarray | DataError]:
+        """Embeddings [dimension] of what `prepare` gave, in its order, and its errors. Images of one size go together.
+
+        One thread at a time may call it.
+        """
         answers = list(prepared)
         sizes: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
         for row, image in enumerate(prepared):
@@ -266,9 +276,11 @@ class ZeroShotClassifier:
             raise DeployError(f"feed is {self.feed!r}, and this package's graph resizes images itself: take 'exact'")
         return self.preprocessor
 
-    def _encode_texts(self, texts: list[str]) -> np.ndarray:
+    def encode_texts(self, texts: list[str]) -> tuple[np.ndarray, list[int]]:
+        """Embeddings [texts, dimension], past the cache, and each text's tokens. One thread at a time may call it."""
         tokens = self.tokenizer(texts)
-        return unit(self.encoder.encode_texts(tokens["input_ids"], tokens["attention_mask"]))
+        embeddings = unit(self.encoder.encode_texts(tokens["input_ids"], tokens["attention_mask"]))
+        return embeddings, tokens["attention_mask"].sum(axis=1).tolist()
 
 
 def check_count(name: str, value: int) -> None:

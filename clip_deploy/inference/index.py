@@ -13,7 +13,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,24 +195,104 @@ def is_index(folder: Path) -> bool:
 
 
 def search_index(folder: Path, package: str, wanted: np.ndarray, top: int) -> list[tuple[float, str]]:
-    """Cosines and paths of the `top` images nearest to `wanted`, the nearest first. Warns where parts changed since.
+    """Cosines and paths of the `top` images nearest to `wanted`, the nearest first.
 
-    Args:
-        folder: what build_index wrote.
-        package: the fingerprint of the package that embedded the text.
-        wanted: float32 [dimension], of unit length.
-
-    Raises DeployError where another package made the parts, or the index is damaged.
+    Warns and raises as OpenIndex does.
     """
-    record = _read_record(folder)
-    if record.package != package:
-        raise DeployError(f"{folder} was made by another package: search with that one, or embed the images anew")
-    if _is_stale(folder, record):
-        warnings.warn(f"{folder} is older than its parts, which changed since: {AGAIN}", stacklevel=3)
-    cosines, rows = _nearest(_open(folder, record), cut(wanted, record.dimensions)[None], top, record)
-    if not ((rows >= 0) & (rows < record.rows) & (np.abs(cosines) < 1.01)).all():
-        raise _damaged(folder, f"{VECTORS} holds other rows")
-    return list(zip(cosines.tolist(), _paths(folder, record, rows), strict=True))
+    with closing(OpenIndex(folder, {package})) as index:
+        cosines, rows = index.nearest(wanted, top)
+        return list(zip(cosines.tolist(), index.paths(rows), strict=True))
+
+
+class OpenIndex:
+    """An index, opened for many searches; its vectors stay on the disk. One thread at a time may use it.
+
+    Attributes:
+        package: the fingerprint of the package that embedded the images.
+        rows: how many images there are.
+        stamps: as in IndexRecord.
+    """
+
+    def __init__(self, folder: Path, packages: Container[str]) -> None:
+        """Warns where parts changed since.
+
+        Args:
+            folder: what build_index wrote.
+            packages: fingerprints, one of which must be the index's.
+
+        Raises DeployError where another package made the parts, or the index is damaged.
+        """
+        self.folder, self.record = folder, _read_record(folder)
+        self.package, self.rows, self.stamps = self.record.package, self.record.rows, self.record.stamps
+        if self.package not in packages:
+            raise _foreign(folder)
+        if _is_stale(folder, self.record):
+            warnings.warn(f"{folder} is older than its parts, which changed since: {AGAIN}", stacklevel=3)
+        self.vectors, self.table = _open(folder, self.record), _open_paths(folder)
+
+    def nearest(self, wanted: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and rows of the `top` images nearest to `wanted`, the nearest first.
+
+        Args:
+            wanted: float32 [dimension], of unit length.
+        """
+        cosines, rows = _nearest(self.vectors, cut(wanted, self.record.dimensions)[None], top, self.record)
+        if not ((rows >= 0) & (rows < self.rows) & (np.abs(cosines) < 1.01)).all():
+            raise _damaged(self.folder, f"{VECTORS} holds other rows")
+        return cosines, rows
+
+    def paths(self, rows: np.ndarray) -> list[str]:
+        """What these rows are called; of the table no more is read than the groups that hold them."""
+        pyarrow, _ = load_pyarrow()
+        found: dict[int, str] = {}
+        try:
+            metadata = self.table.metadata
+            counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            ends = np.cumsum(counts)
+            for group in np.unique(np.searchsorted(ends, rows, side="right")).tolist():
+                first = int(ends[group]) - counts[group]
+                names = self.table.read_row_group(group, columns=["path"]).column("path")
+                inside = rows[(rows >= first) & (rows < ends[group])].tolist()
+                found |= {row: names[row - first].as_py() for row in inside}
+        except (OSError, IndexError, KeyError, pyarrow.ArrowException) as error:
+            raise _damaged(self.folder, f"{PATHS}: {first_line(error)}") from error
+        return [found[row] for row in rows.tolist()]
+
+    def close(self) -> None:
+        self.table.close()
+
+
+class OpenParts:
+    """`embed`'s parts in memory, as float32 whatever their type, for many searches of all; otherwise as OpenIndex."""
+
+    def __init__(self, folder: Path, packages: Container[str]) -> None:
+        """Raises DataError where there is nothing to search, DeployError where the parts are not of these packages."""
+        parts = _parts(str(folder))
+        self.package, self.rows, self.stamps = parts.package, parts.rows, parts.stamps
+        if self.package not in packages:
+            raise _foreign(folder)
+        read = list(parts.read("open"))
+        self.vectors = np.concatenate([vectors for _, vectors in read])
+        self.names = [path for paths, _ in read for path in paths]
+
+    def nearest(self, wanted: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        cosines = self.vectors @ cut(wanted, self.vectors.shape[1])
+        top = min(top, len(cosines))
+        rows = np.sort(np.argpartition(-cosines, top - 1)[:top])
+        rows = rows[np.argsort(-cosines[rows], kind="stable")]
+        return cosines[rows], rows
+
+    def paths(self, rows: np.ndarray) -> list[str]:
+        return [self.names[row] for row in rows.tolist()]
+
+
+def open_embedded(folder: Path, packages: Container[str]) -> OpenIndex | OpenParts:
+    """What `embed` or `index` wrote, opened for many searches. Raises as OpenIndex and OpenParts do."""
+    return OpenIndex(folder, packages) if is_index(folder) else OpenParts(folder, packages)
+
+
+def _foreign(folder: Path) -> DeployError:
+    return DeployError(f"{folder} was made by another package: search with that one, or embed the images anew")
 
 
 def _read_record(folder: Path) -> IndexRecord:
@@ -262,22 +343,13 @@ def _nearest(index: Any, wanted: np.ndarray, top: int, record: IndexRecord) -> t
     return cosines[order], rows[order]
 
 
-def _paths(folder: Path, record: IndexRecord, rows: np.ndarray) -> list[str]:
-    """What these rows are called; of the table no more is read than the groups that hold them."""
+def _open_paths(folder: Path) -> Any:
+    """The table of paths, which stays open: an index that takes this one's place changes nothing."""
     pyarrow, parquet = load_pyarrow()
-    found: dict[int, str] = {}
     try:
-        with parquet.ParquetFile(folder / PATHS) as table:
-            counts = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-            ends = np.cumsum(counts)
-            for group in np.unique(np.searchsorted(ends, rows, side="right")).tolist():
-                first = int(ends[group]) - counts[group]
-                names = table.read_row_group(group, columns=["path"]).column("path")
-                inside = rows[(rows >= first) & (rows < ends[group])].tolist()
-                found |= {row: names[row - first].as_py() for row in inside}
-    except (OSError, IndexError, KeyError, pyarrow.ArrowException) as error:
+        return parquet.ParquetFile(folder / PATHS)
+    except (OSError, pyarrow.ArrowException) as error:
         raise _damaged(folder, f"{PATHS}: {first_line(error)}") from error
-    return [found[row] for row in rows.tolist()]
 
 
 def load_faiss() -> Any:

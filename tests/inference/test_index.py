@@ -15,7 +15,7 @@ from clip_deploy.data import scenes
 from clip_deploy.inference import index as module
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.inference.embed import MADE_BY, PART, EmbedSettings, embed_folder, read_part
-from clip_deploy.inference.index import build_index, search_index
+from clip_deploy.inference.index import build_index, open_embedded, search_index
 from clip_deploy.inference.search import search
 from clip_deploy.inference.storage import list_parts, write_part
 
@@ -130,6 +130,24 @@ def test_a_text_is_cut_like_the_images(tmp_path):
     ((cosine, path),) = search_index(tmp_path / "index", "ours", text, 1)
     ((expected, name),) = exact(tmp_path / "parts", cut(text, 32), 1)
     assert (path, cosine) == (name, pytest.approx(expected, abs=1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_are_opened_like_an_index_and_searched_whole(tmp_path, dtype):
+    rows = cut(random(50, 64), 32)
+    for number, first in enumerate((0, 30)):
+        write(tmp_path / "parts", number, rows[first : first + 30], dtype, first=first)
+    opened, text = open_embedded(tmp_path / "parts", {"theirs", "ours"}), random(1, 64, seed=1)[0]
+    assert (opened.package, opened.rows, list(opened.stamps)) == ("ours", 50, list_parts(str(tmp_path / "parts")))
+    expected = exact(tmp_path / "parts", cut(text, 32), 50)
+    for top in (1, 7, 50, 1000):
+        cosines, found = opened.nearest(text, top)
+        assert cosines == pytest.approx([cosine for cosine, _ in expected[:top]], abs=1e-6)
+        own = {name: cosine for cosine, name in expected}
+        assert [own[name] for name in opened.paths(found)] == pytest.approx(cosines, abs=1e-6)
+        assert len(set(found.tolist())) == min(top, 50)
+    with pytest.raises(DeployError, match="parts was made by another package: search with that one"):
+        open_embedded(tmp_path / "parts", {"theirs"})
 
 
 def test_an_index_that_is_older_than_its_parts_says_so(tmp_path):

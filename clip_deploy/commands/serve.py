@@ -1,0 +1,91 @@
+"""Answer over HTTP: embeddings, zero-shot labels and rankings.
+
+Embeddings are asked for as OpenAI's clients do; /docs lists what else can be asked, and the page at / tries it. It
+listens on this machine alone unless --host says otherwise. It needs the extra `serve` (pip install
+'clip-deploy[serve]'). SIGTERM lets running requests finish.
+
+example: clip-deploy serve artifacts/package --port 8000
+"""
+
+import argparse
+from importlib.util import find_spec
+
+from clip_deploy.commands.paths import local_path
+from clip_deploy.core.errors import UnavailableError
+from clip_deploy.inference.classifier import FEEDS
+from clip_deploy.web.settings import Settings
+
+LIBRARIES = ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
+DEFAULT = Settings()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "packages",
+        metavar="PACKAGE",
+        nargs="*",
+        help="a folder, NAME=FOLDER or NAME:VERSION=FOLDER; a request's `model` picks one, and the first answers where "
+        f"there is none; default: {DEFAULT.packages[0]}",
+    )
+    parser.add_argument("--host", default=DEFAULT.host, help="address to listen at; default: %(default)s")
+    parser.add_argument("--port", type=int, default=DEFAULT.port, help="0 takes a free one; default: %(default)s")
+    parser.add_argument("--workers", type=int, default=DEFAULT.workers, help="processes; default: %(default)s")
+    parser.add_argument("--device", help="cpu or cuda; default: the one that a package was made for")
+    parser.add_argument("--threads", type=int, help="of each tower; default: its runtime's choice")
+    parser.add_argument(
+        "--feed",
+        choices=FEEDS,
+        default=DEFAULT.feed,
+        help="fast: JPEGs several times as fast, pixels about a grey level off (extra `fast`); default: %(default)s",
+    )
+    parser.add_argument("--api-key-file", type=local_path, help="a key a line, of which requests must bring one")
+    parser.add_argument(
+        "--allow-host",
+        dest="allow_hosts",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a name that a proxy on this machine passes on, may be repeated; default: addresses and localhost",
+    )
+    parser.add_argument(
+        "--allow-image-host",
+        dest="image_hosts",
+        metavar="HOST",
+        action="append",
+        default=[],
+        help="fetch images by https from this host, may be repeated; default: from none",
+    )
+    parser.add_argument(
+        "--index",
+        type=local_path,
+        metavar="FOLDER",
+        help="search it: what `embed` or `index` made with a package of these",
+    )
+    parser.add_argument(
+        "--images", type=local_path, metavar="FOLDER", help="the folder that was embedded, to show what a search found"
+    )
+    bounds = parser.add_argument_group("limits")
+    for name, kind, said in (
+        ("max_items", int, "texts and images of one request"),
+        ("max_body_mb", float, "MB of a request"),
+        ("max_megapixels", float, "million pixels of an image"),
+        ("max_queue", int, "texts, and images, that may wait for each package; others are told to try again (429)"),
+        ("max_wait_ms", float, "ms that a batch waits for images that are being read"),
+        ("timeout_s", float, "seconds for a request to arrive, and for its answer"),
+        ("drain_s", float, "seconds after SIGTERM in which requests are still accepted, though not ready"),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        value = getattr(DEFAULT, name)
+        bounds.add_argument(option, metavar="N", type=kind, default=value, help=f"{said}; default: %(default)s")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Raises DeployError where the settings, a package or the address will not do."""
+    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+        raise UnavailableError(f"serve needs {', '.join(missing)}: pip install 'clip-deploy[serve]'")
+    from clip_deploy.web.server import serve
+
+    named = {name: value for name, value in vars(given).items() if name in Settings.__dataclass_fields__}
+    lists = {name: tuple(named[name]) for name in ("packages", "allow_hosts", "image_hosts")}
+    lists["packages"] = lists["packages"] or DEFAULT.packages
+    return serve(Settings(**named | lists))

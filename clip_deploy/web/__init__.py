@@ -1,0 +1,1 @@
+"""Packages over HTTP: requests parsed or refused, batched, answered and counted."""

@@ -1,0 +1,52 @@
+"""Which names a server on this machine answers to.
+
+A page of the internet may have its own name resolve to 127.0.0.1, and is then, for the browser, of one origin with this
+server (DNS rebinding). What tells it apart is that name, which the browser sends.
+"""
+
+from collections.abc import Sequence
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from clip_deploy.web.errors import RequestError
+from clip_deploy.web.responses import refused
+
+LOCAL = "localhost"
+
+
+class NamedHosts:
+    """An application behind a check of the Host header: addresses, localhost and `names` are answered."""
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app, self.names = app, {name.lower() for name in names} | {LOCAL}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
+            if not self._is_known(host):
+                said = f"{host[:100]!r} is no name of this server: ask it by its address, or give it --allow-host"
+                await refused(RequestError(421, said, None, "unknown_host"))(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _is_known(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name == "" or name in self.names or name.endswith(f".{LOCAL}") or is_address(name)
+
+
+def is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_local(name: str) -> bool:
+    """Whether only this machine reaches an address that is listened at."""
+    return ip_address(name).is_loopback if is_address(name) else name == LOCAL

@@ -1,0 +1,202 @@
+"""What can be asked, as OpenAPI says it, and as a page that loads nothing."""
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import orjson
+
+from clip_deploy.web.api import DEFAULT_FOUND, MAX_FOUND
+
+IMAGE = {"type": "string", "description": "base64 of an image file, a data URI, or a https URL of an allowed host"}
+ITEM = {
+    "oneOf": [
+        {"type": "string", "description": "a text"},
+        {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+        {"type": "object", "properties": {"image": IMAGE}, "required": ["image"]},
+    ]
+}
+MODEL = {"type": "string", "description": "NAME or NAME:VERSION of /v1/models; without it, the first of them"}
+USAGE = {"type": "object", "properties": {name: {"type": "integer"} for name in ("prompt_tokens", "total_tokens")}}
+PHOTO = "/9j/4AAQSkZJRg..."
+STATUS = {
+    "400": "a mistake in the request, which the message names",
+    "401": "no key or a wrong one",
+    "404": "no such model, or no index",
+    "408": "the request did not come in time",
+    "413": "too large: too many bytes, texts or images",
+    "415": "the content type is not application/json",
+    "429": "too much waits already: try again after Retry-After seconds",
+    "503": "the answer took too long, or the server is about to stop",
+}
+
+
+def _post(
+    summary: str, description: str, asked: Mapping[str, Any], required: list[str], example: Any
+) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {"model": MODEL, **asked}, "required": required}
+    refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {
+        "summary": summary,
+        "description": description,
+        "security": [{}, {"key": []}],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schema, "example": example["request"]}},
+        },
+        "responses": {
+            "200": {"description": "answered", "content": {"application/json": {"example": example["answer"]}}},
+            **{status: {"description": said, "content": refusal} for status, said in STATUS.items()},
+        },
+    }
+
+
+def _get(summary: str, kind: str = "application/json") -> dict[str, Any]:
+    return {"get": {"summary": summary, "responses": {"200": {"description": "answered", "content": {kind: {}}}}}}
+
+
+EMBEDDINGS = _post(
+    "Embeddings of texts and images",
+    "As OpenAI's clients send it, with images besides; also as Jina's ({image: ...} items), infinity's (modality) and "
+    "vLLM's (messages with image_url) clients do. Embeddings have unit length. A text beyond the context is cut.",
+    {
+        "input": {"oneOf": [{"type": "string"}, {"type": "array", "items": ITEM, "minItems": 1}]},
+        "modality": {"enum": ["text", "image"], "description": "what the strings of input are; text without it"},
+        "messages": {"type": "array", "description": "in the place of input: one, with one text or image_url"},
+        "encoding_format": {"enum": ["float", "base64"], "description": "base64 of little-endian float32"},
+        "dimensions": {"type": "integer", "description": "the first so many numbers, of unit length again"},
+        "user": {"type": "string", "description": "ignored"},
+    },
+    [],
+    {
+        "request": {"input": ["a photo of a cat", {"image": PHOTO}]},
+        "answer": {
+            "object": "list",
+            "data": [{"object": "embedding", "index": 0, "embedding": [0.1859, -0.0011]}],
+            "model": "NAME:VERSION",
+            "usage": {"prompt_tokens": 7, "total_tokens": 7},
+        },
+    },
+)
+ZERO_SHOT = _post(
+    "Which label describes an image",
+    "Labels by probability, the highest first. Without labels, the package's own classes in its own templates.",
+    {
+        "image": IMAGE,
+        "labels": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        "template": {"type": "string", "description": "with {} in the place of a label"},
+    },
+    ["image"],
+    {
+        "request": {"image": PHOTO, "labels": ["cat", "dog"], "template": "a photo of a {}"},
+        "answer": {"object": "list", "labels": [{"label": "cat", "probability": 0.98}], "model": "NAME:VERSION"},
+    },
+)
+RANK = _post(
+    "Texts and images by their likeness to one",
+    "As Jina's and Cohere's rerank. relevance_score is the cosine, the highest first.",
+    {
+        "query": ITEM,
+        "documents": {"type": "array", "items": ITEM, "minItems": 1},
+        "top_n": {"type": "integer", "minimum": 1, "description": "all without it"},
+    },
+    ["query", "documents"],
+    {
+        "request": {"query": "a photo of a cat", "documents": [{"image": PHOTO}, "a dog"], "top_n": 1},
+        "answer": {"object": "list", "results": [{"index": 0, "relevance_score": 0.31}], "model": "NAME:VERSION"},
+    },
+)
+SEARCH = _post(
+    "The images of the index that are nearest to a text or an image",
+    "Where the server was started with --index. score is the cosine, the highest first; image is the address of a "
+    "small JPEG, or null where the server was started without --images.",
+    {
+        "text": {"type": "string", "description": "what the images show"},
+        "image": IMAGE | {"description": f"in the place of text: {IMAGE['description']}"},
+        "count": {"type": "integer", "minimum": 1, "maximum": MAX_FOUND, "default": DEFAULT_FOUND},
+    },
+    [],
+    {
+        "request": {"text": "a photo of a cat", "count": 1},
+        "answer": {
+            "object": "list",
+            "results": [{"name": "cats/1.jpg", "score": 0.31, "image": "/v1/pictures/0123456789ab/7"}],
+            "model": "NAME:VERSION",
+            "usage": {"prompt_tokens": 7, "total_tokens": 7},
+        },
+    },
+)
+ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+OPENAPI: dict[str, Any] = {
+    "openapi": "3.1.0",
+    "info": {"title": "clip-deploy serve", "version": "1"},
+    "paths": {
+        "/v1/embeddings": {"post": EMBEDDINGS},
+        "/v1/zero-shot": {"post": ZERO_SHOT},
+        "/v1/rank": {"post": RANK},
+        "/v1/search": {"post": SEARCH},
+        "/v1/pictures/{version}/{row}": _get("A picture that /v1/search found", "image/jpeg"),
+        "/v1/models": _get("The packages that are served, by NAME:VERSION"),
+        "/health/live": _get("200 while the process runs"),
+        "/health/ready": _get("200 while requests should be sent here, 503 once it is about to stop"),
+        "/metrics": _get("Numbers for Prometheus", "text/plain"),
+    },
+    "components": {
+        "schemas": {"Error": ERROR},
+        "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+    },
+}
+
+
+def _section(path: str, methods: Mapping[str, Any]) -> str:
+    method, what = next(iter(methods.items()))
+    lines = [f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(what['summary'])}.</p>"]
+    if "description" in what:
+        lines.append(f"<p>{escape(what['description'])}</p>")
+    if body := what.get("requestBody"):
+        sent = body["content"]["application/json"]
+        fields = sent["schema"]["properties"].items()
+        rows = [f"<tr><td><code>{name}</code><td>{escape(_said(field))}" for name, field in fields]
+        lines += ["<table>", *rows, "</table>", _example(sent["example"])]
+        lines.append(_example(what["responses"]["200"]["content"]["application/json"]["example"]))
+    return "\n".join(lines)
+
+
+def _said(field: Mapping[str, Any]) -> str:
+    kind = " or ".join(field.get("enum", [])) or field.get("type", "text or list")
+    return ": ".join(filter(None, [kind, field.get("description")]))
+
+
+def _example(content: Any) -> str:
+    return f"<pre>{escape(orjson.dumps(content, option=orjson.OPT_INDENT_2).decode())}</pre>"
+
+
+DOCS = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>clip-deploy serve</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }}
+pre {{ background: #f3f3f3; padding: .7rem; overflow-x: auto }}
+td {{ padding: .2rem 1rem .2rem 0; vertical-align: top }}
+</style>
+<h1>clip-deploy serve</h1>
+<p><a href="/openapi.json">/openapi.json</a> says the same for programs.</p>
+{"".join(_section(path, methods) for path, methods in OPENAPI["paths"].items())}
+<h2>Errors</h2>
+<pre>{{"error": {{"message": ..., "type": ..., "param": ..., "code": ...}}}}</pre>
+<table>{"".join(f"<tr><td>{status}<td>{escape(said)}" for status, said in STATUS.items())}</table>
+</html>
+"""

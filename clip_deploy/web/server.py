@@ -1,0 +1,157 @@
+"""The server's processes: one, or several that accept from one socket."""
+
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from multiprocessing import connection
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from clip_deploy.core.errors import DeployError
+from clip_deploy.core.subprocesses import die_with_parent
+from clip_deploy.web.hosts import NamedHosts, is_local
+from clip_deploy.web.keys import warn_if_readable
+from clip_deploy.web.settings import Settings
+
+KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they hang up first
+FAILED = 3  # exit code of a worker that cannot begin
+RESTART_S = 1  # before a worker is replaced: one may die each time that it begins
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C, and return the exit code.
+
+    Raises DeployError where the address is taken, or as create_app does.
+    """
+    _warn(settings)
+    listening = _bind(settings)
+    if settings.workers > 1:
+        return _serve_many(settings, listening)
+    from clip_deploy.web.app import create_app
+
+    app = create_app(settings)
+    print(f"serving {_names(app)} at {_address(listening)}", flush=True)
+    _run(settings, app, listening)
+    return 0
+
+
+def uvicorn_config(settings: Settings, app: Starlette) -> uvicorn.Config:
+    from clip_deploy.web.protocol import BoundedProtocol
+
+    return uvicorn.Config(
+        NamedHosts(app, settings.allow_hosts) if is_local(settings.host) else app,
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="on",
+        log_level=logging.WARNING,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(settings.timeout_s),
+    )
+
+
+def _run(settings: Settings, app: Starlette, listening: socket.socket) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it stopped, for a code of 143
+    uvicorn.Server(uvicorn_config(settings, app)).run([listening])
+
+
+def _serve_many(settings: Settings, listening: socket.socket) -> int:
+    """Workers of one parent, which replaces one that dies and takes them along when it ends."""
+    with tempfile.TemporaryDirectory(prefix="clip-deploy-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        print(f"serving with {settings.workers} workers at {_address(listening)}", flush=True)
+        start = partial(multiprocessing.get_context("spawn").Process, target=_work, args=(settings, listening))
+        workers = [start() for _ in range(settings.workers)]
+        is_stopping = False
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal is_stopping
+            is_stopping = True
+            for worker in workers:
+                if worker.is_alive():
+                    worker.terminate()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        for worker in workers:
+            worker.start()
+        has_failed = False
+        while workers:
+            ended = connection.wait([worker.sentinel for worker in workers])
+            for worker in [worker for worker in workers if worker.sentinel in ended]:
+                worker.join()
+                workers.remove(worker)
+                if worker.exitcode == FAILED:
+                    has_failed = True
+                    stop(signal.SIGTERM, None)
+                elif not is_stopping:
+                    print(f"warning: a worker ended ({worker.exitcode}), and another begins", file=sys.stderr)
+                    time.sleep(RESTART_S)
+                    workers.append(start())
+                    workers[-1].start()
+                    if is_stopping:  # the signal came before it was there
+                        workers[-1].terminate()
+        return 1 if has_failed else 0
+
+
+def _work(settings: Settings, listening: socket.socket) -> None:
+    """A worker. One whose package does not open would not open it the next time either."""
+    die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():  # it ended before that
+        return
+    from clip_deploy.web.app import create_app
+
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app = create_app(settings)
+    except DeployError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
+    _run(settings, app, listening)
+
+
+def _bind(settings: Settings) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.set_inheritable(True)
+    except OSError as error:
+        raise DeployError(
+            f"cannot listen at {settings.host} port {settings.port} ({error.strerror}): give another --host or --port"
+        ) from error
+    return listening
+
+
+def _warn(settings: Settings) -> None:
+    if settings.api_key_file:
+        warn_if_readable(settings.api_key_file)
+    elif not is_local(settings.host):
+        warnings.warn(
+            f"--host {settings.host} lets everyone who reaches this machine ask without a key: give --api-key-file, or "
+            "a proxy in front",
+            stacklevel=2,
+        )
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _names(app: Starlette) -> str:
+    return ", ".join(f"{served.id} ({served.classifier.package.summary()})" for served in app.state.api.models.served)

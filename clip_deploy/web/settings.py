@@ -1,0 +1,72 @@
+"""What a server is told, each with its default."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_deploy.core.errors import DataError
+
+LEAST = {
+    "port": 0,
+    "workers": 1,
+    "max_wait_ms": 0,
+    "max_queue": 1,
+    "max_body_mb": 1,
+    "max_megapixels": 1,
+    "max_items": 1,
+    "timeout_s": 1,
+    "drain_s": 0,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Attributes:
+        packages: FOLDER, NAME=FOLDER or NAME:VERSION=FOLDER; the first answers where a request names none.
+        device, threads, feed: as ZeroShotClassifier.open takes them.
+        workers: processes on one port, each with all packages.
+        max_wait_ms: how long a batch waits for images that are being read at that time.
+        max_queue: texts, and images, of one package that may wait; what comes beyond is refused with 429.
+        max_body_mb: of a request, and of an image that is fetched, in 10^6 bytes.
+        max_megapixels: of an image, in 10^6.
+        max_items: texts and images of one request.
+        timeout_s: for a request's body to come (408), and for its answer to be computed (503).
+        drain_s: after SIGTERM, how long new requests are still answered while /health/ready says 503.
+        api_key_file: a key a line; without one, everyone may ask.
+        allow_hosts: names besides localhost by which a server on a local address may be asked, as by a proxy.
+        image_hosts: from which images may be fetched.
+        index: what `embed` or `index` wrote, which is searched; None answers no search.
+        images: the folder that was embedded, from which found pictures are shown; None shows their names.
+    """
+
+    packages: tuple[str, ...] = ("artifacts/package",)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    workers: int = 1
+    device: str | None = None
+    threads: int | None = None
+    feed: str = "exact"
+    max_wait_ms: float = 5
+    max_queue: int = 1024
+    max_body_mb: float = 16
+    max_megapixels: float = 64
+    max_items: int = 256
+    timeout_s: float = 30
+    drain_s: float = 2
+    api_key_file: Path | None = None
+    allow_hosts: tuple[str, ...] = ()
+    image_hosts: tuple[str, ...] = ()
+    index: Path | None = None
+    images: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.images and not self.index:
+            raise DataError("--images is given without --index: give what `clip-deploy embed` made of that folder too")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise DataError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {least} or more")
+
+    @property
+    def max_body(self) -> int:
+        """Bytes."""
+        return int(self.max_body_mb * 1e6)

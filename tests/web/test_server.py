@@ -1,0 +1,218 @@
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.fast_feed import need_fast_feed
+from support.project import ROOT
+from support.web import encoded, request, serving, vectors, wait_until
+
+from clip_deploy.__main__ import main
+from clip_deploy.commands import serve
+from clip_deploy.core.errors import DataError
+from clip_deploy.inference.classifier import ZeroShotClassifier
+from clip_deploy.web.keys import Keys
+from clip_deploy.web.settings import Settings
+
+READY = b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def classifier(package):
+    return ZeroShotClassifier.open(package, threads=2)
+
+
+def refused(*arguments):
+    """The exit code and the error of a server that does not start."""
+    command = [sys.executable, "-m", "clip_deploy", "serve", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stderr
+
+
+def test_a_key_is_asked_for_wherever_one_is_given(package, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("first-key\nsecond-key\n")
+    keys.chmod(0o644)
+    body = {"input": "a"}
+    with serving(package, "--api-key-file", keys, "--allow-host", "proxy.example.com") as server:
+        assert server.get("/health/live", host="proxy.example.com")[0] == 200
+        assert server.get("/health/live", host="another.example.com")[0] == 421
+        assert server.post("/v1/embeddings", body)[0] == 401
+        for given in ("Bearer wrong", "Bearer", "Basic first-key", "first-key", "Bearer é"):
+            status, found = server.post("/v1/embeddings", body, authorization=given.encode())
+            assert (status, found["error"]["code"]) == (401, "invalid_api_key")
+        for key in ("first-key", "second-key"):
+            assert server.post("/v1/embeddings", body, authorization=f"Bearer {key}")[0] == 200
+        for path, status in (("/v1/models", 401), ("/metrics", 401), ("/health/ready", 200), ("/docs", 200)):
+            assert server.get(path)[0] == status
+        assert server.get("/v1/models", authorization="Bearer first-key")[0] == 200
+        assert server.stop() == 0
+        assert server.process.stderr.read() == f"warning: {keys} holds keys, and others may read it: chmod 600 {keys}\n"
+
+
+def test_a_file_without_keys_is_refused(tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(DataError, match="holds no key"):
+        Keys(tmp_path / "empty")
+    with pytest.raises(DataError, match="cannot be read"):
+        Keys(tmp_path / "none")
+
+
+def test_packages_are_chosen_by_name_and_version(package, classifier):
+    name = classifier.package.origin.run.model
+    with serving(package, f"other={package}", f"other:2={package}") as server:
+        ids = [model["id"] for model in server.get("/v1/models")[2]["data"]]
+        first, other, second = ids
+        assert first == f"{name}:{classifier.fingerprint[:12]}"
+        assert (other.partition(":")[0], second) == ("other", "other:2")
+        for asked, answered in ((None, first), (name, first), ("other", other), ("other:2", second), (first, first)):
+            status, found = server.post("/v1/embeddings", {"input": "a", "model": asked})
+            assert (status, found["model"]) == (200, answered)
+            assert np.abs(vectors([found["data"][0]["embedding"]]) - classifier.embed_texts(["a"])).max() < 1e-3
+        assert server.post("/v1/embeddings", {"input": "a", "model": "other:3"})[0] == 404
+
+
+def test_sigterm_lets_requests_finish_and_says_that_it_is_not_ready(package, classifier):
+    with serving(package, drain_s="1") as server:
+        content = request("/v1/embeddings", {"input": "a"})
+        with server.send(content[:-1]) as running:
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: server.get("/health/ready")[0] == 503)
+            assert server.get("/health/live")[0] == 200
+            status, headers, _ = server.ask(
+                "POST", "/v1/embeddings", b'{"input": "b"}', {"content-type": "application/json"}
+            )
+            assert (status, headers["connection"]) == (200, "close")
+            wait_until(lambda: not accepts(server))  # it was sent half a request, and still waits for the other half
+            running.sendall(content[-1:])
+            answer = b"".join(iter(lambda: running.recv(65_536), b""))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        found = vectors([json.loads(body)["data"][0]["embedding"]])
+        assert np.abs(found - classifier.embed_texts(["a"])).max() < 1e-3
+        assert server.process.wait(20) == 0
+        assert server.process.stderr.read() == ""
+
+
+def accepts(server):
+    try:
+        return server.is_ready() or server.get("/health/live")[0] == 200
+    except OSError:
+        return False
+
+
+def test_ctrl_c_ends_it(package):
+    with serving(package, drain_s="5") as server:
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(20)
+        assert "Traceback" not in server.process.stderr.read()
+
+
+def test_workers_share_a_port_one_that_dies_is_replaced_and_all_end_with_their_parent(
+    package, classifier, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a parent that is killed leaves the workers' numbers there
+    with serving(package, "--workers", 2) as server:
+        expected = classifier.embed_images([Image.new("RGB", (50, 50), "red")])
+        item = {"image": encoded(Image.new("RGB", (50, 50), "red"), "PNG")}
+        wait_until(lambda: server.get("/metrics")[2].count("clip_model_info{") == 1)
+        for _ in range(20):
+            assert np.abs(server.embed(input=[item]) - expected).max() < 1e-3
+        assert server.metric('clip_requests_total{route="/v1/embeddings",status="200"}') == 20
+        before = workers(server)
+        os.kill(before[0], signal.SIGKILL)
+        wait_until(lambda: len(after := workers(server)) == 2 and before[0] not in after)
+        wait_until(lambda: answers(server, item, expected))
+        assert server.metric('clip_requests_total{route="/v1/embeddings",status="200"}') > 20
+        server.process.kill()
+        wait_until(lambda: not accepts(server))  # nothing outlives a parent that was killed
+
+
+def answers(server, item, expected):
+    try:
+        return np.abs(server.embed(input=[item]) - expected).max() < 1e-3
+    except OSError:  # the worker died that had accepted
+        return False
+
+
+def workers(server):
+    """Processes that serve."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(server.process.pid)], capture_output=True, text=True, check=True
+    )
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
+
+
+def test_a_worker_that_cannot_open_its_package_ends_the_server(package):
+    code, said = refused(package, "--workers", 2, "--port", 0, "--device", "tpu")
+    assert code == 1
+    assert "error: device is 'tpu': accepted are cpu, cuda" in said
+
+
+def test_it_is_ready_soon(package):
+    """Not how soon: no test asserts a time. It says so once it is."""
+    start = time.perf_counter()
+    with serving(package) as server:
+        print(f"ready after {time.perf_counter() - start:.2f} s")
+        with server.send(READY) as connection:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere is no package"),
+        (["a=nowhere"], "nowhere is no package"),
+        (["--max-items", "0"], "--max-items is 0: give 1 or more"),
+        (["--api-key-file", "nowhere"], "--api-key-file nowhere cannot be read"),
+    ],
+)
+def test_settings_that_will_not_do_are_named(package, arguments, said):
+    code, error = refused(*arguments, "--port", 0)
+    assert code == 1
+    assert re.match(f"error: {said}", error)
+
+
+def test_a_port_that_is_taken_is_named(package):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, error = refused(package, "--port", port)
+    assert code == 1
+    assert f"cannot listen at 127.0.0.1 port {port} (Address already in use)" in error
+
+
+def test_an_open_address_without_keys_is_warned_of(package):
+    with serving(package, "--host", "0.0.0.0") as server:
+        assert server.get("/health/live", host="any.example.com")[0] == 200
+        assert server.stop() == 0
+        assert "warning: --host 0.0.0.0 lets everyone who reaches this machine ask" in server.process.stderr.read()
+
+
+def test_the_fast_feed_gives_the_fast_feeds_embeddings(package, tmp_path):
+    need_fast_feed()
+    photo = Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 50).convert("RGB")
+    photo.save(tmp_path / "photo.jpg")
+    opened = [ZeroShotClassifier.open(package, threads=2, feed=feed) for feed in ("fast", "exact")]
+    fast, exact = (each.embed_images([tmp_path / "photo.jpg"]) for each in opened)
+    assert np.abs(fast - exact).max() > 1e-4
+    with serving(package, "--feed", "fast") as server:
+        found = server.embed(input=[{"image": base64.b64encode((tmp_path / "photo.jpg").read_bytes()).decode()}])
+    assert np.abs(found - fast).max() < 1e-5
+
+
+def test_a_library_of_the_extra_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err == "error: serve needs uvicorn: pip install 'clip-deploy[serve]'\n"
+
+
+def test_the_default_is_this_machine_alone():
+    assert Settings().host == "127.0.0.1"
