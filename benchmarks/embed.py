@@ -28,10 +28,9 @@ from clip_deploy.core.environment import cores, hardware
 from clip_deploy.core.files import write_text
 from clip_deploy.core.package import read_package
 from clip_deploy.data import scenes
-from clip_deploy.inference.classifier import ZeroShotClassifier
+from clip_deploy.inference.classifier import CPU_FEEDS, ZeroShotClassifier
 from clip_deploy.timing.end_to_end import TEXTURE, texture
 
-FEEDS = ("exact", "fast")  # those of a CPU
 PHOTO = [480, 640]  # height and width
 SAMPLE = {"pictures": 1024, "photos": 192}  # how many are timed in parts
 BATCH = 32  # as embed's
@@ -106,7 +105,7 @@ def parts_alone(paths: list[Path]) -> dict[str, object]:
     `of_slower` is embed's rate over that of the slower of tower and feed, each with all cores to itself. Where both
     need the same cores, no more than 1 / (1 / tower + 1 / feed) can be had: `of_shared` is embed's rate over that.
     """
-    opened = {feed: ZeroShotClassifier.open(PACKAGE, feed=feed, allow_spinning=False) for feed in FEEDS}
+    opened = {feed: ZeroShotClassifier.open(PACKAGE, feed=feed, allow_spinning=False) for feed in CPU_FEEDS}
     exact = opened["exact"]
     encoded = [exact.prepare(path) for path in paths[:BATCH]]
     calls: dict[str, Callable[[], object]] = {
@@ -119,7 +118,7 @@ def parts_alone(paths: list[Path]) -> dict[str, object]:
         rates = {name: len(paths) / seconds for name, seconds in in_turn(calls).items()}
     both = [classifier.embed_images(paths, BATCH) for classifier in opened.values()]
     found: dict[str, object] = {"images": len(paths), "tower_per_s": round(rates["tower"])}
-    for feed in FEEDS:
+    for feed in CPU_FEEDS:
         tower, alone, whole = rates["tower"], rates[f"feed {feed}"], rates[f"embed {feed}"]
         found[feed] = {
             "feed_per_s": round(alone),

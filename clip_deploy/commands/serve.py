@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 from clip_deploy.commands.paths import local_path
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.inference.classifier import FEEDS
+from clip_deploy.inference.classifier import CPU_FEEDS
 from clip_deploy.web.settings import Settings
 
 LIBRARIES = ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="of each tower; default: its runtime's choice")
     parser.add_argument(
         "--feed",
-        choices=FEEDS,
+        choices=CPU_FEEDS,
         default=DEFAULT.feed,
         help="fast: JPEGs several times as fast, pixels about a grey level off (extra `fast`); default: %(default)s",
     )

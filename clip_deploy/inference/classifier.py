@@ -26,8 +26,8 @@ from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
 
 DEVICES = ("cpu", "cuda")
-# Ways from a file to pixel values: the checkpoint's own, by Pillow, FastPreprocessing, or GpuPreprocessing.
-FEEDS = ("exact", "fast", "gpu")
+CPU_FEEDS = ("exact", "fast")  # ways from a file to pixel values: the checkpoint's own, by Pillow, or FastPreprocessing
+FEEDS = (*CPU_FEEDS, "gpu")  # the last one is GpuPreprocessing
 AHEAD = 2  # batches that are read and preprocessed while one is encoded
 AHEAD_ON_GPU = 4  # two decoders have one each, and one is ready
 
