@@ -143,11 +143,11 @@ class Api:
             self.keys.check(request.headers)
             _check_type(request)
             start = perf_counter()
-            async with _within(self.settings.timeout_s, RequestError(408, "the body did not come in time")):
+            async with _within(self.settings.timeout_s, 408, "the body did not come in time"):
                 body = await self._read(request)
             self.metrics.read.labels(path).observe(perf_counter() - start)
-            late = RequestError(503, "the answer took too long: try again", retry_after_s=RETRY_S)
-            async with _within(self.settings.timeout_s, late), _while_connected(request):
+            late = 503, "the answer took too long: try again", RETRY_S
+            async with _within(self.settings.timeout_s, *late), _while_connected(request):
                 return answered(await answer(parse_json(body)))
         except RequestError as refusal:
             return refused(refusal)
@@ -164,9 +164,8 @@ class Api:
     async def _read(self, request: Request) -> bytes:
         """The body. Raises RequestError where it is too large, or too much is held."""
         most = self.settings.max_body
-        too_large = RequestError(413, f"the body has more than {most:,} bytes, which is the most that is accepted")
         if int(request.headers.get("content-length", 0)) > most:
-            raise too_large
+            raise _too_large(most)
         chunks: list[bytes] = []
         size = 0
         try:
@@ -174,7 +173,7 @@ class Api:
                 size += len(chunk)
                 self.held += len(chunk)
                 if size > most:
-                    raise too_large
+                    raise _too_large(most)
                 if self.held > BODIES * most:
                     raise RequestError(429, "too many large requests at once: try again", retry_after_s=RETRY_S)
                 chunks.append(chunk)
@@ -217,12 +216,13 @@ class ClientLeftError(Exception):
 
 
 @asynccontextmanager
-async def _within(seconds: float, refusal: RequestError) -> AsyncIterator[None]:
+async def _within(seconds: float, status: int, message: str, retry_after_s: int | None = None) -> AsyncIterator[None]:
+    """Raise RequestError where what is within takes longer."""
     try:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError:
-        raise refusal from None
+        raise RequestError(status, message, retry_after_s=retry_after_s) from None
 
 
 @asynccontextmanager
@@ -353,6 +353,10 @@ def _check_type(request: Request) -> None:
     given = request.headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() != JSON:
         raise RequestError(415, f"content-type is {given!r:.80}: send {JSON}")
+
+
+def _too_large(most: int) -> RequestError:
+    return RequestError(413, f"the body has more than {most:,} bytes, which is the most that is accepted")
 
 
 def _usage(tokens: int) -> dict[str, int]:

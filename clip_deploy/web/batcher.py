@@ -289,7 +289,7 @@ class Batcher:
         self.is_encoding = True
         rows = self.ready.take(self.most)
         self._wake(self.raw.count)  # where too much was ready, threads wait although there is something to prepare
-        self.ready_since = perf_counter()  # of what is left: it has waited for a batch already
+        self.ready_since = perf_counter()  # of what is left
         return rows
 
     def _raw_row(self) -> Row | None:

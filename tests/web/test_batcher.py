@@ -119,7 +119,7 @@ def test_what_is_prepared_waits_for_what_is_not_but_not_long(on_gpu):
         slow.set()
         await late
 
-    run(main, tower, prepare=prepare, threads=3, wait_s=0.2, on_gpu=on_gpu)
+    run(main, tower, prepare=prepare, threads=3, wait_s=0.5, on_gpu=on_gpu)
     assert sorted(map(sorted, tower.batches)) == [[1, 2], [9]]
 
 
