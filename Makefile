@@ -97,7 +97,7 @@ reliability: $(VENV)/ready ## kill, starve and feed it nonsense, many times more
 	@$(MAKE) --no-print-directory -j 2 $(COUNTS)
 	python tests/support/reliability.py $(COUNTS) > build/reliability.md && mv build/reliability.md reports/
 
-COUNTED := test_faults test_hostile report/test_ci_gate core/test_manifest
+COUNTED := test_faults test_hostile report/test_ci_gate core/test_manifest web/test_load
 COUNTS := $(COUNTED:%=build/%.json)
 .PHONY: $(COUNTS)
 $(COUNTS): build/%.json:
