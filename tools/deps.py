@@ -39,6 +39,7 @@ OPENED = {
     "benchmark": {"clip_deploy.timing.latency_worker", *RUNTIME_MODULES},
     "end_to_end": RUNTIME_MODULES,
     "recommend": RUNTIME_MODULES,
+    "validate_serving": {"clip_deploy.__main__", "clip_deploy.commands.serve", *RUNTIME_MODULES},  # the server
     "validate_triton": {"clip_deploy.serving.client", *RUNTIME_MODULES},  # the client in the server's environment
 }
 SERVED = "clip_deploy/serving/models"

@@ -18,6 +18,7 @@ from clip_deploy.core.subprocesses import die_with_parent, ending
 
 ROOT = Path(__file__).resolve().parents[2]  # the server's program is imported from here
 PROGRAM = ("-m", "clip_deploy")
+FIXED = ("--port", "0", "--drain-s", "0")
 START_S = 120.0  # until it says its address
 STOP_S = 40.0  # from SIGTERM until SIGKILL
 
@@ -44,12 +45,12 @@ class Server:
 
 
 @contextmanager
-def running(package: Path, *options: str, program: Sequence[str] = PROGRAM) -> Iterator[Server]:
+def running(package: Path, *options: str, program: Sequence[str] | None = None) -> Iterator[Server]:
     """A server of `package` at a free port of 127.0.0.1, with further options of `clip-deploy serve`.
 
     Raises DeployError with the server's last line where it does not start.
     """
-    command = [sys.executable, *program, "serve", str(package.absolute()), "--port", "0", "--drain-s", "0", *options]
+    command = [sys.executable, *(program or PROGRAM), "serve", str(package.absolute()), *FIXED, *options]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         with log.open("w") as said:

@@ -13,6 +13,7 @@ import orjson
 from PIL import Image
 
 from clip_deploy.core.images import decode
+from clip_deploy.core.similarity import normalized
 from clip_deploy.core.vectors import cut
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web.api import MAX_TEXT
@@ -256,7 +257,8 @@ class Pool:
         yield raw_post(EMBEDDINGS, b'{"input": "a"}', "text/plain"), 415
         yield post(EMBEDDINGS, {"input": "a", "model": "none"}), 404
         yield post("/v1/none", {"input": "a"}), 404
-        yield b"DELETE /v1/embeddings HTTP/1.1\r\nhost: a\r\n\r\n", 405
+        yield b"DELETE /v1/embeddings HTTP/1.1\r\nhost: localhost\r\n\r\n", 405
+        yield post(EMBEDDINGS, {"input": "a"}).replace(b"localhost", b"a.example"), 421
         yield post(ZERO_SHOT, {"image": good, "labels": ["a"], "template": "no place"}), 400
         yield post(ZERO_SHOT, {"labels": ["a"]}), 400
         yield post(RANK, {"query": "a", "documents": []}), 400
@@ -267,7 +269,7 @@ class Pool:
         yield Question("oversized", head + body[:16_384], 413, closes=True)
         yield Question("oversized", head + body, 413)
         yield Question("oversized", post(EMBEDDINGS, {"input": ["a"] * (DEFAULT.max_items + 1)}), 413)
-        long = b"GET /v1/models HTTP/1.1\r\nhost: a\r\nx-long: " + b"x" * 40_000 + b"\r\n\r\n"
+        long = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx-long: " + b"x" * 40_000 + b"\r\n\r\n"
         yield Question("oversized", long, 431, closes=True)
 
     def _aborted(self) -> Iterator[Question]:
@@ -285,7 +287,7 @@ class SameVectors:
     """Whether an answer holds these vectors [items, dimension], in this order."""
 
     def __init__(self, expected: np.ndarray, min_cosine: float) -> None:
-        self.expected, self.min_cosine = expected.astype(np.float32), min_cosine
+        self.expected, self.min_cosine = normalized(expected), min_cosine
 
     def __call__(self, body: Any) -> float:
         data = body["data"]
@@ -298,8 +300,7 @@ class SameVectors:
             found = np.array(rows, dtype=np.float32)
         if found.shape != self.expected.shape:
             raise WrongAnswerError(f"vectors of shape {found.shape} came, and {self.expected.shape} were due")
-        lengths = np.sqrt(np.einsum("ij,ij->i", found, found, dtype=np.float64))
-        cosine = float((np.einsum("ij,ij->i", found, self.expected, dtype=np.float64) / lengths).min())
+        cosine = float(np.einsum("ij,ij->i", normalized(found), self.expected).min())
         if not cosine >= self.min_cosine:  # NaN too
             raise WrongAnswerError(f"a vector's cosine with the package's own is {cosine:.6f}")
         return cosine
@@ -344,7 +345,7 @@ def raw_post(path: str, body: bytes, kind: str = "application/json") -> bytes:
 
 
 def _head(path: str, length: int, kind: str = "application/json") -> bytes:
-    fields = f"host: a\r\ncontent-type: {kind}\r\ncontent-length: {length}"
+    fields = f"host: localhost\r\ncontent-type: {kind}\r\ncontent-length: {length}"
     return f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n".encode()
 
 

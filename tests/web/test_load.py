@@ -91,7 +91,6 @@ ONE, TWO = (1.0, 0.0), (0.0, 1.0)
     [rows(TWO, ONE), rows(ONE, ONE), rows(ONE), rows(ONE, TWO, ONE), rows(ONE, TWO, indices=[1, 0]),
      rows(ONE, (0.0, float("nan"))), rows(ONE, (0.02, 1.0)), rows((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)), rows(ONE, (0, 0))],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
 def test_vectors_that_are_not_the_packages_are_wrong(body):
     check = SameVectors(np.array([ONE, TWO]), 0.9999)
     assert check(rows(ONE, (0.001, 2.0))) == pytest.approx(1, abs=1e-6)
