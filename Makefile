@@ -7,7 +7,7 @@ export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help repro gate test reliability kinds layouts check deps format bench-pipeline bench-int8 bench-embed bench-package \
-  bench-index bench-peers reproducible \
+  bench-index bench-peers bench-serve reproducible \
   triton-env lock clean
 
 help: ## show this list
@@ -134,6 +134,9 @@ bench-embed: $(VENV)/ready ## embed 50,000 rendered images with the package, kil
 
 bench-package: $(VENV)/ready ## time a package of each target beside the target itself, on the same arrays
 	python -m benchmarks.package
+
+bench-serve: $(VENV)/ready ## ask `clip-deploy serve` and Triton, in turns, from 1 to 64 clients
+	python -m benchmarks.serve
 
 bench-index: $(VENV)/ready ## search 100,000 made-up vectors by an index and by their parts
 	python -m benchmarks.index

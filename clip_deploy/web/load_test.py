@@ -104,7 +104,7 @@ def load_test(
     tally = Tally()
     memory: list[tuple[int, float | None]] = []
     began, computed = time.perf_counter(), time.process_time()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         for turn in _shares(iter(questions), number, rounds):
             for level, share in zip(clients, _shares(iter(turn), len(turn), len(clients)), strict=True):
                 runner.run(_level(server, share, level, tally))
@@ -213,7 +213,7 @@ def _shares(questions: Iterator[Question], number: int, parts: int) -> Iterator[
         yield list(islice(questions, share))
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     """uvloop's where it is installed, as the server takes it."""
     if find_spec("uvloop") is None:
         return asyncio.new_event_loop

@@ -164,7 +164,7 @@ class Pool:
         """Each in the forms that clients of OpenAI, Jina, infinity and vLLM send."""
         for row, file in enumerate(self.files[kind]):
             for form in range(3 if kind != "large" else 1):
-                body = IMAGE_FORMS[(row + form) % len(IMAGE_FORMS)](_encoded(file))
+                body = IMAGE_FORMS[(row + form) % len(IMAGE_FORMS)](encoded(file))
                 yield self._vectors(f"image, {kind}", body, self.vectors[kind][row : row + 1])
 
     def _mixed(self) -> Iterator[Question]:
@@ -179,7 +179,7 @@ class Pool:
                     vectors.append(self.text_vectors[row])
                 else:
                     kind, row = kinds[self.random.integers(0, len(kinds))], int(self.random.integers(0, IN_EACH))
-                    items.append({"image": _encoded(self.files[kind][row])})
+                    items.append({"image": encoded(self.files[kind][row])})
                     vectors.append(self.vectors[kind][row])
             body = {"input": items, "encoding_format": FORMATS[number % 2]}
             yield self._vectors("texts and images", body, np.stack(vectors))
@@ -194,7 +194,7 @@ class Pool:
         if labels.classes:
             classes = self.classifier.class_embeddings(self.classifier.embed_texts(self.classifier.class_prompts()))
         for row, file in enumerate(files):
-            body: dict[str, Any] = {"image": _encoded(file)}
+            body: dict[str, Any] = {"image": encoded(file)}
             if classes is not None and row % 4 == 0:
                 names, targets = labels.classes, classes
             else:
@@ -210,15 +210,15 @@ class Pool:
         images = self.vectors[OWN]
         for row, file in enumerate(self.own):
             rows = self.random.choice(len(self.texts), 4, replace=False)
-            body = {"query": {"image": _encoded(file)}, "documents": [self.texts[place] for place in rows]}
+            body = {"query": {"image": encoded(file)}, "documents": [self.texts[place] for place in rows]}
             scores = self.text_vectors[rows] @ images[row]
             expected = dict(enumerate(scores.tolist()))
             check = SameScores(expected, "results", "index", "relevance_score", self.max_error)
             yield Question("rank", post(RANK, body), check=check)
 
     def _mistakes(self) -> Iterator[tuple[bytes, int]]:
-        good = _encoded(self.own[0])
-        cut_off = _encoded(self.own[0][: len(self.own[0]) // 2])
+        good = encoded(self.own[0])
+        cut_off = encoded(self.own[0][: len(self.own[0]) // 2])
         bad: list[dict[str, Any]] = [
             {},
             {"input": None},
@@ -240,11 +240,11 @@ class Pool:
             {"input": [{"image": ""}]},
             {"input": [{"image": "not base64!"}]},
             {"input": [{"image": "data:image/png,plain"}]},
-            {"input": [{"image": _encoded(b"no image")}]},
+            {"input": [{"image": encoded(b"no image")}]},
             {"input": [{"image": cut_off}]},
             {"input": [{"image": good}, {"image": cut_off}, "a"]},
-            {"input": [{"image": _encoded(_white(1, 100_000))}]},
-            {"input": [{"image": _encoded(_white(9_000, 9_000))}]},
+            {"input": [{"image": encoded(_white(1, 100_000))}]},
+            {"input": [{"image": encoded(_white(9_000, 9_000))}]},
             {"input": [{"image": "file:///etc/passwd"}]},
             {"input": [{"image": "https://127.0.0.1/a.png"}]},
             {"messages": []},
@@ -275,7 +275,7 @@ class Pool:
     def _aborted(self) -> Iterator[Question]:
         """Clients that leave after half a head, half a body, or the whole of it."""
         whole = [
-            post(EMBEDDINGS, {"input": [{"image": _encoded(file)} for file in self.own[:8]]}),
+            post(EMBEDDINGS, {"input": [{"image": encoded(file)} for file in self.own[:8]]}),
             post(EMBEDDINGS, {"input": self.texts[:32]}),
         ]
         for content in whole:
@@ -349,15 +349,17 @@ def _head(path: str, length: int, kind: str = "application/json") -> bytes:
     return f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n".encode()
 
 
-def _encoded(content: bytes) -> str:
+def encoded(content: bytes) -> str:
+    """In base64."""
     return base64.b64encode(content).decode()
 
 
 def _own_files(pictures: Sequence[Image.Image]) -> list[bytes]:
-    return [_saved(picture, "JPEG", quality=90) for picture in pictures]
+    return [saved(picture, "JPEG", quality=90) for picture in pictures]
 
 
-def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """A file of one of Pillow's formats."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -377,30 +379,30 @@ def _deep_grey(picture: Image.Image) -> Image.Image:
 def _turned(picture: Image.Image) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: a quarter turn
-    return _saved(picture, "JPEG", exif=exif, quality=90)
+    return saved(picture, "JPEG", exif=exif, quality=90)
 
 
 FILES: dict[str, Callable[[Image.Image], bytes]] = {
-    "JPEG": lambda picture: _saved(picture.resize((96, 80)), "JPEG"),
-    "progressive JPEG": lambda picture: _saved(picture, "JPEG", progressive=True),
-    "CMYK JPEG": lambda picture: _saved(picture.convert("CMYK"), "JPEG"),
+    "JPEG": lambda picture: saved(picture.resize((96, 80)), "JPEG"),
+    "progressive JPEG": lambda picture: saved(picture, "JPEG", progressive=True),
+    "CMYK JPEG": lambda picture: saved(picture.convert("CMYK"), "JPEG"),
     "JPEG turned by EXIF": _turned,
-    "grey JPEG": lambda picture: _saved(picture.convert("L"), "JPEG"),
-    "PNG": lambda picture: _saved(picture, "PNG"),
-    "PNG with alpha": lambda picture: _saved(_alpha(picture), "PNG"),
-    "PNG with palette": lambda picture: _saved(picture.quantize(16), "PNG"),
-    "PNG of 16 bits of grey": lambda picture: _saved(_deep_grey(picture), "PNG"),
-    "WebP": lambda picture: _saved(picture, "WEBP"),
-    "GIF": lambda picture: _saved(picture, "GIF"),
-    "BMP": lambda picture: _saved(picture, "BMP"),
-    "TIFF": lambda picture: _saved(picture, "TIFF", compression="tiff_lzw"),
-    "tiny": lambda picture: _saved(picture.resize((3, 2)), "PNG"),
-    "large": lambda picture: _saved(picture.resize((2400, 1800)), "JPEG"),
+    "grey JPEG": lambda picture: saved(picture.convert("L"), "JPEG"),
+    "PNG": lambda picture: saved(picture, "PNG"),
+    "PNG with alpha": lambda picture: saved(_alpha(picture), "PNG"),
+    "PNG with palette": lambda picture: saved(picture.quantize(16), "PNG"),
+    "PNG of 16 bits of grey": lambda picture: saved(_deep_grey(picture), "PNG"),
+    "WebP": lambda picture: saved(picture, "WEBP"),
+    "GIF": lambda picture: saved(picture, "GIF"),
+    "BMP": lambda picture: saved(picture, "BMP"),
+    "TIFF": lambda picture: saved(picture, "TIFF", compression="tiff_lzw"),
+    "tiny": lambda picture: saved(picture.resize((3, 2)), "PNG"),
+    "large": lambda picture: saved(picture.resize((2400, 1800)), "JPEG"),
 }
 
 
 def _white(width: int, height: int) -> bytes:
-    return _saved(Image.new("1", (width, height), 1), "PNG")
+    return saved(Image.new("1", (width, height), 1), "PNG")
 
 
 def made_up_texts(words: Sequence[str], number: int, seed: int = 0) -> list[str]:
