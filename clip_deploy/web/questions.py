@@ -13,7 +13,7 @@ import orjson
 from PIL import Image
 
 from clip_deploy.core.images import decode
-from clip_deploy.core.similarity import normalized
+from clip_deploy.core.similarity import normalized, row_cosines
 from clip_deploy.core.vectors import cut
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web.api import MAX_TEXT
@@ -22,10 +22,11 @@ from clip_deploy.web.settings import Settings
 MIN_COSINE = 0.9999  # of a vector with the package's own
 MIN_TOGETHER = 0.99  # where a vector depends on its batch: dynamic INT8 takes its scale from the whole batch
 MAX_SCORE_ERROR = 0.01  # of a probability, or of a document's score
-SAMPLE = 32  # images that are encoded alone and together, to see whether the batch matters
+SAMPLE = 32  # images, and texts, that are encoded alone and together, to see whether the batch matters
 IN_EACH = 6  # pictures that are sent in files of every kind...
 LARGE = 2  # ...and in large ones
 FIRST = 4  # questions of a kind
+OWN_PROMPTS = 1_024  # beyond it, a server on a CPU needs longer for the package's own classes than it may
 BLOCK = 1024  # texts whose likeness is computed at a time
 DEFAULT = Settings()
 OWN = "as it is"  # the kind of file in which every picture is sent
@@ -82,10 +83,7 @@ class Pool:
     ) -> None:
         self.classifier, self.random = classifier, np.random.default_rng(seed)
         self.own = _own_files(pictures)
-        prepared = [classifier.prepare(picture) for picture in pictures[:SAMPLE]]
-        alone = np.concatenate([classifier.encode_prepared([image]) for image in prepared])
-        together = np.stack(classifier.encode_prepared(prepared))  # type: ignore[arg-type]
-        depends = float((alone * together).sum(axis=1).min()) < MIN_COSINE
+        depends = _depends_on_batch(classifier, pictures[:SAMPLE], list(texts[:SAMPLE]))
         self.min_cosine = MIN_TOGETHER if depends else MIN_COSINE
         self.max_error = 1.0 if depends else MAX_SCORE_ERROR
         self.texts, self.text_vectors = self._distinct_texts(list(dict.fromkeys(texts)))
@@ -178,7 +176,8 @@ class Pool:
                     items.append(self.texts[row] if number % 2 else {"text": self.texts[row]})
                     vectors.append(self.text_vectors[row])
                 else:
-                    kind, row = kinds[self.random.integers(0, len(kinds))], int(self.random.integers(0, IN_EACH))
+                    kind = kinds[self.random.integers(0, len(kinds))]
+                    row = int(self.random.integers(0, len(self.files[kind])))
                     items.append({"image": encoded(self.files[kind][row])})
                     vectors.append(self.vectors[kind][row])
             body = {"input": items, "encoding_format": FORMATS[number % 2]}
@@ -191,14 +190,14 @@ class Pool:
         labels, files = self.classifier.labels, self.own
         images = self.vectors[OWN]
         classes = None
-        if labels.classes:
+        if 0 < len(labels.classes) * len(labels.templates) <= OWN_PROMPTS:
             classes = self.classifier.class_embeddings(self.classifier.embed_texts(self.classifier.class_prompts()))
         for row, file in enumerate(files):
             body: dict[str, Any] = {"image": encoded(file)}
             if classes is not None and row % 4 == 0:
                 names, targets = labels.classes, classes
             else:
-                rows = self.random.choice(len(self.texts), 5, replace=False)
+                rows = self.random.choice(len(self.texts), min(5, len(self.texts)), replace=False)
                 names, targets = [self.texts[place] for place in rows], self.text_vectors[rows]
                 body["labels"] = names
             scores = self.classifier.probabilities(images[row : row + 1] @ targets.T)[0]
@@ -209,7 +208,7 @@ class Pool:
     def _rank(self) -> Iterator[Question]:
         images = self.vectors[OWN]
         for row, file in enumerate(self.own):
-            rows = self.random.choice(len(self.texts), 4, replace=False)
+            rows = self.random.choice(len(self.texts), min(4, len(self.texts)), replace=False)
             body = {"query": {"image": encoded(file)}, "documents": [self.texts[place] for place in rows]}
             scores = self.text_vectors[rows] @ images[row]
             expected = dict(enumerate(scores.tolist()))
@@ -333,6 +332,15 @@ IMAGE_FORMS: tuple[Callable[[str], dict[str, Any]], ...] = (
 
 def _image_part(image: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
+
+
+def _depends_on_batch(classifier: ZeroShotClassifier, pictures: Sequence[Image.Image], texts: list[str]) -> bool:
+    """Whether a vector is another one where others are encoded with it."""
+    prepared = [classifier.prepare(picture) for picture in pictures]
+    alone: list[Any] = [classifier.encode_prepared([image])[0] for image in prepared]
+    alone += [classifier.encode_texts([text])[0][0] for text in texts]
+    together = [*classifier.encode_prepared(prepared), *classifier.encode_texts(texts)[0]]
+    return float(row_cosines(np.stack(alone), np.stack(together)).min()) < MIN_COSINE
 
 
 def post(path: str, body: dict[str, Any]) -> bytes:

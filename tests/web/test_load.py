@@ -39,6 +39,7 @@ def pool(package, pytestconfig):
     return Pool(classifier, pictures, [*texts, *OTHERS])
 
 
+@pytest.mark.no_cover  # traced, the client would take the server's cores
 @pytest.mark.filterwarnings("ignore:a text is longer than")
 def test_every_answer_under_load_is_the_packages_own(package, pool, pytestconfig, outcomes):
     number, rounds = (1_000_000, 100) if pytestconfig.getoption("--reliability") else (20_000, 20)
