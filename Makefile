@@ -7,7 +7,7 @@ export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help repro gate test reliability kinds layouts check deps format bench-pipeline bench-int8 bench-embed \
-  bench-embed-gpu bench-package bench-index bench-peers reproducible \
+  bench-embed-gpu bench-package bench-index bench-peers bench-serve reproducible \
   triton-env lock clean
 
 help: ## show this list
@@ -97,7 +97,7 @@ reliability: $(VENV)/ready ## kill, starve and feed it nonsense, many times more
 	@$(MAKE) --no-print-directory -j 2 $(COUNTS)
 	python tests/support/reliability.py $(COUNTS) > build/reliability.md && mv build/reliability.md reports/
 
-COUNTED := test_faults test_hostile report/test_ci_gate core/test_manifest
+COUNTED := test_faults test_hostile report/test_ci_gate core/test_manifest web/test_load
 COUNTS := $(COUNTED:%=build/%.json)
 .PHONY: $(COUNTS)
 $(COUNTS): build/%.json:
@@ -137,6 +137,9 @@ bench-embed-gpu: $(VENV)/ready ## time tower, feeds and embed on one GPU and on 
 
 bench-package: $(VENV)/ready ## time a package of each target beside the target itself, on the same arrays
 	python -m benchmarks.package
+
+bench-serve: $(VENV)/ready ## ask `clip-deploy serve` and Triton, in turns, from 1 to 64 clients
+	python -m benchmarks.serve
 
 bench-index: $(VENV)/ready ## search 100,000 made-up vectors by an index and by their parts
 	python -m benchmarks.index

@@ -24,6 +24,7 @@ class Settings:
     benchmark_results: Path = MISSING
     recommendation: Path = MISSING
     served: Path = MISSING
+    serving: Path = MISSING
     vectors: Path = MISSING
     output: Path = MISSING
 
@@ -32,8 +33,9 @@ class Settings:
 def report(settings: Settings) -> None:
     rows = read_rows(settings.targets, settings.validation, settings.benchmark_results)
     flows = read_flows(settings.end_to_end.targets, settings.benchmark_results / "end_to_end")
-    inputs = settings.environment, settings.checkpoint, settings.evaluation, settings.recommendation, settings.served
-    gathered = gather(rows, flows, settings.model_name, settings.data_name, *inputs, settings.vectors)
+    inputs = settings.environment, settings.checkpoint, settings.evaluation, settings.recommendation
+    checked = settings.served, settings.serving, settings.vectors
+    gathered = gather(rows, flows, settings.model_name, settings.data_name, *inputs, *checked)
     write_report(gathered, settings.output)
     counts = f"{len(rows)} targets, {sum(row.status == 'pass' for row in rows)} pass"
     print(f"{settings.output / 'report.md'}: {'; '.join([*doubts(rows), counts])}")

@@ -122,7 +122,7 @@ def test_every_setting_that_no_section_fills_is_given_on_the_command_line(name):
 
 def test_no_measured_result_is_cached():
     """The run cache would replay an old timing as a new one. A target's manifest goes where the target goes."""
-    for name in ("probe", "validate", "benchmark", "end_to_end", "validate_triton", "report"):
+    for name in ("probe", "validate", "benchmark", "end_to_end", "validate_serving", "validate_triton", "report"):
         for out in stage(name)["outs"]:
             assert out == "artifacts/${item}.manifest.json" or next(iter(out.values()))["cache"] is False
 

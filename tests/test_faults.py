@@ -28,7 +28,7 @@ STAGES = [
     "probe", "download", "prepare", "vectors", "export_torchscript@torchscript-fp32", "export_torchscript@torch-int8",
     "export_openvino@openvino-fp32", "export_onnx", "optimize@ort-fp32", "optimize@ort-fp16",
     "quantize@ort-int8-dynamic", "quantize@ort-int8-static", "validate@ort-fp32", "benchmark@ort-fp32", "recommend",
-    "package", "triton_repository", "validate_triton", "report",
+    "package", "triton_repository", "validate_serving", "validate_triton", "report",
 ]  # fmt: skip
 MEASURED = {"benchmark"}  # whose results are never the same twice
 SAME = defaultdict(lambda: "the same files", benchmark="a whole result")

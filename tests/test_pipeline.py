@@ -44,7 +44,8 @@ BUILDS = {
 CONVERTED = {BUILDS[target] for target in OPENVINO}
 FUSED = {BUILDS[target] for target in ("ort-fp32", "ort-fp16")}
 INT8 = {BUILDS[target] for target in ("ort-int8-dynamic", "ort-int8-static")}
-SHIPPED = {"package", "triton_repository", "validate_triton"}  # where timing decides for another target or batch size
+SERVED = {"validate_serving", "validate_triton"}
+SHIPPED = {"package", "triton_repository", *SERVED}  # where timing decides for another target or batch size
 REPORTED = {"recommend", "report"}
 
 
@@ -251,7 +252,7 @@ def stale(project):
     return due(project)
 
 
-MACHINE = {*measured(TARGETS), *REPORTED, "package", "validate_triton"}  # what holds or shows measurements
+MACHINE = {*measured(TARGETS), *REPORTED, "package", *SERVED}  # what holds or shows measurements
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from stages.probe import identity
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")})
 WITHOUT_TORCH = (
     *("probe", "vectors", "optimize", "quantize", "validate", "benchmark", "recommend", "triton_repository"),
-    "report",
+    *("validate_serving", "report"),
 )
 
 
@@ -202,6 +202,11 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
             "benchmark_results=reports/benchmark",
             "output=out/triton",
         ],
+        "validate_serving": [
+            "package=artifacts/package",
+            "evaluation=artifacts/data/evaluation",
+            "output=out/s.json",
+        ],
         "report": [
             "model_name=a",
             "data_name=b",
@@ -212,6 +217,7 @@ def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, na
             "benchmark_results=reports/benchmark",
             "recommendation=reports/recommendation.json",
             "served=reports/triton.json",
+            "serving=reports/serving.json",
             "vectors=reports/vectors.json",
             "output=out",
         ],

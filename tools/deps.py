@@ -39,6 +39,7 @@ OPENED = {
     "benchmark": {"clip_deploy.timing.latency_worker", *RUNTIME_MODULES},
     "end_to_end": {"clip_deploy.runtimes.gpu_preprocessing", *RUNTIME_MODULES},
     "recommend": RUNTIME_MODULES,
+    "validate_serving": {"clip_deploy.__main__", "clip_deploy.commands.serve", *RUNTIME_MODULES},  # the server
     "validate_triton": {"clip_deploy.serving.client", *RUNTIME_MODULES},  # the client in the server's environment
 }
 SERVED = "clip_deploy/serving/models"
@@ -66,6 +67,8 @@ IDLE = {  # stages in which a library decides nothing: it checks what was made, 
     "tokenizers": {"export_torch", "export_torchscript"},
     "ftfy": {"export_torch", "export_torchscript"},
     "torchvision": {"export_torch", "export_torchscript"},
+    "faiss": {"validate_serving"},  # it serves no index
+    "pyarrow": {"validate_serving"},
     "pillow": {  # pictures are read by prepare, and by what depends on all libraries
         *("download", "export_torch", "export_torchscript", "export_aoti", "export_openvino", "export_onnx"),
         *("optimize", "quantize", "build_engine", "triton_engines", "vectors"),

@@ -8,14 +8,12 @@ example: clip-deploy serve artifacts/package --port 8000
 """
 
 import argparse
-from importlib.util import find_spec
 
 from clip_deploy.commands.paths import local_path
-from clip_deploy.core.errors import UnavailableError
 from clip_deploy.inference.classifier import CPU_FEEDS
+from clip_deploy.web.libraries import check_libraries
 from clip_deploy.web.settings import Settings
 
-LIBRARIES = ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
 DEFAULT = Settings()
 
 
@@ -81,8 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Raises DeployError where the settings, a package or the address will not do."""
-    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
-        raise UnavailableError(f"serve needs {', '.join(missing)}: pip install 'clip-deploy[serve]'")
+    check_libraries()
     from clip_deploy.web.server import serve
 
     named = {name: value for name, value in vars(given).items() if name in Settings.__dataclass_fields__}

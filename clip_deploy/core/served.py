@@ -1,4 +1,7 @@
-"""reports/triton.json: what came of holding a running Triton server against the package, for the report."""
+"""What came of holding a running server against the package, for the report.
+
+reports/triton.json is of a Triton server, reports/serving.json of `clip-deploy serve`.
+"""
 
 from dataclasses import dataclass, field
 
@@ -137,3 +140,48 @@ class Served:
     status: str
     reasons: list[str]
     answers: Answers | None = field(default=None, metadata=FLAT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """What came of the requests of one kind that were sent to `clip-deploy serve`.
+
+    Attributes:
+        answered: with the package's own answer; refused: with the status that the request deserves; left: the client
+            hung up by intent. Of each request that is `asked`, one of these, wrong or lost.
+        wrong: an answer that is not the package's, or to what should have been refused.
+        lost: neither answered nor refused as it deserves.
+        cosine_min: of the vectors that came with the package's own; None where none did.
+    """
+
+    kind: str
+    asked: int
+    answered: int
+    refused: int
+    left: int
+    wrong: int
+    lost: int
+    cosine_min: float | None = None
+
+
+@dataclass(frozen=True)
+class HttpAnswers:
+    """What `clip-deploy serve` answered.
+
+    Attributes:
+        clients: at once, one number after the other.
+        min_cosine: below it a vector counts as wrong.
+    """
+
+    clients: list[int]
+    min_cosine: float
+    requests: list[Requests]
+
+
+@dataclass(frozen=True)
+class HttpServed:
+    """reports/serving.json: status is "pass", "fail" or "unavailable", `answers` None where no server came so far."""
+
+    status: str
+    reasons: list[str]
+    answers: HttpAnswers | None = field(default=None, metadata=FLAT)

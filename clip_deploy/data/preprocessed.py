@@ -15,6 +15,7 @@ from tqdm import tqdm
 from clip_deploy.core.errors import DataError
 from clip_deploy.core.json_files import read_json
 from clip_deploy.core.model import Model, as_images
+from clip_deploy.core.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -228,6 +229,15 @@ def load_prepared(folder: Path) -> Prepared:
         manifest=read_json(folder / "manifest.json"),
         images=Images(folder / IMAGES) if (folder / IMAGES).exists() else None,
     )
+
+
+def grey_levels(images: np.ndarray, settings: Preprocessing | None) -> np.ndarray:
+    """uint8 [images, height, width, 3] of what an image tower takes; without settings, that is it already."""
+    if settings is None:
+        return images
+    levels = images.transpose(0, 2, 3, 1) * np.array(settings.image_std) + np.array(settings.image_mean)
+    found: np.ndarray = (levels / settings.rescale_factor).round().clip(0, 255).astype(np.uint8)
+    return found
 
 
 def feeds(inputs: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from clip_deploy.core.model import Finding
 from clip_deploy.core.records import EndToEnd, StoredVectors
-from clip_deploy.core.served import Served
+from clip_deploy.core.served import HttpServed, Served
 from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row
 
@@ -59,7 +59,7 @@ class Report:
         flows: rows.read_flows.
         shipping: recommend.shown; None where nothing was asked for.
         findings: of the checkpoint's check.
-        served: what validate_triton wrote; None where it did not run.
+        served, serving: what validate_triton and validate_serving wrote; None where they did not run.
         vectors: what vectors of fewer dimensions and bits cost a search; None where it was not measured.
     """
 
@@ -71,4 +71,5 @@ class Report:
     shipping: Shipping | None = None
     findings: Sequence[Finding] = ()
     served: Served | None = None
+    serving: HttpServed | None = None
     vectors: StoredVectors | None = None

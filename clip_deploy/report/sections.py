@@ -15,6 +15,7 @@ from clip_deploy.report.figures import accuracy_figure, sensitivity_figure, spee
 from clip_deploy.report.gpu_sections import gpu_duels, gpu_tutorial, gpu_usage
 from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row, best_throughput
+from clip_deploy.report.serving_section import serving_section
 from clip_deploy.report.tables import (
     MISSING,
     _drop,
@@ -591,6 +592,7 @@ SECTIONS: Sequence[Callable[[Report], Section | None]] = (
     gpu_usage,
     gpu_duels,
     gpu_tutorial,
+    serving_section,
     triton_section,
     graph_section,
     fusion_section,

@@ -12,7 +12,7 @@ from clip_deploy.core.model import Model
 from clip_deploy.core.parsing import read_record
 from clip_deploy.core.recommendation import Recommendation
 from clip_deploy.core.records import EndToEnd, StoredVectors
-from clip_deploy.core.served import Served
+from clip_deploy.core.served import HttpServed, Served
 from clip_deploy.report.contents import Report
 from clip_deploy.report.markdown import markdown
 from clip_deploy.report.page import page
@@ -39,6 +39,7 @@ def gather(
     evaluation: Path,
     recommendation: Path,
     served: Path,
+    serving: Path,
     vectors: Path,
 ) -> Report:
     """All that the report says, from the rows, what was timed end to end, and the files of the other stages."""
@@ -53,6 +54,7 @@ def gather(
         shipping=shown(read_record(Recommendation, recommendation, null_is_nan=False), rows),
         findings=model.findings,
         served=read_record(Served, served),
+        serving=read_record(HttpServed, serving),
         vectors=read_record(StoredVectors, vectors),
     )
 

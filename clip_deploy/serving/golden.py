@@ -10,7 +10,7 @@ from clip_deploy.core.images import decode
 from clip_deploy.core.package import DualEncoder, read_labels, read_preprocessing
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.similarity import normalized
-from clip_deploy.data.preprocessed import Prepared, batches
+from clip_deploy.data.preprocessed import Prepared, batches, grey_levels
 from clip_deploy.inference.encoders import PackageEncoder
 from clip_deploy.inference.scores import Scoring
 from clip_deploy.serving.job import stored
@@ -47,15 +47,6 @@ def image_batches(prepared: Prepared, settings: Preprocessing | None, size: int)
         return [np.ascontiguousarray(prepared.pixel_values[rows]) for rows in batches(len(prepared.pixel_values), size)]
     groups = [group[rows] for group in images.by_size() for rows in batches(len(group), size)]
     return [np.stack([images[row] for row in group]) for group in groups]
-
-
-def grey_levels(images: np.ndarray, settings: Preprocessing | None) -> np.ndarray:
-    """uint8 [images, height, width, 3] of what the tower takes."""
-    if settings is None:
-        return images
-    levels = images.transpose(0, 2, 3, 1) * np.array(settings.image_std) + np.array(settings.image_mean)
-    found: np.ndarray = (levels / settings.rescale_factor).round().clip(0, 255).astype(np.uint8)
-    return found
 
 
 def darkened(images: np.ndarray, settings: Preprocessing | None) -> np.ndarray:

@@ -26,7 +26,7 @@ from clip_deploy.core.records import (
     StoredVectors,
     VectorCost,
 )
-from clip_deploy.core.served import Fault, VersionStep
+from clip_deploy.core.served import Fault, HttpAnswers, HttpServed, Requests, VersionStep
 from clip_deploy.report.contents import Figure, Report, Table
 from clip_deploy.report.markdown import markdown
 from clip_deploy.report.page import page
@@ -95,6 +95,11 @@ SHIPPING = Shipping(
 SERVED = records.served(
     versions=[VersionStep("two", ["1", "2"], "2", "", as_expected=True, right=True, sent=40, failed=0, error="")],
     faults=[Fault("noise", "400: a|b", refused=True, survived=True)],
+)
+SERVING = HttpServed(
+    "pass",
+    [],
+    HttpAnswers([1, 4], 0.9999, [Requests(kind="a text", asked=9, answered=9, refused=0, left=0, wrong=0, lost=0)]),
 )
 VECTORS = StoredVectors(
     queries=1684,
@@ -183,6 +188,7 @@ def report_of(targets, folder):
         shipping=SHIPPING,
         findings=[FINDING],
         served=SERVED,
+        serving=SERVING,
         vectors=VECTORS,
     )
 

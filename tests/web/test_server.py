@@ -16,9 +16,9 @@ from support.project import ROOT
 from support.web import encoded, request, serving, vectors, wait_until
 
 from clip_deploy.__main__ import main
-from clip_deploy.commands import serve
 from clip_deploy.core.errors import DataError
 from clip_deploy.inference.classifier import ZeroShotClassifier
+from clip_deploy.web import libraries
 from clip_deploy.web.keys import Keys
 from clip_deploy.web.settings import Settings
 
@@ -209,7 +209,7 @@ def test_the_fast_feed_gives_the_fast_feeds_embeddings(package, tmp_path):
 
 
 def test_a_library_of_the_extra_that_is_missing_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None if name == "uvicorn" else name)
     assert main(["serve"]) == 1
     assert capsys.readouterr().err == "error: serve needs uvicorn: pip install 'clip-deploy[serve]'\n"
 
