@@ -15,13 +15,24 @@ UNREADABLE = 3  # exit code
 def add_package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--package",
-        type=local_path,
-        default=Path("artifacts/package"),
+        type=_package,
+        default="artifacts/package",
         help="the folder that `dvc repro` or `clip-deploy package` wrote; default: %(default)s",
     )
     parser.add_argument("--device", help="cpu or cuda; default: the one that the package was made for")
     parser.add_argument("--threads", type=int, help="of each tower; default: its runtime's choice")
     parser.add_argument("--cache", type=local_path, help="a folder in which embeddings of texts are kept")
+
+
+def _package(text: str) -> Path:
+    """A type of argparse's, of the default too. Raises DataError where nothing is there."""
+    folder = local_path(text)
+    if not folder.exists():
+        raise DataError(
+            f"there is no package {folder}: give its folder, which `dvc repro` or `clip-deploy package` wrote, with "
+            "--package"
+        )
+    return folder
 
 
 def open_package(given: argparse.Namespace, **options: Any) -> ZeroShotClassifier:

@@ -75,13 +75,13 @@ class ZeroShotClassifier:
         self.fingerprint = package.fingerprint()
         self.preprocessor = read_preprocessing(folder)
         self.fast = FastPreprocessing(self._settings()) if feed == "fast" else None
-        self.gpu = GpuFeed(self._settings(), self.prepare) if feed == "gpu" else None
         self.tokenizer = Tokenizer(
             folder / "tokenizer.json", encoder.context_length, encoder.pad_to_context, encoder.pad_token
         )
         of_texts = package.fingerprint("text")
         self.cache = TextCache(of_texts, encoder.dimension, cache_size, cache_folder)
         self.encoder = PackageEncoder(folder, encoder, device, threads, allow_spinning=allow_spinning)
+        self.gpu = GpuFeed(self._settings(), self.prepare) if feed == "gpu" else None
 
     @classmethod
     def open(
@@ -127,7 +127,9 @@ class ZeroShotClassifier:
         if feed not in FEEDS:
             raise DeployError(f"feed is {feed!r}: accepted are {', '.join(FEEDS)}")
         if feed == "gpu" and chosen != "cuda":
-            raise DeployError("feed is 'gpu', and the package is opened on cpu: give the device cuda, or another feed")
+            raise DeployError(
+                "feed is 'gpu', and the package is opened on cpu: give the device cuda (--device cuda), or another feed"
+            )
         if threads is not None and threads < 1:
             raise DeployError(f"threads is {threads}: give 1 or more, or nothing for the runtime's default")
         sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None

@@ -137,7 +137,9 @@ def open_gpu_preprocessing(settings: "Preprocessing") -> GpuPreprocessing:
     try:
         module = importlib.import_module("clip_deploy.runtimes.gpu_preprocessing")
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"the feed gpu needs {error.name}: it comes with PyTorch for CUDA") from error
+        raise UnavailableError(
+            f"the feed gpu needs the library {error.name}, which comes with PyTorch for CUDA: see pytorch.org"
+        ) from error
     found: GpuPreprocessing = module.GpuPreprocessing(settings)
     return found
 
