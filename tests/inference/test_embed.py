@@ -576,7 +576,7 @@ def test_the_commands_fail_in_one_line(package, tmp_path, monkeypatch, capsys, w
 
 @pytest.mark.parametrize(
     ("folder", "fault"),
-    [("none", "it does not exist"), ("note.txt", "it is a file"), ("empty", "it has no manifest.json")],
+    [("note.txt", "it is a file"), ("empty", "it has no manifest.json")],
 )
 def test_what_is_no_package_is_named_with_what_is_one(folder, fault, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
@@ -587,6 +587,14 @@ def test_what_is_no_package_is_named_with_what_is_one(folder, fault, tmp_path, m
         f"error: {folder} is no package ({fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, as "
         "artifacts/package\n"
     )
+
+
+def test_a_package_that_is_not_there_is_named_with_the_option_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = "give its folder, which `dvc repro` or `clip-deploy package` wrote, with --package\n"
+    for given, folder in (([], "artifacts/package"), (["--package", "none"], "none")):
+        assert main(["predict", "a.png", "a cat", *given]) == 1
+        assert capsys.readouterr().err == f"error: there is no package {folder}: {said}"
 
 
 def test_a_parts_metadata_is_json(classifier, folder, tmp_path):
