@@ -4,16 +4,19 @@ A page of the internet may have its own name resolve to 127.0.0.1, and is then, 
 server (DNS rebinding). What tells it apart is that name, which the browser sends.
 """
 
+import re
 from collections.abc import Sequence
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from clip_deploy.core.errors import DataError
 from clip_deploy.web.errors import RequestError
 from clip_deploy.web.responses import refused
 
 LOCAL = "localhost"
+HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*", re.IGNORECASE)
 
 
 class NamedHosts:
@@ -37,6 +40,16 @@ class NamedHosts:
         except ValueError:
             return False
         return name == "" or name in self.names or name.endswith(f".{LOCAL}") or is_address(name)
+
+
+def check_hosts(option: str, names: Sequence[str]) -> None:
+    """Raise DataError where one is no host's name or address, and would therefore never match."""
+    for name in names:
+        if not is_address(name) and not HOST.fullmatch(name):
+            raise DataError(
+                f"{option} {name!r} is no name of a host: give the name alone, as images.example.com, without scheme, "
+                "port or path"
+            )
 
 
 def is_address(name: str) -> bool:

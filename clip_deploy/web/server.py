@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.subprocesses import die_with_parent
-from clip_deploy.web.hosts import NamedHosts, is_local
+from clip_deploy.web.hosts import NamedHosts, check_hosts, is_local
 from clip_deploy.web.keys import warn_if_readable
 from clip_deploy.web.settings import Settings
 
@@ -31,8 +31,10 @@ RESTART_S = 1  # before a worker is replaced: one may die each time that it begi
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or Ctrl-C, and return the exit code.
 
-    Raises DeployError where the address is taken, or as create_app does.
+    Raises DeployError where the address is taken or a host's name is none, or as create_app does.
     """
+    check_hosts("--allow-host", settings.allow_hosts)
+    check_hosts("--allow-image-host", settings.image_hosts)
     _warn(settings)
     listening = _bind(settings)
     if settings.workers > 1:
@@ -130,9 +132,10 @@ def _bind(settings: Settings) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.set_inheritable(True)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # of a name with an empty or too long part it is UnicodeError
+        said = error.strerror if isinstance(error, OSError) else error
         raise DeployError(
-            f"cannot listen at {settings.host} port {settings.port} ({error.strerror}): give another --host or --port"
+            f"cannot listen at {settings.host} port {settings.port} ({said}): give another --host or --port"
         ) from error
     return listening
 

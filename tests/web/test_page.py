@@ -261,7 +261,7 @@ def test_a_server_that_is_gone_is_told(package, folder, chromium):
 
 
 def test_a_key_is_asked_for_where_one_is_needed_and_kept_in_memory_alone(package, folder, chromium, tmp_path):
-    (tmp_path / "keys").write_text("right")
+    (tmp_path / "keys").write_text("right-key")
     (tmp_path / "keys").chmod(0o600)
     arguments = "--index", folder / "parts", "--images", folder / "images", "--api-key-file", tmp_path / "keys"
     with serving(package, *arguments) as server:
@@ -272,7 +272,7 @@ def test_a_key_is_asked_for_where_one_is_needed_and_kept_in_memory_alone(package
             browser.write("#key", key)
             browser.press("Enter", **ENTER)
             browser.wait(f"document.querySelector('#failed').innerText.startsWith({json.dumps(said)})")
-        browser.write("#key", "right")
+        browser.write("#key", "right-key")
         browser.click("#keys button")
         browser.wait("!document.querySelector('#all').hidden && document.querySelector('#keys').hidden")
         browser.write("#query", TEXT)

@@ -179,9 +179,9 @@ def test_without_an_index_there_is_no_search_and_the_page_is_there(package):
 
 def test_a_search_and_its_pictures_need_the_key(package, folder, tmp_path):
     keys = tmp_path / "keys"
-    keys.write_text("right")
+    keys.write_text("right-key")
     keys.chmod(0o600)
-    given = {"authorization": "Bearer right"}
+    given = {"authorization": "Bearer right-key"}
     with serving(package, "--index", folder / "parts", "--images", folder / "images", "--api-key-file", keys) as server:
         assert server.post("/v1/search", {"text": TEXT})[0] == 401
         _, answer = server.post("/v1/search", {"text": TEXT}, **given)
