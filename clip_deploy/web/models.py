@@ -31,6 +31,7 @@ from clip_deploy.web.settings import Settings
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 VERSION = 12  # digits of a fingerprint
 CACHED_TEXTS = 16_384
+SHRINK = "shrink it; --max-megapixels of the server is the limit"
 TITLE = re.compile(r"(?P<name>[^:\s]+)(:(?P<version>[^:\s]+))?")  # of NAME:VERSION=FOLDER
 
 
@@ -172,7 +173,14 @@ class Served:
         except RequestError as refusal:
             return refusal
         image = self.classifier.prepare(Encoded(lambda: content, picture.param, None, FORMATS))
-        return bad(str(image), picture.param, "invalid_image") if isinstance(image, DataError) else image
+        return bad(_told(image), picture.param, "invalid_image") if isinstance(image, DataError) else image
+
+
+def _told(error: DataError) -> str:
+    """What is wrong with an image, as a client is told: the most pixels are an option of the server, not Pillow's."""
+    if isinstance(error.__cause__, Image.DecompressionBombError):
+        return f"{str(error).partition(' ')[0]} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: {SHRINK}"
+    return str(error).replace("shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS", SHRINK)
 
 
 async def _both(first: Any, second: Any) -> Any:
