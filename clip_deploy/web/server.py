@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import connection
 from types import FrameType
@@ -41,9 +42,8 @@ def serve(settings: Settings) -> int:
         return _serve_many(settings, listening)
     from clip_deploy.web.app import create_app
 
-    app = create_app(settings)
-    print(f"serving {_names(app)} at {_address(listening)}", flush=True)
-    _run(settings, app, listening)
+    app, address = create_app(settings), _address(listening)
+    _run(settings, app, listening, lambda served: _announce(served, settings, address))
     return 0
 
 
@@ -64,23 +64,43 @@ def uvicorn_config(settings: Settings, app: Starlette) -> uvicorn.Config:
     )
 
 
-def _run(settings: Settings, app: Starlette, listening: socket.socket) -> None:
+class Announced(uvicorn.Server):
+    """A server that says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.announce()
+
+
+def _run(settings: Settings, app: Starlette, listening: socket.socket, announce: Callable[[str], None]) -> None:
+    """Serve until a signal; `announce` is given what is served, once it answers."""
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it stopped, for a code of 143
-    uvicorn.Server(uvicorn_config(settings, app)).run([listening])
+    Announced(uvicorn_config(settings, app), lambda: announce(_served(app))).run([listening])
+
+
+def _announce(served: str, settings: Settings, address: str) -> None:
+    workers = f" with {settings.workers} workers" if settings.workers > 1 else ""
+    print(f"serving {served}{workers} at {address}", flush=True)
 
 
 def _serve_many(settings: Settings, listening: socket.socket) -> int:
     """Workers of one parent, which replaces one that dies and takes them along when it ends."""
     with tempfile.TemporaryDirectory(prefix="clip-deploy-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        print(f"serving with {settings.workers} workers at {_address(listening)}", flush=True)
-        start = partial(multiprocessing.get_context("spawn").Process, target=_work, args=(settings, listening))
+        address = _address(listening)
+        told, tell = multiprocessing.Pipe(duplex=False)  # what a worker serves, or None once they are to stop
+        start = partial(multiprocessing.get_context("spawn").Process, target=_work, args=(settings, listening, tell))
         workers = [start() for _ in range(settings.workers)]
-        is_stopping = False
+        is_stopping = is_announced = False
 
         def stop(number: int, frame: FrameType | None) -> None:
             nonlocal is_stopping
             is_stopping = True
+            tell.send(None)
             for worker in workers:
                 if worker.is_alive():
                     worker.terminate()
@@ -91,7 +111,14 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
             worker.start()
         has_failed = False
         while workers:
-            ended = connection.wait([worker.sentinel for worker in workers])
+            ended = connection.wait([told, *(worker.sentinel for worker in workers)])
+            if told in ended:
+                served = told.recv()
+                if served is None:  # else what comes after the workers stopped to accept is reset, and not refused
+                    listening.close()
+                elif not is_announced:
+                    is_announced = True
+                    _announce(served, settings, address)
             for worker in [worker for worker in workers if worker.sentinel in ended]:
                 worker.join()
                 workers.remove(worker)
@@ -108,7 +135,7 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
         return 1 if has_failed else 0
 
 
-def _work(settings: Settings, listening: socket.socket) -> None:
+def _work(settings: Settings, listening: socket.socket, tell: "connection.Connection[str | None, str | None]") -> None:
     """A worker. One whose package does not open would not open it the next time either."""
     die_with_parent()
     parent = multiprocessing.parent_process()
@@ -122,7 +149,7 @@ def _work(settings: Settings, listening: socket.socket) -> None:
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(FAILED)
-    _run(settings, app, listening)
+    _run(settings, app, listening, tell.send)
 
 
 def _bind(settings: Settings) -> socket.socket:
@@ -156,5 +183,8 @@ def _address(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _names(app: Starlette) -> str:
-    return ", ".join(f"{served.id} ({served.classifier.package.summary()})" for served in app.state.api.models.served)
+def _served(app: Starlette) -> str:
+    """The packages, and the index."""
+    api = app.state.api
+    names = ", ".join(f"{served.id} ({served.classifier.package.summary()})" for served in api.models.served)
+    return f"{names}, and a search of {api.searched.rows:,} images," if api.searched else names

@@ -2,16 +2,20 @@ import base64
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
+from starlette.applications import Starlette
 from support.fast_feed import need_fast_feed
 from support.project import ROOT
 from support.web import encoded, request, serving, vectors, wait_until
@@ -22,6 +26,7 @@ from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web import libraries
 from clip_deploy.web.keys import Keys, warn_if_readable
 from clip_deploy.web.models import _no_package
+from clip_deploy.web.server import Announced
 from clip_deploy.web.settings import Settings
 
 READY = b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -142,6 +147,39 @@ def test_sigterm_lets_requests_finish_and_says_that_it_is_not_ready(package, cla
         assert server.process.stderr.read() == ""
 
 
+def test_after_the_workers_stopped_to_accept_a_connection_is_refused(package):
+    with serving(package, "--workers", 2, drain_s="0.5") as server:
+        content = request("/v1/embeddings", {"input": "a"})
+        with server.send(content[:-1]) as running:
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: is_refused(server))
+            running.sendall(content[-1:])
+            assert running.recv(100).startswith(b"HTTP/1.1 200 ")
+        assert server.process.wait(20) == 0
+        assert server.process.stderr.read() == ""
+
+
+def is_refused(server):
+    try:
+        socket.create_connection((server.host, int(server.port))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_a_server_says_where_it_is_once_it_answers():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+
+        def announce():
+            assert not is_refused(SimpleNamespace(host="127.0.0.1", port=listening.getsockname()[1]))
+            running.should_exit = True
+
+        running = Announced(uvicorn.Config(Starlette(), log_level="warning"), announce)
+        running.run([listening])
+    assert running.should_exit
+
+
 def accepts(server):
     try:
         return server.is_ready() or server.get("/health/live")[0] == 200
@@ -167,6 +205,8 @@ def test_workers_share_a_port_one_that_dies_is_replaced_and_all_end_with_their_p
         for _ in range(20):
             assert np.abs(server.embed(input=[item]) - expected).max() < 1e-3
         assert server.metric('clip_requests_total{route="/v1/embeddings",status="200"}') == 20
+        name = classifier.package.origin.run.model
+        assert re.fullmatch(rf"serving {name}:\w+ \(.*\) with 2 workers at {server.url}\n", server.said)
         before = workers(server)
         os.kill(before[0], signal.SIGKILL)
         wait_until(lambda: len(after := workers(server)) == 2 and before[0] not in after)
