@@ -249,6 +249,43 @@ def test_what_goes_wrong_is_a_sentence_and_what_is_right_again_ends_it(opened, f
     assert opened.console.pop().startswith("Failed to load resource")  # the browser's own word on a 400
 
 
+def count(browser, selector):
+    return browser.get(f"document.querySelectorAll({json.dumps(selector)}).length")
+
+
+def test_an_answer_goes_when_another_request_fails_or_the_picture_changes(opened, folder):
+    opened.drop("#drop", folder / "images/00.png")
+    answers(opened, SHOWN)
+    assert text(opened, "#rest")
+    opened.write("#labels", "star")
+    opened.write("#template", "a photo")
+    opened.press("Enter", **ENTER)
+    opened.wait("document.querySelector('#classify-error').innerText")
+    assert (count(opened, "#answers li"), text(opened, "#rest")) == (0, "")
+    opened.write("#template", "{}")
+    opened.press("Enter", **ENTER)
+    answers(opened, 1)
+    opened.click("#alike")
+    found(opened, 24)
+    opened.get("(window.fetch = () => new Promise(() => {}), 0)")
+    opened.drop("#drop", folder / "images/01.png")
+    opened.wait("document.querySelectorAll('#answers li, #found li').length === 0")
+    assert opened.console.pop().startswith("Failed to load resource")  # the browser's own word on a 400
+
+
+def test_what_was_found_goes_when_another_search_fails_and_stays_when_it_was_a_text(opened, folder):
+    opened.write("#query", TEXT)
+    opened.press("Enter", **ENTER)
+    found(opened, 24)
+    opened.drop("#drop", folder / "images/01.png")
+    answers(opened, SHOWN)
+    assert count(opened, "#found li") == 24
+    opened.write("#query", "")
+    opened.press("Enter", **ENTER)
+    opened.wait("document.querySelector('#search-error').innerText")
+    assert count(opened, "#found li") == 0
+
+
 def test_a_server_that_is_gone_is_told(package, folder, chromium):
     with serving(package) as server:
         browser = begin(chromium, server)
