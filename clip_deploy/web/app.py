@@ -13,18 +13,21 @@ from typing import Any
 import numpy as np
 import orjson
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from clip_deploy.core.errors import DataError
 from clip_deploy.core.vectors import check_width, cut
 from clip_deploy.web.api import Text, parse_embeddings, parse_json, parse_rank, parse_search, parse_zero_shot
 from clip_deploy.web.errors import RequestError, bad
 from clip_deploy.web.fetch import Fetcher
+from clip_deploy.web.guard import ClientLeftError, Guard
 from clip_deploy.web.keys import Keys
-from clip_deploy.web.metrics import CONTENT_TYPE, Metrics
+from clip_deploy.web.metrics import CONTENT_TYPE, Metrics, RouteMetrics
 from clip_deploy.web.models import Models, base64_of
 from clip_deploy.web.openapi import DOCS, OPENAPI
 from clip_deploy.web.page import page
@@ -124,52 +127,44 @@ class Api:
         content = await self.searched.picture(request.path_params["version"], request.path_params["row"])
         return Response(content, headers=PICTURE, media_type="image/jpeg")
 
-    def route(self, path: str, answer: Answer) -> Route:
-        """A POST of JSON."""
-
-        async def endpoint(request: Request) -> Response:
-            start = perf_counter()
-            response = await self._answered(request, path, answer)
-            if self.is_draining:
-                response.headers["connection"] = "close"
-            self.metrics.observe(path, response.status_code, perf_counter() - start)
-            return response
-
-        return Route(path, endpoint, methods=["POST"])
-
-    async def _answered(self, request: Request, path: str, answer: Answer) -> Response:
+    async def answered(self, headers: Headers, receive: Receive, post: "Post") -> Response:
+        """To a POST, or why there is none."""
         body: bytes | None = None
         try:
-            self.keys.check(request.headers)
-            _check_type(request)
+            self.keys.check(headers)
+            _check_type(headers)
             start = perf_counter()
-            async with _within(self.settings.timeout_s, 408, "the body did not come in time"):
-                body = await self._read(request)
-            self.metrics.read.labels(path).observe(perf_counter() - start)
-            late = 503, "the answer took too long: try again", RETRY_S
-            async with _within(self.settings.timeout_s, *late), _while_connected(request):
-                return answered(await answer(parse_json(body)))
+            with Guard(receive) as guard:
+                guard.allow(self.settings.timeout_s, _late_body)
+                body = await self._read(headers, receive)
+                post.metrics.read.observe(perf_counter() - start)
+                guard.allow_watched(self.settings.timeout_s, _late_answer)
+                return answered(await post.answer(parse_json(body)))
         except RequestError as refusal:
             return refused(refusal)
         except DataError as error:
             return refused(bad(str(error)))
-        except (ClientLeftError, ClientDisconnect):
+        except ClientLeftError:
             return Response(status_code=LEFT)
         except Exception:
-            logger.exception("%s failed", path)
+            logger.exception("%s failed", post.path)
             return refused(RequestError(500, "the server failed, and its log says why"))
         finally:
             self.held -= len(body or b"")
 
-    async def _read(self, request: Request) -> bytes:
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
         """The body. Raises RequestError where it is too large, or too much is held."""
         most = self.settings.max_body
-        if int(request.headers.get("content-length", 0)) > most:
+        if int(headers.get("content-length", 0)) > most:
             raise _too_large(most)
         chunks: list[bytes] = []
-        size = 0
+        size, is_whole = 0, False
         try:
-            async for chunk in request.stream():
+            while not is_whole:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeftError
+                chunk, is_whole = message.get("body", b""), not message.get("more_body", False)
                 size += len(chunk)
                 self.held += len(chunk)
                 if size > most:
@@ -211,50 +206,38 @@ class Api:
         return Response(text, media_type=CONTENT_TYPE)
 
 
-class ClientLeftError(Exception):
-    """Nobody is there to read the answer."""
+class Post:
+    """A POST of JSON, as an ASGI application."""
+
+    def __init__(self, api: Api, path: str, answer: Answer) -> None:
+        self.api, self.path, self.answer = api, path, answer
+        self.metrics = RouteMetrics(api.metrics, path)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = perf_counter()
+        response = await self.api.answered(Headers(scope=scope), receive, self)
+        if self.api.is_draining:
+            response.headers["connection"] = "close"
+        self.metrics.observe(response.status_code, perf_counter() - start)
+        await response(scope, receive, send)
 
 
-@asynccontextmanager
-async def _within(seconds: float, status: int, message: str, retry_after_s: int | None = None) -> AsyncIterator[None]:
-    """Raise RequestError where what is within takes longer."""
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        raise RequestError(status, message, retry_after_s=retry_after_s) from None
+class App(Starlette):
+    """Its POSTs do without the router and its middleware, which would cost as much as all else on the event loop.
+
+    Attributes:
+        posts: by path; the routes have them too, for what is no POST.
+    """
+
+    posts: dict[str, Post]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        post = self.posts.get(scope["path"]) if is_post else None
+        await (post or super().__call__)(scope, receive, send)
 
 
-@asynccontextmanager
-async def _while_connected(request: Request) -> AsyncIterator[None]:
-    """Cancel what is within when the client leaves, and raise ClientLeftError."""
-    task, is_within, has_left = asyncio.current_task(), True, False
-
-    def leave(watch: "asyncio.Task[None]") -> None:
-        nonlocal has_left
-        if is_within and task and not watch.cancelled():
-            has_left = True
-            task.cancel()
-
-    watch = asyncio.get_running_loop().create_task(_disconnect(request))
-    watch.add_done_callback(leave)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not has_left or (task and task.uncancel()):
-            raise
-        raise ClientLeftError from None
-    finally:
-        is_within = False
-        watch.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def create_app(settings: Settings) -> Starlette:
+def create_app(settings: Settings) -> App:
     """Open the packages and make the application.
 
     Raises DeployError as Models, Searched and Keys do.
@@ -273,11 +256,14 @@ def create_app(settings: Settings) -> Starlette:
         if searched:
             searched.close()
 
+    posts = [
+        Post(api, "/v1/embeddings", api.embeddings),
+        Post(api, "/v1/zero-shot", api.zero_shot),
+        Post(api, "/v1/rank", api.rank),
+        Post(api, "/v1/search", api.search),
+    ]
     routes = [
-        api.route("/v1/embeddings", api.embeddings),
-        api.route("/v1/zero-shot", api.zero_shot),
-        api.route("/v1/rank", api.rank),
-        api.route("/v1/search", api.search),
+        *[Route(post.path, post, methods=["POST"]) for post in posts],
         Route(ADDRESS, _locked(keys, api.picture)),
         Route("/v1/models", _locked(keys, api.list_models)),
         Route("/", page),
@@ -288,7 +274,8 @@ def create_app(settings: Settings) -> Starlette:
         Route("/docs", _fixed(DOCS.encode(), HTMLResponse.media_type)),
     ]
     handlers = {RequestError: _on_refusal, HTTPException: _on_http_error, Exception: _on_error}
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]
+    app = App(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]
+    app.posts = {post.path: post for post in posts}
     app.state.api = api
     return app
 
@@ -348,9 +335,17 @@ def _fixed(content: bytes, media_type: str | None) -> Callable[[Request], Awaita
     return endpoint
 
 
-def _check_type(request: Request) -> None:
+def _late_body() -> RequestError:
+    return RequestError(408, "the body did not come in time")
+
+
+def _late_answer() -> RequestError:
+    return RequestError(503, "the answer took too long: try again", retry_after_s=RETRY_S)
+
+
+def _check_type(headers: Headers) -> None:
     """A page of another origin can send a form or plain text without being asked, but no JSON."""
-    given = request.headers.get("content-type", "")
+    given = headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() != JSON:
         raise RequestError(415, f"content-type is {given!r:.80}: send {JSON}")
 

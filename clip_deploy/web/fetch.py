@@ -47,6 +47,9 @@ class Fetcher:
         Raises RequestError where one is not to be fetched or does not come, or too much is held.
         """
         urls = [item for item in items if isinstance(item, Picture) and is_url(item.source)]
+        if not urls:  # to gather nothing takes a turn of the event loop
+            yield list(items)
+            return
         for picture in urls:
             self._check(picture)
         budget = Budget(self)

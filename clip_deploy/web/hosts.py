@@ -6,6 +6,7 @@ server (DNS rebinding). What tells it apart is that name, which the browser send
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -24,11 +25,12 @@ class NamedHosts:
 
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
         self.app, self.names = app, {name.lower() for name in names} | {LOCAL}
+        self.is_known = lru_cache(maxsize=64)(self._is_known)  # a client always sends the same name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-            if not self._is_known(host):
+            if not self.is_known(host):
                 said = f"{host[:100]!r} is no name of this server: ask it by its address, or give it --allow-host"
                 await refused(RequestError(421, said, None, "unknown_host"))(scope, receive, send)
                 return

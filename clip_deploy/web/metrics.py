@@ -34,6 +34,22 @@ class TowerMetrics:
         self.encode.observe(encode_s)
 
 
+class RouteMetrics:
+    """Those of one route. Labels are looked up once: it would take as long as to count."""
+
+    def __init__(self, metrics: "Metrics", route: str) -> None:
+        self.route, self.requests = route, metrics.requests
+        self.latency, self.read = metrics.latency.labels(route), metrics.read.labels(route)
+        self.by_status: dict[int, Counter] = {}
+
+    def observe(self, status: int, seconds: float) -> None:
+        """A request was answered."""
+        if status not in self.by_status:
+            self.by_status[status] = self.requests.labels(self.route, str(status))
+        self.by_status[status].inc()
+        self.latency.observe(seconds)
+
+
 class Metrics:
     """All that is counted, in a registry of its own."""
 
@@ -80,11 +96,6 @@ class Metrics:
             registry=self.registry,
             multiprocess_mode="livemax",
         )
-
-    def observe(self, route: str, status: int, seconds: float) -> None:
-        """A request was answered."""
-        self.requests.labels(route, str(status)).inc()
-        self.latency.labels(route).observe(seconds)
 
     def text(self) -> bytes:
         """All numbers, of all workers, as Prometheus reads them."""

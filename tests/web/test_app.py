@@ -320,6 +320,8 @@ def test_other_paths_and_methods_are_refused(server):
     status, headers, found = server.get("/v1/embeddings")
     assert (status, headers["allow"]) == (405, "POST")
     assert found["error"]["message"].startswith("GET /v1/embeddings: method not allowed")
+    assert server.post("/v1/models", {})[0] == 405
+    assert server.ask("OPTIONS", "/v1/rank")[0] == 405
 
 
 def test_a_chunked_body_is_read_and_bounded(server, classifier):

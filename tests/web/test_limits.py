@@ -122,6 +122,16 @@ def test_a_client_that_leaves_frees_what_waits(held, pool):
         assert busy.server.metric('clip_requests_total{route="/v1/embeddings",status="499"}') == 1
 
 
+def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(held):
+    with held() as busy:
+        content = request("/v1/embeddings", {"input": ["left", "behind"]})
+        with busy.server.send(content[:-5]):
+            wait_until(lambda: busy.api.held)
+        wait_until(lambda: busy.server.metric('clip_requests_total{route="/v1/embeddings",status="499"}') == 1)
+        assert busy.api.held == 0
+        assert not busy.batches
+
+
 def test_an_answer_that_takes_too_long_is_given_up(held, pool):
     with held(timeout_s=1) as busy:
         status, headers, found = busy.server.ask(
