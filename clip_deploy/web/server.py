@@ -14,15 +14,18 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing import connection
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
-from starlette.applications import Starlette
 
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.web.hosts import NamedHosts, check_hosts, is_local
 from clip_deploy.web.keys import warn_if_readable
 from clip_deploy.web.settings import Settings
+
+if TYPE_CHECKING:
+    from clip_deploy.web.app import App
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they hang up first
 FAILED = 3  # exit code of a worker that cannot begin
@@ -47,11 +50,11 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def uvicorn_config(settings: Settings, app: Starlette) -> uvicorn.Config:
+def uvicorn_config(settings: Settings, app: "App") -> uvicorn.Config:
     from clip_deploy.web.protocol import BoundedProtocol
 
     return uvicorn.Config(
-        NamedHosts(app, settings.allow_hosts) if is_local(settings.host) else app,
+        NamedHosts(app, settings.allow_hosts, app.observe) if is_local(settings.host) else app,
         http=BoundedProtocol,
         ws="none",
         lifespan="on",
@@ -76,10 +79,12 @@ class Announced(uvicorn.Server):
         self.announce()
 
 
-def _run(settings: Settings, app: Starlette, listening: socket.socket, announce: Callable[[str], None]) -> None:
+def _run(settings: Settings, app: "App", listening: socket.socket, announce: Callable[[str], None]) -> None:
     """Serve until a signal; `announce` is given what is served, once it answers."""
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it stopped, for a code of 143
-    Announced(uvicorn_config(settings, app), lambda: announce(_served(app))).run([listening])
+    server = Announced(uvicorn_config(settings, app), lambda: announce(_served(app)))
+    # Before it runs, and after: uvicorn raises the signal again once it stopped, for a code of 143.
+    signal.signal(signal.SIGTERM, server.handle_exit)
+    server.run([listening])
 
 
 def _announce(served: str, settings: Settings, address: str) -> None:
@@ -109,6 +114,8 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
             signal.signal(number, stop)
         for worker in workers:
             worker.start()
+        if is_stopping:  # the signal came before all of them were there
+            stop(signal.SIGTERM, None)
         has_failed = False
         while workers:
             ended = connection.wait([told, *(worker.sentinel for worker in workers)])
@@ -183,7 +190,7 @@ def _address(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _served(app: Starlette) -> str:
+def _served(app: "App") -> str:
     """The packages, and the index."""
     api = app.state.api
     names = ", ".join(f"{served.id} ({served.classifier.package.summary()})" for served in api.models.served)

@@ -1,4 +1,5 @@
 import base64
+import gzip
 import json
 from io import BytesIO
 
@@ -73,6 +74,13 @@ def test_openais_client_raises_its_own_errors(client, model):
     with pytest.raises(openai.BadRequestError, match="token arrays are not accepted") as caught:
         client.embeddings.create(model=model, input=[1, 2, 3])
     assert caught.value.param == "input"
+
+
+def test_openais_client_retrieves_a_model(client, model):
+    name = model.partition(":")[0]
+    assert client.models.retrieve(model).id == client.models.retrieve(name).id == model
+    with pytest.raises(openai.NotFoundError, match="model 'another' is not served"):
+        client.models.retrieve("another")
 
 
 DATA_URI = f"data:image/png;base64,{PNGS[0]}"
@@ -157,6 +165,21 @@ def test_documents_are_ranked_by_their_cosine(server, classifier, query):
     assert few["results"] == found["results"][:2]
 
 
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank"])
+def test_rerank_is_rank_by_the_name_that_clients_know(server, path):
+    given = [TEXTS[1], {"text": TEXTS[2]}, {"image": PNGS[0]}]
+    body = {"query": TEXTS[0], "documents": given, "model": None}
+    plain = server.post("/v1/rank", body)[1]["results"]
+    status, found = server.post(path, {**body, "top_n": 2, "return_documents": True})
+    assert status == 200
+    assert found["results"] == [
+        {**result, "document": {"text": TEXTS[1]} if result["index"] == 0 else given[result["index"]]}
+        for result in plain[:2]
+    ]
+    assert server.post(path, {**body, "return_documents": False})[1]["results"] == plain
+    assert not any("document" in result for result in plain)
+
+
 def test_models_health_and_documentation_are_told(server, classifier):
     status, _, found = server.get("/v1/models")
     assert status == 200
@@ -167,7 +190,12 @@ def test_models_health_and_documentation_are_told(server, classifier):
     assert server.get("/health/ready")[2] == {"status": "ready"}
     paths = server.get("/openapi.json")[2]["paths"]
     assert {"/v1/embeddings", "/v1/zero-shot", "/v1/rank"} < set(paths)
-    page = server.get("/docs")[2]
+    _, headers, page = server.ask("GET", "/docs")
+    assert headers["content-security-policy"].startswith("default-src 'none'; style-src 'sha256-")
+    for field in ("embedding_type", "normalized", "return_documents", "at most 1,000, default 10", "at most 256"):
+        assert field in page
+    assert "text or list" not in page
+    assert all(f"<td>{status}<td>" in page for status in (405, 421))
     assert all(path in page for path in paths)
     assert "src=" not in page
     assert "http" not in page.replace("https URL", "")
@@ -186,6 +214,28 @@ def test_what_happens_is_counted(server, model):
         assert server.metric(f'clip_stage_seconds_count{{model="{model}",stage="{stage}",tower="vision"}}') > 0
     assert server.metric(f'clip_queue_rows{{model="{model}",tower="text"}}') == 0
     assert 'clip_model_info{fingerprint="' in server.get("/metrics")[2]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "host", "route", "status"),
+    [
+        ("GET", "/v1/models", "localhost", "/v1/models", 200),
+        ("GET", "/v1/models/none", "localhost", "/v1/models/{model:path}", 404),
+        ("GET", "/v1/pictures/0/1", "localhost", "/v1/pictures/{version}/{row:int}", 404),
+        ("GET", "/metrics", "localhost", "/metrics", 200),
+        ("GET", "/v1/rank", "localhost", "/v1/rank", 405),
+        ("POST", "/v1/models", "localhost", "/v1/models", 405),
+        ("GET", "/nowhere/1", "localhost", "other", 404),
+        ("POST", "/nowhere/2", "localhost", "other", 404),
+        ("GET", "/v1/models", "a.example.com", "other", 421),
+    ],
+)
+def test_requests_of_every_kind_are_counted_by_their_route(server, method, path, host, route, status):
+    name = f'clip_requests_total{{route="{route}",status="{status}"}}'
+    before = server.metric(name)
+    assert server.ask(method, path, headers={"host": host})[0] == status
+    assert server.metric(name) - before == (2 if path == "/metrics" else 1)
+    assert "nowhere" not in server.get("/metrics")[2]
 
 
 def bomb(side):
@@ -303,6 +353,13 @@ def test_other_content_types_are_refused_since_any_page_may_send_them(server, ki
     assert (status, found["error"]["code"]) == (415, "unsupported_media_type")
 
 
+def test_a_compressed_body_is_refused(server):
+    body = gzip.compress(b'{"input": "a"}')
+    status, found = server.post("/v1/embeddings", body, **{"content-encoding": "gzip"})
+    assert (status, found["error"]["message"][:39]) == (415, "content-encoding gzip is not accepted: ")
+    assert server.post("/v1/embeddings", {"input": "a"}, **{"content-encoding": "identity"})[0] == 200
+
+
 @pytest.mark.parametrize("host", ["evil.example.com", "localhost.evil.com", "127.0.0.1.evil.com:80", "[", "a b"])
 def test_a_page_whose_name_leads_here_is_refused(server, host):
     """DNS rebinding: for the browser such a page is of one origin with the server."""
@@ -317,6 +374,9 @@ def test_addresses_and_localhost_are_names_of_this_machine(server, host):
 
 def test_other_paths_and_methods_are_refused(server):
     assert server.post("/v1/nothing", {})[0] == 404
+    for path in ("/v1/models/", "/health/live/", "/v1/rank/"):
+        status, _, found = server.get(path)
+        assert (status, found["error"]["type"]) == (404, "invalid_request_error")
     status, headers, found = server.get("/v1/embeddings")
     assert (status, headers["allow"]) == (405, "POST")
     assert found["error"]["message"].startswith("GET /v1/embeddings: method not allowed")

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from types import SimpleNamespace
@@ -24,9 +25,10 @@ from clip_deploy.__main__ import main
 from clip_deploy.core.errors import DataError
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web import libraries
+from clip_deploy.web.app import App
 from clip_deploy.web.keys import Keys, warn_if_readable
 from clip_deploy.web.models import _no_package
-from clip_deploy.web.server import Announced
+from clip_deploy.web.server import Announced, _run
 from clip_deploy.web.settings import Settings
 
 READY = b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -69,6 +71,8 @@ def test_a_key_is_asked_for_wherever_one_is_given(package, tmp_path):
         for path, status in (("/v1/models", 401), ("/metrics", 401), ("/health/ready", 200), ("/docs", 200)):
             assert server.get(path)[0] == status
         assert server.get("/v1/models", authorization="Bearer first-key")[0] == 200
+        numbers = server.get("/metrics", authorization="Bearer first-key")[2]
+        assert 'clip_requests_total{route="/v1/models",status="401"} 1.0' in numbers
         assert server.stop() == 0
         assert server.process.stderr.read() == f"warning: {keys} holds keys, and others may read it: chmod 600 {keys}\n"
 
@@ -178,6 +182,30 @@ def test_a_server_says_where_it_is_once_it_answers():
         running = Announced(uvicorn.Config(Starlette(), log_level="warning"), announce)
         running.run([listening])
     assert running.should_exit
+
+
+def test_a_signal_that_comes_before_the_server_runs_is_not_lost(monkeypatch):
+    run, before = uvicorn.Server.run, signal.getsignal(signal.SIGTERM)
+
+    def late(server, sockets):
+        signal.raise_signal(signal.SIGTERM)
+        run(server, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "run", late)
+    app = App()
+    app.posts, app.metrics = {}, {}
+    app.state.api = SimpleNamespace(models=SimpleNamespace(served=[]), searched=None)
+    watch = threading.Timer(30, os.kill, (os.getpid(), signal.SIGINT))  # else it would run for ever
+    watch.start()
+    told = []
+    try:
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            _run(Settings(), app, listening, told.append)
+    finally:
+        watch.cancel()
+        signal.signal(signal.SIGTERM, before)
+    assert told == [""]
 
 
 def accepts(server):
