@@ -384,6 +384,17 @@ def test_nothing_is_cut_off_or_faint(opened, folder, tmp_path, width, dark):
     )
 
 
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_documentation_fits_a_phone_and_its_policy(chromium, server, dark):
+    chromium.look(400, dark=dark)
+    chromium.console.clear()
+    chromium.open(f"{server.url}/docs")
+    colour = chromium.wait("getComputedStyle(document.querySelector('pre')).backgroundColor")
+    assert colour == ("rgb(42, 47, 54)" if dark else "rgb(243, 243, 243)")  # the style is one that the policy allows
+    assert chromium.get("document.documentElement.scrollWidth") <= 400
+    assert chromium.console == []
+
+
 def test_every_control_is_reached_by_the_keyboard_and_has_a_name(opened, folder):
     opened.drop("#drop", folder / "images/09.png")
     answers(opened, SHOWN)
