@@ -327,7 +327,7 @@ def test_mistakes_are_refused_in_openais_shape(server, kind):
             "with {} in the place of a label",
         ),
         ("/v1/zero-shot", {"image": PNGS[0], "template": "a {}"}, "template is given without labels"),
-        ("/v1/zero-shot", {"image": {"a": 1}, "labels": ["a"]}, "give an image as base64"),
+        ("/v1/zero-shot", {"image": {"a": 1}, "labels": ["a"]}, "or a https URL where the server allows its host"),
         ("/v1/rank", {"query": "a"}, "documents is missing"),
         ("/v1/rank", {"query": 3, "documents": ["a"]}, "query is 3: give a text"),
         ("/v1/rank", {"query": "a", "documents": [None]}, "documents[0] is null"),

@@ -325,6 +325,8 @@ def test_of_several_packages_one_is_picked(package, folder, chromium):
     with serving(f"one={package}", f"two={package}") as server:
         browser = begin(chromium, server)
         assert len(browser.get("[...document.querySelector('#model').options].map(option => option.text)")) == 2
+        padding = browser.get("getComputedStyle(document.querySelector('#model')).paddingRight")
+        assert float(padding.removesuffix("px")) >= 28  # where the list's arrow is, no name may be
         browser.drop("#drop", folder / "images/00.png")
         answers(browser, SHOWN)
         assert sent(browser, "/v1/zero-shot")["model"].startswith("one:")
