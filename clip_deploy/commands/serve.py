@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT.feed,
         help="fast: JPEGs several times as fast, pixels about a grey level off (extra `fast`); default: %(default)s",
     )
-    parser.add_argument("--api-key-file", type=local_path, help="a key a line, of which requests must bring one")
+    parser.add_argument("--api-key-file", type=local_path, help="a file of keys, one a line; requests must bring one")
     parser.add_argument(
         "--allow-host",
         dest="allow_hosts",

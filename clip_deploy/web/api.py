@@ -8,9 +8,11 @@
 - vLLM: {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data URI}}]}]}
 
 An image is base64, a data URI, or a https URL of a host that the server allows. Unknown fields are refused: one that is
-misspelt would silently change what is answered.
+misspelt would silently change what is answered. So is an image where a text is expected.
 """
 
+import binascii
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,16 @@ from clip_deploy.web.errors import RequestError, bad
 MAX_TEXT = 32_768  # characters: several times the longest context, and not yet slow to cut
 DEFAULT_FOUND, MAX_FOUND = 10, 1_000  # images of a search
 FORMATS = ("float", "base64")
-IMAGE = "base64, a data URI (data:image/jpeg;base64,...) or a https URL"
+IMAGE = "base64, a data URI (data:image/jpeg;base64,...), or a https URL where the server allows its host"
+MISTAKEN = 'is an image in the place of a text: give words, or the image as {"image": ...} (infinity: modality image)'
+DATA_URI = re.compile(r"\s*data:(image/|[^,\s]{0,100};base64,)", re.IGNORECASE)
+ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+HEAD = 32  # characters of base64, in which an image's first bytes tell its format
+URL_SAFE = str.maketrans("-_", "+/")
+MAGIC = re.compile(  # JPEG, PNG, GIF, WebP, BMP, TIFF, and AVIF or HEIC
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|.{4}ftyp(avi|hei|mif|hev|msf)",
+    re.DOTALL,
+)
 TOKENS = "token arrays are not accepted: give texts, since another model's tokens mean nothing to this one"
 JSON_SHOWN = 60  # characters of a value in a message
 
@@ -78,12 +89,13 @@ class ZeroShot:
 
 @dataclass(frozen=True)
 class Rank:
-    """POST /v1/rank; `top` None is all."""
+    """POST /v1/rank; `top` None is all; `returned` holds what is sent back of each document, None is nothing."""
 
     model: str | None
     query: Item
     documents: list[Item]
     top: int | None
+    returned: list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise bad(f"the body is no JSON ({error})", None, "invalid_json") from error
+        raise bad(_no_json(body, error), None, "invalid_json") from error
     if not isinstance(found, dict):
         raise bad(f"the body is {_shown(found)}: give a JSON object", None, "invalid_json")
     return {name: value for name, value in found.items() if value is not None}
@@ -109,6 +121,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
 def parse_embeddings(body: Mapping[str, Any], max_items: int) -> Embeddings:
     """Raises RequestError as all of these do, naming the field."""
     known = {"model", "encoding_format", "embedding_type", "normalized", "dimensions", "user"}
+    if "messages" in body and "input" in body:
+        raise bad("input and messages are both given: give either", "messages")
     if "messages" in body:
         _check_fields(body, known | {"messages"})
         items = [_message_item(body["messages"])]
@@ -140,14 +154,19 @@ def parse_zero_shot(body: Mapping[str, Any], max_items: int) -> ZeroShot:
 
 def parse_rank(body: Mapping[str, Any], max_items: int) -> Rank:
     """Jina's and Cohere's rerank, with images besides."""
-    _check_fields(body, {"model", "query", "documents", "top_n"})
+    _check_fields(body, {"model", "query", "documents", "top_n", "return_documents"})
     documents = _field(body, "documents")
     _check_list(documents, "documents", max_items)
+    is_returned = body.get("return_documents", False)
+    if not isinstance(is_returned, bool):
+        raise bad(f"return_documents is {_shown(is_returned)}: give true or false", "return_documents")
+    returned = [{"text": given} if isinstance(given, str) else given for given in documents] if is_returned else None
     return Rank(
         _model(body),
         _item(_field(body, "query"), "query"),
         [_item(document, f"documents[{row}]") for row, document in enumerate(documents)],
         _count(body, "top_n"),
+        returned,
     )
 
 
@@ -164,8 +183,8 @@ def parse_search(body: Mapping[str, Any]) -> Search:
 
 def _items(given: Any, param: str, max_items: int, modality: str) -> list[Item]:
     if isinstance(given, str):
-        return [_picture(given, param) if modality == "image" else _text(given, param)]
-    _check_list(given, param, max_items)
+        return [_picture(given, param) if modality == "image" else _item(given, param)]
+    _check_list(given, param, max_items, "a text, or a list of one or more")
     if any(isinstance(item, int | list) for item in given):
         raise bad(f"{param}: {TOKENS}", param)
     if modality == "image":
@@ -176,6 +195,10 @@ def _items(given: Any, param: str, max_items: int, modality: str) -> list[Item]:
 def _item(given: Any, param: str) -> Item:
     """A text, {"text": ...}, {"image": ...}, or a part of a message."""
     if isinstance(given, str):
+        if _is_image_url(given):
+            raise bad(
+                f'{param} is the URL of an image: give {{"image": ...}}, or {{"text": ...}} for its letters', param
+            )
         return _text(given, param)
     if not isinstance(given, dict):
         raise bad(f'{param} is {_shown(given)}: give a text, {{"text": ...}} or {{"image": ...}}', param)
@@ -216,11 +239,29 @@ def _message_item(messages: Any) -> Item:
 def _text(given: Any, param: str) -> Text:
     if not isinstance(given, str) or not given.strip():
         raise bad(f"{param} is {_shown(given)}: give words", param)
+    if DATA_URI.match(given) or _is_encoded_image(given):
+        raise bad(f"{param} {MISTAKEN}", param)
     if len(given) > MAX_TEXT:
         raise bad(f"{param} has {len(given):,} characters: at most {MAX_TEXT:,} are accepted", param)
-    if given.startswith("data:image/"):
-        raise bad(f'{param} is an image in the place of a text: give {{"image": ...}}, or modality image', param)
     return Text(given)
+
+
+def _is_image_url(text: str) -> bool:
+    """Whether a text is nothing but the http(s) URL of a file with an image's ending."""
+    url = text.strip().lower()
+    if not url.startswith(("http://", "https://")) or len(url.split()) > 1:
+        return False
+    return re.split("[?#]", url)[0].endswith(ENDINGS)
+
+
+def _is_encoded_image(text: str) -> bool:
+    """Whether a text begins as base64 of an image's file does, which no words do."""
+    head = "".join(text.lstrip()[:200].split())[:HEAD]  # mail has it in lines
+    try:
+        content = binascii.a2b_base64(head.translate(URL_SAFE), strict_mode=True)
+    except ValueError:
+        return False
+    return len(head) == HEAD and MAGIC.match(content) is not None
 
 
 def _picture(given: Any, param: str) -> Picture:
@@ -269,11 +310,19 @@ def _check_fields(body: Mapping[str, Any], known: Iterable[str]) -> None:
         raise bad(f"{unknown[0]} is no field of this request: it has {', '.join(sorted(known))}", unknown[0])
 
 
-def _check_list(given: Any, param: str, most: int) -> None:
+def _check_list(given: Any, param: str, most: int, accepted: str = "a list of one or more") -> None:
     if not isinstance(given, list) or not given:
-        raise bad(f"{param} is {_shown(given)}: give a list of one or more", param)
+        raise bad(f"{param} is {_shown(given)}: give {accepted}", param)
     if len(given) > most:
         raise RequestError(413, f"{param} has {len(given):,}: at most {most:,} are accepted in one request", param)
+
+
+def _no_json(body: bytes, error: Exception) -> str:
+    try:
+        body.decode()
+    except UnicodeDecodeError as wrong:
+        return f"the body is no UTF-8 (byte {wrong.start:,}): JSON is sent as UTF-8"
+    return f"the body is no JSON ({error})"
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from time import perf_counter
 from types import FrameType
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from clip_deploy.core.errors import DataError
 from clip_deploy.core.vectors import check_width, cut
@@ -27,9 +27,9 @@ from clip_deploy.web.errors import RequestError, bad
 from clip_deploy.web.fetch import Fetcher
 from clip_deploy.web.guard import ClientLeftError, Guard
 from clip_deploy.web.keys import Keys
-from clip_deploy.web.metrics import CONTENT_TYPE, Metrics, RouteMetrics
-from clip_deploy.web.models import Models, base64_of
-from clip_deploy.web.openapi import DOCS, OPENAPI
+from clip_deploy.web.metrics import CONTENT_TYPE, OTHER, Metrics, RouteMetrics
+from clip_deploy.web.models import Models, Served, base64_of
+from clip_deploy.web.openapi import DOCS, HEADERS, OPENAPI
 from clip_deploy.web.page import page
 from clip_deploy.web.responses import JSON, answered, refused
 from clip_deploy.web.search import ADDRESS, Searched
@@ -38,6 +38,7 @@ from clip_deploy.web.settings import Settings
 logger = logging.getLogger(__name__)
 
 RETRY_S = 1
+PLAIN = "identity"  # HTTP's word for what is not compressed
 LEFT = 499  # nginx's number for a client that did not wait for its answer
 BODIES = 16  # of the largest size may be held at once
 # Other origins may not show it, and it is no page; one address is always one picture.
@@ -106,7 +107,12 @@ class Api:
         async with self.fetcher.fetched([asked.query, *asked.documents]) as items:
             embedded = await served.embed(items)
         cosines = embedded.rows[1:] @ embedded.rows[0]
-        found = [{"index": int(row), "relevance_score": float(cosines[row])} for row in _falling(cosines)[: asked.top]]
+        found: list[dict[str, Any]] = [
+            {"index": int(row), "relevance_score": float(cosines[row])} for row in _falling(cosines)[: asked.top]
+        ]
+        if asked.returned:
+            for result in found:
+                result["document"] = asked.returned[result["index"]]
         return {"object": "list", "results": found, "model": served.id, "usage": _usage(embedded.tokens)}
 
     async def search(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -178,20 +184,23 @@ class Api:
         return b"".join(chunks)
 
     async def list_models(self, request: Request) -> Response:
-        data = [
-            {
-                "id": served.id,
-                "object": "model",
-                "created": served.created,
-                "owned_by": "clip-deploy",
-                "dimensions": served.classifier.dimension,
-                "fingerprint": served.classifier.fingerprint,
-                "classes": len(served.classifier.labels.classes),
-                "searched_images": self.searched.rows if self.searched and self.searched.served is served else None,
-            }
-            for served in self.models.served
-        ]
-        return answered({"object": "list", "data": data})
+        return answered({"object": "list", "data": [self._told(served) for served in self.models.served]})
+
+    async def model(self, request: Request) -> Response:
+        """One of them, by NAME or NAME:VERSION."""
+        return answered(self._told(self.models[request.path_params["model"]]))
+
+    def _told(self, served: Served) -> dict[str, Any]:
+        return {
+            "id": served.id,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "clip-deploy",
+            "dimensions": served.classifier.dimension,
+            "fingerprint": served.classifier.fingerprint,
+            "classes": len(served.classifier.labels.classes),
+            "searched_images": self.searched.rows if self.searched and self.searched.served is served else None,
+        }
 
     async def live(self, request: Request) -> Response:
         return answered({"status": "live"})
@@ -227,14 +236,38 @@ class App(Starlette):
 
     Attributes:
         posts: by path; the routes have them too, for what is no POST.
+        metrics: of the routes without a POST, by path.
     """
 
     posts: dict[str, Post]
+    metrics: dict[str, RouteMetrics]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_post = scope["type"] == "http" and scope["method"] == "POST"
-        post = self.posts.get(scope["path"]) if is_post else None
-        await (post or super().__call__)(scope, receive, send)
+        is_http = scope["type"] == "http"
+        post = self.posts.get(scope["path"]) if is_http and scope["method"] == "POST" else None
+        await (post or super().__call__)(scope, receive, send if post or not is_http else self._counting(scope, send))
+
+    def _counting(self, scope: Scope, send: Send) -> Send:
+        start = perf_counter()
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.observe(self._route(scope), message["status"], perf_counter() - start)
+            await send(message)
+
+        return counted
+
+    def _route(self, scope: Scope) -> str:
+        """The path of the route that a request was led to, one of few whatever was asked."""
+        endpoint = scope.get("endpoint")
+        found = (route.path for route in self.routes if isinstance(route, Route) and route.endpoint is endpoint)
+        return next(found, OTHER)
+
+    def observe(self, route: str, status: int, seconds: float) -> None:
+        """A request was answered that is no POST of this server's."""
+        if route not in self.metrics:
+            self.metrics[route] = RouteMetrics(self.state.api.metrics, route)
+        self.metrics[route].observe(status, seconds)
 
 
 def create_app(settings: Settings) -> App:
@@ -259,23 +292,25 @@ def create_app(settings: Settings) -> App:
     posts = [
         Post(api, "/v1/embeddings", api.embeddings),
         Post(api, "/v1/zero-shot", api.zero_shot),
-        Post(api, "/v1/rank", api.rank),
+        *[Post(api, path, api.rank) for path in ("/v1/rank", "/v1/rerank", "/v2/rerank")],
         Post(api, "/v1/search", api.search),
     ]
     routes = [
         *[Route(post.path, post, methods=["POST"]) for post in posts],
         Route(ADDRESS, _locked(keys, api.picture)),
         Route("/v1/models", _locked(keys, api.list_models)),
+        Route("/v1/models/{model:path}", _locked(keys, api.model)),
         Route("/", page),
         Route("/health/live", api.live),
         Route("/health/ready", api.ready),
         Route("/metrics", _locked(keys, api.numbers)),
         Route("/openapi.json", _fixed(orjson.dumps(OPENAPI), JSON)),
-        Route("/docs", _fixed(DOCS.encode(), HTMLResponse.media_type)),
+        Route("/docs", _fixed(DOCS.encode(), HTMLResponse.media_type, HEADERS)),
     ]
     handlers = {RequestError: _on_refusal, HTTPException: _on_http_error, Exception: _on_error}
     app = App(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]
-    app.posts = {post.path: post for post in posts}
+    app.router.redirect_slashes = False  # what has one too many is told as any other unknown path is
+    app.posts, app.metrics = {post.path: post for post in posts}, {}
     app.state.api = api
     return app
 
@@ -328,9 +363,11 @@ def _locked(keys: Keys, endpoint: Callable[[Request], Awaitable[Response]]) -> C
     return checked
 
 
-def _fixed(content: bytes, media_type: str | None) -> Callable[[Request], Awaitable[Response]]:
+def _fixed(
+    content: bytes, media_type: str | None, headers: Mapping[str, str] | None = None
+) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        return Response(content, media_type=media_type)
+        return Response(content, media_type=media_type, headers=headers)
 
     return endpoint
 
@@ -348,6 +385,8 @@ def _check_type(headers: Headers) -> None:
     given = headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() != JSON:
         raise RequestError(415, f"content-type is {given!r:.80}: send {JSON}")
+    if (encoding := headers.get("content-encoding", PLAIN)).strip().lower() != PLAIN:
+        raise RequestError(415, f"content-encoding {encoding[:40]} is not accepted: send the body as it is")
 
 
 def _too_large(most: int) -> RequestError:

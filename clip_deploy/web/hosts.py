@@ -4,24 +4,29 @@ A page of the internet may have its own name resolve to 127.0.0.1, and is then, 
 server (DNS rebinding). What tells it apart is that name, which the browser sends.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from clip_deploy.core.errors import DataError
 from clip_deploy.web.errors import RequestError
+from clip_deploy.web.metrics import OTHER
 from clip_deploy.web.responses import refused
 
 LOCAL = "localhost"
+HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*", re.IGNORECASE)
 
 
 class NamedHosts:
     """An application behind a check of the Host header: addresses, localhost and `names` are answered."""
 
-    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
-        self.app, self.names = app, {name.lower() for name in names} | {LOCAL}
+    def __init__(self, app: ASGIApp, names: Sequence[str], observe: Callable[[str, int, float], None]) -> None:
+        """`observe` is given the route, the status and the seconds of what is refused."""
+        self.app, self.names, self.observe = app, {name.lower() for name in names} | {LOCAL}, observe
         self.is_known = lru_cache(maxsize=64)(self._is_known)  # a client always sends the same name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -29,6 +34,7 @@ class NamedHosts:
             host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
             if not self.is_known(host):
                 said = f"{host[:100]!r} is no name of this server: ask it by its address, or give it --allow-host"
+                self.observe(OTHER, 421, 0.0)
                 await refused(RequestError(421, said, None, "unknown_host"))(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -39,6 +45,16 @@ class NamedHosts:
         except ValueError:
             return False
         return name == "" or name in self.names or name.endswith(f".{LOCAL}") or is_address(name)
+
+
+def check_hosts(option: str, names: Sequence[str]) -> None:
+    """Raise DataError where one is no host's name or address, and would therefore never match."""
+    for name in names:
+        if not is_address(name) and not HOST.fullmatch(name):
+            raise DataError(
+                f"{option} {name!r} is no name of a host: give the name alone, as images.example.com, without scheme, "
+                "port or path"
+            )
 
 
 def is_address(name: str) -> bool:

@@ -1,7 +1,9 @@
-"""Keys of clients, from a file with one a line."""
+"""Keys of clients, from a file with one a line; blank lines and lines that begin with # are skipped."""
 
 import hashlib
 import hmac
+import os
+import re
 import stat
 import warnings
 from collections.abc import Mapping
@@ -10,14 +12,14 @@ from pathlib import Path
 from clip_deploy.core.errors import DataError
 from clip_deploy.web.errors import RequestError
 
-OTHERS = stat.S_IRWXG | stat.S_IRWXO
+KEY = re.compile(r"[!-~]{8,}")  # as a header carries it, and too long to be tried out
 
 
 class Keys:
     """Without a file, no key is asked for."""
 
     def __init__(self, path: Path | None) -> None:
-        """Raises DataError where the file cannot be read or holds no key."""
+        """Raises DataError where the file cannot be read, holds no key, or has a line that is none."""
         self.digests = [_digest(key) for key in _read(path)] if path else []
 
     def check(self, headers: Mapping[str, str]) -> None:
@@ -31,21 +33,32 @@ class Keys:
 
 
 def warn_if_readable(path: Path) -> None:
-    """Warn of a file of keys that other users may read."""
-    if path.is_file() and path.stat().st_mode & OTHERS:
+    """Warn of a file of keys that users outside of this process's own groups may read or change."""
+    if not path.is_file():
+        return
+    status = path.stat()
+    is_ours = status.st_gid in {os.getegid(), *os.getgroups()}  # as with a secret that Kubernetes mounts
+    if status.st_mode & (stat.S_IRWXO | (0 if is_ours else stat.S_IRWXG)):
         warnings.warn(f"{path} holds keys, and others may read it: chmod 600 {path}", stacklevel=2)
 
 
 def _read(path: Path) -> list[str]:
     try:
-        keys = path.read_text(encoding="utf-8").split()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(
             f"--api-key-file {path} cannot be read ({error}): give a text file with a key a line"
         ) from error
+    keys = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip() and line.lstrip()[0] != "#"}
+    for number, key in keys.items():
+        if not KEY.fullmatch(key):
+            raise DataError(
+                f"--api-key-file {path}: line {number} is no key: write one a line, of 8 or more letters, digits and "
+                "signs of ASCII without spaces (`openssl rand -hex 32`), and comments on lines that begin with #"
+            )
     if not keys:
         raise DataError(f"--api-key-file {path} holds no key: write one a line")
-    return keys
+    return list(keys.values())
 
 
 def _digest(key: str) -> bytes:

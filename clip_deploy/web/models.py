@@ -2,6 +2,7 @@
 
 import asyncio
 import binascii
+import re
 import warnings
 from base64 import b64encode
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clip_deploy.core.artifact import MANIFEST
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.images import Encoded
@@ -29,6 +31,8 @@ from clip_deploy.web.settings import Settings
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 VERSION = 12  # digits of a fingerprint
 CACHED_TEXTS = 16_384
+SHRINK = "shrink it; --max-megapixels of the server is the limit"
+TITLE = re.compile(r"(?P<name>[^:\s]+)(:(?P<version>[^:\s]+))?")  # of NAME:VERSION=FOLDER
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,14 @@ class Served:
         except RequestError as refusal:
             return refusal
         image = self.classifier.prepare(Encoded(lambda: content, picture.param, None, FORMATS))
-        return bad(str(image), picture.param, "invalid_image") if isinstance(image, DataError) else image
+        return bad(_told(image), picture.param, "invalid_image") if isinstance(image, DataError) else image
+
+
+def _told(error: DataError) -> str:
+    """What is wrong with an image, as a client is told: the most pixels are an option of the server, not Pillow's."""
+    if isinstance(error.__cause__, Image.DecompressionBombError):
+        return f"{str(error).partition(' ')[0]} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: {SHRINK}"
+    return str(error).replace("shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS", SHRINK)
 
 
 async def _both(first: Any, second: Any) -> Any:
@@ -210,7 +221,8 @@ class Models:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         """Open and warm up each package.
 
-        Raises DeployError as ZeroShotClassifier.open does, and where two have one name and version.
+        Raises DeployError as ZeroShotClassifier.open does, where two have one name and version, and DataError where a
+        name will not do.
         """
         # Of an image between one and two times of it Pillow warns; clip_deploy.core.images refuses it.
         Image.MAX_IMAGE_PIXELS = int(settings.max_megapixels * 1e6)
@@ -218,8 +230,8 @@ class Models:
         warnings.filterwarnings("ignore", "a text is longer than")  # one a request, with what a client wrote
         self.by_name: dict[str, Served] = {}
         self.served: list[Served] = []
-        for given in settings.packages:
-            self._add(_open(given, settings, metrics))
+        for given in [_parsed(each) for each in settings.packages]:
+            self._add(_open(*given, settings, metrics))
 
     def _add(self, served: Served) -> None:
         if served.id in self.by_name:
@@ -249,10 +261,20 @@ class Models:
             served.close()
 
 
-def _open(given: str, settings: Settings, metrics: Metrics) -> Served:
-    title, separator, folder = given.rpartition("=")
+def _parsed(given: str) -> tuple[str, str, str]:
+    """NAME, VERSION and FOLDER of a package, the first two empty where they are not given."""
+    title, separator, folder = given.partition("=")
     if not separator or Path(given).exists():
-        title, folder = "", given
+        return "", "", given
+    if not (found := TITLE.fullmatch(title)) or not folder:
+        raise DataError(f"{given!r} names no package: give FOLDER, NAME=FOLDER or NAME:VERSION=FOLDER")
+    return found["name"], found["version"] or "", folder
+
+
+def _open(name: str, version: str, folder: str, settings: Settings, metrics: Metrics) -> Served:
+    """Raises DeployError as ZeroShotClassifier.open does, with the way out for folders that often stand for one."""
+    if reason := _no_package(Path(folder)):
+        raise DeployError(f"{folder} is no package: {reason}")
     classifier = ZeroShotClassifier.open(
         folder,
         device=settings.device,
@@ -261,7 +283,6 @@ def _open(given: str, settings: Settings, metrics: Metrics) -> Served:
         feed=settings.feed,
         allow_spinning=False,  # the threads that read images need the cores
     )
-    name, _, version = title.partition(":")
     served = Served(
         name or classifier.package.origin.run.model,
         version or classifier.fingerprint[:VERSION],
@@ -272,3 +293,12 @@ def _open(given: str, settings: Settings, metrics: Metrics) -> Served:
     )
     served.warm_up()
     return served
+
+
+def _no_package(folder: Path) -> str | None:
+    """What a folder of the pipeline is that is no package, and what to give in its place."""
+    if (folder / MANIFEST).is_file():
+        return f"it is a target, which `clip-deploy package {folder.resolve().name} --output FOLDER` packages"
+    if any((folder / models / "clip_vision" / "config.pbtxt").is_file() for models in (".", "python", "onnxruntime")):
+        return "it is a model repository for Triton: give the package that it was made of, as artifacts/package"
+    return None

@@ -1,31 +1,39 @@
 """What can be asked, as OpenAPI says it, and as a page that loads nothing."""
 
+import hashlib
+from base64 import b64encode
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 import orjson
 
-from clip_deploy.web.api import DEFAULT_FOUND, MAX_FOUND
+from clip_deploy.web.api import DEFAULT_FOUND, MAX_FOUND, MAX_TEXT
+from clip_deploy.web.settings import Settings
 
+DEFAULT = Settings()
+ITEMS = f"at most {DEFAULT.max_items} unless the server was started with another --max-items"
 IMAGE = {"type": "string", "description": "base64 of an image file, a data URI, or a https URL of an allowed host"}
 ITEM = {
     "oneOf": [
-        {"type": "string", "description": "a text"},
-        {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+        {"type": "string", "description": "a text", "maxLength": MAX_TEXT},
+        {"type": "object", "properties": {"text": {"type": "string", "maxLength": MAX_TEXT}}, "required": ["text"]},
         {"type": "object", "properties": {"image": IMAGE}, "required": ["image"]},
     ]
 }
+ONE = 'a text, {"text": ...} or {"image": ...}'
 MODEL = {"type": "string", "description": "NAME or NAME:VERSION of /v1/models; without it, the first of them"}
 USAGE = {"type": "object", "properties": {name: {"type": "integer"} for name in ("prompt_tokens", "total_tokens")}}
 PHOTO = "/9j/4AAQSkZJRg..."
 STATUS = {
     "400": "a mistake in the request, which the message names",
     "401": "no key or a wrong one",
-    "404": "no such model, or no index",
+    "404": "no such path, model or picture, or no index",
+    "405": "another method than this path has; Allow names it",
     "408": "the request did not come in time",
     "413": "too large: too many bytes, texts or images",
-    "415": "the content type is not application/json",
+    "415": "the content type is not application/json, or the body is compressed",
+    "421": "another name than the server answers to, as of a page that poses as it (--allow-host)",
     "429": "too much waits already: try again after Retry-After seconds",
     "503": "the answer took too long, or the server is about to stop",
 }
@@ -60,11 +68,24 @@ EMBEDDINGS = _post(
     "As OpenAI's clients send it, with images besides; also as Jina's ({image: ...} items), infinity's (modality) and "
     "vLLM's (messages with image_url) clients do. Embeddings have unit length. A text beyond the context is cut.",
     {
-        "input": {"oneOf": [{"type": "string"}, {"type": "array", "items": ITEM, "minItems": 1}]},
+        "input": {
+            "oneOf": [{"type": "string"}, {"type": "array", "items": ITEM, "minItems": 1}],
+            "description": f"{ONE}, or a list of these; {ITEMS}",
+        },
         "modality": {"enum": ["text", "image"], "description": "what the strings of input are; text without it"},
         "messages": {"type": "array", "description": "in the place of input: one, with one text or image_url"},
-        "encoding_format": {"enum": ["float", "base64"], "description": "base64 of little-endian float32"},
-        "dimensions": {"type": "integer", "description": "the first so many numbers, of unit length again"},
+        "encoding_format": {
+            "enum": ["float", "base64"],
+            "default": "float",
+            "description": "base64 is of little-endian float32",
+        },
+        "embedding_type": {"enum": ["float", "base64"], "description": "Jina's name for encoding_format"},
+        "normalized": {"enum": [True], "description": "as Jina's clients send it"},
+        "dimensions": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "the first so many numbers, of unit length again; all without it",
+        },
         "user": {"type": "string", "description": "ignored"},
     },
     [],
@@ -83,7 +104,12 @@ ZERO_SHOT = _post(
     "Labels by probability, the highest first. Without labels, the package's own classes in its own templates.",
     {
         "image": IMAGE,
-        "labels": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        "labels": {
+            "type": "array",
+            "items": {"type": "string", "maxLength": MAX_TEXT},
+            "minItems": 1,
+            "description": f"texts; {ITEMS}",
+        },
         "template": {"type": "string", "description": "with {} in the place of a label"},
     },
     ["image"],
@@ -94,24 +120,32 @@ ZERO_SHOT = _post(
 )
 RANK = _post(
     "Texts and images by their likeness to one",
-    "As Jina's and Cohere's rerank. relevance_score is the cosine, the highest first.",
+    "As Jina's and Cohere's clients ask for a rerank; /v1/rerank and /v2/rerank are the same. relevance_score is the "
+    "cosine, the highest first. Do not mix texts and images in one list: cosines of a text with texts do not compare "
+    "with its cosines with images.",
     {
-        "query": ITEM,
-        "documents": {"type": "array", "items": ITEM, "minItems": 1},
+        "query": ITEM | {"description": ONE},
+        "documents": {"type": "array", "items": ITEM, "minItems": 1, "description": f"as query; {ITEMS}"},
         "top_n": {"type": "integer", "minimum": 1, "description": "all without it"},
+        "return_documents": {
+            "type": "boolean",
+            "default": False,
+            "description": "whether each result has its document",
+        },
     },
     ["query", "documents"],
     {
-        "request": {"query": "a photo of a cat", "documents": [{"image": PHOTO}, "a dog"], "top_n": 1},
+        "request": {"query": "a photo of a cat", "documents": [{"image": PHOTO}, {"image": PHOTO}], "top_n": 1},
         "answer": {"object": "list", "results": [{"index": 0, "relevance_score": 0.31}], "model": "NAME:VERSION"},
     },
 )
+RERANK = RANK | {"summary": "The same as /v1/rank", "description": "By the name that Jina's and Cohere's clients know."}
 SEARCH = _post(
     "The images of the index that are nearest to a text or an image",
     "Where the server was started with --index. score is the cosine, the highest first; image is the address of a "
     "small JPEG, or null where the server was started without --images.",
     {
-        "text": {"type": "string", "description": "what the images show"},
+        "text": {"type": "string", "maxLength": MAX_TEXT, "description": "what the images show"},
         "image": IMAGE | {"description": f"in the place of text: {IMAGE['description']}"},
         "count": {"type": "integer", "minimum": 1, "maximum": MAX_FOUND, "default": DEFAULT_FOUND},
     },
@@ -147,9 +181,12 @@ OPENAPI: dict[str, Any] = {
         "/v1/embeddings": {"post": EMBEDDINGS},
         "/v1/zero-shot": {"post": ZERO_SHOT},
         "/v1/rank": {"post": RANK},
+        "/v1/rerank": {"post": RERANK},
+        "/v2/rerank": {"post": RERANK},
         "/v1/search": {"post": SEARCH},
         "/v1/pictures/{version}/{row}": _get("A picture that /v1/search found", "image/jpeg"),
         "/v1/models": _get("The packages that are served, by NAME:VERSION"),
+        "/v1/models/{model}": _get("One of them, by NAME or NAME:VERSION"),
         "/health/live": _get("200 while the process runs"),
         "/health/ready": _get("200 while requests should be sent here, 503 once it is about to stop"),
         "/metrics": _get("Numbers for Prometheus", "text/plain"),
@@ -161,42 +198,74 @@ OPENAPI: dict[str, Any] = {
 }
 
 
+BOUNDS = {"at least": "minimum", "at most": "maximum"}
+LIMITS = (
+    f"{DEFAULT.max_items} texts and images, {DEFAULT.max_body_mb:,g} MB and {DEFAULT.timeout_s:g} s of a request, "
+    f"{DEFAULT.max_megapixels:g} million pixels of an image, and {DEFAULT.max_queue:,} texts or images that wait, "
+    f"unless the server was started with other limits; {MAX_TEXT:,} characters of a text."
+)
+
+
 def _section(path: str, methods: Mapping[str, Any]) -> str:
     method, what = next(iter(methods.items()))
     lines = [f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(what['summary'])}.</p>"]
     if "description" in what:
         lines.append(f"<p>{escape(what['description'])}</p>")
-    if body := what.get("requestBody"):
+    if (body := what.get("requestBody")) and what is not RERANK:
         sent = body["content"]["application/json"]
         fields = sent["schema"]["properties"].items()
-        rows = [f"<tr><td><code>{name}</code><td>{escape(_said(field))}" for name, field in fields]
+        rows = [f"<tr><td><code>{name}</code><td>{escape(_field(field))}" for name, field in fields]
         lines += ["<table>", *rows, "</table>", _example(sent["example"])]
         lines.append(_example(what["responses"]["200"]["content"]["application/json"]["example"]))
     return "\n".join(lines)
 
 
-def _said(field: Mapping[str, Any]) -> str:
-    kind = " or ".join(field.get("enum", [])) or field.get("type", "text or list")
-    return ": ".join(filter(None, [kind, field.get("description")]))
+def _field(field: Mapping[str, Any]) -> str:
+    """Its type or values, what it means, its bounds and its default, in words."""
+    values = " or ".join(map(_plain, field.get("enum", [])))
+    said = ": ".join(filter(None, [values or field.get("type"), field.get("description")]))
+    bounds = [f"{word} {field[name]:,}" for word, name in BOUNDS.items() if name in field]
+    if "default" in field:
+        bounds.append(f"default {_plain(field['default'])}")
+    return ", ".join([said, *bounds])
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
 def _example(content: Any) -> str:
     return f"<pre>{escape(orjson.dumps(content, option=orjson.OPT_INDENT_2).decode())}</pre>"
 
 
+STYLE = """
+:root { color-scheme: light dark; --wash: #f3f3f3 }
+@media (prefers-color-scheme: dark) { :root { --wash: #2a2f36 } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }
+h2, p, td { overflow-wrap: anywhere }
+pre { background: var(--wash); padding: .7rem; overflow-x: auto }
+td { padding: .2rem 1rem .2rem 0; vertical-align: top }
+td:first-child { min-width: 6rem }
+"""
 DOCS = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>clip-deploy serve</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }}
-pre {{ background: #f3f3f3; padding: .7rem; overflow-x: auto }}
-td {{ padding: .2rem 1rem .2rem 0; vertical-align: top }}
-</style>
+<link rel="icon" href="data:,">
+<style>{STYLE}</style>
 <h1>clip-deploy serve</h1>
 <p><a href="/openapi.json">/openapi.json</a> says the same for programs.</p>
+<p>Limits: {LIMITS}</p>
 {"".join(_section(path, methods) for path, methods in OPENAPI["paths"].items())}
 <h2>Errors</h2>
 <pre>{{"error": {{"message": ..., "type": ..., "param": ..., "code": ...}}}}</pre>
 <table>{"".join(f"<tr><td>{status}<td>{escape(said)}" for status, said in STATUS.items())}</table>
 </html>
 """
+STYLE_HASH = b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+HEADERS = {
+    "content-security-policy": f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}

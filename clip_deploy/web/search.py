@@ -7,7 +7,7 @@ but its pixels goes out, neither metadata nor what only looks like an image.
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 
 from clip_deploy.core.environment import cores
-from clip_deploy.core.errors import DataError
+from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.files import no_folder
 from clip_deploy.core.images import JPEG, decode, rgb
-from clip_deploy.inference.index import open_embedded
+from clip_deploy.inference.index import OpenIndex, OpenParts, open_embedded
 from clip_deploy.web.errors import RequestError
-from clip_deploy.web.models import FORMATS, Models
+from clip_deploy.web.models import FORMATS, VERSION, Models, Served
 
 SIDE = 384  # pixels of the longer side: a tile of the page on a screen of twice the density
 QUALITY = 85
@@ -45,7 +45,7 @@ class Searched:
     def __init__(self, folder: Path, images: Path | None, models: Models) -> None:
         """Raises DeployError where none of the packages made the index, DataError where `images` is another folder."""
         by_fingerprint = {served.classifier.fingerprint: served for served in models.served[::-1]}
-        self.embedded = open_embedded(folder, by_fingerprint)
+        self.embedded = _opened(folder, by_fingerprint)
         self.served, self.rows = by_fingerprint[self.embedded.package], self.embedded.rows
         self.version = hashlib.sha256(repr((self.embedded.package, self.embedded.stamps)).encode()).hexdigest()[:12]
         self.root = self._root(folder, images) if images else None
@@ -59,7 +59,8 @@ class Searched:
         names = self.embedded.paths(rows)
         if not any(inside(root, name) for name in names):
             raise DataError(
-                f"--images {images} has no {names[0]}, as {folder} calls it: give the folder that was embedded"
+                f"--images {images} has no file {names[0]}, as {folder} calls it: give the folder that was embedded; "
+                "where the images lay in tar files or tables, they cannot be shown: leave --images out"
             )
         return root
 
@@ -94,6 +95,35 @@ class Searched:
     def close(self) -> None:
         self.searches.close()
         self.drawings.close()
+
+
+class Known(Container[str]):
+    """Fingerprints of the packages that are served.
+
+    Attributes:
+        asked: the last one that was looked for.
+    """
+
+    def __init__(self, fingerprints: Container[str]) -> None:
+        self.fingerprints, self.asked = fingerprints, ""
+
+    def __contains__(self, fingerprint: object) -> bool:
+        self.asked = str(fingerprint)
+        return fingerprint in self.fingerprints
+
+
+def _opened(folder: Path, served: Mapping[str, Served]) -> OpenIndex | OpenParts:
+    """The index of one of the packages, by fingerprint. Raises DeployError as open_embedded does."""
+    known = Known(served)
+    try:
+        return open_embedded(folder, known)
+    except DeployError as error:
+        if not known.asked or known.asked in served:
+            raise
+        raise DeployError(
+            f"{folder} was made by another package, {known.asked[:VERSION]}, than those that are served "
+            f"({', '.join(each[:VERSION] for each in served)}): serve that one, or embed the images anew"
+        ) from error
 
 
 class Bounded:

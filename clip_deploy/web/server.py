@@ -10,18 +10,22 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import connection
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
-from starlette.applications import Starlette
 
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.subprocesses import die_with_parent
-from clip_deploy.web.hosts import NamedHosts, is_local
+from clip_deploy.web.hosts import NamedHosts, check_hosts, is_local
 from clip_deploy.web.keys import warn_if_readable
 from clip_deploy.web.settings import Settings
+
+if TYPE_CHECKING:
+    from clip_deploy.web.app import App
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they hang up first
 FAILED = 3  # exit code of a worker that cannot begin
@@ -31,25 +35,26 @@ RESTART_S = 1  # before a worker is replaced: one may die each time that it begi
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or Ctrl-C, and return the exit code.
 
-    Raises DeployError where the address is taken, or as create_app does.
+    Raises DeployError where the address is taken or a host's name is none, or as create_app does.
     """
+    check_hosts("--allow-host", settings.allow_hosts)
+    check_hosts("--allow-image-host", settings.image_hosts)
     _warn(settings)
     listening = _bind(settings)
     if settings.workers > 1:
         return _serve_many(settings, listening)
     from clip_deploy.web.app import create_app
 
-    app = create_app(settings)
-    print(f"serving {_names(app)} at {_address(listening)}", flush=True)
-    _run(settings, app, listening)
+    app, address = create_app(settings), _address(listening)
+    _run(settings, app, listening, lambda served: _announce(served, settings, address))
     return 0
 
 
-def uvicorn_config(settings: Settings, app: Starlette) -> uvicorn.Config:
+def uvicorn_config(settings: Settings, app: "App") -> uvicorn.Config:
     from clip_deploy.web.protocol import BoundedProtocol
 
     return uvicorn.Config(
-        NamedHosts(app, settings.allow_hosts) if is_local(settings.host) else app,
+        NamedHosts(app, settings.allow_hosts, app.observe) if is_local(settings.host) else app,
         http=BoundedProtocol,
         ws="none",
         lifespan="on",
@@ -62,23 +67,45 @@ def uvicorn_config(settings: Settings, app: Starlette) -> uvicorn.Config:
     )
 
 
-def _run(settings: Settings, app: Starlette, listening: socket.socket) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it stopped, for a code of 143
-    uvicorn.Server(uvicorn_config(settings, app)).run([listening])
+class Announced(uvicorn.Server):
+    """A server that says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.announce()
+
+
+def _run(settings: Settings, app: "App", listening: socket.socket, announce: Callable[[str], None]) -> None:
+    """Serve until a signal; `announce` is given what is served, once it answers."""
+    server = Announced(uvicorn_config(settings, app), lambda: announce(_served(app)))
+    # Before it runs, and after: uvicorn raises the signal again once it stopped, for a code of 143.
+    signal.signal(signal.SIGTERM, server.handle_exit)
+    server.run([listening])
+
+
+def _announce(served: str, settings: Settings, address: str) -> None:
+    workers = f" with {settings.workers} workers" if settings.workers > 1 else ""
+    print(f"serving {served}{workers} at {address}", flush=True)
 
 
 def _serve_many(settings: Settings, listening: socket.socket) -> int:
     """Workers of one parent, which replaces one that dies and takes them along when it ends."""
     with tempfile.TemporaryDirectory(prefix="clip-deploy-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        print(f"serving with {settings.workers} workers at {_address(listening)}", flush=True)
-        start = partial(multiprocessing.get_context("spawn").Process, target=_work, args=(settings, listening))
+        address = _address(listening)
+        told, tell = multiprocessing.Pipe(duplex=False)  # what a worker serves, or None once they are to stop
+        start = partial(multiprocessing.get_context("spawn").Process, target=_work, args=(settings, listening, tell))
         workers = [start() for _ in range(settings.workers)]
-        is_stopping = False
+        is_stopping = is_announced = False
 
         def stop(number: int, frame: FrameType | None) -> None:
             nonlocal is_stopping
             is_stopping = True
+            tell.send(None)
             for worker in workers:
                 if worker.is_alive():
                     worker.terminate()
@@ -87,9 +114,18 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
             signal.signal(number, stop)
         for worker in workers:
             worker.start()
+        if is_stopping:  # the signal came before all of them were there
+            stop(signal.SIGTERM, None)
         has_failed = False
         while workers:
-            ended = connection.wait([worker.sentinel for worker in workers])
+            ended = connection.wait([told, *(worker.sentinel for worker in workers)])
+            if told in ended:
+                served = told.recv()
+                if served is None:  # else what comes after the workers stopped to accept is reset, and not refused
+                    listening.close()
+                elif not is_announced:
+                    is_announced = True
+                    _announce(served, settings, address)
             for worker in [worker for worker in workers if worker.sentinel in ended]:
                 worker.join()
                 workers.remove(worker)
@@ -106,7 +142,7 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
         return 1 if has_failed else 0
 
 
-def _work(settings: Settings, listening: socket.socket) -> None:
+def _work(settings: Settings, listening: socket.socket, tell: "connection.Connection[str | None, str | None]") -> None:
     """A worker. One whose package does not open would not open it the next time either."""
     die_with_parent()
     parent = multiprocessing.parent_process()
@@ -120,7 +156,7 @@ def _work(settings: Settings, listening: socket.socket) -> None:
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(FAILED)
-    _run(settings, app, listening)
+    _run(settings, app, listening, tell.send)
 
 
 def _bind(settings: Settings) -> socket.socket:
@@ -130,9 +166,10 @@ def _bind(settings: Settings) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.set_inheritable(True)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # of a name with an empty or too long part it is UnicodeError
+        said = error.strerror if isinstance(error, OSError) else error
         raise DeployError(
-            f"cannot listen at {settings.host} port {settings.port} ({error.strerror}): give another --host or --port"
+            f"cannot listen at {settings.host} port {settings.port} ({said}): give another --host or --port"
         ) from error
     return listening
 
@@ -153,5 +190,8 @@ def _address(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _names(app: Starlette) -> str:
-    return ", ".join(f"{served.id} ({served.classifier.package.summary()})" for served in app.state.api.models.served)
+def _served(app: "App") -> str:
+    """The packages, and the index."""
+    api = app.state.api
+    names = ", ".join(f"{served.id} ({served.classifier.package.summary()})" for served in api.models.served)
+    return f"{names}, and a search of {api.searched.rows:,} images," if api.searched else names

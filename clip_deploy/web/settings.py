@@ -1,5 +1,6 @@
 """What a server is told, each with its default."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ LEAST = {
     "timeout_s": 1,
     "drain_s": 0,
 }
+DAY_S = 86_400
+MOST = {"port": 65_535, "max_wait_ms": 1_000 * DAY_S, "timeout_s": DAY_S, "drain_s": DAY_S}  # the others have none
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ class Settings:
         if self.images and not self.index:
             raise DataError("--images is given without --index: give what `clip-deploy embed` made of that folder too")
         for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise DataError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {least} or more")
+            value, most = getattr(self, name), MOST.get(name)
+            if not least <= value <= (most or sys.float_info.max):  # NaN is within no bounds
+                accepted = f"{least} to {most:,}" if most else f"{least} or more"
+                raise DataError(f"--{name.replace('_', '-')} is {value}: give {accepted}")
 
     @property
     def max_body(self) -> int:

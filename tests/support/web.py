@@ -23,7 +23,7 @@ STARTS_S = 60
 
 
 class Server:
-    """Attributes: host, port, url, process."""
+    """Attributes: host, port, url, process; said: the line with which it began."""
 
     def __init__(self, process, url):
         self.process, self.url = process, url
@@ -111,6 +111,7 @@ def serving(*arguments, drain_s="0"):
         found = re.search(r"http://\S+", line)
         assert found, process.stderr.read()
         server = Server(process, found[0])
+        server.said = line
         wait_until(server.is_ready)
         yield server
         if process.poll() is None:

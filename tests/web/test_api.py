@@ -1,9 +1,13 @@
 """Whatever a client sends is parsed or refused: nothing else comes of it."""
 
+import base64
+
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from support.web import encoded
 
 from clip_deploy.web.api import Picture, Text, parse_embeddings, parse_json, parse_rank, parse_zero_shot
 from clip_deploy.web.errors import RequestError
@@ -54,6 +58,48 @@ def test_every_body_is_parsed_or_refused(body, parse):
 def test_every_content_is_a_json_object_or_refused(content):
     found = tried(parse_json, content)
     assert found.status == 400 if isinstance(found, RequestError) else isinstance(found, dict)
+
+
+IMAGE = Image.effect_noise((40, 30), 50).convert("RGB")
+LOWEST = Image.new("L", (1, 1))
+
+
+def lines(content):
+    return base64.encodebytes(base64.b64decode(content)).decode()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"])
+@pytest.mark.parametrize(
+    "form", [str, lines, lambda content: f"\n {content}", lambda content: f"DATA:;base64,{content}"]
+)
+@pytest.mark.parametrize("image", [IMAGE, LOWEST])
+def test_an_encoded_image_is_never_taken_for_a_text(kind, form, image):
+    content = form(encoded(image, kind))
+    for text in (content, content.translate(str.maketrans("+/", "-_"))):
+        for body in ({"input": text}, {"input": [{"text": text}]}, {"messages": [{"content": text}]}):
+            with pytest.raises(RequestError, match="is an image in the place of a text"):
+                parse_embeddings(body, 4)
+
+
+@given(st.binary(min_size=24, max_size=60))
+def test_base64_of_other_things_is_a_text(content):
+    text = base64.b64encode(b"\x01" + content).decode()
+    assert parse_embeddings({"input": text}, 4).items == [Text(text)]
+
+
+@pytest.mark.parametrize("url", ["https://example.com/a.jpg", "HTTP://x/a.PNG?width=3", " https://x/a.webp#b\n"])
+def test_the_url_of_an_image_is_a_text_where_that_is_said(url):
+    for body in ({"input": url}, {"input": ["a", url]}):
+        with pytest.raises(RequestError, match="is the URL of an image"):
+            parse_embeddings(body, 4)
+    assert parse_embeddings({"input": [{"text": url}]}, 4).items == [Text(url)]
+
+
+@pytest.mark.parametrize(
+    "text", ["https://example.com/", "a picture at https://x/a.jpg", "https://x/a.jpg is mine", "a.jpg"]
+)
+def test_other_words_with_a_url_are_a_text(text):
+    assert parse_embeddings({"input": text}, 4).items == [Text(text)]
 
 
 @pytest.mark.parametrize("name", ["image", "messages"])

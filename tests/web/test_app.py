@@ -1,4 +1,5 @@
 import base64
+import gzip
 import json
 from io import BytesIO
 
@@ -73,6 +74,13 @@ def test_openais_client_raises_its_own_errors(client, model):
     with pytest.raises(openai.BadRequestError, match="token arrays are not accepted") as caught:
         client.embeddings.create(model=model, input=[1, 2, 3])
     assert caught.value.param == "input"
+
+
+def test_openais_client_retrieves_a_model(client, model):
+    name = model.partition(":")[0]
+    assert client.models.retrieve(model).id == client.models.retrieve(name).id == model
+    with pytest.raises(openai.NotFoundError, match="model 'another' is not served"):
+        client.models.retrieve("another")
 
 
 DATA_URI = f"data:image/png;base64,{PNGS[0]}"
@@ -157,6 +165,21 @@ def test_documents_are_ranked_by_their_cosine(server, classifier, query):
     assert few["results"] == found["results"][:2]
 
 
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank"])
+def test_rerank_is_rank_by_the_name_that_clients_know(server, path):
+    given = [TEXTS[1], {"text": TEXTS[2]}, {"image": PNGS[0]}]
+    body = {"query": TEXTS[0], "documents": given, "model": None}
+    plain = server.post("/v1/rank", body)[1]["results"]
+    status, found = server.post(path, {**body, "top_n": 2, "return_documents": True})
+    assert status == 200
+    assert found["results"] == [
+        {**result, "document": {"text": TEXTS[1]} if result["index"] == 0 else given[result["index"]]}
+        for result in plain[:2]
+    ]
+    assert server.post(path, {**body, "return_documents": False})[1]["results"] == plain
+    assert not any("document" in result for result in plain)
+
+
 def test_models_health_and_documentation_are_told(server, classifier):
     status, _, found = server.get("/v1/models")
     assert status == 200
@@ -167,7 +190,12 @@ def test_models_health_and_documentation_are_told(server, classifier):
     assert server.get("/health/ready")[2] == {"status": "ready"}
     paths = server.get("/openapi.json")[2]["paths"]
     assert {"/v1/embeddings", "/v1/zero-shot", "/v1/rank"} < set(paths)
-    page = server.get("/docs")[2]
+    _, headers, page = server.ask("GET", "/docs")
+    assert headers["content-security-policy"].startswith("default-src 'none'; style-src 'sha256-")
+    for field in ("embedding_type", "normalized", "return_documents", "at most 1,000, default 10", "at most 256"):
+        assert field in page
+    assert "text or list" not in page
+    assert all(f"<td>{status}<td>" in page for status in (405, 421))
     assert all(path in page for path in paths)
     assert "src=" not in page
     assert "http" not in page.replace("https URL", "")
@@ -188,6 +216,28 @@ def test_what_happens_is_counted(server, model):
     assert 'clip_model_info{fingerprint="' in server.get("/metrics")[2]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "host", "route", "status"),
+    [
+        ("GET", "/v1/models", "localhost", "/v1/models", 200),
+        ("GET", "/v1/models/none", "localhost", "/v1/models/{model:path}", 404),
+        ("GET", "/v1/pictures/0/1", "localhost", "/v1/pictures/{version}/{row:int}", 404),
+        ("GET", "/metrics", "localhost", "/metrics", 200),
+        ("GET", "/v1/rank", "localhost", "/v1/rank", 405),
+        ("POST", "/v1/models", "localhost", "/v1/models", 405),
+        ("GET", "/nowhere/1", "localhost", "other", 404),
+        ("POST", "/nowhere/2", "localhost", "other", 404),
+        ("GET", "/v1/models", "a.example.com", "other", 421),
+    ],
+)
+def test_requests_of_every_kind_are_counted_by_their_route(server, method, path, host, route, status):
+    name = f'clip_requests_total{{route="{route}",status="{status}"}}'
+    before = server.metric(name)
+    assert server.ask(method, path, headers={"host": host})[0] == status
+    assert server.metric(name) - before == (2 if path == "/metrics" else 1)
+    assert "nowhere" not in server.get("/metrics")[2]
+
+
 def bomb(side):
     """A small PNG of many pixels."""
     return encoded(Image.new("L", (side, side)), "PNG")
@@ -197,10 +247,14 @@ REFUSED = {
     "no JSON": (b"{", 400, "is no JSON"),
     "a list": ([], 400, "give a JSON object"),
     "deep JSON": (b"[" * 100_000, 400, "is no JSON"),
-    "half a letter": (b'{"input": "\xff"}', 400, "is no JSON"),
+    "half a letter": (b'{"input": "\xff"}', 400, r"is no UTF-8 \(byte 11\): JSON is sent as UTF-8"),
     "no input": ({}, 400, "input is missing"),
-    "a number": ({"input": 3}, 400, "input is 3: give a list"),
-    "an empty list": ({"input": []}, 400, r"input is \[\]: give a list"),
+    "a number": ({"input": 3}, 400, "input is 3: give a text, or a list of one or more"),
+    "an empty list": ({"input": []}, 400, r"input is \[\]: give a text, or a list"),
+    "input and messages": ({"input": "a", "messages": []}, 400, "input and messages are both given: give either"),
+    "base64 for a text": ({"input": [PNGS[0]]}, 400, "is an image in the place of a text"),
+    "base64 as a text": ({"input": [{"text": PNGS[0]}]}, 400, "is an image in the place of a text"),
+    "a URL for a text": ({"input": "https://example.com/a.JPG?b"}, 400, "input is the URL of an image: give {"),
     "an empty text": ({"input": ["a", " "]}, 400, r"input\[1\] is \" \": give words"),
     "tokens": ({"input": [1, 2]}, 400, "token arrays are not accepted"),
     "lists of tokens": ({"input": [[1], [2]]}, 400, "token arrays are not accepted"),
@@ -227,8 +281,16 @@ REFUSED = {
     "no image": ({"input": [{"image": "aGVsbG8="}]}, 400, "is no readable image"),
     "nothing": ({"input": [{"image": "data:image/png;base64,"}]}, 400, "is empty"),
     "a cut JPEG": ({"input": [{"image": encoded(IMAGES[0])[:400]}]}, 400, "is no readable image"),
-    "a bomb": ({"input": [{"image": bomb(9_000)}]}, 400, "exceeds limit"),
-    "a large image": ({"input": [{"image": bomb(1_200)}]}, 400, "has 1,440,000 pixels, more than 1,000,000"),
+    "a bomb": (
+        {"input": [{"image": bomb(9_000)}]},
+        400,
+        "image has more than 1,000,000 pixels: shrink it; --max-megap",
+    ),
+    "a large image": (
+        {"input": [{"image": bomb(1_200)}]},
+        400,
+        "has 1,440,000 pixels, more than 1,000,000: shrink it; --max-",
+    ),
     "a thin image": ({"input": [{"image": encoded(Image.new("L", (9_000, 1)), "PNG")}]}, 400, "a side may be at most"),
     "PostScript": ({"input": [{"image": encoded(IMAGES[0], "EPS")}]}, 400, "is no readable image"),
     "a path": ({"input": [{"image": "/etc/hostname"}]}, 400, "is no base64"),
@@ -256,6 +318,7 @@ def test_mistakes_are_refused_in_openais_shape(server, kind):
     [
         ("/v1/zero-shot", {"labels": ["a"]}, "image is missing"),
         ("/v1/zero-shot", {"image": PNGS[0], "labels": []}, "labels is []: give a list"),
+        ("/v1/zero-shot", {"image": PNGS[0], "labels": [PNGS[0]]}, "labels[0] is an image in the place of a text"),
         ("/v1/zero-shot", {"image": PNGS[0], "labels": "a"}, 'labels is "a": give a list'),
         ("/v1/zero-shot", {"image": PNGS[0], "labels": ["a", 3]}, "labels[1] is 3: give words"),
         (
@@ -264,7 +327,7 @@ def test_mistakes_are_refused_in_openais_shape(server, kind):
             "with {} in the place of a label",
         ),
         ("/v1/zero-shot", {"image": PNGS[0], "template": "a {}"}, "template is given without labels"),
-        ("/v1/zero-shot", {"image": {"a": 1}, "labels": ["a"]}, "give an image as base64"),
+        ("/v1/zero-shot", {"image": {"a": 1}, "labels": ["a"]}, "or a https URL where the server allows its host"),
         ("/v1/rank", {"query": "a"}, "documents is missing"),
         ("/v1/rank", {"query": 3, "documents": ["a"]}, "query is 3: give a text"),
         ("/v1/rank", {"query": "a", "documents": [None]}, "documents[0] is null"),
@@ -290,6 +353,13 @@ def test_other_content_types_are_refused_since_any_page_may_send_them(server, ki
     assert (status, found["error"]["code"]) == (415, "unsupported_media_type")
 
 
+def test_a_compressed_body_is_refused(server):
+    body = gzip.compress(b'{"input": "a"}')
+    status, found = server.post("/v1/embeddings", body, **{"content-encoding": "gzip"})
+    assert (status, found["error"]["message"][:39]) == (415, "content-encoding gzip is not accepted: ")
+    assert server.post("/v1/embeddings", {"input": "a"}, **{"content-encoding": "identity"})[0] == 200
+
+
 @pytest.mark.parametrize("host", ["evil.example.com", "localhost.evil.com", "127.0.0.1.evil.com:80", "[", "a b"])
 def test_a_page_whose_name_leads_here_is_refused(server, host):
     """DNS rebinding: for the browser such a page is of one origin with the server."""
@@ -304,6 +374,9 @@ def test_addresses_and_localhost_are_names_of_this_machine(server, host):
 
 def test_other_paths_and_methods_are_refused(server):
     assert server.post("/v1/nothing", {})[0] == 404
+    for path in ("/v1/models/", "/health/live/", "/v1/rank/"):
+        status, _, found = server.get(path)
+        assert (status, found["error"]["type"]) == (404, "invalid_request_error")
     status, headers, found = server.get("/v1/embeddings")
     assert (status, headers["allow"]) == (405, "POST")
     assert found["error"]["message"].startswith("GET /v1/embeddings: method not allowed")

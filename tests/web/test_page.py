@@ -249,6 +249,43 @@ def test_what_goes_wrong_is_a_sentence_and_what_is_right_again_ends_it(opened, f
     assert opened.console.pop().startswith("Failed to load resource")  # the browser's own word on a 400
 
 
+def count(browser, selector):
+    return browser.get(f"document.querySelectorAll({json.dumps(selector)}).length")
+
+
+def test_an_answer_goes_when_another_request_fails_or_the_picture_changes(opened, folder):
+    opened.drop("#drop", folder / "images/00.png")
+    answers(opened, SHOWN)
+    assert text(opened, "#rest")
+    opened.write("#labels", "star")
+    opened.write("#template", "a photo")
+    opened.press("Enter", **ENTER)
+    opened.wait("document.querySelector('#classify-error').innerText")
+    assert (count(opened, "#answers li"), text(opened, "#rest")) == (0, "")
+    opened.write("#template", "{}")
+    opened.press("Enter", **ENTER)
+    answers(opened, 1)
+    opened.click("#alike")
+    found(opened, 24)
+    opened.get("(window.fetch = () => new Promise(() => {}), 0)")
+    opened.drop("#drop", folder / "images/01.png")
+    opened.wait("document.querySelectorAll('#answers li, #found li').length === 0")
+    assert opened.console.pop().startswith("Failed to load resource")  # the browser's own word on a 400
+
+
+def test_what_was_found_goes_when_another_search_fails_and_stays_when_it_was_a_text(opened, folder):
+    opened.write("#query", TEXT)
+    opened.press("Enter", **ENTER)
+    found(opened, 24)
+    opened.drop("#drop", folder / "images/01.png")
+    answers(opened, SHOWN)
+    assert count(opened, "#found li") == 24
+    opened.write("#query", "")
+    opened.press("Enter", **ENTER)
+    opened.wait("document.querySelector('#search-error').innerText")
+    assert count(opened, "#found li") == 0
+
+
 def test_a_server_that_is_gone_is_told(package, folder, chromium):
     with serving(package) as server:
         browser = begin(chromium, server)
@@ -261,7 +298,7 @@ def test_a_server_that_is_gone_is_told(package, folder, chromium):
 
 
 def test_a_key_is_asked_for_where_one_is_needed_and_kept_in_memory_alone(package, folder, chromium, tmp_path):
-    (tmp_path / "keys").write_text("right")
+    (tmp_path / "keys").write_text("right-key")
     (tmp_path / "keys").chmod(0o600)
     arguments = "--index", folder / "parts", "--images", folder / "images", "--api-key-file", tmp_path / "keys"
     with serving(package, *arguments) as server:
@@ -272,7 +309,7 @@ def test_a_key_is_asked_for_where_one_is_needed_and_kept_in_memory_alone(package
             browser.write("#key", key)
             browser.press("Enter", **ENTER)
             browser.wait(f"document.querySelector('#failed').innerText.startsWith({json.dumps(said)})")
-        browser.write("#key", "right")
+        browser.write("#key", "right-key")
         browser.click("#keys button")
         browser.wait("!document.querySelector('#all').hidden && document.querySelector('#keys').hidden")
         browser.write("#query", TEXT)
@@ -288,6 +325,8 @@ def test_of_several_packages_one_is_picked(package, folder, chromium):
     with serving(f"one={package}", f"two={package}") as server:
         browser = begin(chromium, server)
         assert len(browser.get("[...document.querySelector('#model').options].map(option => option.text)")) == 2
+        padding = browser.get("getComputedStyle(document.querySelector('#model')).paddingRight")
+        assert float(padding.removesuffix("px")) >= 28  # where the list's arrow is, no name may be
         browser.drop("#drop", folder / "images/00.png")
         answers(browser, SHOWN)
         assert sent(browser, "/v1/zero-shot")["model"].startswith("one:")
@@ -345,6 +384,17 @@ def test_nothing_is_cut_off_or_faint(opened, folder, tmp_path, width, dark):
     assert opened.get("getComputedStyle(document.querySelector('#camera')).display") == (
         "block" if width < 600 else "none"
     )
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_documentation_fits_a_phone_and_its_policy(chromium, server, dark):
+    chromium.look(400, dark=dark)
+    chromium.console.clear()
+    chromium.open(f"{server.url}/docs")
+    colour = chromium.wait("getComputedStyle(document.querySelector('pre')).backgroundColor")
+    assert colour == ("rgb(42, 47, 54)" if dark else "rgb(243, 243, 243)")  # the style is one that the policy allows
+    assert chromium.get("document.documentElement.scrollWidth") <= 400
+    assert chromium.console == []
 
 
 def test_every_control_is_reached_by_the_keyboard_and_has_a_name(opened, folder):

@@ -67,6 +67,7 @@ def server(request, package, folder):
 
 
 def test_a_text_finds_what_the_search_command_finds(server, classifier, folder):
+    assert "and a search of 32 images, at http" in server.said
     status, answer = server.post("/v1/search", {"text": TEXT, "count": 7})
     expected = search(classifier, folder / "parts", TEXT, 7).hits
     assert status == 200
@@ -179,9 +180,9 @@ def test_without_an_index_there_is_no_search_and_the_page_is_there(package):
 
 def test_a_search_and_its_pictures_need_the_key(package, folder, tmp_path):
     keys = tmp_path / "keys"
-    keys.write_text("right")
+    keys.write_text("right-key")
     keys.chmod(0o600)
-    given = {"authorization": "Bearer right"}
+    given = {"authorization": "Bearer right-key"}
     with serving(package, "--index", folder / "parts", "--images", folder / "images", "--api-key-file", keys) as server:
         assert server.post("/v1/search", {"text": TEXT})[0] == 401
         _, answer = server.post("/v1/search", {"text": TEXT}, **given)
@@ -195,9 +196,12 @@ def served(fingerprint):
 
 
 def test_what_is_no_index_of_these_packages_is_refused(classifier, folder, tmp_path):
-    ours = served(classifier.fingerprint)
+    ours, made = served(classifier.fingerprint), classifier.fingerprint[:12]
     for name in ("parts", "index"):
-        with pytest.raises(DeployError, match=rf"{name} was made by another package: search with that one, or embed"):
+        with pytest.raises(
+            DeployError,
+            match=rf"{name} was made by another package, {made}, than those .*\(theirs\)",
+        ):
             Searched(folder / name, None, served("theirs"))
         Searched(folder / name, folder / "images", ours).close()
     with pytest.raises(DataError, match=r"images holds no embeddings: give a folder that `clip-deploy embed` wrote"):
@@ -205,7 +209,7 @@ def test_what_is_no_index_of_these_packages_is_refused(classifier, folder, tmp_p
     with pytest.raises(DataError, match=r"nothing is no folder|nothing does not exist"):
         Searched(tmp_path / "nothing", None, ours)
     (tmp_path / "00.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"--images .* has no 00.png, as .*index calls it: give the folder that was"):
+    with pytest.raises(DataError, match=r"--images .* has no file 00.png, as .*index calls it: .* leave --images out"):
         Searched(folder / "index", tmp_path, ours)
     with pytest.raises(DataError, match=r"--images .*photo.jpg .*: give the folder that was embedded"):
         Searched(folder / "index", folder / "images/photo.jpg", ours)

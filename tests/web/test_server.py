@@ -1,16 +1,22 @@
 import base64
 import json
+import math
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
+from starlette.applications import Starlette
 from support.fast_feed import need_fast_feed
 from support.project import ROOT
 from support.web import encoded, request, serving, vectors, wait_until
@@ -19,7 +25,10 @@ from clip_deploy.__main__ import main
 from clip_deploy.core.errors import DataError
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web import libraries
-from clip_deploy.web.keys import Keys
+from clip_deploy.web.app import App
+from clip_deploy.web.keys import Keys, warn_if_readable
+from clip_deploy.web.models import _no_package
+from clip_deploy.web.server import Announced, _run
 from clip_deploy.web.settings import Settings
 
 READY = b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -39,14 +48,22 @@ def refused(*arguments):
 
 def test_a_key_is_asked_for_wherever_one_is_given(package, tmp_path):
     keys = tmp_path / "keys"
-    keys.write_text("first-key\nsecond-key\n")
+    keys.write_text("# of two clients\nfirst-key\n\n  second-key \n")
     keys.chmod(0o644)
     body = {"input": "a"}
     with serving(package, "--api-key-file", keys, "--allow-host", "proxy.example.com") as server:
         assert server.get("/health/live", host="proxy.example.com")[0] == 200
         assert server.get("/health/live", host="another.example.com")[0] == 421
         assert server.post("/v1/embeddings", body)[0] == 401
-        for given in ("Bearer wrong", "Bearer", "Basic first-key", "first-key", "Bearer é"):
+        for given in (
+            "Bearer wrong",
+            "Bearer",
+            "Bearer #",
+            "Bearer clients",
+            "Basic first-key",
+            "first-key",
+            "Bearer é",
+        ):
             status, found = server.post("/v1/embeddings", body, authorization=given.encode())
             assert (status, found["error"]["code"]) == (401, "invalid_api_key")
         for key in ("first-key", "second-key"):
@@ -54,6 +71,8 @@ def test_a_key_is_asked_for_wherever_one_is_given(package, tmp_path):
         for path, status in (("/v1/models", 401), ("/metrics", 401), ("/health/ready", 200), ("/docs", 200)):
             assert server.get(path)[0] == status
         assert server.get("/v1/models", authorization="Bearer first-key")[0] == 200
+        numbers = server.get("/metrics", authorization="Bearer first-key")[2]
+        assert 'clip_requests_total{route="/v1/models",status="401"} 1.0' in numbers
         assert server.stop() == 0
         assert server.process.stderr.read() == f"warning: {keys} holds keys, and others may read it: chmod 600 {keys}\n"
 
@@ -64,6 +83,36 @@ def test_a_file_without_keys_is_refused(tmp_path):
         Keys(tmp_path / "empty")
     with pytest.raises(DataError, match="cannot be read"):
         Keys(tmp_path / "none")
+
+
+@pytest.mark.parametrize("line", ["sk-3f9c1b7e  # alice", "sk-3f9c1b7e sk-a1b2c3d4", "1234567", "schl\u00fcssel-1"])
+def test_a_line_that_is_no_key_is_named_and_not_shown(tmp_path, line):
+    keys = tmp_path / "keys"
+    keys.write_text(f"# alice\nsk-00000000\n{line}\n")
+    with pytest.raises(DataError, match=r"keys: line 3 is no key") as caught:
+        Keys(keys)
+    assert line not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_ours", "warned"),
+    [
+        (0o600, False, False),
+        (0o440, True, False),
+        (0o440, False, True),
+        (0o444, True, True),
+        (0o602, True, True),
+    ],
+)
+def test_keys_may_be_read_by_the_servers_own_group_alone(tmp_path, monkeypatch, mode, is_ours, warned):
+    (tmp_path / "keys").touch(mode)
+    (tmp_path / "keys").chmod(mode)
+    group = (tmp_path / "keys").stat().st_gid
+    monkeypatch.setattr(os, "getegid", lambda: group + 1)
+    monkeypatch.setattr(os, "getgroups", lambda: [group] if is_ours else [])
+    with warnings.catch_warnings(record=True, action="always") as found:
+        warn_if_readable(tmp_path / "keys")
+    assert bool(found) == warned
 
 
 def test_packages_are_chosen_by_name_and_version(package, classifier):
@@ -102,6 +151,63 @@ def test_sigterm_lets_requests_finish_and_says_that_it_is_not_ready(package, cla
         assert server.process.stderr.read() == ""
 
 
+def test_after_the_workers_stopped_to_accept_a_connection_is_refused(package):
+    with serving(package, "--workers", 2, drain_s="0.5") as server:
+        content = request("/v1/embeddings", {"input": "a"})
+        with server.send(content[:-1]) as running:
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: is_refused(server))
+            running.sendall(content[-1:])
+            assert running.recv(100).startswith(b"HTTP/1.1 200 ")
+        assert server.process.wait(20) == 0
+        assert server.process.stderr.read() == ""
+
+
+def is_refused(server):
+    try:
+        socket.create_connection((server.host, int(server.port))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_a_server_says_where_it_is_once_it_answers():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+
+        def announce():
+            assert not is_refused(SimpleNamespace(host="127.0.0.1", port=listening.getsockname()[1]))
+            running.should_exit = True
+
+        running = Announced(uvicorn.Config(Starlette(), log_level="warning"), announce)
+        running.run([listening])
+    assert running.should_exit
+
+
+def test_a_signal_that_comes_before_the_server_runs_is_not_lost(monkeypatch):
+    run, before = uvicorn.Server.run, signal.getsignal(signal.SIGTERM)
+
+    def late(server, sockets):
+        signal.raise_signal(signal.SIGTERM)
+        run(server, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "run", late)
+    app = App()
+    app.posts, app.metrics = {}, {}
+    app.state.api = SimpleNamespace(models=SimpleNamespace(served=[]), searched=None)
+    watch = threading.Timer(30, os.kill, (os.getpid(), signal.SIGINT))  # else it would run for ever
+    watch.start()
+    told = []
+    try:
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            _run(Settings(), app, listening, told.append)
+    finally:
+        watch.cancel()
+        signal.signal(signal.SIGTERM, before)
+    assert told == [""]
+
+
 def accepts(server):
     try:
         return server.is_ready() or server.get("/health/live")[0] == 200
@@ -127,6 +233,8 @@ def test_workers_share_a_port_one_that_dies_is_replaced_and_all_end_with_their_p
         for _ in range(20):
             assert np.abs(server.embed(input=[item]) - expected).max() < 1e-3
         assert server.metric('clip_requests_total{route="/v1/embeddings",status="200"}') == 20
+        name = classifier.package.origin.run.model
+        assert re.fullmatch(rf"serving {name}:\w+ \(.*\) with 2 workers at {server.url}\n", server.said)
         before = workers(server)
         os.kill(before[0], signal.SIGKILL)
         wait_until(lambda: len(after := workers(server)) == 2 and before[0] not in after)
@@ -171,14 +279,44 @@ def test_it_is_ready_soon(package):
     [
         (["nowhere"], "nowhere is no package"),
         (["a=nowhere"], "nowhere is no package"),
+        (["=nowhere"], "'=nowhere' names no package: give FOLDER, NAME=FOLDER or NAME:VERSION=FOLDER"),
+        (["a:=nowhere"], "'a:=nowhere' names no package"),
+        (["a:1:2=nowhere"], "'a:1:2=nowhere' names no package"),
+        (["a="], "'a=' names no package"),
         (["--max-items", "0"], "--max-items is 0: give 1 or more"),
+        (["--port", "65536"], "--port is 65536: give 0 to 65,535"),
+        (["--host", "x..y"], "cannot listen at x..y port 0"),
+        (["--allow-host", "http://x/"], "--allow-host 'http://x/' is no name of a host"),
+        (["--allow-image-host", "https://x.com/"], "--allow-image-host 'https://x.com/' is no name of a host"),
+        (["--allow-image-host", "x.com:443"], "--allow-image-host 'x.com:443' is no name of a host"),
         (["--api-key-file", "nowhere"], "--api-key-file nowhere cannot be read"),
     ],
 )
 def test_settings_that_will_not_do_are_named(package, arguments, said):
-    code, error = refused(*arguments, "--port", 0)
+    code, error = refused("--port", 0, *arguments)
     assert code == 1
-    assert re.match(f"error: {said}", error)
+    assert f"error: {said}" in error
+
+
+FLOATS = [name for name, value in vars(Settings()).items() if isinstance(value, float | int)]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_is_taken_that_is_not_finite(name, value):
+    with pytest.raises(DataError, match=f"--{name.replace('_', '-')} is {value}: give "):
+        Settings(**{name: value})
+
+
+def test_folders_of_the_pipeline_that_are_no_package_are_called_what_they_are(tmp_path):
+    (tmp_path / "ort-fp16").mkdir()
+    (tmp_path / "ort-fp16" / "target.json").write_text("{}")
+    (tmp_path / "triton" / "python" / "clip_vision").mkdir(parents=True)
+    (tmp_path / "triton" / "python" / "clip_vision" / "config.pbtxt").write_text("")
+    assert "clip-deploy package ort-fp16 --output" in _no_package(tmp_path / "ort-fp16")
+    for folder in (tmp_path / "triton", tmp_path / "triton" / "python"):
+        assert "a model repository for Triton" in _no_package(folder)
+    assert _no_package(tmp_path) is None
 
 
 def test_a_port_that_is_taken_is_named(package):
