@@ -23,7 +23,11 @@ CRASH = """
 import os, signal
 from PIL import Image
 whole = Image.open
-Image.open = lambda file, *more: os.kill(os.getpid(), signal.SIGKILL) if "crash" in repr(file) else whole(file, *more)
+
+def opened(file, *more, **named):
+    return os.kill(os.getpid(), signal.SIGKILL) if "crash" in repr(file) else whole(file, *more, **named)
+
+Image.open = opened
 """
 RAY = ROOT / "build" / "ray"  # `make test` puts ray there
 
@@ -44,6 +48,7 @@ def images(tmp_path_factory):
 def cluster(tmp_path_factory):
     """A head that only conducts, and two workers of one CPU each, on this machine."""
     (tmp_path_factory.getbasetemp() / "sitecustomize.py").write_text(CRASH)
+    before = dict(os.environ)
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     sys.path.append(str(RAY))
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -60,6 +65,8 @@ def cluster(tmp_path_factory):
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    os.environ.clear()  # no other test's processes take the decoder that crashes
+    os.environ |= before
 
 
 def words(package, images, output, *more):
@@ -224,7 +231,7 @@ def test_what_ended_every_process_that_tried_it_is_named_with_what_was_done_last
     (few / "3.png").write_text("<html>")
     source = open_source(str(few), 10, shared=True)
     monkeypatch.setattr(
-        "clip_deploy.core.images.decode", lambda content, name, _: die() if name.endswith("5.png") else content
+        "clip_deploy.core.images.decode", lambda content, name, *_: die() if name.endswith("5.png") else content
     )
     attempts.begun[0] = 1
     for _ in range(TRIES - 1):

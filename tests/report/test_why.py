@@ -152,7 +152,7 @@ def why(capsys, *arguments):
     return (said.out if code == 0 else said.err).rstrip("\n")
 
 
-REST = "  recommend, package, triton_repository, validate_triton, report"
+REST = "  recommend, package, triton_repository, validate_triton, validate_serving, report"
 
 
 @pytest.mark.slow
