@@ -92,11 +92,18 @@ def photos(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:03}.jpg" for index in range(SAMPLE["photos"])]
     for index, path in enumerate(paths):
-        image, _ = scenes.render("embed", index, index % len(scenes.CLASSES))
-        large = np.asarray(image.convert("RGB").resize((PHOTO[1], PHOTO[0]), Image.Resampling.BICUBIC))
-        grain = TEXTURE * texture(PHOTO, np.random.default_rng(index))
-        Image.fromarray((large + grain).clip(0, 255).astype(np.uint8)).save(path, "jpeg", quality=90)
+        draw_photo(path, PHOTO, 90, index)
     return paths
+
+
+def draw_photo(path: Path, size: list[int], quality: int, index: int) -> None:
+    """Write a scene, drawn up to `size` (height and width) with the texture of photographs, as JPEG."""
+    image, _ = scenes.render("embed", index, index % len(scenes.CLASSES))
+    large = np.asarray(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    grain = TEXTURE * texture(size, np.random.default_rng(index))
+    unfinished = path.with_suffix(".unfinished")
+    Image.fromarray((large + grain).clip(0, 255).astype(np.uint8)).save(unfinished, "jpeg", quality=quality)
+    unfinished.replace(path)
 
 
 def parts_alone(paths: list[Path]) -> dict[str, object]:

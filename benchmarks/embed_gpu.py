@@ -20,19 +20,14 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from benchmarks.embed import PACKAGE, contents, in_turn
+from benchmarks.embed import PACKAGE, contents, draw_photo, in_turn
 from clip_deploy.core.environment import cores, gpus, hardware
 from clip_deploy.core.files import write_text
 from clip_deploy.core.package import read_package
-from clip_deploy.data import scenes
 from clip_deploy.inference.classifier import FEEDS, ZeroShotClassifier, ahead, batched
 from clip_deploy.inference.embed import EmbedJob, EmbedSettings, Header, embed
 from clip_deploy.inference.embed_gpus import Opening, choose_gpus, make_on_gpus
 from clip_deploy.inference.storage import Part, open_source
-from clip_deploy.timing.end_to_end import TEXTURE, texture
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "embed"
@@ -64,7 +59,7 @@ def one_size(name: str, count: int) -> dict[str, object]:
 
 
 def lay_out(name: str, count: int) -> Path:
-    """DISTINCT photographs under many names."""
+    """DISTINCT photographs under many names: links, so that a run of any length takes no more disk."""
     folder, drawn = WORK / f"photos-{name}-{count}", WORK / f"drawn-{name}"
     drawn.mkdir(parents=True, exist_ok=True)
     with Pool() as pool:
@@ -79,12 +74,8 @@ def lay_out(name: str, count: int) -> Path:
 
 def draw(folder: Path, name: str, index: int) -> None:
     path, (size, quality) = folder / f"{index}.jpg", SIZES[name]
-    if path.exists():
-        return
-    image, _ = scenes.render("embed", index, index % len(scenes.CLASSES))
-    large = np.asarray(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    grain = TEXTURE * texture(size, np.random.default_rng(index))
-    Image.fromarray((large + grain).clip(0, 255).astype(np.uint8)).save(path, "jpeg", quality=quality)
+    if not path.exists():
+        draw_photo(path, size, quality, index)
 
 
 def parts_alone(paths: list[Path]) -> dict[str, object]:

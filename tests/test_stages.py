@@ -21,10 +21,6 @@ from stages import _check_inputs
 from stages.probe import identity
 
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")})
-WITHOUT_TORCH = (
-    *("probe", "vectors", "optimize", "quantize", "validate", "benchmark", "recommend", "triton_repository"),
-    *("validate_serving", "report"),
-)
 
 
 def run(*arguments, cwd=ROOT, code=None):
@@ -160,69 +156,71 @@ finally:
 """
 
 
+WITHOUT_TORCH = {
+    "probe": ["output=out/environment.json", "inputs=out/inputs.json"],
+    "vectors": ["evaluation=artifacts/data/evaluation", "output=out/vectors.json"],
+    "optimize": [
+        "target=ort-fp32",
+        "source=artifacts/onnx-fp32",
+        "calibration=artifacts/data/calibration",
+        "output=out/ort",
+    ],
+    "quantize": [
+        "target=ort-int8-static",
+        "source=artifacts/onnx-fp32",
+        "calibration=artifacts/data/calibration",
+        "environment=reports/environment.json",
+        "output=out/int8",
+    ],
+    "validate": [
+        "source=artifacts/ort-fp32",
+        "evaluation=artifacts/data/evaluation",
+        "model_name=a",
+        "environment=reports/environment.json",
+        "output=out/v.json",
+        "manifest=out/ort-fp32.manifest.json",
+    ],
+    "benchmark": ["source=artifacts/ort-fp32", "reference=artifacts/onnx-fp32", "output=out/b.json"],
+    "recommend": [
+        "validation=reports/validate",
+        "benchmark_results=reports/benchmark",
+        "built=artifacts",
+        "evaluation=artifacts/data/evaluation",
+        "portable=artifacts/data/portable",
+        "output=out/r.json",
+    ],
+    "triton_repository": [
+        "package=artifacts/package",
+        "benchmark_results=reports/benchmark",
+        "output=out/triton",
+    ],
+    "validate_serving": [
+        "package=artifacts/package",
+        "evaluation=artifacts/data/evaluation",
+        "output=out/s.json",
+    ],
+    "report": [
+        "model_name=a",
+        "data_name=b",
+        "environment=reports/environment.json",
+        "checkpoint=artifacts/torch-fp32",
+        "evaluation=artifacts/data/evaluation",
+        "validation=reports/validate",
+        "benchmark_results=reports/benchmark",
+        "recommendation=reports/recommendation.json",
+        "served=reports/triton.json",
+        "serving=reports/serving.json",
+        "vectors=reports/vectors.json",
+        "output=out",
+    ],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_a_stage_that_does_not_need_torch_does_not_import_it(built, tmp_path, name):
     project = built.copy(tmp_path / "project")
-    arguments = {
-        "probe": ["output=out/environment.json", "inputs=out/inputs.json"],
-        "vectors": ["evaluation=artifacts/data/evaluation", "output=out/vectors.json"],
-        "optimize": [
-            "target=ort-fp32",
-            "source=artifacts/onnx-fp32",
-            "calibration=artifacts/data/calibration",
-            "output=out/ort",
-        ],
-        "quantize": [
-            "target=ort-int8-static",
-            "source=artifacts/onnx-fp32",
-            "calibration=artifacts/data/calibration",
-            "environment=reports/environment.json",
-            "output=out/int8",
-        ],
-        "validate": [
-            "source=artifacts/ort-fp32",
-            "evaluation=artifacts/data/evaluation",
-            "model_name=a",
-            "environment=reports/environment.json",
-            "output=out/v.json",
-            "manifest=out/ort-fp32.manifest.json",
-        ],
-        "benchmark": ["source=artifacts/ort-fp32", "reference=artifacts/onnx-fp32", "output=out/b.json"],
-        "recommend": [
-            "validation=reports/validate",
-            "benchmark_results=reports/benchmark",
-            "built=artifacts",
-            "evaluation=artifacts/data/evaluation",
-            "portable=artifacts/data/portable",
-            "output=out/r.json",
-        ],
-        "triton_repository": [
-            "package=artifacts/package",
-            "benchmark_results=reports/benchmark",
-            "output=out/triton",
-        ],
-        "validate_serving": [
-            "package=artifacts/package",
-            "evaluation=artifacts/data/evaluation",
-            "output=out/s.json",
-        ],
-        "report": [
-            "model_name=a",
-            "data_name=b",
-            "environment=reports/environment.json",
-            "checkpoint=artifacts/torch-fp32",
-            "evaluation=artifacts/data/evaluation",
-            "validation=reports/validate",
-            "benchmark_results=reports/benchmark",
-            "recommendation=reports/recommendation.json",
-            "served=reports/triton.json",
-            "serving=reports/serving.json",
-            "vectors=reports/vectors.json",
-            "output=out",
-        ],
-    }[name]
-    done = run(f"stages.{name}", *arguments, cwd=project.path, code=IMPORTS)
+    done = run(f"stages.{name}", *WITHOUT_TORCH[name], cwd=project.path, code=IMPORTS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "HEAVY []"
 

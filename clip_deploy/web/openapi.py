@@ -23,7 +23,6 @@ ITEM = {
 }
 ONE = 'a text, {"text": ...} or {"image": ...}'
 MODEL = {"type": "string", "description": "NAME or NAME:VERSION of /v1/models; without it, the first of them"}
-USAGE = {"type": "object", "properties": {name: {"type": "integer"} for name in ("prompt_tokens", "total_tokens")}}
 PHOTO = "/9j/4AAQSkZJRg..."
 STATUS = {
     "400": "a mistake in the request, which the message names",
