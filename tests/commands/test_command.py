@@ -40,6 +40,14 @@ def test_a_command_says_of_each_argument_what_it_is(name):
     assert [argument.dest for argument in arguments if not argument.help] == []
 
 
+@pytest.fixture
+def beside_package(tmp_path, monkeypatch):
+    """A folder in which the default of --package is there."""
+    (tmp_path / "artifacts" / "package").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("beside_package")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -58,6 +66,7 @@ def test_options_may_stand_between_a_commands_words(words, expected):
     assert expected.items() <= found.items()
 
 
+@pytest.mark.usefixtures("beside_package")
 def test_what_is_one_word_too_many_is_named_with_the_commands_own_usage(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["search", "photos", "--top", "2", "a dog", "a cat"])
