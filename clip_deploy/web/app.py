@@ -29,7 +29,7 @@ from clip_deploy.web.guard import ClientLeftError, Guard
 from clip_deploy.web.keys import Keys
 from clip_deploy.web.metrics import CONTENT_TYPE, OTHER, Metrics, RouteMetrics
 from clip_deploy.web.models import Models, Served, base64_of
-from clip_deploy.web.openapi import DOCS, HEADERS, OPENAPI
+from clip_deploy.web.openapi import HEADERS, docs, openapi
 from clip_deploy.web.page import page
 from clip_deploy.web.responses import JSON, answered, refused
 from clip_deploy.web.search import ADDRESS, Searched
@@ -304,8 +304,8 @@ def create_app(settings: Settings) -> App:
         Route("/health/live", api.live),
         Route("/health/ready", api.ready),
         Route("/metrics", _locked(keys, api.numbers)),
-        Route("/openapi.json", _fixed(orjson.dumps(OPENAPI), JSON)),
-        Route("/docs", _fixed(DOCS.encode(), HTMLResponse.media_type, HEADERS)),
+        Route("/openapi.json", _fixed(orjson.dumps(openapi(settings)), JSON)),
+        Route("/docs", _fixed(docs(settings).encode(), HTMLResponse.media_type, HEADERS)),
     ]
     handlers = {RequestError: _on_refusal, HTTPException: _on_http_error, Exception: _on_error}
     app = App(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]

@@ -11,8 +11,6 @@ import orjson
 from clip_deploy.web.api import DEFAULT_FOUND, MAX_FOUND, MAX_TEXT
 from clip_deploy.web.settings import Settings
 
-DEFAULT = Settings()
-ITEMS = f"at most {DEFAULT.max_items} unless the server was started with another --max-items"
 IMAGE = {"type": "string", "description": "base64 of an image file, a data URI, or a https URL of an allowed host"}
 ITEM = {
     "oneOf": [
@@ -62,83 +60,93 @@ def _get(summary: str, kind: str = "application/json") -> dict[str, Any]:
     return {"get": {"summary": summary, "responses": {"200": {"description": "answered", "content": {kind: {}}}}}}
 
 
-EMBEDDINGS = _post(
-    "Embeddings of texts and images",
-    "As OpenAI's clients send it, with images besides; also as Jina's ({image: ...} items), infinity's (modality) and "
-    "vLLM's (messages with image_url) clients do. Embeddings have unit length. A text beyond the context is cut.",
-    {
-        "input": {
-            "oneOf": [{"type": "string"}, {"type": "array", "items": ITEM, "minItems": 1}],
-            "description": f"{ONE}, or a list of these; {ITEMS}",
+def _embeddings(items: str) -> dict[str, Any]:
+    return _post(
+        "Embeddings of texts and images",
+        "As OpenAI's clients send it, with images besides; also as Jina's ({image: ...} items), infinity's (modality) "
+        "and vLLM's (messages with image_url) clients do. Embeddings have unit length. A text beyond the context is "
+        "cut.",
+        {
+            "input": {
+                "oneOf": [{"type": "string"}, {"type": "array", "items": ITEM, "minItems": 1}],
+                "description": f"{ONE}, or a list of these; {items}",
+            },
+            "modality": {"enum": ["text", "image"], "description": "what the strings of input are; text without it"},
+            "messages": {"type": "array", "description": "in the place of input: one, with one text or image_url"},
+            "encoding_format": {
+                "enum": ["float", "base64"],
+                "default": "float",
+                "description": "base64 is of little-endian float32",
+            },
+            "embedding_type": {"enum": ["float", "base64"], "description": "Jina's name for encoding_format"},
+            "normalized": {"enum": [True], "description": "as Jina's clients send it"},
+            "dimensions": {
+                "type": "integer",
+                "minimum": 1,
+                "description": "the first so many numbers, of unit length again; all without it",
+            },
+            "user": {"type": "string", "description": "ignored"},
         },
-        "modality": {"enum": ["text", "image"], "description": "what the strings of input are; text without it"},
-        "messages": {"type": "array", "description": "in the place of input: one, with one text or image_url"},
-        "encoding_format": {
-            "enum": ["float", "base64"],
-            "default": "float",
-            "description": "base64 is of little-endian float32",
+        [],
+        {
+            "request": {"input": ["a photo of a cat", {"image": PHOTO}]},
+            "answer": {
+                "object": "list",
+                "data": [{"object": "embedding", "index": 0, "embedding": [0.1859, -0.0011]}],
+                "model": "NAME:VERSION",
+                "usage": {"prompt_tokens": 7, "total_tokens": 7},
+            },
         },
-        "embedding_type": {"enum": ["float", "base64"], "description": "Jina's name for encoding_format"},
-        "normalized": {"enum": [True], "description": "as Jina's clients send it"},
-        "dimensions": {
-            "type": "integer",
-            "minimum": 1,
-            "description": "the first so many numbers, of unit length again; all without it",
+    )
+
+
+def _zero_shot(items: str) -> dict[str, Any]:
+    return _post(
+        "Which label describes an image",
+        "Labels by probability, the highest first. Without labels, the package's own classes in its own templates.",
+        {
+            "image": IMAGE,
+            "labels": {
+                "type": "array",
+                "items": {"type": "string", "maxLength": MAX_TEXT},
+                "minItems": 1,
+                "description": f"texts; {items}",
+            },
+            "template": {"type": "string", "description": "with {} in the place of a label"},
         },
-        "user": {"type": "string", "description": "ignored"},
-    },
-    [],
-    {
-        "request": {"input": ["a photo of a cat", {"image": PHOTO}]},
-        "answer": {
-            "object": "list",
-            "data": [{"object": "embedding", "index": 0, "embedding": [0.1859, -0.0011]}],
-            "model": "NAME:VERSION",
-            "usage": {"prompt_tokens": 7, "total_tokens": 7},
+        ["image"],
+        {
+            "request": {"image": PHOTO, "labels": ["cat", "dog"], "template": "a photo of a {}"},
+            "answer": {"object": "list", "labels": [{"label": "cat", "probability": 0.98}], "model": "NAME:VERSION"},
         },
-    },
-)
-ZERO_SHOT = _post(
-    "Which label describes an image",
-    "Labels by probability, the highest first. Without labels, the package's own classes in its own templates.",
-    {
-        "image": IMAGE,
-        "labels": {
-            "type": "array",
-            "items": {"type": "string", "maxLength": MAX_TEXT},
-            "minItems": 1,
-            "description": f"texts; {ITEMS}",
+    )
+
+
+def _rank(items: str) -> dict[str, Any]:
+    return _post(
+        "Texts and images by their likeness to one",
+        "As Jina's and Cohere's clients ask for a rerank; /v1/rerank and /v2/rerank are the same. relevance_score is "
+        "the cosine, the highest first. Do not mix texts and images in one list: cosines of a text with texts do not "
+        "compare with its cosines with images.",
+        {
+            "query": ITEM | {"description": ONE},
+            "documents": {"type": "array", "items": ITEM, "minItems": 1, "description": f"as query; {items}"},
+            "top_n": {"type": "integer", "minimum": 1, "description": "all without it"},
+            "return_documents": {
+                "type": "boolean",
+                "default": False,
+                "description": "whether each result has its document",
+            },
         },
-        "template": {"type": "string", "description": "with {} in the place of a label"},
-    },
-    ["image"],
-    {
-        "request": {"image": PHOTO, "labels": ["cat", "dog"], "template": "a photo of a {}"},
-        "answer": {"object": "list", "labels": [{"label": "cat", "probability": 0.98}], "model": "NAME:VERSION"},
-    },
-)
-RANK = _post(
-    "Texts and images by their likeness to one",
-    "As Jina's and Cohere's clients ask for a rerank; /v1/rerank and /v2/rerank are the same. relevance_score is the "
-    "cosine, the highest first. Do not mix texts and images in one list: cosines of a text with texts do not compare "
-    "with its cosines with images.",
-    {
-        "query": ITEM | {"description": ONE},
-        "documents": {"type": "array", "items": ITEM, "minItems": 1, "description": f"as query; {ITEMS}"},
-        "top_n": {"type": "integer", "minimum": 1, "description": "all without it"},
-        "return_documents": {
-            "type": "boolean",
-            "default": False,
-            "description": "whether each result has its document",
+        ["query", "documents"],
+        {
+            "request": {"query": "a photo of a cat", "documents": [{"image": PHOTO}, {"image": PHOTO}], "top_n": 1},
+            "answer": {"object": "list", "results": [{"index": 0, "relevance_score": 0.31}], "model": "NAME:VERSION"},
         },
-    },
-    ["query", "documents"],
-    {
-        "request": {"query": "a photo of a cat", "documents": [{"image": PHOTO}, {"image": PHOTO}], "top_n": 1},
-        "answer": {"object": "list", "results": [{"index": 0, "relevance_score": 0.31}], "model": "NAME:VERSION"},
-    },
-)
-RERANK = RANK | {"summary": "The same as /v1/rank", "description": "By the name that Jina's and Cohere's clients know."}
+    )
+
+
+RERANK = {"summary": "The same as /v1/rank", "description": "By the name that Jina's and Cohere's clients know."}
 SEARCH = _post(
     "The images of the index that are nearest to a text or an image",
     "Where the server was started with --index. score is the cosine, the highest first; image is the address of a "
@@ -173,36 +181,46 @@ ERROR = {
         }
     },
 }
-OPENAPI: dict[str, Any] = {
-    "openapi": "3.1.0",
-    "info": {"title": "clip-deploy serve", "version": "1"},
-    "paths": {
-        "/v1/embeddings": {"post": EMBEDDINGS},
-        "/v1/zero-shot": {"post": ZERO_SHOT},
-        "/v1/rank": {"post": RANK},
-        "/v1/rerank": {"post": RERANK},
-        "/v2/rerank": {"post": RERANK},
-        "/v1/search": {"post": SEARCH},
-        "/v1/pictures/{version}/{row}": _get("A picture that /v1/search found", "image/jpeg"),
-        "/v1/models": _get("The packages that are served, by NAME:VERSION"),
-        "/v1/models/{model}": _get("One of them, by NAME or NAME:VERSION"),
-        "/health/live": _get("200 while the process runs"),
-        "/health/ready": _get("200 while requests should be sent here, 503 once it is about to stop"),
-        "/metrics": _get("Numbers for Prometheus", "text/plain"),
-    },
-    "components": {
-        "schemas": {"Error": ERROR},
-        "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-    },
-}
+
+
+def openapi(settings: Settings) -> dict[str, Any]:
+    """The document, with the limits of this server."""
+    items = f"at most {settings.max_items:,}"
+    rank = _rank(items)
+    rerank = {"post": rank | RERANK}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "clip-deploy serve", "version": "1", "description": f"Limits: {_limits(settings)}"},
+        "paths": {
+            "/v1/embeddings": {"post": _embeddings(items)},
+            "/v1/zero-shot": {"post": _zero_shot(items)},
+            "/v1/rank": {"post": rank},
+            "/v1/rerank": rerank,
+            "/v2/rerank": rerank,
+            "/v1/search": {"post": SEARCH},
+            "/v1/pictures/{version}/{row}": _get("A picture that /v1/search found", "image/jpeg"),
+            "/v1/models": _get("The packages that are served, by NAME:VERSION"),
+            "/v1/models/{model}": _get("One of them, by NAME or NAME:VERSION"),
+            "/health/live": _get("200 while the process runs"),
+            "/health/ready": _get("200 while requests should be sent here, 503 once it is about to stop"),
+            "/metrics": _get("Numbers for Prometheus", "text/plain"),
+        },
+        "components": {
+            "schemas": {"Error": ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _limits(settings: Settings) -> str:
+    return (
+        f"{settings.max_items:,} texts and images, {settings.max_body_mb:,g} MB and {settings.timeout_s:,g} s of a "
+        f"request, {settings.max_megapixels:,g} million pixels of an image, {settings.max_queue:,} texts and "
+        f"{settings.max_queue:,} images that wait, {MAX_TEXT:,} characters of a text."
+    )
 
 
 BOUNDS = {"at least": "minimum", "at most": "maximum"}
-LIMITS = (
-    f"{DEFAULT.max_items} texts and images, {DEFAULT.max_body_mb:,g} MB and {DEFAULT.timeout_s:g} s of a request, "
-    f"{DEFAULT.max_megapixels:g} million pixels of an image, and {DEFAULT.max_queue:,} texts or images that wait, "
-    f"unless the server was started with other limits; {MAX_TEXT:,} characters of a text."
-)
 
 
 def _section(path: str, methods: Mapping[str, Any]) -> str:
@@ -210,7 +228,7 @@ def _section(path: str, methods: Mapping[str, Any]) -> str:
     lines = [f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(what['summary'])}.</p>"]
     if "description" in what:
         lines.append(f"<p>{escape(what['description'])}</p>")
-    if (body := what.get("requestBody")) and what is not RERANK:
+    if (body := what.get("requestBody")) and what["summary"] != RERANK["summary"]:
         sent = body["content"]["application/json"]
         fields = sent["schema"]["properties"].items()
         rows = [f"<tr><td><code>{name}</code><td>{escape(_field(field))}" for name, field in fields]
@@ -246,20 +264,6 @@ pre { background: var(--wash); padding: .7rem; overflow-x: auto }
 td { padding: .2rem 1rem .2rem 0; vertical-align: top }
 td:first-child { min-width: 6rem }
 """
-DOCS = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>clip-deploy serve</title>
-<link rel="icon" href="data:,">
-<style>{STYLE}</style>
-<h1>clip-deploy serve</h1>
-<p><a href="/openapi.json">/openapi.json</a> says the same for programs.</p>
-<p>Limits: {LIMITS}</p>
-{"".join(_section(path, methods) for path, methods in OPENAPI["paths"].items())}
-<h2>Errors</h2>
-<pre>{{"error": {{"message": ..., "type": ..., "param": ..., "code": ...}}}}</pre>
-<table>{"".join(f"<tr><td>{status}<td>{escape(said)}" for status, said in STATUS.items())}</table>
-</html>
-"""
 STYLE_HASH = b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 HEADERS = {
     "content-security-policy": f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; img-src data:; base-uri 'none'; "
@@ -268,3 +272,23 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
+
+
+def docs(settings: Settings) -> str:
+    """A page for people, with the same content."""
+    sections = "".join(_section(path, methods) for path, methods in openapi(settings)["paths"].items())
+    errors = "".join(f"<tr><td>{status}<td>{escape(said)}" for status, said in STATUS.items())
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>clip-deploy serve</title>
+<link rel="icon" href="data:,">
+<style>{STYLE}</style>
+<h1>clip-deploy serve</h1>
+<p><a href="/openapi.json">/openapi.json</a> says the same for programs.</p>
+<p>Limits: {_limits(settings)}</p>
+{sections}
+<h2>Errors</h2>
+<pre>{{"error": {{"message": ..., "type": ..., "param": ..., "code": ...}}}}</pre>
+<table>{errors}</table>
+</html>
+"""
