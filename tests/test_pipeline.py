@@ -159,7 +159,7 @@ def test_another_opset_rebuilds_only_what_is_exported_to_onnx(copy):
 
 
 def test_one_quantize_setting_rebuilds_that_target_alone(copy):
-    copy.edit("params.yaml", "method: dynamic,", "method: dynamic, per_channel: false,")
+    copy.edit("params.yaml", "method: dynamic\n", "method: dynamic\n    per_channel: false\n")
     target = "ort-int8-dynamic"
     assert due(copy) == {BUILDS[target]}
     assert copy.repro(BUILDS[target]) == {BUILDS[target]}
@@ -197,20 +197,20 @@ def test_a_gpus_rows_stay_without_one(copy):
 def test_a_new_target_builds_that_target_alone(copy):
     line = "  ort-fp16: {source: onnx-fp32, precision: fp16}"
     copy.edit("params.yaml", line, f"{line}\n  ort-fp16-again: {{source: onnx-fp32, precision: fp16}}")
-    copy.edit("params.yaml", "  - ort-fp16\n", "  - ort-fp16\n  - ort-fp16-again\n")
+    copy.edit("params.yaml", "\n- ort-fp16\n", "\n- ort-fp16\n- ort-fp16-again\n")
     assert copy.repro() - SHIPPED == {"optimize@ort-fp16-again", *measured(["ort-fp16-again"]), *REPORTED}
     assert "ort-fp16-again" in metrics(copy)
 
 
 def test_a_removed_target_leaves_the_table_and_runs_only_the_report(copy):
-    copy.edit("params.yaml", "  - ort-fp16\n", "")
+    copy.edit("params.yaml", "\n- ort-fp16\n", "\n")
     assert copy.repro() - SHIPPED == REPORTED
     assert "ort-fp16" not in metrics(copy)
     assert "ort-fp16`" not in (copy.path / "reports/report.md").read_text()
 
 
 def test_another_model_rebuilds_everything(copy, tmp_path):
-    copy.edit("conf/model/local.yaml", "path: null", "path: other")
+    copy.edit("conf/model/local.yaml", "path:  #", "path: other  #")
     (copy.path / "other").mkdir()
     for path in (copy.path / "assets/tiny-shapes").iterdir():
         (copy.path / "other" / path.name).write_bytes(path.read_bytes())
@@ -327,7 +327,7 @@ def test_an_experiment_gives_what_an_edit_gives_and_keeps_hand_edits(copy):
     ("old", "new", "message"),
     [
         ("model: tiny-shapes", "model: tiny-shape", "model is 'tiny-shape': accepted are"),
-        ("  - ort-fp16\n", "  - ort-fp12\n", "targets lists 'ort-fp12', which nothing builds"),
+        ("\n- ort-fp16\n", "\n- ort-fp12\n", "targets lists 'ort-fp12', which nothing builds"),
         ("precision: fp16}", "precision: fp12}", "optimize.ort-fp16.precision"),
         ("  opset: 18", "  opset: 99", "onnx.opset is 99"),
         ("seed: 0", "sede: 0", "unknown key sede; accepted are"),
@@ -356,7 +356,7 @@ def test_a_folder_that_cannot_be_written_loses_nothing(copy):
 
 
 def test_a_checkpoint_that_is_gone_is_refused_and_all_that_was_built_stays(copy):
-    copy.edit("conf/model/local.yaml", "path: null", "path: gone")
+    copy.edit("conf/model/local.yaml", "path:  #", "path: gone  #")
     copy.edit("params.yaml", "model: tiny-shapes", "model: local")
     done = copy.run("dvc", "repro", check=False)
     assert done.returncode != 0

@@ -1,16 +1,16 @@
 """Keep in FP32 what the diagnosis of a failed target names.
 
-It writes the nodes of reports/validate/<target>.json into the target's keep_fp32 in params.yaml; all else there stays
-as it is, comments included.
+It writes the nodes of reports/validate/<target>.json into the target's keep_fp32 in params.yaml, in the form in which
+`dvc exp run -S` writes that file; all else there stays as it is, comments included.
 
 example: clip-deploy apply ort-fp16 && dvc repro
 """
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
-import yaml
+from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
 from clip_deploy.commands.project import PARAMS, check_project
 from clip_deploy.core.errors import ConfigError
@@ -37,45 +37,26 @@ def apply(target: str, params: Path, validation: Path) -> str:
 
     Raises ConfigError where the target has no keep_fp32, or no node was named for it.
     """
-    text = params.read_text(encoding="utf-8")
-    settings = _settings(text, target)
+    found = parse_yaml_for_update(params.read_text(encoding="utf-8"), str(params))
+    settings = _settings(found, target)
     record = read_record(Validation, validation / f"{target}.json")
-    found = record.diagnosis
-    nodes = [node for drop in found.drops for node in drop.nodes] if found else []
+    diagnosis = record.diagnosis
+    nodes = [node for drop in diagnosis.drops for node in drop.nodes] if diagnosis else []
     if not nodes:
-        notes = "; ".join(found.notes if found else []) or f"its status is {record.status}"
+        notes = "; ".join(diagnosis.notes if diagnosis else []) or f"its status is {record.status}"
         raise ConfigError(f"{validation / target}.json names no nodes to keep in FP32: {notes}")
-    write_text(params, _with_nodes(text, settings, nodes))
+    held = settings.pop("keep_fp32", None) or []
+    settings.insert(0, "keep_fp32", list(dict.fromkeys([*held, *nodes])))  # first: a comment may follow the last
+    write_text(params, dumps_yaml(found))
     return f"{params}: {target} keeps {', '.join(nodes)} in FP32; run `dvc repro`"
 
 
-def _settings(text: str, target: str) -> yaml.MappingNode:
-    """Where the target's settings stand in the text."""
-    sections = dict(_entries(yaml.compose(text)))
-    known = dict(entry for section in SECTIONS for entry in _entries(sections.get(section)))
-    settings = known.get(target)
-    if not isinstance(settings, yaml.MappingNode):
+def _settings(params: Any, target: str) -> Any:
+    """The target's, a mapping that keeps its comments."""
+    known = {name: entry for section in SECTIONS for name, entry in (params.get(section) or {}).items()}
+    if target not in known:
         raise ConfigError(
             f"{target} is no target of {' or '.join(SECTIONS)} in params.yaml, which alone have keep_fp32: accepted "
             f"are {', '.join(known) or 'none'}"
         )
-    return settings
-
-
-def _entries(node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
-    return [(key.value, value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
-
-
-def _with_nodes(text: str, settings: yaml.MappingNode, nodes: list[str]) -> str:
-    """The text with the nodes behind those that keep_fp32 has already, or as the settings' first entry."""
-    held = dict(_entries(settings)).get("keep_fp32")
-    if held is not None:
-        written = json.dumps(list(dict.fromkeys([*(item.value for item in held.value), *nodes])))
-        last = held if held.flow_style else held.value[-1]  # the end of a block is where the next key begins
-        return text[: held.start_mark.index] + written + text[last.end_mark.index :]
-    if not settings.value:  # {}
-        inside = settings.start_mark.index + 1
-        return f"{text[:inside]}keep_fp32: {json.dumps(nodes)}{text[inside:]}"
-    first = settings.value[0][0].start_mark
-    separator = ", " if settings.flow_style else "\n" + " " * first.column
-    return f"{text[: first.index]}keep_fp32: {json.dumps(nodes)}{separator}{text[first.index :]}"
+    return known[target]

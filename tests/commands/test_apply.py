@@ -32,13 +32,14 @@ def put(copy, target, *nodes, **record):
 
 def test_settings_on_one_line_get_the_nodes_and_nothing_else_changes(copy):
     assert put(copy, "ort-fp16", *NODES) == [
-        '  ort-fp16: {keep_fp32: ["vision: MatMul_7", "vision: Add_8"], source: onnx-fp32, precision: fp16}'
+        "  ort-fp16: {keep_fp32: ['vision: MatMul_7', 'vision: Add_8'], source: onnx-fp32,",
+        "    precision: fp16}",
     ]
     assert load_params(copy / "params.yaml", ROOT / "conf").optimize["ort-fp16"].keep_fp32 == NODES
 
 
-def test_settings_of_several_lines_get_a_line(copy):
-    assert put(copy, "ort-int8-static", *NODES) == ['    keep_fp32: ["vision: MatMul_7", "vision: Add_8"]']
+def test_settings_of_several_lines_get_a_list(copy):
+    assert put(copy, "ort-int8-static", *NODES) == ["    keep_fp32:", *(f"    - '{node}'" for node in NODES)]
     assert load_params(copy / "params.yaml", ROOT / "conf").quantize["ort-int8-static"].keep_fp32 == NODES
 
 

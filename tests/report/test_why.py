@@ -174,7 +174,7 @@ def test_before_a_run_a_setting_is_followed_through_the_real_pipeline(copy, caps
 @pytest.mark.slow
 def test_each_kind_of_change_is_named_with_its_stages(copy, capsys):
     """All at once: each of them alone gives the same tree."""
-    copy.edit("params.yaml", "method: dynamic,", "method: dynamic, per_channel: false,")
+    copy.edit("params.yaml", "method: dynamic\n", "method: dynamic\n    per_channel: false\n")
     with (copy.path / "stages/export_torchscript.py").open("a") as file:
         file.write("# touched\n")
     metadata = copy.path / "onnxruntime_gpu-99.0.dist-info/METADATA"  # found before the installed one, by probe
@@ -200,7 +200,7 @@ def test_each_kind_of_change_is_named_with_its_stages(copy, capsys):
 @pytest.mark.slow
 def test_after_a_run_the_two_locks_say_why_it_ran(copy, capsys):
     assert why(capsys, "--since", "HEAD").startswith("nothing changed")
-    copy.edit("params.yaml", "max_memory_mb: null", "max_memory_mb: 1000")
+    copy.edit("params.yaml", "max_memory_mb:\n", "max_memory_mb: 1000\n")
     assert copy.repro("--single-item", "recommend") == {"recommend"}
     assert why(capsys, "--since", "HEAD") == "recommend.max_memory_mb: none -> 1000  (params.yaml)\n  recommend"
     assert why(capsys, "--since", "nowhere").startswith("error: git knows no revision 'nowhere' here")

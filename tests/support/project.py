@@ -48,8 +48,8 @@ class Project:
     def drop(self, target: str) -> None:
         """Take a target out of params.yaml."""
         path = self.path / "params.yaml"
-        lines = [line for line in path.read_text().splitlines() if not re.match(rf"  (- )?{target}(:|$)", line)]
-        path.write_text("\n".join(lines).replace(f"{target}, ", "") + "\n")
+        built = rf"^  {target}:.*\n(    .*\n)*"
+        path.write_text(re.sub(rf"{built}|^ *- {target}\n", "", path.read_text(), flags=re.MULTILINE))
 
     def copy(self, path: Path) -> "Project":
         shutil.copytree(self.path, path, symlinks=True)
@@ -76,7 +76,7 @@ def new_project(path: Path) -> Project:
     project.edit("conf/data/shapes.yaml", "evaluation_samples: 960", "evaluation_samples: 96")
     project.edit("conf/data/shapes.yaml", "calibration_samples: 96", "calibration_samples: 16")
     project.edit("params.yaml", "benchmark: standard", "benchmark: quick")
-    project.edit("conf/benchmark/quick.yaml", "batch_sizes: [1, 8]", "batch_sizes: [1]")
+    project.edit("conf/benchmark/quick.yaml", "- 1\n- 8\n", "- 1\n")
     project.run("git", "init", "-q", "-b", "main")
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "Start")
