@@ -192,7 +192,13 @@ def test_models_health_and_documentation_are_told(server, classifier):
     assert {"/v1/embeddings", "/v1/zero-shot", "/v1/rank"} < set(paths)
     _, headers, page = server.ask("GET", "/docs")
     assert headers["content-security-policy"].startswith("default-src 'none'; style-src 'sha256-")
-    for field in ("embedding_type", "normalized", "return_documents", "at most 1,000, default 10", "list of these; at most 8"):
+    for field in (
+        "embedding_type",
+        "normalized",
+        "return_documents",
+        "at most 1,000, default 10",
+        "list of these; at most 8",
+    ):
         assert field in page
     limits = "8 texts and images, 1 MB and 30 s of a request, 1 million pixels of an image"
     assert limits in page
