@@ -13,7 +13,7 @@ from statistics import median, quantiles
 
 from clip_deploy.core.config import REFERENCE
 from clip_deploy.core.files import write_text
-from clip_deploy.report.ci_gate import git
+from clip_deploy.report.revisions import git
 from clip_deploy.report.tables import number, table
 
 WAITING = {REFERENCE, "torch-fp16", "torch-bf16", "torchscript-fp16", "onnx-fp32"}

@@ -18,7 +18,7 @@ COMMANDS = {
     "verify": "Hold a folder's files against its manifest: is it what was built and judged?",
     "drift": "Hold a sample of live embeddings against the golden set's: has what is sent changed?",
     "publish": "Add Triton's models as the next version to a repository that is served, or take a version back.",
-    "compare": "Put two machines, or two runs on one, side by side, as a Markdown table.",
+    "compare": "Put machines, or runs on one, side by side, as a Markdown table.",
     "why": "Say what `dvc repro` would run, and because of which change.",
     "gate": "Fail where a target of ci.required misses its gate, has no result or a stale one.",
     "apply": "Keep in FP32 what the diagnosis of a failed target names.",

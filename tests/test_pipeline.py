@@ -318,6 +318,10 @@ def test_an_experiment_gives_what_an_edit_gives_and_keeps_hand_edits(copy):
     assert "# a remark of mine," in text
     assert yaml.safe_load(text)["quantize"]["ort-int8-dynamic"]["accuracy_budget"]["max_flips"] == 3.0
     experiment = lock(copy)[target]
+    (name,) = copy.run("dvc", "exp", "list", "--name-only").stdout.split()
+    table = copy.run(sys.executable, "-m", "clip_deploy", "compare", "HEAD", name).stdout
+    assert f"- **B**: {name}: " in table
+    assert f"| `{TARGETS[0]}` | pass / pass |" in table
     (copy.path / "params.yaml").write_text(old.replace("max_flips: 2.0", "max_flips: 3.0"))
     copy.run("dvc", "repro", "-s", "-f", "--no-run-cache", target)
     assert lock(copy)[target] == experiment

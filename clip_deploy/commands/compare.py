@@ -1,19 +1,29 @@
-"""Put two machines, or two runs on one, side by side, as a Markdown table.
+"""Put machines, or runs on one, side by side, as a Markdown table.
 
-example: clip-deploy compare reports reports-of-the-xeon > both.md
+What is compared is a reports folder, copied here from another machine, or reports/ of this repository at a git revision
+or in one of DVC's experiments.
+
+examples: clip-deploy compare reports reports-of-the-xeon > both.md
+          clip-deploy compare main HEAD tidal-hoes
 """
 
 import argparse
+from string import ascii_uppercase as LETTERS
 
-from clip_deploy.commands.paths import local_path
+from clip_deploy.core.errors import DeployError
 from clip_deploy.report.compare import comparison, read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name in ("REPORTS_A", "REPORTS_B"):
-        parser.add_argument(name.lower(), metavar=name, type=local_path, help="a folder as reports/")
+    said = "a folder as reports/, a git revision, or an experiment's name"
+    parser.add_argument("first", metavar="RUN", help=said)
+    parser.add_argument("others", metavar="RUN", nargs="+", help=f"to compare with it: {said}")
 
 
 def run(given: argparse.Namespace) -> int:
-    print(comparison(read_run(given.reports_a), read_run(given.reports_b)))
+    """Raises DeployError where one cannot be read, or there are more than the alphabet names."""
+    names = [given.first, *given.others]
+    if len(names) > len(LETTERS):
+        raise DeployError(f"{len(names)} runs are given: at most {len(LETTERS)} fit a table")
+    print(comparison([read_run(name) for name in names]))
     return 0

@@ -22,7 +22,7 @@ from dvc.repo import Repo
 
 from clip_deploy.commands.project import PARAMS, PIPELINE, PROBED, check_project, probed
 from clip_deploy.core.errors import DeployError
-from clip_deploy.report.ci_gate import commit_of, committed, git
+from clip_deploy.report.revisions import commit_of, committed, git
 from clip_deploy.report.why import Stage, explain
 
 LOCK = "dvc.lock"

@@ -4,7 +4,6 @@ A missing, unreadable or contradictory result is a miss: nothing passes because 
 """
 
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isfinite, nan
@@ -23,6 +22,7 @@ from clip_deploy.core.records import Benchmark, Measured, Metrics, Timing, Valid
 from clip_deploy.evaluate.gates import GateFailure, failures_now
 from clip_deploy.report.decisive import JudgedTimings, Timings, again, judged
 from clip_deploy.report.decisive import undecided as undecided_of
+from clip_deploy.report.revisions import commit_of, committed
 from clip_deploy.report.tables import number, table
 from clip_deploy.report.why import changed
 
@@ -96,7 +96,7 @@ def in_folder(folder: Path) -> Reports:
 
 
 def at_revision(revision: str, folder: Path) -> Reports:
-    """The reports as a git commit holds them; DeployError where git knows no such revision."""
+    """The reports as a revision or a DVC experiment holds them; DeployError where there is none of that name."""
     commit = commit_of(revision)
 
     def read(name: str) -> Any:
@@ -107,28 +107,6 @@ def at_revision(revision: str, folder: Path) -> Reports:
             raise DeployError(f"{folder / name} is no JSON at {revision} ({error}): name another revision") from error
 
     return Reports(read, f"{folder}/{{}} at {revision}", "name another revision")
-
-
-def commit_of(revision: str) -> str:
-    """Raises DeployError where git knows no such revision."""
-    known = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    if known is None:
-        raise DeployError(
-            f"git knows no revision {revision!r} here: give one, as HEAD~1, main or v1.0 (in a shallow clone, fetch it "
-            "first)"
-        )
-    return known.strip()
-
-
-def committed(path: Path, commit: str) -> str | None:
-    """What a file held then; None where it was not there. The path is from here: git's own begin at its top folder."""
-    return git("show", f"{commit}:./{path.as_posix()}")
-
-
-def git(*words: str) -> str | None:
-    """What git prints; None where it fails."""
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else None
 
 
 def read_result(target: str, reports: Reports) -> Result:

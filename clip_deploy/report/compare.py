@@ -1,17 +1,20 @@
-"""Two machines, or two runs on one, side by side: the numbers of two reports folders in one table."""
+"""Machines, or runs on one, side by side: the numbers of several reports folders or revisions in one table."""
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase as LETTERS
 from typing import Any
 
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.files import no_folder
+from clip_deploy.report.revisions import commit_of, committed
 from clip_deploy.report.tables import MISSING, number, table
 
 WORDS = ("status", "timing")  # in metrics.json, beside the numbers
+REPORTS = Path("reports")
 GIVE = "give a reports folder, with metrics.json and environment.json as `dvc repro` writes them"
 
 
@@ -20,35 +23,55 @@ class Run:
     """What one reports folder holds.
 
     Attributes:
+        name: of the folder, the revision or the experiment.
         metrics: target -> quantity -> number, as report.metrics gives them.
         hardware, software: the machine and the versions of libraries, as environment.json holds them.
     """
 
-    folder: Path
+    name: str
     metrics: dict[str, dict[str, Any]]
     hardware: dict[str, Any]
     software: dict[str, str | None]
 
 
-def read_run(folder: Path) -> Run:
-    """Raises DeployError where the folder or one of its two files is missing, broken or something else."""
-    if not folder.is_dir():
-        raise DeployError(f"{folder} {no_folder(folder)}; {GIVE}")
-    metrics = _read(folder / "metrics.json", _is_metrics)
-    environment = _read(folder / "environment.json", _is_environment)
-    return Run(folder, metrics, environment["hardware"], environment["software"])
+def read_run(name: str) -> Run:
+    """A reports folder, or else reports/ of the repository here at a git revision or in a DVC experiment.
+
+    Raises DeployError where there is none of that name, or one of its two files is missing, broken or something else.
+    """
+    folder = Path(name)
+    if folder.exists() or "/" in name:
+        if not folder.is_dir():
+            raise DeployError(f"{folder} {no_folder(folder)}; {GIVE}")
+        return _run(name, lambda file: _here(folder / file), lambda file: str(folder / file))
+    commit = commit_of(name)
+    return _run(name, lambda file: committed(REPORTS / file, commit), lambda file: f"{REPORTS / file} at {name}")
 
 
-def _read(path: Path, accepts: Callable[[Any], bool]) -> Any:
+def _run(name: str, read: Callable[[str], str | None], named: Callable[[str], str]) -> Run:
+    def content(file: str, accepts: Callable[[Any], bool]) -> Any:
+        text = read(file)
+        if text is None:
+            raise DeployError(f"{name} has no {file}; {GIVE}")
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise DeployError(f"cannot read {named(file)} ({error}); {GIVE}") from error
+        if not accepts(found):
+            raise DeployError(f"{named(file)} is JSON of another kind; {GIVE}")
+        return found
+
+    metrics, environment = content("metrics.json", _is_metrics), content("environment.json", _is_environment)
+    return Run(name, metrics, environment["hardware"], environment["software"])
+
+
+def _here(path: Path) -> str | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DeployError(f"{path.parent} has no {path.name}; {GIVE}") from error
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
         raise DeployError(f"cannot read {path} ({error}); {GIVE}") from error
-    if not accepts(content):
-        raise DeployError(f"{path} is JSON of another kind; {GIVE}")
-    return content
 
 
 def _is_metrics(content: Any) -> bool:
@@ -65,36 +88,50 @@ def _is_environment(content: Any) -> bool:
     return isinstance(software, dict) and isinstance(hardware, dict) and isinstance(hardware.get("gpus"), list)
 
 
-def comparison(first: Run, second: Run) -> str:
-    """Both machines, the versions that differ, and one line for each target of either run, as Markdown."""
-    lines = [f"- **{letter}**: {_machine(run)}" for letter, run in (("A", first), ("B", second))]
+def comparison(runs: Sequence[Run]) -> str:
+    """All machines, the versions that differ, and one line for each target of any run, as Markdown."""
+    letters = LETTERS[: len(runs)]
+    every = " / ".join(letters)
+    lines = [f"- **{letter}**: {_machine(run)}" for letter, run in zip(letters, runs, strict=True)]
     lines += [
-        f"- **Same machine**: {_same_machine(first.hardware, second.hardware)}",
-        f"- **Versions that differ, A / B**: {_versions(first.software, second.software)}",
-        f"- **Timings that decide nothing, A / B**: {_undecided(first)} / {_undecided(second)}",
+        f"- **Same machine**: {_same_machines(letters, [run.hardware for run in runs])}",
+        f"- **Versions that differ, {every}**: {_versions([run.software for run in runs])}",
+        f"- **Timings that decide nothing, {every}**: {' / '.join(map(_undecided, runs))}",
         "",
     ]
+    over = f"A over {', '.join(letters[1:])}"
     head = [
         "Target",
-        "Gate, A / B",
-        "Vision p50 ms, A / B",
-        "A over B",
-        "Text p50 ms, A / B",
-        "A over B",
-        "Images/s, A / B",
-        "Memory MB, A / B",
-        "Size MB, A / B",
-        "Lowest cosine, A / B",
+        f"Gate, {every}",
+        f"Vision p50 ms, {every}",
+        over,
+        f"Text p50 ms, {every}",
+        over,
+        f"Images/s, {every}",
+        f"Memory MB, {every}",
+        f"Size MB, {every}",
+        f"Lowest cosine, {every}",
     ]
-    targets = dict.fromkeys([*first.metrics, *second.metrics])
-    body = [_cells(target, first.metrics.get(target, {}), second.metrics.get(target, {})) for target in targets]
-    return "\n".join([*lines, *table(head, body), "", "Above 1.00x, B is the faster one."])
+    targets = dict.fromkeys(target for run in runs for target in run.metrics)
+    body = [_cells(target, [run.metrics.get(target, {}) for run in runs]) for target in targets]
+    return "\n".join([*lines, *table(head, body), "", "Above 1.00x, a run is faster than A."])
 
 
 def _machine(run: Run) -> str:
     cores = f", {run.hardware['cores']} cores" if "cores" in run.hardware else ""
     gpus = ", ".join(map(str, run.hardware["gpus"])) or "none"
-    return f"{run.folder}: {run.hardware.get('cpu', 'unknown CPU')}{cores}, GPU: {gpus}"
+    return f"{run.name}: {run.hardware.get('cpu', 'unknown CPU')}{cores}, GPU: {gpus}"
+
+
+def _same_machines(letters: str, hardware: Sequence[dict[str, Any]]) -> str:
+    """Each that is not A's own, or yes."""
+    said = {letter: _same_machine(hardware[0], other) for letter, other in zip(letters, hardware, strict=True)}
+    others = {letter: same for letter, same in said.items() if letter != "A" and same != "yes"}
+    if not others:
+        return "yes"
+    return (
+        next(iter(others.values())) if len(hardware) == 2 else "; ".join(f"{at}: {same}" for at, same in others.items())
+    )
 
 
 def _same_machine(first: dict[str, Any], second: dict[str, Any]) -> str:
@@ -110,27 +147,31 @@ def _undecided(run: Run) -> str:
     return ", ".join(target for target, row in run.metrics.items() if row.get("timing") == "undecided") or "none"
 
 
-def _versions(first: dict[str, str | None], second: dict[str, str | None]) -> str:
-    names = [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
-    pairs = [f"{name} {first.get(name) or MISSING} / {second.get(name) or MISSING}" for name in names]
-    return ", ".join(pairs) or "none"
+def _versions(software: Sequence[dict[str, str | None]]) -> str:
+    names = dict.fromkeys(name for versions in software for name in versions)
+    differ = [name for name in names if len({versions.get(name) for versions in software}) > 1]
+    each = [f"{name} {' / '.join(versions.get(name) or MISSING for versions in software)}" for name in differ]
+    return ", ".join(each) or "none"
 
 
-def _cells(target: str, first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    def both(key: str, written: Callable[[Any], str] = number) -> str:
-        return f"{written(first.get(key))} / {written(second.get(key))}"
+def _cells(target: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    def every(key: str, written: Callable[[Any], str] = number) -> str:
+        return " / ".join(written(row.get(key)) for row in rows)
+
+    def ratios(key: str) -> str:
+        return " / ".join(_ratio(rows[0].get(key), row.get(key)) for row in rows[1:])
 
     return [
         f"`{target}`",
-        both("status", lambda status: status or MISSING),
-        both("vision_p50_ms"),
-        _ratio(first.get("vision_p50_ms"), second.get("vision_p50_ms")),
-        both("text_p50_ms"),
-        _ratio(first.get("text_p50_ms"), second.get("text_p50_ms")),
-        both("images_per_s"),
-        both("memory_mb"),
-        both("size_mb"),
-        both("cosine_min", lambda cosine: MISSING if cosine is None else f"{cosine:.4f}"),
+        every("status", lambda status: status or MISSING),
+        every("vision_p50_ms"),
+        ratios("vision_p50_ms"),
+        every("text_p50_ms"),
+        ratios("text_p50_ms"),
+        every("images_per_s"),
+        every("memory_mb"),
+        every("size_mb"),
+        every("cosine_min", lambda cosine: MISSING if cosine is None else f"{cosine:.4f}"),
     ]
 
 

@@ -138,7 +138,7 @@ sys.exit(main())
     [
         ("dvc.repo", ["why"], "'clip-deploy[pipeline]'"),
         ("omegaconf", ["gate"], "'clip-deploy[pipeline]'"),
-        ("yaml", ["apply", "ort-fp16"], "'clip-deploy[pipeline]'"),
+        ("dvc.utils.serialize", ["apply", "ort-fp16"], "'clip-deploy[pipeline]'"),
         ("tokenizers", ["predict", "a.png"], "clip-deploy"),
     ],
 )

@@ -568,7 +568,9 @@ def test_former_reports_are_read_from_git(repository):
 
 @pytest.mark.parametrize("revision", ["HEAD~1", "no-such-branch", "--all", ""])
 def test_a_revision_that_git_does_not_know_is_named(repository, revision):
-    with pytest.raises(DeployError, match=f"git knows no revision '{revision}' here: give one, as HEAD~1"):
+    with pytest.raises(
+        DeployError, match=f"git knows no revision '{revision}' here, and DVC no experiment of that name: give"
+    ):
         at_revision(revision, repository)
 
 
@@ -629,6 +631,9 @@ def steady(project):
     project.run("git", "commit", "-q", "-a", "-m", "On a quiet machine")
 
 
+FRESH = "all results are of the present settings, code, files, libraries, machine, weights and data"
+
+
 @pytest.mark.slow
 def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes, monkeypatch, capsys):
     project = built.copy(tmp_path / "project")
@@ -639,6 +644,7 @@ def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes, 
         capsys.readouterr()
         return main(["gate", *words]), *capsys.readouterr()
 
+    assert gate("--fresh") == (0, f"{FRESH}\n", "")
     code, out, err = gate("--against", "HEAD")
     assert (code, err) == (0, "")
     assert "8 required targets pass, and none lost since HEAD" in out
@@ -670,4 +676,7 @@ def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes, 
     for row in rows:
         outcomes.regression(*row, code)
     project.edit("params.yaml", "opset: 18", "opset: 20")
+    code, out, err = gate("--fresh")
+    assert (code, err) == (1, "error: stale: export_onnx\n")
+    assert out.splitlines()[2:] == ["| `export_onnx` | stale | changed deps: params.yaml onnx | run `dvc repro` |"]
     assert "| `export_onnx` | stale | changed deps: params.yaml onnx | run `dvc repro` |" in gate()[1]

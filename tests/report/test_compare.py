@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -94,6 +95,64 @@ def test_every_target_of_either_run_has_a_line(a, b, capsys):
 def test_a_run_against_itself_differs_in_no_version(a, capsys):
     assert main(["compare", str(a), str(a)]) == 0
     assert "- **Versions that differ, A / B**: none\n" in capsys.readouterr().out
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Its commit has a run, a branch `faster` another, and DVC an experiment of each at other commits."""
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q", "-b", "main")
+    commits = []
+    for p50 in (3.0, 1.5, 1.0):
+        shutil.rmtree("reports", ignore_errors=True)
+        reports(tmp_path / "reports", {"ort-fp32": {**ROW, "vision_p50_ms": p50}})
+        git("add", "-A")
+        git("commit", "-q", "-m", f"{p50} ms")
+        commits.append(git("rev-parse", "HEAD").strip())
+    git("reset", "-q", "--hard", commits[0])
+    git("branch", "faster", commits[1])
+    for place, name, commit in (("ab/cd", "tidal-hoes", 2), ("ab/cd", "twice", 0), ("ef/01", "twice", 1)):
+        git("update-ref", f"refs/exps/{place}/{name}", commits[commit])
+    git("update-ref", "refs/exps/exec/EXEC_HEAD", commits[0])
+    return tmp_path
+
+
+def git(*words):
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
+    return subprocess.run(["git", *who, *words], check=True, capture_output=True, text=True).stdout
+
+
+def test_runs_are_folders_revisions_and_experiments(repository, capsys):
+    copied = shutil.copytree("reports", "of-the-xeon")
+    assert main(["compare", "HEAD", "faster", "tidal-hoes", str(copied)]) == 0
+    out = capsys.readouterr().out
+    assert "- **C**: tidal-hoes: Xeon, 2 cores, GPU: none\n" in out
+    unknown = "not known: of one type, and without an id in environment.json"
+    assert f"- **Same machine**: B: {unknown}; C: {unknown}; D: {unknown}\n" in out
+    assert "| Vision p50 ms, A / B / C / D | A over B, C, D |" in out
+    assert "| 3.00 / 1.50 / 1.00 / 3.00 | 2.00x / 3.00x / 1.00x |" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no-such", "git knows no revision 'no-such' here, and DVC no experiment of that name: give one, as HEAD~1"),
+        ("twice", "2 experiments are called 'twice', one at each of as many commits: give one's own commit, which"),
+        ("EXEC_HEAD", "git knows no revision 'EXEC_HEAD' here, and DVC no experiment"),
+        ("HEAD:reports", "git knows no revision 'HEAD:reports' here"),
+        ("--all", "git knows no revision '--all' here"),
+    ],
+)
+def test_a_name_that_is_none_of_them_is_refused(repository, name, said, capsys):
+    code, line = refused(capsys, "HEAD", "--", name) if name.startswith("-") else refused(capsys, "HEAD", name)
+    assert code == 1
+    assert line.startswith(f"error: {said}")
+
+
+def test_a_revision_without_reports_is_refused(repository, capsys):
+    git("rm", "-q", "-r", "reports")
+    git("commit", "-q", "-m", "None")
+    assert refused(capsys, "faster", "HEAD") == (1, f"error: HEAD has no metrics.json; {GIVE}")
 
 
 def refused(capsys, *arguments):
