@@ -36,10 +36,13 @@ from clip_deploy.core.artifact import MANIFEST, MANIFEST_NAME, check_files, chec
 from clip_deploy.core.config import GROUPS, find_choice, read_yaml, sections, typed
 from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
 from clip_deploy.core.subprocesses import die_with_dvc
+from clip_deploy.core.turns import turn
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PARAMS = Path("params.yaml")
 SWEEP = ("-m", "--multirun")
+TIMED = ("benchmark", "end_to_end", "validate_triton")  # no other stage runs on this machine meanwhile
+WAITS = "a stage runs on this machine that is timed alone, or this one is to be"
 
 # Hydra writes no log and no output folder: DVC keeps the results, and the terminal is the log.
 QUIET = {
@@ -69,7 +72,8 @@ def stage(function: Callable[[Any], None]) -> Callable[[], None]:
         settings = typed(schema, content, "settings")
         _check_target(settings)
         _check_inputs(settings)
-        function(settings)
+        with turn(_name(function) in TIMED, lambda: print(f"{_name(function)} waits: {WAITS}", flush=True)):
+            function(settings)
 
     @quiet_if_unread()
     def program() -> None:

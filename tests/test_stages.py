@@ -116,6 +116,21 @@ def test_a_check_across_settings_speaks_before_work():
     assert done.stderr.startswith("error: settings: onnx.opset is 99 with onnx.exporter auto")
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs", "alone"),
+    [("benchmark", ["source", "reference"], True), ("export_onnx", ["source"], False)],
+)
+def test_what_is_timed_wants_the_machine_for_itself_and_builds_share_it(name, inputs, alone, monkeypatch):
+    def turn(alone, waits):
+        waits()
+        raise DeployError(f"alone: {alone}")
+
+    monkeypatch.setattr("stages.turn", turn)
+    done = run_stage(name, *(f"{each}=x" for each in inputs), "output=y")
+    assert done.stdout.startswith(f"{name} waits: a stage runs on this machine that is timed alone")
+    assert done.stderr == f"error: alone: {alone}\n"
+
+
 def test_a_sweep_runs_the_stage_for_each_value(onnx_target, tmp_path):
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     shutil.copy(ROOT / "params.yaml", tmp_path)
