@@ -34,12 +34,14 @@ $(LANGUAGE)/ready:
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LANGUAGE) triton==3.7.1
 	@touch $@
 
-# Ray for the test of `embed --ray`, with what of its needs requirements.lock lacks; in .venv it could be measured too.
+# Ray for the tests of `embed --ray` and of Ray Serve, with what of their needs requirements.lock lacks; in .venv it could
+# be measured too.
 RAY := build/ray
 $(RAY)/ready:
 	rm -rf $(RAY)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(RAY) ray==2.60.0 \
-	  msgpack==1.2.4 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1
+	  msgpack==1.2.4 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1 \
+	  fastapi==0.165.0 grpcio==1.85.3 grpcio-reflection==1.85.1 opentelemetry-api==1.45.2 watchfiles==1.3.0
 	@touch $@
 
 # moto, an object store with the API of S3 for the tests of `embed`, with what of its needs requirements.lock lacks.
@@ -86,7 +88,7 @@ gate: $(VENV)/ready ## fail where a target of ci.required misses its gate; AGAIN
 test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory triton-env || echo "no Triton server for this machine: its tests are skipped"
 	@$(MAKE) --no-print-directory $(LANGUAGE)/ready || echo "no Triton language: the tests of our GPU kernels are skipped"
-	@$(MAKE) --no-print-directory $(RAY)/ready || echo "no Ray: the test of a cluster is skipped"
+	@$(MAKE) --no-print-directory $(RAY)/ready || echo "no Ray: the tests of a cluster are skipped"
 	@$(MAKE) --no-print-directory $(MOTO)/ready || echo "no moto: the tests of an object store are skipped"
 	@$(MAKE) --no-print-directory $(PEFT)/ready || echo "no peft: the tests of adapters are skipped"
 	@$(MAKE) --no-print-directory $(OPEN_CLIP)/ready || echo "no open_clip: the tests of its checkpoints are skipped"

@@ -46,7 +46,7 @@ class Tally:
     """What came of all requests so far.
 
     Attributes:
-        counts: by kind, of the words in Requests, `asked` and `busy` besides: told to come again.
+        counts: by kind, of the words in Requests, `asked`, and besides `busy`: told to come again, and `retried`.
         cosines: the lowest one by kind.
         reasons: why requests were wrong or lost.
     """
@@ -81,6 +81,7 @@ class Found:
         requests: a row a kind.
         reasons: why answers were wrong or lost: some of them.
         busy: how often a client was told to come again (429).
+        retried: how often it asked again by itself, since a proxy had no answer of a server.
         seconds: that it took.
         client_share: of these, in which the client computed: below 1 it waited for the server.
         growth: None where memory cannot be read, or in fewer than four rounds behind the warm-up.
@@ -89,6 +90,7 @@ class Found:
     requests: list[Requests]
     reasons: list[str]
     busy: int
+    retried: int
     seconds: float
     client_share: float
     growth: Growth | None
@@ -98,25 +100,33 @@ class Found:
 
 
 def load_test(
-    server: Server, questions: Iterable[Question], number: int, rounds: int = 1, clients: Sequence[int] = CLIENTS
+    server: Server,
+    questions: Iterable[Question],
+    number: int,
+    rounds: int = 1,
+    clients: Sequence[int] = CLIENTS,
+    retries: int = 0,
 ) -> Found:
-    """Send `number` questions in so many rounds, each through all numbers of clients; fewer after MAX_FAULTS."""
+    """Send `number` questions in so many rounds, each through all numbers of clients; fewer after MAX_FAULTS.
+
+    `retries` is for servers behind a proxy: how often a request is sent again that a server took along when it died.
+    """
     tally = Tally()
     memory: list[tuple[int, float | None]] = []
     began, computed = time.perf_counter(), time.process_time()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         for turn in _shares(iter(questions), number, rounds):
             for level, share in zip(clients, _shares(iter(turn), len(turn), len(clients)), strict=True):
-                runner.run(_level(server, share, level, tally))
+                runner.run(_level(server, share, level, tally, retries))
             memory.append((tally.asked, server.memory_mb()))
     seconds = time.perf_counter() - began
     rows = [
         Requests(kind=kind, cosine_min=tally.cosines.get(kind), **{name: counts[name] for name in OUTCOMES})
         for kind, counts in sorted(tally.counts.items())
     ]
-    busy = sum(counts["busy"] for counts in tally.counts.values())
+    busy, retried = (sum(counts[name] for counts in tally.counts.values()) for name in ("busy", "retried"))
     client_share = (time.process_time() - computed) / seconds
-    return Found(rows, list(tally.reasons), busy, seconds, client_share, growth(memory))
+    return Found(rows, list(tally.reasons), busy, retried, seconds, client_share, growth(memory))
 
 
 OUTCOMES = ("asked", "answered", "refused", "left", "wrong", "lost")
@@ -137,13 +147,13 @@ def growth(memory: Sequence[tuple[int, float | None]]) -> Growth | None:
     return Growth(slope, slope - wide, slope + wide, float(mb[-1]))
 
 
-async def _level(server: Server, questions: Sequence[Question], clients: int, tally: Tally) -> None:
+async def _level(server: Server, questions: Sequence[Question], clients: int, tally: Tally, retries: int) -> None:
     """All clients take from one list of questions."""
     left = iter(questions)
-    await asyncio.gather(*(_client(server, left, tally) for _ in range(clients)))
+    await asyncio.gather(*(_client(server, left, tally, retries) for _ in range(clients)))
 
 
-async def _client(server: Server, questions: Iterator[Question], tally: Tally) -> None:
+async def _client(server: Server, questions: Iterator[Question], tally: Tally, retries: int) -> None:
     connection = Connection(server.host, server.port)
     for question in questions:
         if tally.is_enough:
@@ -155,7 +165,7 @@ async def _client(server: Server, questions: Iterator[Question], tally: Tally) -
                     await connection.leave(question.content)
                     tally.note(question, "left")
                 else:
-                    judge(question, await _asked(connection, question, tally), tally)
+                    judge(question, await _retried(connection, question, tally, retries), tally)
                     if question.closes:
                         connection.close()
         except TimeoutError:
@@ -164,6 +174,21 @@ async def _client(server: Server, questions: Iterator[Question], tally: Tally) -
         except OSError as error:
             tally.note(question, "lost", str(error) or type(error).__name__)
     connection.close()
+
+
+async def _retried(connection: Connection, question: Question, tally: Tally, retries: int) -> Answer:
+    """The answer, where need be to the question asked again: a proxy answers without JSON, or ends the connection."""
+    while True:
+        try:
+            answer = await _asked(connection, question, tally)
+            if answer.status < 500 or answer.body.startswith(b"{") or not retries:
+                return answer
+        except ConnectionError:
+            if not retries:
+                raise
+        retries -= 1
+        tally.counts[question.kind]["retried"] += 1
+        await asyncio.sleep(AGAIN_S)
 
 
 async def _asked(connection: Connection, question: Question, tally: Tally) -> Answer:

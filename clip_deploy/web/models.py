@@ -230,7 +230,7 @@ class Models:
         warnings.filterwarnings("ignore", "a text is longer than")  # one a request, with what a client wrote
         self.by_name: dict[str, Served] = {}
         self.served: list[Served] = []
-        for given in [_parsed(each) for each in settings.packages]:
+        for given in [parsed(each) for each in settings.packages]:
             self._add(_open(*given, settings, metrics))
 
     def _add(self, served: Served) -> None:
@@ -261,7 +261,7 @@ class Models:
             served.close()
 
 
-def _parsed(given: str) -> tuple[str, str, str]:
+def parsed(given: str) -> tuple[str, str, str]:
     """NAME, VERSION and FOLDER of a package, the first two empty where they are not given."""
     title, separator, folder = given.partition("=")
     if not separator or Path(given).exists():
@@ -272,9 +272,8 @@ def _parsed(given: str) -> tuple[str, str, str]:
 
 
 def _open(name: str, version: str, folder: str, settings: Settings, metrics: Metrics) -> Served:
-    """Raises DeployError as ZeroShotClassifier.open does, with the way out for folders that often stand for one."""
-    if reason := _no_package(Path(folder)):
-        raise DeployError(f"{folder} is no package: {reason}")
+    """Raises DeployError as check_folder and ZeroShotClassifier.open do."""
+    check_folder(folder)
     classifier = ZeroShotClassifier.open(
         folder,
         device=settings.device,
@@ -293,6 +292,12 @@ def _open(name: str, version: str, folder: str, settings: Settings, metrics: Met
     )
     served.warm_up()
     return served
+
+
+def check_folder(folder: str) -> None:
+    """Raises DeployError with the way out for folders that often stand for a package."""
+    if reason := _no_package(Path(folder)):
+        raise DeployError(f"{folder} is no package: {reason}")
 
 
 def _no_package(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -12,8 +13,8 @@ from support.reliability import Load
 from clip_deploy.data import scenes
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web.connection import Answer, Connection
-from clip_deploy.web.load_test import CLIENTS, Tally, growth, judge, load_test
-from clip_deploy.web.process import running
+from clip_deploy.web.load_test import CLIENTS, Tally, _client, growth, judge, load_test
+from clip_deploy.web.process import Server, running
 from clip_deploy.web.questions import (
     EMBEDDINGS,
     Pool,
@@ -135,6 +136,44 @@ MISTAKE = Question("mistake", b"", 400)
 )
 def test_each_answer_is_what_it_is(status, body, question, outcome):
     assert judged(status, body, question) == {outcome: 1}
+
+
+def answer(status, body):
+    return f"HTTP/1.1 {status} \r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+PROXYS, NOTHING, OWN = answer(500, b"Internal Server Error"), b"", answer(200, orjson.dumps(rows(ONE)))
+
+
+@pytest.mark.parametrize(
+    ("sent", "retries", "outcome", "retried"),
+    [
+        ([PROXYS, OWN], 2, "answered", 1),
+        ([NOTHING, PROXYS, OWN], 2, "answered", 2),
+        ([PROXYS, answer(200, orjson.dumps(rows(TWO)))], 2, "wrong", 1),
+        ([PROXYS, PROXYS, PROXYS, OWN], 2, "lost", 2),
+        ([NOTHING, OWN], 0, "lost", 0),
+        ([PROXYS, OWN], 0, "lost", 0),
+        ([answer(500, orjson.dumps(ERROR)), OWN], 2, "lost", 0),
+    ],
+)
+def test_a_client_asks_again_where_a_proxy_has_no_answer_of_a_server(sent, retries, outcome, retried):
+    left, tally = iter(sent), Tally()
+
+    async def serve(reader, writer):
+        await reader.read(1)
+        writer.write(next(left))
+        writer.close()
+        await writer.wait_closed()
+
+    async def ask():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            question = replace(RIGHT, content=post(EMBEDDINGS, {}))
+            await _client(Server(host, port, None, None), iter([question]), tally, retries)
+
+    asyncio.run(ask())
+    assert tally.counts["texts"] == Counter({"asked": 1, outcome: 1, "retried": retried})
 
 
 def test_growth_is_a_slope_with_its_interval():
