@@ -146,6 +146,7 @@ def _columns(rows: list[Row]) -> list[Column]:
     ]
     return [
         Column("Target", lambda row: f"`{row.target}`", lambda row: row.target),
+        Column("Precision", lambda row: row.precision or MISSING, lambda row: row.precision),
         Column("Gate", lambda row: row.status if row.status == "pass" else f"**{row.status}**", lambda row: row.status),
         *_timing_columns("vision", first),
         *_timing_columns("text", first),

@@ -399,7 +399,7 @@ def test_a_report_of_nothing_that_is_there_has_both_faces_without_plots(tmp_path
     report = report_of({name: ON_CPU[name] for name in ("trt-fp32", "trt-fp16")}, tmp_path)
     assert "<svg" not in page(report)
     assert "<details><summary><code>trt-fp32</code>, <code>trt-fp16</code> unavailable" in page(report)
-    assert "| `trt-fp32` | **unavailable** | - |" in markdown(report)
+    assert "| `trt-fp32` | fp16 | **unavailable** | - |" in markdown(report)
 
 
 def test_one_target_alone_is_drawn(tmp_path):

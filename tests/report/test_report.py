@@ -45,7 +45,7 @@ REFERENCE = {
 def rows(tmp_path):
     results = {
         "torch-fp32": (CHECKED, REFERENCE),
-        "ort-int8": ({**CHECKED, "status": "fail", "reasons": ["2.0 % flipped > 1"]}, TIMED),
+        "ort-int8": ({**CHECKED, "precision": "int8", "status": "fail", "reasons": ["2.0 % flipped > 1"]}, TIMED),
         "trt-fp16": (
             {**UNAVAILABLE, "build": {}, "trained": True},
             {"status": "unavailable", "reason": "no GPU"},
@@ -120,8 +120,12 @@ def test_numbers_have_three_digits(value, written):
 
 def test_every_configured_target_has_a_row_in_order_and_no_other_has(rows):
     text = markdown(Report("title", rows))
-    table = [line.split(" | ")[0:2] for line in text.splitlines() if line.startswith("| `")][:3]
-    assert table == [["| `torch-fp32`", "pass"], ["| `ort-int8`", "**fail**"], ["| `trt-fp16`", "**unavailable**"]]
+    table = [line.split(" | ")[0:3] for line in text.splitlines() if line.startswith("| `")][:3]
+    assert table == [
+        ["| `torch-fp32`", "fp32", "pass"],
+        ["| `ort-int8`", "int8", "**fail**"],
+        ["| `trt-fp16`", "fp16", "**unavailable**"],
+    ]
     assert "removed" not in text
     assert "- `ort-int8` fail: 2.0 % flipped > 1" in text
     assert "- `trt-fp16` unavailable: no GPU" in text
@@ -191,7 +195,7 @@ def test_speed_ups_of_a_busy_machine_are_marked_and_win_nothing(tmp_path):
     rows = written(tmp_path, timed)
     text = markdown(Report("title", rows))
     assert fastest(rows, 1)["vision"].target == "c"
-    assert "| `a` | pass | ~ 90.0 | ~ 600.00x [20.00, 700.00] | 2.00 | 1.50x [1.40, 1.60] | ~ 500 |" in text
+    assert "| `a` | fp32 | pass | ~ 90.0 | ~ 600.00x [20.00, 700.00] | 2.00 | 1.50x [1.40, 1.60] | ~ 500 |" in text
     assert "~ 3552.00x" in text
     assert (
         "- ~ marks timings that decide nothing (a, b): the machine was busy, so an interval is wide or the reference "
