@@ -1,6 +1,7 @@
 """Put what is fit to ship, with all that it needs to run without torch and transformers, into one folder.
 
-target=recommended takes what the report recommends; a target's name takes that one, if it passed its gate.
+target=recommended takes what `advice` ships, reports/shipped.json. A target's name takes that one, if it passed its
+gate; `advice` is reports/recommendation.json then, which has all of them.
 """
 
 from dataclasses import dataclass
@@ -8,13 +9,13 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clip_deploy.builders.package import Sources, write_package
+from clip_deploy.builders.package import RECOMMENDED, Sources, write_package
 from clip_deploy.core.config import GatesConfig
 from clip_deploy.core.environment import Environment
 from clip_deploy.core.files import new_folder
 from clip_deploy.core.manifest import Run
 from clip_deploy.core.parsing import read_record
-from clip_deploy.core.recommendation import Recommendation
+from clip_deploy.core.recommendation import Recommendation, Shipment
 from stages import stage
 
 
@@ -24,7 +25,7 @@ class Settings:
     seed: int = 0
     target: str = MISSING
     model_name: str = MISSING
-    recommendation: Path = MISSING
+    advice: Path = MISSING
     environment: Path = MISSING
     validation: Path = MISSING
     built: Path = MISSING
@@ -35,7 +36,8 @@ class Settings:
 
 @stage
 def package(settings: Settings) -> None:
-    advice = read_record(Recommendation, settings.recommendation, null_is_nan=False)
+    kind = Shipment if settings.target == RECOMMENDED else Recommendation
+    advice = read_record(kind, settings.advice, null_is_nan=False)
     software = read_record(Environment, settings.environment, null_is_nan=False).software
     sources = Sources(settings.built, settings.validation, settings.portable, settings.evaluation)
     run = Run(settings.model_name, settings.seed, software)

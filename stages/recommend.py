@@ -29,6 +29,7 @@ class Settings:
     built: Path = MISSING
     evaluation: Path = MISSING
     portable: Path = MISSING
+    shipped: Path = MISSING
     output: Path = MISSING
 
 
@@ -40,6 +41,7 @@ def recommend(settings: Settings) -> None:
         rows, settings.recommend, together, lambda name: unpackable(settings.built / name, settings.portable)
     )
     write_json(settings.output, plain(advice))
+    write_json(settings.shipped, plain(advice.shipment()))
     shipped = f"{', '.join(dict.fromkeys(advice.ship.values())) or 'nothing'} to ship"
     print(f"{settings.output}: {'; '.join([*advice.doubts, shipped, advice.note])}")
 

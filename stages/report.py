@@ -1,4 +1,4 @@
-"""Gather the configured targets' results into report.md, report.html, metrics.json and the plots."""
+"""Gather the configured targets' results into report.md, report.html, targets.json, metrics.json and the plots."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -12,7 +12,6 @@ from support.project import ROOT
 
 from clip_deploy.core.config import BUILDERS, GROUPS, is_per_target, sections
 from clip_deploy.core.environment import LIBRARIES
-from clip_deploy.core.recommendation import Recommendation
 from tools.deps import files_of, versions_of, with_deps
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -139,12 +138,6 @@ def test_only_what_is_compiled_or_rounded_for_a_machine_is_built_again_on_anothe
         "quantize": {"hardware.instruction_sets"},
         "build_engine": {"hardware.gpus"},
     }
-
-
-def test_what_a_stage_watches_of_the_advice_is_in_it():
-    watched = [entry["reports/recommendation.json"] for entry in STAGES["package"]["params"] if isinstance(entry, dict)
-               and "reports/recommendation.json" in entry]  # fmt: skip
-    assert [set(keys) - {entry.name for entry in fields(Recommendation)} for keys in watched] == [set()]
 
 
 def test_target_keys_are_slugs():

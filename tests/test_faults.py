@@ -380,7 +380,7 @@ def test_a_runtime_that_breaks_takes_its_own_row_only(built, tmp_path, outcomes)
     stages = [f"{stage}@{row}" for row in rows for stage in ("validate", "benchmark")]
     project.run("dvc", "repro", "-s", *stages, "recommend", "report")
     table = (project.path / "reports/report.md").read_text()
-    record = json.loads((project.path / "reports/metrics.json").read_text())
+    record = json.loads((project.path / "reports/targets.json").read_text())
     for name, victim in VICTIMS.items():
         checked, timed = (read(project, f"reports/{stage}/{victim}.json") for stage in ("validate", "benchmark"))
         assert (checked["status"], timed["status"], record[victim]["status"]) == ("fail", "unavailable", "fail")

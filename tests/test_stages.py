@@ -202,6 +202,7 @@ WITHOUT_TORCH = {
         "built=artifacts",
         "evaluation=artifacts/data/evaluation",
         "portable=artifacts/data/portable",
+        "shipped=out/shipped.json",
         "output=out/r.json",
     ],
     "triton_repository": [

@@ -33,7 +33,7 @@ from clip_deploy.core.package import (
     tower_hash,
 )
 from clip_deploy.core.parsing import plain, read_record
-from clip_deploy.core.recommendation import Recommendation
+from clip_deploy.core.recommendation import Shipment
 from clip_deploy.core.records import Validation
 from clip_deploy.data.preprocessed import SCORES
 from clip_deploy.evaluate.embeddings import load_embeddings
@@ -73,12 +73,12 @@ class Sources:
 
 
 def write_package(
-    advice: Recommendation, wanted: str, sources: Sources, gates: GatesConfig, run: Run, folder: Path
+    advice: Shipment, wanted: str, sources: Sources, gates: GatesConfig, run: Run, folder: Path
 ) -> Package | EmptyPackage:
     """Fill `folder`, and return its manifest.
 
     Args:
-        advice: reports/recommendation.json.
+        advice: reports/shipped.json, or reports/recommendation.json for a target by its name.
         wanted: a target for both towers, or "recommended" for what the advice says.
         gates: what each precision class must reach now.
 
@@ -102,9 +102,7 @@ def write_package(
     return manifest
 
 
-def _packaged(
-    advice: Recommendation, wanted: str, sources: Sources, gates: GatesConfig, run: Run, folder: Path
-) -> Package:
+def _packaged(advice: Shipment, wanted: str, sources: Sources, gates: GatesConfig, run: Run, folder: Path) -> Package:
     if wanted == RECOMMENDED and not advice.ship:
         raise UnavailableError(said(advice))
     towers = advice.ship if wanted == RECOMMENDED else dict.fromkeys(TOWERS, wanted)
@@ -127,7 +125,7 @@ def _packaged(
     )
 
 
-def said(advice: Recommendation) -> str:
+def said(advice: Shipment) -> str:
     """The advice's note, behind what speaks against the reference itself."""
     return "; ".join([*advice.doubts, advice.note])
 
@@ -144,14 +142,14 @@ def unpackable(folder: Path, portable: Path) -> str | None:
     return unavailable[missing] if missing else None
 
 
-def check_fit(name: str, advice: Recommendation, sources: Sources, gates: GatesConfig) -> Validation:
+def check_fit(name: str, advice: Shipment, sources: Sources, gates: GatesConfig) -> Validation:
     """What validate said of a target; DeployError where it did not pass, or its files are not those that did."""
     known = advice.targets
     if name not in known:
         raise DeployError(f"target is {name!r}: the report knows {', '.join(known)}")
     target, record = known[name], read_record(Validation, sources.validation / f"{name}.json")
     others = [other for other, row in known.items() if row.status == "pass" and other != name]
-    way_out = f"fit are {', '.join(others)}" if others else "no other target is fit"
+    way_out = f"fit are {', '.join(others)}" if others else "the report says whether another is: run `dvc repro`"
     missed = "; ".join(map(str, failures_now(record, gates)))
     if missed or target.status != "pass":
         raise DeployError(f"{name} is not fit to ship: {missed or '; '.join(target.reasons)}; {way_out}")
@@ -188,7 +186,7 @@ def _copy_target(built: Path, towers: list[str], folder: Path) -> None:
 
 
 def _encoder(
-    towers: dict[str, str], advice: Recommendation, sources: Sources, files: dict[str, File], run: Run
+    towers: dict[str, str], advice: Shipment, sources: Sources, files: dict[str, File], run: Run
 ) -> DualEncoder:
     targets = {tower: read_target(sources.built / name) for tower, name in towers.items()}
     vision, text = (targets[tower] for tower in TOWERS)

@@ -14,10 +14,13 @@ from pathlib import Path
 
 from dvc.repo import Repo
 
+from clip_deploy.builders.package import RECOMMENDED
 from clip_deploy.commands.paths import local_path
 from clip_deploy.commands.project import PARAMS, PIPELINE, check_project
 from clip_deploy.core.errors import ConfigError
 from clip_deploy.core.manifest import INSIDE
+
+ADVICE = "reports/recommendation.json"  # on all targets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +34,8 @@ def run(given: argparse.Namespace) -> int:
     check_project(PARAMS, PIPELINE)
     check_output(given.output)
     command = Repo().stage.load_one(name="package").cmd
-    words = by_hand(command, {"target": given.target, "output": str(given.output)})
+    settings = {"target": given.target, "output": str(given.output)}
+    words = by_hand(command, settings if given.target == RECOMMENDED else settings | {"advice": ADVICE})
     return subprocess.run(words, check=False).returncode
 
 

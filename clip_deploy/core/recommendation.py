@@ -27,30 +27,43 @@ class TargetVerdict:
 
 
 @dataclass(frozen=True)
-class Recommendation:
-    """What to ship and why.
+class Shipment:
+    """What the package depends on: reports/shipped.json. A loser that is timed anew changes nothing here.
 
     Attributes:
-        limits: what was asked for.
         ship: the winner for each tower, which is what the stage `package` takes; empty where nothing is fit.
         pairs: by its name, each pair that is the fastest tower by tower: which it is, whether it passed its gate and
             keeps the limits together, and why not. Where it failed, `ship` is the best single target.
         note: what is packaged and, where it is not the winner or nothing, why.
         doubts: what speaks against the reference itself, and so against all of this.
-        alike: for each tower, targets whose speed cannot be told apart from the winner's.
-        front: targets than which no other fit one is as fast for each tower, as accurate and as small.
-        packaged: what `targets` says of those in `ship`: all that the stage depends on.
-        losers: for each other target, why it lost.
-        targets: what the gate said of each, its files' hashes and its metrics.
+        targets: what the gate said of each in `ship`, or of all, its files' hashes and its metrics.
     """
 
-    limits: RecommendConfig
     ship: dict[str, str]
     pairs: dict[str, PairVerdict]
     note: str
     doubts: list[str]
+    targets: dict[str, TargetVerdict]
+
+
+@dataclass(frozen=True)
+class Recommendation(Shipment):
+    """What to ship and why.
+
+    Attributes:
+        limits: what was asked for.
+        alike: for each tower, targets whose speed cannot be told apart from the winner's.
+        front: targets than which no other fit one is as fast for each tower, as accurate and as small.
+        losers: for each other target, why it lost.
+        summary: the winner, or the pair of them, and its numbers: what `dvc metrics diff` and `dvc exp show` show.
+    """
+
+    limits: RecommendConfig
     alike: dict[str, list[str]]
     front: list[str]
-    packaged: dict[str, TargetVerdict]
     losers: dict[str, str]
-    targets: dict[str, TargetVerdict]
+    summary: Metrics
+
+    def shipment(self) -> Shipment:
+        shipped = {name: self.targets[name] for name in self.ship.values()}
+        return Shipment(self.ship, self.pairs, self.note, self.doubts, shipped)

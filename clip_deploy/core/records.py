@@ -10,7 +10,7 @@ from clip_deploy.core.parsing import FLAT
 Scalar = str | int | float | bool | None
 Fact = Scalar | list[str] | list[int] | dict[str, Scalar] | dict[str, dict[str, list[int]]]
 Facts = dict[str, Fact]  # how a target was made, for the report
-Metrics = dict[str, str | float | None]  # of one target in metrics.json: None was measured and decides nothing
+Metrics = dict[str, str | float | None]  # of one target in targets.json: None was measured and decides nothing
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Reports:
         return None if content is None else parse(kind, content, where, self.way_out, null_is_nan)
 
     def metrics(self) -> dict[str, Metrics]:
-        return self.read(dict[str, Metrics], "metrics.json", null_is_nan=False) or {}
+        return self.read(dict[str, Metrics], "targets.json", null_is_nan=False) or {}
 
     def environment(self) -> Environment | None:
         return self.read(Environment, "environment.json", null_is_nan=False)
@@ -177,7 +177,7 @@ def _reported(target: str, checked: Validation, reports: Reports) -> list[GateFa
     """Whether the report and the recommendation are of these results."""
     status, advice = reports.metrics().get(target, {}).get("status"), reports.advice()
     advised = advice.targets.get(target) if advice else None
-    found = [] if status == checked.status else [GateFailure("metrics.json", f"says {status}", AGAIN)]
+    found = [] if status == checked.status else [GateFailure("targets.json", f"says {status}", AGAIN)]
     same = advised is not None and advised.files == checked.files
     return found if same else [*found, GateFailure("recommendation.json", "is of other files", AGAIN)]
 

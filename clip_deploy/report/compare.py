@@ -13,9 +13,9 @@ from clip_deploy.core.files import no_folder
 from clip_deploy.report.revisions import commit_of, committed
 from clip_deploy.report.tables import MISSING, number, table
 
-WORDS = ("status", "timing")  # in metrics.json, beside the numbers
+WORDS = ("status", "timing")  # in targets.json, beside the numbers
 REPORTS = Path("reports")
-GIVE = "give a reports folder, with metrics.json and environment.json as `dvc repro` writes them"
+GIVE = "give a reports folder, with targets.json and environment.json as `dvc repro` writes them"
 
 
 @dataclass
@@ -61,7 +61,7 @@ def _run(name: str, read: Callable[[str], str | None], named: Callable[[str], st
             raise DeployError(f"{named(file)} is JSON of another kind; {GIVE}")
         return found
 
-    metrics, environment = content("metrics.json", _is_metrics), content("environment.json", _is_environment)
+    metrics, environment = content("targets.json", _is_metrics), content("environment.json", _is_environment)
     return Run(name, metrics, environment["hardware"], environment["software"])
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clip_deploy.core.model import Finding
-from clip_deploy.core.records import EndToEnd, StoredVectors
+from clip_deploy.core.records import EndToEnd, Metrics, StoredVectors
 from clip_deploy.core.served import HttpServed, Served
 from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row
@@ -60,6 +60,7 @@ class Report:
         shipping: recommend.shown; None where nothing was asked for.
         findings: of the checkpoint's check.
         served, serving: what validate_triton and validate_serving wrote; None where they did not run.
+        summary: recommend.summary, for metrics.json.
         vectors: what vectors of fewer dimensions and bits cost a search; None where it was not measured.
     """
 
@@ -73,3 +74,4 @@ class Report:
     served: Served | None = None
     serving: HttpServed | None = None
     vectors: StoredVectors | None = None
+    summary: Metrics = field(default_factory=dict)

@@ -12,7 +12,7 @@ from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import REFERENCE, RecommendConfig
 from clip_deploy.core.parsing import plain
 from clip_deploy.core.recommendation import Recommendation, TargetVerdict
-from clip_deploy.core.records import PairVerdict, Timing
+from clip_deploy.core.records import Metrics, PairVerdict, Timing
 from clip_deploy.report.decisive import Pace, again
 from clip_deploy.report.decisive import pace as pace_of
 from clip_deploy.report.rows import Row, doubts, metrics
@@ -42,11 +42,10 @@ def recommend(rows: list[Row], limits: RecommendConfig, together: Together, unpa
     refused |= {row.target: UNDECIDED for row in kept if row not in fit}
     by_name = {row.target: row for row in rows}
     pairs: dict[str, PairVerdict] = {}
-    ship = _held(choose(kept, limits.batch), kept, limits, together, pairs)
+    ship, shipped = _held(choose(kept, limits.batch), kept, limits, together, pairs)
     lacking = dict.fromkeys(reason for name in ship.values() if (reason := unpackable(name)))
     alike = {tower: _alike_to(by_name[winner], fit, tower, limits.batch) for tower, winner in ship.items()}
     lost = [row for row in rows if row.target not in ship.values()]
-    targets = _targets(rows)
     return Recommendation(
         limits=limits,
         ship=ship,
@@ -59,8 +58,8 @@ def recommend(rows: list[Row], limits: RecommendConfig, together: Together, unpa
             row.target: refused.get(row.target) or _failed(row, pairs) + _slower(row, ship, fit, limits.batch)
             for row in lost
         },
-        packaged={name: row for name, row in targets.items() if name in ship.values()},
-        targets=targets,
+        summary=summary(shipped, limits.batch),
+        targets=_targets(rows),
     )
 
 
@@ -160,22 +159,40 @@ def _held(
     limits: RecommendConfig,
     together: Together,
     pairs: dict[str, PairVerdict],
-) -> dict[str, str]:
+) -> tuple[dict[str, str], Row | None]:
     """The towers, if a pair among them keeps its gate and the limits together, or else the best single target.
 
-    What was found of a pair goes into `pairs`.
+    The row is of what ships, None where that is nothing. What was found of a pair goes into `pairs`.
     """
-    if len(set(towers.values())) < 2:
-        return towers
     by_name = {row.target: row for row in fit}
-    name = f"{towers['vision']} with {towers['text']}"
-    if name not in pairs:
-        pair = together(by_name[towers["vision"]], by_name[towers["text"]])
-        reason = refusal(pair, limits)
-        reasons = pair.reasons or ([reason] if reason else [])
-        status = "fail" if reason else "pass"
-        pairs[name] = PairVerdict(towers, pair.precision, status, reasons)
-    return towers if pairs[name].status == "pass" else dict.fromkeys(TOWERS, _single(fit, limits.batch))
+    if len(set(towers.values())) < 2:
+        return towers, by_name.get(towers.get("vision", ""))
+    pair = together(by_name[towers["vision"]], by_name[towers["text"]])
+    reason = refusal(pair, limits)
+    reasons = pair.reasons or ([reason] if reason else [])
+    pairs[f"{towers['vision']} with {towers['text']}"] = PairVerdict(
+        towers, pair.precision, "fail" if reason else "pass", reasons
+    )
+    if not reason:
+        return towers, pair
+    single = _single(fit, limits.batch)
+    return dict.fromkeys(TOWERS, single), by_name[single]
+
+
+def summary(shipped: Row | None, batch: int) -> Metrics:
+    """What ships and its numbers, the times of one call at that batch size; a time that decides nothing is None."""
+    if shipped is None:
+        return {"winner": "none"}
+    timed = {tower: shipped.timing(tower, batch) for tower in TOWERS}
+    p50_ms = {tower: timing.p50_ms if timing and not timing.undecided else None for tower, timing in timed.items()}
+    found: Metrics = {
+        "winner": shipped.target,
+        "image_ms": p50_ms["vision"],
+        "text_ms": p50_ms["text"],
+        "cosine_min": min(shipped.cosine_min.values(), default=None),
+        "size_mb": shipped.size_mb,
+    }
+    return found | ({"top1_percent": shipped.zero_shot.top1} if shipped.zero_shot else {})
 
 
 def _single(fit: list[Row], batch: int) -> str:

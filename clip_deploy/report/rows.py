@@ -163,7 +163,7 @@ def read_flows(targets: list[str], folder: Path) -> dict[str, EndToEnd]:
 
 
 def metrics(rows: list[Row]) -> dict[str, Metrics]:
-    """The decisive numbers for `dvc metrics diff`, keyed <target>.<quantity>_<unit>.
+    """The decisive numbers of each target for targets.json, by <quantity>_<unit>.
 
     What was measured and decides nothing is None; where that is all of a timing, `timing` says "undecided".
     """

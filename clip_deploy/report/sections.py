@@ -261,7 +261,7 @@ def timing_notes(rows: list[Row]) -> list[str]:
         why = UNSTEADY if spoiled[0].device == "cuda" else BUSY
         names = [row.target for row in spoiled]
         lines.append(
-            f"~ marks timings that decide nothing ({', '.join(names)}): {why}; reports/metrics.json leaves them out. "
+            f"~ marks timings that decide nothing ({', '.join(names)}): {why}; reports/targets.json leaves them out. "
             f"Time them again on a quiet machine: {again(names)}"
         )
     return lines

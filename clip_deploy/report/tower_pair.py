@@ -37,6 +37,11 @@ def pair_row(vision: Row, text: Row, built: Path, evaluation: Path, gates: Gates
         timings={"vision": vision.timings["vision"], "text": text.timings["text"]},
         memory_mb=_sum(vision.memory_mb, text.memory_mb),
         gpu_memory_mb=_sum(vision.gpu_memory_mb, text.gpu_memory_mb),
+        cosine_min={
+            tower: row.cosine_min[tower]
+            for tower, row in (("vision", vision), ("text", text))
+            if tower in row.cosine_min
+        },
         size_mb=(tower_bytes(folders["vision"], "vision") + tower_bytes(folders["text"], "text")) / 1e6,
     )
     try:

@@ -21,8 +21,9 @@ from clip_deploy.report.rows import Row, metrics, plots
 
 
 def write_report(report: Report, output: Path) -> None:
-    """Write report.md, report.html, metrics.json and plots/*.json into `output`."""
-    write_json(output / "metrics.json", metrics(report.rows))
+    """Write report.md, report.html, metrics.json, targets.json and plots/*.json into `output`."""
+    write_json(output / "metrics.json", report.summary)
+    write_json(output / "targets.json", metrics(report.rows))
     for name, content in plots(report.rows).items():
         write_json(output / "plots" / f"{name}.json", content)
     write_text(output / "report.md", markdown(report))
@@ -44,14 +45,15 @@ def gather(
 ) -> Report:
     """All that the report says, from the rows, what was timed end to end, and the files of the other stages."""
     machine = read_record(Environment, environment, null_is_nan=False)
-    model = read_target(checkpoint).model
+    model, advice = read_target(checkpoint).model, read_record(Recommendation, recommendation, null_is_nan=False)
     return Report(
         title=entitle(model_name, machine, rows),
         rows=rows,
         about=describe_inputs(model_name, model, data_name, read_json(evaluation / "manifest.json")),
         run=describe_run(machine, rows),
         flows=flows,
-        shipping=shown(read_record(Recommendation, recommendation, null_is_nan=False), rows),
+        shipping=shown(advice, rows),
+        summary=advice.summary,
         findings=model.findings,
         served=read_record(Served, served),
         serving=read_record(HttpServed, serving),

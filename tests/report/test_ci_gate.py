@@ -67,7 +67,7 @@ def reports_of(checked):
         {
             f"validate/{TARGET}.json": checked,
             f"benchmark/{TARGET}.json": TIMED,
-            "metrics.json": {TARGET: {"status": checked["status"]}},
+            "targets.json": {TARGET: {"status": checked["status"]}},
             "recommendation.json": advised({TARGET: {"files": checked["files"]}}),
             "environment.json": {"software": {}, "hardware": HARDWARE},
         }
@@ -142,8 +142,8 @@ def test_no_result_passes_that_is_missing_broken_or_below_a_limit(sound, artifac
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("metrics.json", {TARGET: {"status": "fail"}}, "metrics.json says fail"),
-        ("metrics.json", None, "metrics.json says None"),
+        ("targets.json", {TARGET: {"status": "fail"}}, "targets.json says fail"),
+        ("targets.json", None, "targets.json says None"),
         ("recommendation.json", advised({TARGET: {}}), "recommendation.json is of other files"),
     ],
 )
@@ -552,17 +552,17 @@ def test_a_revision_without_results_is_refused(sound):
 def repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reports").mkdir()
-    (tmp_path / "reports" / "metrics.json").write_text('{"first": 1}')
+    (tmp_path / "reports" / "targets.json").write_text('{"first": 1}')
     who = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
     for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "First"]):
         subprocess.run(["git", *words], check=True)
-    (tmp_path / "reports" / "metrics.json").write_text('{"second": 2}')
+    (tmp_path / "reports" / "targets.json").write_text('{"second": 2}')
     return tmp_path / "reports"
 
 
 def test_former_reports_are_read_from_git(repository):
     former = at_revision("HEAD", repository.relative_to(repository.parent))
-    assert former.content("metrics.json") == {"first": 1}
+    assert former.content("targets.json") == {"first": 1}
     assert former.content("validate/ort-fp32.json") is None
 
 

@@ -23,7 +23,7 @@ SOFTWARE = {"python": "3.11.7", "torch": "2.13.0", "openvino": None}
 
 def reports(folder, metrics, hardware=HARDWARE, software=SOFTWARE):
     folder.mkdir()
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "targets.json").write_text(json.dumps(metrics))
     (folder / "environment.json").write_text(json.dumps({"hardware": hardware, "software": software}))
     return str(folder)
 
@@ -152,7 +152,7 @@ def test_a_name_that_is_none_of_them_is_refused(repository, name, said, capsys):
 def test_a_revision_without_reports_is_refused(repository, capsys):
     git("rm", "-q", "-r", "reports")
     git("commit", "-q", "-m", "None")
-    assert refused(capsys, "faster", "HEAD") == (1, f"error: HEAD has no metrics.json; {GIVE}")
+    assert refused(capsys, "faster", "HEAD") == (1, f"error: HEAD has no targets.json; {GIVE}")
 
 
 def refused(capsys, *arguments):
@@ -164,33 +164,33 @@ def refused(capsys, *arguments):
     return code, line
 
 
-GIVE = "give a reports folder, with metrics.json and environment.json as `dvc repro` writes them"
+GIVE = "give a reports folder, with targets.json and environment.json as `dvc repro` writes them"
 
 
 def test_a_missing_folder_is_named(a, tmp_path, capsys):
     assert refused(capsys, a, tmp_path / "c") == (1, f"error: {tmp_path}/c does not exist; {GIVE}")
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "environment.json"])
+@pytest.mark.parametrize("name", ["targets.json", "environment.json"])
 def test_a_missing_file_is_named(a, b, tmp_path, name, capsys):
     (tmp_path / "b" / name).unlink()
     assert refused(capsys, a, b) == (1, f"error: {b} has no {name}; {GIVE}")
 
 
 def test_broken_json_is_named(a, b, tmp_path, capsys):
-    (tmp_path / "b" / "metrics.json").write_text('{"torch-fp32": {')
+    (tmp_path / "b" / "targets.json").write_text('{"torch-fp32": {')
     code, line = refused(capsys, a, b)
     assert code == 1
-    assert line.startswith(f"error: cannot read {b}/metrics.json (Expecting property name")
+    assert line.startswith(f"error: cannot read {b}/targets.json (Expecting property name")
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("metrics.json", "[]"),
-        ("metrics.json", '{"torch-fp32": 3}'),
-        ("metrics.json", '{"torch-fp32": {"vision_p50_ms": "fast"}}'),
-        ("metrics.json", '{"torch-fp32": {"vision_p50_ms": NaN}}'),
+        ("targets.json", "[]"),
+        ("targets.json", '{"torch-fp32": 3}'),
+        ("targets.json", '{"torch-fp32": {"vision_p50_ms": "fast"}}'),
+        ("targets.json", '{"torch-fp32": {"vision_p50_ms": NaN}}'),
         ("environment.json", "[]"),
         ("environment.json", '{"hardware": {"cpu": "Xeon"}, "software": {}}'),
     ],

@@ -111,13 +111,46 @@ def test_a_p95_is_held_against_its_limit_for_each_tower():
     assert advice.note.startswith("no target passes its gate and keeps the limits")
 
 
+def test_the_summary_is_of_what_ships():
+    rows = [REFERENCE, row("ort-int8", 4.0, 5.0, zero_shot=drop(0.5))]
+    assert recommend(rows, RecommendConfig()).summary == {
+        "winner": "ort-int8",
+        "image_ms": 2.5,
+        "text_ms": 2.0,
+        "cosine_min": 0.998,
+        "size_mb": 300.0,
+        "top1_percent": 89.5,
+    }
+    undecided = replace(rows[1], timings={"vision": {1: timing(4.0, undecided=True)}, "text": {1: timing(5.0)}})
+    only = recommend([undecided], RecommendConfig()).summary
+    assert (only["winner"], only["image_ms"], only["text_ms"]) == ("ort-int8", None, 2.0)
+    assert recommend([Row("trt-fp16", "unavailable", ["no GPU"])], RecommendConfig()).summary == {"winner": "none"}
+
+
+def test_the_summary_of_a_pair_is_that_of_both_together():
+    def together(vision, text):
+        return replace(
+            vision,
+            target=f"{vision.target} with {text.target}",
+            timings={"vision": vision.timings["vision"], "text": text.timings["text"]},
+            size_mb=200.0,
+        )
+
+    rows = [REFERENCE, row("a", 5.0, 2.0), row("b", 2.0, 4.0)]
+    found = recommend(rows, RecommendConfig(), together).summary
+    assert (found["winner"], found["image_ms"], found["text_ms"], found["size_mb"]) == ("a with b", 2.0, 2.5, 200.0)
+    failed = recommend(rows, RecommendConfig(), lambda *each: replace(together(*each), status="fail", reasons=["no"]))
+    assert failed.ship == {"vision": "a", "text": "a"}
+    assert (failed.summary["winner"], failed.summary["size_mb"]) == ("a", 300.0)
+
+
 def test_each_tower_gets_its_own_where_that_is_better():
     advice = recommend([REFERENCE, row("a", 3.0, 1.5), row("b", 2.0, 4.0)], RecommendConfig())
     assert advice.ship == {"vision": "a", "text": "b"}
     assert advice.pairs == {
         "a with b": PairVerdict(advice.ship, precision="fp32", status="pass", reasons=[])  # judged once
     }
-    assert set(advice.packaged) == {"a", "b"}
+    assert set(advice.shipment().targets) == {"a", "b"}
     assert advice.losers["torch-fp32"] == "takes 3.00x as long as a on vision; 4.00x as long as b on text"
 
 
@@ -223,7 +256,7 @@ def test_whatever_runtime_wins_is_packaged_unless_the_limits_name_others():
     rows = [REFERENCE, row("openvino-int8", 5.0, 5.0, runtime="openvino"), row("ort-int8", 3.0, 4.0)]
     advice = recommend(rows, RecommendConfig())
     assert advice.ship == {"vision": "openvino-int8", "text": "openvino-int8"}
-    assert list(advice.packaged) == ["openvino-int8"]
+    assert list(advice.shipment().targets) == ["openvino-int8"]
     assert advice.note == "the recommended target is packaged"
     limited = recommend(rows, RecommendConfig(runtimes=["ort", "eager"]))
     assert limited.ship == {"vision": "ort-int8", "text": "ort-int8"}

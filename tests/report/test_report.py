@@ -199,7 +199,7 @@ def test_speed_ups_of_a_busy_machine_are_marked_and_win_nothing(tmp_path):
     assert "~ 3552.00x" in text
     assert (
         "- ~ marks timings that decide nothing (a, b): the machine was busy, so an interval is wide or the reference "
-        "ran at another speed than beside other rows; reports/metrics.json leaves them out. Time them again on a quiet "
+        "ran at another speed than beside other rows; reports/targets.json leaves them out. Time them again on a quiet "
         "machine: "
         "`dvc repro --force --single-item benchmark@torch-fp32 benchmark@a benchmark@b && dvc repro`"
     ) in text
@@ -225,7 +225,7 @@ def test_a_timing_that_decides_nothing_is_null_in_the_metrics_and_in_every_plot(
     assert {"target": "busy", "batch_size": 1, "images_per_s": None} in drawn["throughput"]
     assert {"target": "busy", "vision_p50_ms": None, "top1_percent": 90.0} in drawn["accuracy"]
     kinds(
-        "21: a timing of a busy machine in metrics.json, `dvc metrics diff` and the plots",
+        "21: a timing of a busy machine in targets.json, `dvc metrics diff` and the plots",
         before="ort-int8-static.vision_speedup 3,552 (the reference took 321 ms for 1.48), as if it were measured",
         now=json.dumps(spoiled),
     )

@@ -73,7 +73,7 @@ def advised(targets, **changes):
     sound = {"status": "pass", "reasons": [], "runtime": "ort", "precision": "fp32", "device": "cpu", "files": {}}
     sound["batch_sizes"] = {"vision": [1, 2, 4], "text": [1, 2]}
     known = {name: {**sound, "metrics": {}, **target} for name, target in targets.items()}
-    empty = {name: {} for name in ("limits", "ship", "pairs", "alike", "packaged", "losers")}
+    empty = {name: {} for name in ("limits", "ship", "pairs", "alike", "summary", "losers")}
     return {**empty, "note": "as asked", "doubts": [], "front": [], "targets": known, **changes}
 
 
