@@ -5,6 +5,7 @@ is none. The limits are those under `ci` in params.yaml and in conf/gates/. `dvc
 in CI: the stage probe always runs, so that it never ends with 0; --fresh can.
 
 examples: clip-deploy gate --against HEAD~1
+          clip-deploy gate --against origin/main --comment comment.md
           clip-deploy gate --fresh             # whether `dvc repro` would change anything
 """
 
@@ -15,11 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from clip_deploy.commands.paths import local_path
 from clip_deploy.commands.project import CONF, PARAMS, PROBED, check_project, probed
-from clip_deploy.core.config import Params, load_choice, load_params
+from clip_deploy.core.config import load_choice, load_params
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.files import write_text
 from clip_deploy.core.parsing import AGAIN, plain
 from clip_deploy.evaluate.gates import GateFailure
+from clip_deploy.report.ci_comment import comment
 from clip_deploy.report.ci_gate import (
     Found,
     Reports,
@@ -51,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what cannot be held against the revision (another machine, a new target) is a note, and no miss",
     )
     parser.add_argument(
+        "--comment",
+        metavar="FILE",
+        type=local_path,
+        help="write there, for a pull request, the verdict, what ships, and what moved beyond its interval",
+    )
+    parser.add_argument("--page", metavar="URL", help="of report.html, for that comment")
+    parser.add_argument(
         "--fresh", action="store_true", help="fail only where a result is stale, of any stage; no target is judged"
     )
 
@@ -60,41 +71,43 @@ def run(given: argparse.Namespace) -> int:
     params, present = load_params(PARAMS, CONF), in_folder(REPORTS)
     if given.fresh:
         return _fresh(given, present)
-    names = params.ci.required
+    names, former = params.ci.required, None if given.against is None else at_revision(given.against, REPORTS)
+    if given.comment and former is None:
+        raise DeployError("--comment says what moved since a revision: give it with --against")
     check_required(names, params.targets)
     found = [stale(present), check_reports(names, present, load_choice(CONF, "gates", params.gates), BUILT)]
-    if given.against is not None:
-        found += _lost(given, params, present)
-    if any(missed for part in found for missed in part.values()):
-        print(refusals(found))
+    notes: list[str] = []
+    if former:
+        lost, uncompared = compare_revisions(names, present, former, params.ci)
+        found.append(lost)
+        if given.allow_uncompared:
+            notes = [f"note: {name}: {miss}" for name, missed in uncompared.items() for miss in missed]
+        else:
+            found.append(uncompared)
+    is_open = not any(missed for part in found for missed in part.values())
+    said = verdicts(names, present) if is_open else refusals(found)
+    if given.comment and former:
+        text = comment(said, is_open, present, former, given.against, params.ci, notes, given.page)
+        write_text(given.comment, text)
+    print("\n".join([*notes, said]))
+    if not is_open:
         raise DeployError(f"not all of the {len(names)} required targets can be defended")
-    print(verdicts(names, present))
     if spoiled := undecided(names, present):
         print(f"\nnote: timings of {', '.join(spoiled)} decide nothing: {time_again(spoiled)}")
-    since = f", and none lost since {given.against}" if given.against is not None else ""
+    since = f", and none lost since {given.against}" if former else ""
     print(f"\n{len(names)} required targets pass{since}")
     return 0
 
 
 def _fresh(given: argparse.Namespace, present: Reports) -> int:
-    if given.against is not None or given.allow_uncompared:
-        raise DeployError("--fresh judges nothing: give it without --against and --allow-uncompared")
+    if given.against is not None or given.allow_uncompared or given.comment:
+        raise DeployError("--fresh judges nothing: give it without --against, --allow-uncompared and --comment")
     found = stale(present)
     if names := [name for name, missed in found.items() if missed]:
         print(refusals([found]))
         raise DeployError(f"stale: {', '.join(names)}")
     print("all results are of the present settings, code, files, libraries, machine, weights and data")
     return 0
-
-
-def _lost(given: argparse.Namespace, params: Params, present: Reports) -> list[Found]:
-    """What the targets lost since a revision, and what cannot be told, if that is not allowed."""
-    former = at_revision(given.against, REPORTS)
-    lost, uncompared = compare_revisions(params.ci.required, present, former, params.ci)
-    if not given.allow_uncompared:
-        return [lost, uncompared]
-    print("".join(f"note: {name}: {miss}\n" for name, missed in uncompared.items() for miss in missed), end="")
-    return [lost]
 
 
 def stale(present: Reports) -> Found:

@@ -4,7 +4,7 @@ A missing, unreadable or contradictory result is a miss: nothing passes because 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite, nan
 from pathlib import Path
@@ -90,6 +90,15 @@ class Result:
     def timings(self) -> Timings:
         return self.timed.towers if self.timed else {}
 
+    @property
+    def size_mb(self) -> float | None:
+        return self.checked.size_mb if self.checked else None
+
+    @property
+    def evaluation(self) -> str | None:
+        """Which images and texts, as a hash."""
+        return self.measured.evaluation if self.measured else None
+
 
 def in_folder(folder: Path) -> Reports:
     return Reports(lambda name: read_json(folder / name) if (folder / name).exists() else None, f"{folder}/{{}}")
@@ -151,11 +160,11 @@ def _timing(timed: Benchmark | None) -> list[GateFailure]:
     if timed.status != "measured":
         return [GateFailure("timing", timed.status, timed.reason or "")]
     missing = [GateFailure(f"{tower}: timing", "no result", AGAIN) for tower in TOWERS if not timed.towers.get(tower)]
-    broken = [where for where, timing in _timings(timed.towers) if not isfinite(timing.speedup)]
+    broken = [where for where, timing in each_timing(timed.towers) if not isfinite(timing.speedup)]
     return missing + [GateFailure(f"{where}: speed-up", "not a number", AGAIN) for where in broken]
 
 
-def _timings(timings: Timings) -> Iterator[tuple[str, Timing]]:
+def each_timing(timings: Mapping[str, Mapping[int, Any]]) -> Iterator[tuple[str, Any]]:
     """Each tower and batch size, as "vision, batch 8", with its timing."""
     for tower, sizes in timings.items():
         for batch, timing in sizes.items():
@@ -219,12 +228,12 @@ def _sha(manifest: dict[str, Any], name: str) -> str | None:
 
 def undecided(names: list[str], reports: Reports) -> dict[str, list[str]]:
     """By target, which of its timings decide nothing, as "vision, batch 8", and so can neither be lost nor kept."""
-    timings = _checked(names, reports)
+    timings = judged_timings(names, reports)
     found = {name: list(undecided_of(timings[name])) for name in names}
     return {name: where for name, where in found.items() if where}
 
 
-def _checked(names: list[str], reports: Reports) -> dict[str, JudgedTimings]:
+def judged_timings(names: list[str], reports: Reports) -> dict[str, JudgedTimings]:
     """The timings of these targets and of all others in the report, which says which of them ran on a busy machine."""
     known = dict.fromkeys([REFERENCE, *reports.metrics(), *names])
     results = {name: read_result(name, reports) for name in known}
@@ -241,7 +250,7 @@ def compare_revisions(names: list[str], reports: Reports, former: Reports, limit
     known = [name for name, (_, before) in pairs.items() if before.measured]
     if not known:
         raise DeployError("that revision has no result of any required target: name one in which `dvc repro` was run")
-    unlike = list(changed(_hardware(former), _hardware(reports), "reports/environment.json"))
+    unlike = list(changed(hardware_of(former), hardware_of(reports), "reports/environment.json"))
     uncompared = {
         "machine": [GateFailure("timings", f"not compared, another machine: {line}", MEANT) for line in unlike]
     }
@@ -272,35 +281,27 @@ def time_again(spoiled: dict[str, list[str]]) -> str:
     return f"time again on a quiet machine: {again(spoiled)}"
 
 
-def _hardware(reports: Reports) -> dict[str, Any]:
+def hardware_of(reports: Reports) -> dict[str, Any]:
     found = reports.environment()
     return {"hardware": plain(found.hardware) if found else None}
 
 
 def _unlike(now: Result, before: Result, same_machine: bool) -> Iterator[tuple[str, str]]:
     """Quantities that cannot be compared, and why."""
-    if _evaluation(now) != _evaluation(before):
+    if now.evaluation != before.evaluation:
         yield "top-1", "not compared, its drop is: another evaluation set"
     if same_machine and before.threads != now.threads:
         yield "timings", f"not compared: threads were {before.threads}, and are {now.threads}"
-    elif same_machine and (gone := dict(_timings(before.timings)).keys() - dict(_timings(now.timings)).keys()):
+    elif same_machine and (gone := dict(each_timing(before.timings)).keys() - dict(each_timing(now.timings)).keys()):
         yield "timings", f"not compared: not timed any more: {'; '.join(sorted(gone))}"
 
 
-def _evaluation(result: Result) -> str | None:
-    return result.measured.evaluation if result.measured else None
-
-
 def _larger(now: Result, before: Result, limits: CiConfig) -> list[GateFailure]:
-    size, former = (nan if (mb := _size_mb(result)) is None else mb for result in (now, before))
+    size, former = (nan if (mb := result.size_mb) is None else mb for result in (now, before))
     if not isfinite(former) or size <= former * (1 + limits.max_size_growth / 100):
         return []
     limit = f"> {former:.2f} MB by more than {limits.max_size_growth:g} % (ci.max_size_growth)"
     return [GateFailure("size", f"{size:.2f} MB", limit)]
-
-
-def _size_mb(result: Result) -> float | None:
-    return result.checked.size_mb if result.checked else None
 
 
 def _less_alike(now: Result, before: Result, limits: CiConfig) -> list[GateFailure]:
@@ -323,7 +324,7 @@ def _less_accurate(now: Result, before: Result, limits: CiConfig) -> list[GateFa
     if present is None:
         return [GateFailure("top-1", "not measured", AGAIN)]
     found = []
-    if _evaluation(now) == _evaluation(before) and not present.top1 >= former.top1 - limits.max_top1_drop:
+    if now.evaluation == before.evaluation and not present.top1 >= former.top1 - limits.max_top1_drop:
         limit = f"< {former.top1:.2f} % by more than {limits.max_top1_drop:g} points (ci.max_top1_drop)"
         found.append(GateFailure("top-1", f"{present.top1:.2f} %", limit))
     if not present.top1_drop_low <= former.top1_drop_high:
@@ -335,8 +336,8 @@ def _slower(now: Result, before: Result, limits: CiConfig, left_out: set[str]) -
     """Speed-ups whose interval lies wholly below the former one by more than the limit; on a GPU p50s, and above it."""
     if now.threads != before.threads:
         return []
-    share, present, found = limits.max_slow_down / 100, dict(_timings(now.timings)), []
-    for where, former in _timings(before.timings):
+    share, present, found = limits.max_slow_down / 100, dict(each_timing(now.timings)), []
+    for where, former in each_timing(before.timings):
         timing = present.get(where)
         if timing is None or where in left_out:
             continue
@@ -345,17 +346,19 @@ def _slower(now: Result, before: Result, limits: CiConfig, left_out: set[str]) -
         else:
             kept = timing.speedup_high >= former.speedup_low * (1 - share)
         if not kept:
-            name, show, side = ("p50 ms", _p50, "above") if now.on_gpu else ("speed-up", _speedup, "below")
+            name, show, side = (
+                ("p50 ms", p50_interval, "above") if now.on_gpu else ("speed-up", speedup_interval, "below")
+            )
             limit = f"{side} {show(former)} by more than {limits.max_slow_down:g} % (ci.max_slow_down)"
             found.append(GateFailure(f"{where}: {name}", show(timing), limit))
     return found
 
 
-def _p50(timing: Timing) -> str:
+def p50_interval(timing: Timing) -> str:
     return f"{timing.p50_ms:.3g} [{timing.p50_low_ms:.3g}, {timing.p50_high_ms:.3g}]"
 
 
-def _speedup(timing: Timing) -> str:
+def speedup_interval(timing: Timing) -> str:
     return f"{timing.speedup:.2f} [{timing.speedup_low:.2f}, {timing.speedup_high:.2f}]"
 
 
@@ -366,7 +369,7 @@ def _drop(found: ZeroShot) -> str:
 def verdicts(names: list[str], reports: Reports) -> str:
     """The required targets that all passed, as a Markdown table."""
     head = ["Target", "Gate", "Lowest cosine", "Top-1 drop, points", "Flips %", "Image speed-up", "Text speed-up"]
-    timings = _checked(names, reports)
+    timings = judged_timings(names, reports)
     return "\n".join(table(head, [_verdict(name, read_result(name, reports), timings[name]) for name in names]))
 
 
@@ -381,7 +384,7 @@ def _verdict(target: str, result: Result, timings: JudgedTimings) -> list[str]:
         f"{min(parity.cosine_min for parity in found.parity.values()):.4f}",
         number(found.zero_shot.top1_drop if found.zero_shot else None),
         number(found.flips),
-        *("undecided" if speed.unstable else _speedup(speed) for speed in speeds),
+        *("undecided" if speed.unstable else speedup_interval(speed) for speed in speeds),
     ]
 
 

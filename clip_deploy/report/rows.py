@@ -215,6 +215,9 @@ def best_throughput(row: Row, tower: str) -> float | None:
     return max((timing.throughput_per_s for timing in row.timings.get(tower, {}).values()), default=None)
 
 
+PLOTS = ("latency", "throughput", "accuracy", "sensitivity")
+
+
 def plots(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
     """Flat rows for `dvc plots`: latency, throughput over batch sizes, accuracy against latency.
 
