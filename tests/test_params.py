@@ -8,7 +8,10 @@ from support.project import ROOT
 
 from clip_deploy.commands.device import choose
 
-FILES = ["params.yaml", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "conf").rglob("*.yaml"))]
+CHOICES = [
+    path for path in sorted((ROOT / "conf").rglob("*.yaml")) if path.parent.name != "sweep"
+]  # -S sets none there
+FILES = ["params.yaml", *(path.relative_to(ROOT).as_posix() for path in CHOICES)]
 
 
 def changed(path, text, *overrides):

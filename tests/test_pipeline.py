@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 import yaml
 from dvc.repo import Repo
+from support.project import Project
 
 from clip_deploy.core.manifest import verify
 from clip_deploy.data import scenes
@@ -301,6 +302,40 @@ def test_another_machine_of_the_same_type_measures_again_and_builds_nothing(copy
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{copy.path}")
     assert stale(copy) == MACHINE
     assert hardware(copy)["machine"] == "another"
+
+
+def test_what_one_machine_built_comes_to_another_by_pull_and_only_timings_are_made_again(copy, tmp_path, monkeypatch):
+    copy.run("dvc", "remote", "add", "-d", "store", str(tmp_path / "store"))
+    copy.run("git", "commit", "-q", "-a", "-m", "Add a remote")
+    copy.run("dvc", "push")
+    copy.run("git", "clone", "-q", str(copy.path), str(tmp_path / "clone"))
+    there = Project(tmp_path / "clone")
+    there.run("dvc", "pull")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import clip_deploy.core.environment as environment\nenvironment.machine = lambda: 'another'\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{there.path}")
+    assert stale(there) == MACHINE
+    assert there.repro("benchmark@ort-fp32") == {"benchmark@ort-fp32"}
+
+
+def test_two_branches_that_changed_different_targets_are_merged_and_keep_what_both_measured(copy):
+    """As the README says: with ours where dvc.lock and reports/ differ, and a run that makes them one again."""
+    changes = {
+        "dynamic": ("method: dynamic\n", "method: dynamic\n    per_channel: false\n"),
+        "static": ("calibration: minmax", "calibration: percentile"),
+    }
+    for name, (old, new) in changes.items():
+        copy.run("git", "checkout", "-q", "-b", name, "main")
+        copy.run("dvc", "checkout", "-q")
+        copy.edit("params.yaml", old, new)
+        assert {f"quantize@ort-int8-{name}", f"benchmark@ort-int8-{name}"} <= copy.repro()
+        copy.run("git", "commit", "-q", "-a", "-m", name)
+    copy.run("git", "merge", "-q", "-X", "ours", "-m", "Both", "dynamic")
+    assert not copy.repro() & {*BUILDS.values(), *measured(TARGETS)}
+    for name in changes:
+        path = f"reports/benchmark/ort-int8-{name}.json"
+        assert copy.run("git", "diff", name, "--", path).stdout == ""
 
 
 def test_other_instruction_sets_build_int8_again_which_is_rounded_for_them(copy, tmp_path, monkeypatch):

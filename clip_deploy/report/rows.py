@@ -86,10 +86,10 @@ def read_rows(targets: list[str], validation: Path, benchmark: Path) -> list[Row
     timed = {target: read_record(Benchmark, benchmark / f"{target}.json") for target in targets}
     timings: dict[str, Timings] = {target: timed[target].towers for target in targets}
     marked = judged(timings, {target for target in targets if checked[target].device == "cuda"})
-    return [_row(target, checked[target], timed[target], marked[target]) for target in targets]
+    return [row_of(target, checked[target], timed[target], marked[target]) for target in targets]
 
 
-def _row(target: str, checked: Validation, timed: Benchmark, timings: JudgedTimings) -> Row:
+def row_of(target: str, checked: Validation, timed: Benchmark, timings: JudgedTimings) -> Row:
     status, reasons, found = checked.status, checked.reasons, checked.measured
     if status != "unavailable" and timed.status == "unavailable":
         status, reasons = "fail", [*reasons, f"not timed: {timed.reason}"]

@@ -1,9 +1,9 @@
 """What a pull request's comment says of two revisions."""
 
 import copy
+import re
 
 import pytest
-import yaml
 from support.records import HARDWARE, advised, checked, parity, timing, zero_shot
 
 from clip_deploy.core.config import CiConfig
@@ -117,10 +117,9 @@ def test_the_comment_says_it_all_in_one():
 def test_two_revisions_are_measured_on_one_machine_and_commented_on(built, tmp_path, monkeypatch):
     """FP16 gives way to FP32 under its name: another size, and no lost cosine."""
     project = built.copy(tmp_path / "project")
-    few = ["torch-fp32", "onnx-fp32", "ort-fp32", "ort-fp16"]
-    params = yaml.safe_load((project.path / "params.yaml").read_text())
-    for target in set(params["targets"]) - set(few):
-        project.drop(target)
+    few = ("torch-fp32", "onnx-fp32", "ort-fp32", "ort-fp16")  # rows of the table; all are built
+    path = project.path / "params.yaml"
+    path.write_text(re.sub(rf"^ *- (?!({'|'.join(few)})$)[a-z].*\n", "", path.read_text(), flags=re.MULTILINE))
     project.run("git", "commit", "-q", "-a", "-m", "Fewer targets")
     project.edit("params.yaml", "precision: fp16}", "precision: fp32}")
     project.run("git", "commit", "-q", "-a", "-m", "FP32 in the place of FP16")
