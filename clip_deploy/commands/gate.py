@@ -81,7 +81,7 @@ def run(given: argparse.Namespace) -> int:
         lost, uncompared = compare_revisions(names, present, former, params.ci)
         found.append(lost)
         if given.allow_uncompared:
-            notes = [f"note: {name}: {miss}" for name, missed in uncompared.items() for miss in missed]
+            notes = [f"{name}: {miss}" for name, missed in uncompared.items() for miss in missed]
         else:
             found.append(uncompared)
     is_open = not any(missed for part in found for missed in part.values())
@@ -89,7 +89,7 @@ def run(given: argparse.Namespace) -> int:
     if given.comment and former:
         text = comment(said, is_open, present, former, given.against, params.ci, notes, given.page)
         write_text(given.comment, text)
-    print("\n".join([*notes, said]))
+    print("\n".join([*(f"note: {note}" for note in notes), said]))
     if not is_open:
         raise DeployError(f"not all of the {len(names)} required targets can be defended")
     if spoiled := undecided(names, present):

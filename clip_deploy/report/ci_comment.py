@@ -47,12 +47,17 @@ def comment(
         MARK,
         f"## clip-deploy: the gate is {'open' if is_open else '**shut**'}",
         said,
-        *(f"- {note}" for note in notes),
+        *([_folded(notes)] if notes else []),
         f"### What ships\n\n{_shipped(reports, former, revision)}{link}",
         f"### Beyond its interval since {revision}\n\n" + "\n".join(table_of),
         f"### Plots\n\n{drawn}. `dvc plots diff {revision}` shows both.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _folded(notes: Sequence[str]) -> str:
+    lines = "\n".join(f"- {note}" for note in notes)
+    return f"<details><summary>Not compared ({len(notes)})</summary>\n\n{lines}\n\n</details>"
 
 
 def _shipped(reports: Reports, former: Reports, revision: str) -> str:

@@ -98,8 +98,11 @@ def test_the_comment_says_it_all_in_one():
         }
     )
     present, former = Reports(now.get), Reports(reports_of().get)
-    text = comment("| table |", False, present, former, "main", CiConfig(), ["note: machine"], "https://ci/report.html")
-    assert text.startswith(f"{MARK}\n\n## clip-deploy: the gate is **shut**\n\n| table |\n\n- note: machine\n")
+    text = comment(
+        "| table |", False, present, former, "main", CiConfig(), ["machine: unlike"], "https://ci/report.html"
+    )
+    assert text.startswith(f"{MARK}\n\n## clip-deploy: the gate is **shut**\n\n| table |\n\n<details>")
+    assert "<details><summary>Not compared (1)</summary>\n\n- machine: unlike\n\n</details>" in text
     assert f"`ort-int8`; at main it was `{TARGET}`. [The report](https://ci/report.html)." in text
     assert (
         f"| Target | Quantity | main | now |\n| --- | --- | ---: | ---: |\n| `{TARGET}` | size, MB | 2.00 | 1.00 |"
@@ -115,7 +118,7 @@ def test_the_comment_says_it_all_in_one():
 
 @pytest.mark.slow
 def test_two_revisions_are_measured_on_one_machine_and_commented_on(built, tmp_path, monkeypatch):
-    """FP16 gives way to FP32 under its name: another size, and no lost cosine."""
+    """FP16 gives way to FP32 under its name, of twice the size."""
     project = built.copy(tmp_path / "project")
     few = ("torch-fp32", "onnx-fp32", "ort-fp32", "ort-fp16")  # rows of the table; all are built
     path = project.path / "params.yaml"
@@ -127,8 +130,9 @@ def test_two_revisions_are_measured_on_one_machine_and_commented_on(built, tmp_p
     monkeypatch.setenv("PYTHONPATH", "")
     done = project.run("bash", ".ci/pull-request", "HEAD~1", "comment.md", "https://ci/run", check=False)
     text = (project.path / "comment.md").read_text()
-    assert done.returncode == 0, done.stderr
-    assert text.startswith(f"{MARK}\n\n## clip-deploy: the gate is open")
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: not all of the 4 required targets can be defended\n")
+    assert text.startswith(f"{MARK}\n\n## clip-deploy: the gate is **shut**")
     assert "| `ort-fp16` | size, MB | " in text
     assert "### Beyond its interval since HEAD~1" in text
     assert "[The report](https://ci/run)" in text
