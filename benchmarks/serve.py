@@ -47,6 +47,7 @@ ROUNDS = 5  # the interval from the lowest to the highest holds the true median 
 IMAGES = 64
 LABELS = ["a red circle", "a blue square", "a green star", "a yellow cross"]
 BATCH = 32  # of the tower alone
+DATATYPES = {"object": "BYTES", "float32": "FP32", "int64": "INT64", "uint8": "UINT8"}  # KServe's, of numpy's
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "reports" / "serve.json"
@@ -153,20 +154,19 @@ def triton_requests(port: int, model: str, asked: Sequence[dict[str, np.ndarray]
     return Contestant("127.0.0.1", port, [triton_request(model, inputs) for inputs in asked])
 
 
-def triton_request(model: str, inputs: dict[str, np.ndarray]) -> bytes:
-    output = {"clip_zero_shot": "probabilities", "clip_vision": "image_embeds"}[model]
+def triton_request(model: str, inputs: dict[str, np.ndarray], binary: bool = True) -> bytes:
+    """For all outputs of a model, in the protocol's binary form; its answer in that form too, or as JSON."""
     parts = {name: raw(array) for name, array in inputs.items()}
     described = [
         {
             "name": name,
             "shape": list(array.shape),
-            "datatype": "BYTES" if array.dtype == object else "FP32",
+            "datatype": DATATYPES[array.dtype.name],
             "parameters": {"binary_data_size": len(parts[name])},
         }
         for name, array in inputs.items()
     ]
-    wanted = [{"name": output, "parameters": {"binary_data": True}}]
-    head = json.dumps({"inputs": described, "outputs": wanted}).encode()
+    head = json.dumps({"inputs": described, "parameters": {"binary_data_output": binary}}).encode()
     body = head + b"".join(parts.values())
     lines = [
         f"POST /v2/models/{model}/infer HTTP/1.1",

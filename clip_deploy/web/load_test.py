@@ -19,10 +19,10 @@ import orjson
 from clip_deploy.core.served import Requests
 from clip_deploy.web.connection import Answer, Connection
 from clip_deploy.web.process import Server
-from clip_deploy.web.questions import FIELDS, Question, WrongAnswerError
+from clip_deploy.web.questions import Question, WrongAnswerError
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
-LIMIT_S = 40.0  # until an answer that did not come is lost
+LIMIT_S = 40.0
 MAX_FAULTS = 100  # wrong or lost: no more is sent then
 AGAIN_S = 0.2  # a client whom the server told to come again waits so long
 TRIES = 50
@@ -48,7 +48,7 @@ class Tally:
     Attributes:
         counts: by kind, of the words in Requests, `asked`, and besides `busy`: told to come again, and `retried`.
         cosines: the lowest one by kind.
-        reasons: why requests were wrong or lost.
+        reasons: why requests were wrong or lost, or told to come again by more than 429.
     """
 
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -79,8 +79,8 @@ class Found:
 
     Attributes:
         requests: a row a kind.
-        reasons: why answers were wrong or lost: some of them.
-        busy: how often a client was told to come again (429).
+        reasons: why answers were wrong or lost, or 503: some of them.
+        busy: how often a client was told to come again.
         retried: how often it asked again by itself, since a proxy had no answer of a server.
         seconds: that it took.
         client_share: of these, in which the client computed: below 1 it waited for the server.
@@ -106,10 +106,13 @@ def load_test(
     rounds: int = 1,
     clients: Sequence[int] = CLIENTS,
     retries: int = 0,
+    limit_s: float = LIMIT_S,
 ) -> Found:
     """Send `number` questions in so many rounds, each through all numbers of clients; fewer after MAX_FAULTS.
 
-    `retries` is for servers behind a proxy: how often a request is sent again that a server took along when it died.
+    Args:
+        retries: for servers behind a proxy, how often a request is sent again that a server took along when it died.
+        limit_s: until an answer that did not come is lost.
     """
     tally = Tally()
     memory: list[tuple[int, float | None]] = []
@@ -117,7 +120,7 @@ def load_test(
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         for turn in _shares(iter(questions), number, rounds):
             for level, share in zip(clients, _shares(iter(turn), len(turn), len(clients)), strict=True):
-                runner.run(_level(server, share, level, tally, retries))
+                runner.run(_level(server, share, level, tally, retries, limit_s))
             memory.append((tally.asked, server.memory_mb()))
     seconds = time.perf_counter() - began
     rows = [
@@ -147,20 +150,22 @@ def growth(memory: Sequence[tuple[int, float | None]]) -> Growth | None:
     return Growth(slope, slope - wide, slope + wide, float(mb[-1]))
 
 
-async def _level(server: Server, questions: Sequence[Question], clients: int, tally: Tally, retries: int) -> None:
+async def _level(
+    server: Server, questions: Sequence[Question], clients: int, tally: Tally, retries: int, limit_s: float
+) -> None:
     """All clients take from one list of questions."""
     left = iter(questions)
-    await asyncio.gather(*(_client(server, left, tally, retries) for _ in range(clients)))
+    await asyncio.gather(*(_client(server, left, tally, retries, limit_s) for _ in range(clients)))
 
 
-async def _client(server: Server, questions: Iterator[Question], tally: Tally, retries: int) -> None:
+async def _client(server: Server, questions: Iterator[Question], tally: Tally, retries: int, limit_s: float) -> None:
     connection = Connection(server.host, server.port)
     for question in questions:
         if tally.is_enough:
             break
         tally.counts[question.kind]["asked"] += 1
         try:
-            async with asyncio.timeout(LIMIT_S):
+            async with asyncio.timeout(limit_s):
                 if question.leaves:
                     await connection.leave(question.content)
                     tally.note(question, "left")
@@ -170,7 +175,7 @@ async def _client(server: Server, questions: Iterator[Question], tally: Tally, r
                         connection.close()
         except TimeoutError:
             connection.close()
-            tally.note(question, "lost", f"no answer within {LIMIT_S:.0f} s")
+            tally.note(question, "lost", f"no answer within {limit_s:.0f} s")
         except OSError as error:
             tally.note(question, "lost", str(error) or type(error).__name__)
     connection.close()
@@ -195,9 +200,9 @@ async def _asked(connection: Connection, question: Question, tally: Tally) -> An
     """The answer, after the client came again as often as the server asked for it."""
     for _ in range(TRIES):
         answer = await connection.ask(question.content)
-        if answer.status != 429:
+        if answer.status not in question.again:
             break
-        tally.counts[question.kind]["busy"] += 1
+        tally.note(question, "busy", "" if answer.status == 429 else f"status {answer.status}: {answer.body[:160]!r}")
         await asyncio.sleep(AGAIN_S)
     return answer
 
@@ -211,7 +216,7 @@ def judge(question: Question, answer: Answer, tally: Tally) -> None:
         return
     if answer.status == 200:
         _judge_answer(question, body, tally)
-    elif answer.status == question.status and set(body.get("error", ())) == FIELDS:
+    elif question.is_refused(answer.status, body):
         tally.note(question, "refused")
     else:
         tally.note(question, "lost", f"status {answer.status}, and {question.status} was due: {answer.body[:160]!r}")

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import orjson
@@ -51,7 +51,10 @@ class Question:
             has none; raises WrongAnswerError. Of mistakes it is None.
         leaves: whether the client hangs up without waiting for an answer.
         closes: whether it hangs up after the answer, since what it announced was not all sent.
+        again: statuses that tell the client to come again.
     """
+
+    again: ClassVar[tuple[int, ...]] = (429,)
 
     kind: str
     content: bytes
@@ -60,13 +63,38 @@ class Question:
     leaves: bool = False
     closes: bool = False
 
+    def is_refused(self, status: int, body: Any) -> bool:
+        """Whether an answer is the error that is due, as OpenAI's clients read it."""
+        return status == self.status and set(body.get("error", ())) == FIELDS
+
 
 @dataclass(frozen=True)
 class Kind:
     """Questions of one kind, and how many of 1,000 are of it."""
 
-    questions: list[Question]
+    questions: Sequence[Question]
     weight: int
+
+
+def draw(kinds: dict[str, Kind], number: int, seed: int = 0) -> Iterator[Question]:
+    """So many questions, of all kinds by their weights."""
+    random = np.random.default_rng(seed)
+    weights = np.array([kind.weight for kind in kinds.values()], dtype=float)
+    chosen = random.choice(len(kinds), number, p=weights / weights.sum())
+    every = [kind.questions for kind in kinds.values()]
+    for kind, place in zip(chosen.tolist(), random.random(number).tolist(), strict=True):
+        yield every[kind][int(place * len(every[kind]))]
+
+
+def distinct(vectors: np.ndarray, min_cosine: float) -> list[int]:
+    """Rows of vectors of unit length [rows, dimension] of which no two are as close as `min_cosine`."""
+    kept: list[int] = []
+    for start in range(0, len(vectors), BLOCK):
+        block = vectors[start : start + BLOCK]
+        alike = (block @ vectors[kept].T >= min_cosine).any(axis=1) if kept else np.zeros(len(block), bool)
+        inside = np.tril(block @ block.T >= min_cosine, -1).any(axis=1)
+        kept += [start + row for row in np.flatnonzero(~(alike | inside)).tolist()]
+    return kept
 
 
 class Pool:
@@ -98,22 +126,11 @@ class Pool:
 
     def draw(self, number: int, seed: int = 0) -> Iterator[Question]:
         """So many questions, of all kinds by their weights."""
-        random = np.random.default_rng(seed)
-        kinds = list(self.kinds.values())
-        weights = np.array([kind.weight for kind in kinds], dtype=float)
-        chosen = random.choice(len(kinds), number, p=weights / weights.sum())
-        for kind, place in zip(chosen.tolist(), random.random(number).tolist(), strict=True):
-            questions = kinds[kind].questions
-            yield questions[int(place * len(questions))]
+        return draw(self.kinds, number, seed)
 
     def _distinct_texts(self, texts: list[str]) -> tuple[list[str], np.ndarray]:
         vectors = self.classifier.embed_texts(texts)
-        kept: list[int] = []
-        for start in range(0, len(texts), BLOCK):
-            block = vectors[start : start + BLOCK]
-            alike = (block @ vectors[kept].T >= self.min_cosine).any(axis=1) if kept else np.zeros(len(block), bool)
-            inside = np.tril(block @ block.T >= self.min_cosine, -1).any(axis=1)
-            kept += [start + row for row in np.flatnonzero(~(alike | inside)).tolist()]
+        kept = distinct(vectors, self.min_cosine)
         return [texts[row] for row in kept], vectors[kept]
 
     def _files(self, pictures: Sequence[Image.Image]) -> dict[str, Iterator[bytes]]:
@@ -297,11 +314,15 @@ class SameVectors:
             found = np.frombuffer(b"".join(map(binascii.a2b_base64, rows)), "<f4").reshape(len(rows), -1)
         else:
             found = np.array(rows, dtype=np.float32)
+        return self.hold(found)
+
+    def hold(self, found: np.ndarray) -> float:
+        """The lowest cosine of vectors [items, dimension] with those that are due."""
         if found.shape != self.expected.shape:
             raise WrongAnswerError(f"vectors of shape {found.shape} came, and {self.expected.shape} were due")
         cosine = float(np.einsum("ij,ij->i", normalized(found), self.expected).min())
         if not cosine >= self.min_cosine:  # NaN too
-            raise WrongAnswerError(f"a vector's cosine with the package's own is {cosine:.6f}")
+            raise WrongAnswerError(f"a vector's cosine with the one that is due is {cosine:.6f}")
         return cosine
 
 
