@@ -95,7 +95,7 @@ def test_a_mistake_of_our_own_keeps_its_traceback():
 def test_a_stage_that_reads_a_record_of_another_version_fails_in_one_line(tmp_path):
     write_json(tmp_path / "validate" / "ort-fp32.json", checked() | {"new": 1})
     write_json(tmp_path / "benchmark" / "ort-fp32.json", plain(Benchmark(status="unavailable", reason="no GPU")))
-    words = [f"{name}={tmp_path}" for name in ("built", "evaluation", "portable", "output")]
+    words = [f"{name}={tmp_path}" for name in ("built", "evaluation", "portable", "shipped", "output")]
     words += [f"validation={tmp_path / 'validate'}", f"benchmark_results={tmp_path / 'benchmark'}"]
     done = run_stage("recommend", "targets=[ort-fp32]", *words)
     assert done.returncode == 1

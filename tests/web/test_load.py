@@ -13,7 +13,7 @@ from support.reliability import Load
 from clip_deploy.data import scenes
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web.connection import Answer, Connection
-from clip_deploy.web.load_test import CLIENTS, Tally, _client, growth, judge, load_test
+from clip_deploy.web.load_test import CLIENTS, LIMIT_S, Tally, _client, growth, judge, load_test
 from clip_deploy.web.process import Server, running
 from clip_deploy.web.questions import (
     EMBEDDINGS,
@@ -170,7 +170,7 @@ def test_a_client_asks_again_where_a_proxy_has_no_answer_of_a_server(sent, retri
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             host, port = server.sockets[0].getsockname()
             question = replace(RIGHT, content=post(EMBEDDINGS, {}))
-            await _client(Server(host, port, None, None), iter([question]), tally, retries)
+            await _client(Server(host, port, None, None), iter([question]), tally, retries, LIMIT_S)
 
     asyncio.run(ask())
     assert tally.counts["texts"] == Counter({"asked": 1, outcome: 1, "retried": retried})
