@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ def check_point(point: Point, target: str) -> None:
                 apply_overrides(copy / file, words)
             except Exception as error:  # DVC's own, with Hydra's as its cause
                 raise ConfigError(f"{point.name}: {error.__cause__ or error} ({file})".replace("\n", " ")) from error
-        params = load_params(copy / PARAMS, copy / CONF)
+        try:
+            params = load_params(copy / PARAMS, copy / CONF)
+        except ConfigError as error:
+            raise ConfigError(f"{point.name}: {error}".replace(f"{copy}/", "")) from error
     if target not in params.targets:
         raise ConfigError(f"{point.name}: target is {target!r}, not among targets: {', '.join(params.targets)}")
 
@@ -174,10 +178,21 @@ def known(point: Point, target: str) -> Point:
 
 
 def _commit(point: Point) -> str | None:
-    """Of the experiment of that name which began at HEAD."""
-    head = (git("rev-parse", "HEAD") or "").strip()
-    found = git("rev-parse", "--verify", "--quiet", f"refs/exps/{head[:2]}/{head[2:]}/{point.name}")
-    return found.strip() if found else None
+    """Of the experiment of that name which began at what HEAD holds."""
+    lines = (git("for-each-ref", "--format=%(objectname) %(refname)", f"refs/exps/*/*/{point.name}") or "").splitlines()
+    for line in lines:
+        commit, reference = line.split(" ", 1)
+        start, end = reference.split("/")[2:4]
+        if state(start + end) == state("HEAD"):
+            return commit
+    return None
+
+
+@cache
+def state(commit: str) -> str:
+    """Of all files but the sweep's own table, which one may commit without that its points are measured again."""
+    lines = (git("ls-tree", "-r", commit) or "").splitlines()
+    return hashlib.sha256("\n".join(line for line in lines if not line.endswith(f"\t{OUTPUT}")).encode()).hexdigest()
 
 
 def _keep(point: Point, reason: str | None) -> None:
@@ -194,5 +209,5 @@ def _reason(point: Point) -> str | None:
 
 
 def _path(point: Point) -> Path:
-    """A commit's points fail for themselves."""
-    return FAILED / (git("rev-parse", "HEAD") or "").strip() / f"{point.name}.json"
+    """Points of other code or settings fail for themselves."""
+    return FAILED / state("HEAD") / f"{point.name}.json"

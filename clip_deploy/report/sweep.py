@@ -54,7 +54,7 @@ def as_markdown(name: str, target: str, points: Sequence[Point]) -> str:
         f"{len(points)} points: {len(done)} measured, {sum(point.failed is not None for point in points)} failed. "
         f"`dvc exp apply EXPERIMENT` takes one's settings and results into the workspace.",
         "\n".join(_points(points)),
-        "* No other point that passes is as good in each tower's time, accuracy and size. ~ A timing that decides "
+        "\\* No other point that passes is as good in each tower's time, accuracy and size. ~ A timing that decides "
         "nothing, since the machine was busy.",
     ]
     parts += [f"- `{point.name}` failed: {point.failed}" for point in points if point.failed]
@@ -132,16 +132,16 @@ def _effects(points: Sequence[Point]) -> list[str]:
     }
     body = []
     for parameter in points[0].settings if points else ():
-        values = list(dict.fromkeys(point.settings[parameter] for point in points))
+        values = list(dict.fromkeys(str(point.settings[parameter]) for point in points))  # which may be lists
         if len(values) < 2:
             continue
         for value in values:
-            rows = [point.row for point in points if point.row and point.settings[parameter] == value]
+            rows = [point.row for point in points if point.row and str(point.settings[parameter]) == value]
             cells = [
                 effect([found for row in rows if (found := measure(row)) is not None], name.endswith("speed-up"))
                 for name, measure in measures.items()
             ]
-            body.append([_short(parameter), str(value), str(len(rows)), *cells])
+            body.append([_short(parameter), value, str(len(rows)), *cells])
     return table(["Parameter", "Value", "Points", *COLUMNS], body) if body else []
 
 
