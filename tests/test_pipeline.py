@@ -332,6 +332,7 @@ def test_two_branches_that_changed_different_targets_are_merged_and_keep_what_bo
         assert {f"quantize@ort-int8-{name}", f"benchmark@ort-int8-{name}"} <= copy.repro()
         copy.run("git", "commit", "-q", "-a", "-m", name)
     copy.run("git", "merge", "-q", "-X", "ours", "-m", "Both", "dynamic")
+    copy.run("dvc", "checkout", "-q")  # as `dvc pull` does, where there is a remote
     assert not copy.repro() & {*BUILDS.values(), *measured(TARGETS)}
     for name in changes:
         path = f"reports/benchmark/ort-int8-{name}.json"
