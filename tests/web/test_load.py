@@ -28,7 +28,9 @@ from clip_deploy.web.questions import (
 
 WORDS = [*scenes.COLOURS, *scenes.SHAPES, *scenes.SIZES, "a", "an", "above", "image", "left", "of", "photo", "right"]
 OTHERS = ["Ein rotes Quadrat", "红色圆圈", "🟥", "red " * 200]  # other scripts, and more than the context
-MAX_GROWTH_MB = 1.0  # per 10,000 requests; a row that is kept has 256 bytes, a request several kB
+# Per 10,000 requests: a row that is kept has 256 bytes, a request several kB. The allocator's own growth ends, and is not
+# small yet beside few requests.
+MAX_GROWTH_MB, MAX_GROWTH_MB_OF_FEW = 1.0, 5.0
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,8 @@ def pool(package, pytestconfig):
 @pytest.mark.no_cover  # traced, the client would take the server's cores
 @pytest.mark.filterwarnings("ignore:a text is longer than")
 def test_every_answer_under_load_is_the_packages_own(package, pool, pytestconfig, outcomes):
-    number, rounds = (1_000_000, 100) if pytestconfig.getoption("--reliability") else (20_000, 20)
+    is_long = pytestconfig.getoption("--reliability")
+    number, rounds = (1_000_000, 100) if is_long else (20_000, 20)
     with running(package) as server:
         found = load_test(server, chain(pool.each(), pool.draw(number)), number, rounds)
     outcomes.load(Load.of(found, CLIENTS))
@@ -52,7 +55,7 @@ def test_every_answer_under_load_is_the_packages_own(package, pool, pytestconfig
     assert sum(found.total(name) for name in ("answered", "refused", "left")) == number
     assert {row.kind for row in found.requests} == set(pool.kinds)
     assert found.client_share < 0.7  # it waited for the server, and not the server for it
-    assert found.growth is None or found.growth.low < MAX_GROWTH_MB
+    assert found.growth is None or found.growth.low < (MAX_GROWTH_MB if is_long else MAX_GROWTH_MB_OF_FEW)
 
 
 @pytest.mark.filterwarnings("ignore:a text is longer than")

@@ -61,7 +61,9 @@ def server(package, environment, tmp_path):
     file, log = tmp_path / "ray-serve.yaml", tmp_path / "said"
     file.write_text(yaml.safe_dump(config))
     with log.open("w") as said:
-        process = subprocess.Popen([*COMMAND, str(file)], cwd=tmp_path, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            [*COMMAND, str(file)], cwd=tmp_path, env=environment, stdout=said, stderr=said, preexec_fn=heed_interrupts
+        )
     server = Server("127.0.0.1", port, process, log)
     try:
         wait_for(lambda: len(replicas(process.pid)) == 2 and _is_ready(server), server)
@@ -69,6 +71,11 @@ def server(package, environment, tmp_path):
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(WAIT_S)
+
+
+def heed_interrupts():
+    """What a shell starts in the background, as tests may be, ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, server):
