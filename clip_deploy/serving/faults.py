@@ -1,7 +1,7 @@
 """Requests that no server should have to meet, and whether it still answers after each. Runs beside `client`.
 
-A client's own mistake must be refused as such: HTTP's 400 or 404, or gRPC's INVALID_ARGUMENT. Two of Triton 2.51's own
-answers to a body that is no JSON are 500; the models' answers are ours.
+A client's own mistake must be refused as such, also when it is sent again: HTTP's 400 or 404, or gRPC's
+INVALID_ARGUMENT. Two of Triton 2.51's own answers to a body that is no JSON are 500; the models' answers are ours.
 """
 
 import io
@@ -37,6 +37,7 @@ LARGE_BYTES = 64_000_000  # a body that is far too large
 BOMB_SIDE = 30_000  # pixels: 900 million in a file of a few hundred kilobytes
 THIN_LENGTH = 1_000_000  # pixels of an image one pixel wide, in a file of 4 kB
 KILLED_AFTER_S = 0.5
+TWICE = 2  # a mistake is sent: what caches errors refuses the first time alone
 MISTAKES_EACH = 25  # requests of one of eight clients
 IDLE = 100  # connections that are opened and never used
 
@@ -65,15 +66,21 @@ def provoke(job: ClientJob) -> list[Fault]:
     expected = asked(job)
     record = []
     for name, fault in FAULTS.items():
-        try:
-            answer, code = fault(job), ""
-        except InferenceServerException as error:
-            answer, code = short(error), str(error.status())
-        except OSError as error:  # the connection was closed
-            answer, code = short(error), ""
+        answers = [answer_to(fault, job) for _ in range(TWICE if fault in MISTAKES else 1)]
+        answer, code = next((each for each in answers if each[1] not in REFUSED), answers[-1])
         refused = code in REFUSED if fault in MISTAKES else None
         record.append(Fault(name, answer, refused, answers_as_before(job, expected)))
     return record
+
+
+def answer_to(fault: Callable[[ClientJob], str], job: ClientJob) -> tuple[str, str]:
+    """What was answered, and the code of an error."""
+    try:
+        return fault(job), ""
+    except InferenceServerException as error:
+        return short(error), str(error.status())
+    except OSError as error:  # the connection was closed
+        return short(error), ""
 
 
 def asked(job: ClientJob) -> tuple[np.ndarray, np.ndarray | None]:
@@ -144,9 +151,18 @@ def large_body(job: ClientJob) -> str:
 
 
 def unknown_token(job: ClientJob) -> str:
+    return text_of(job, 10**9)
+
+
+def negative_token(job: ClientJob) -> str:
+    return text_of(job, -1)
+
+
+def text_of(job: ClientJob, token: int) -> str:
     inputs = {name: job.batches(name)[0][:1].copy() for name in job.text_inputs}
-    inputs["input_ids"][:] = 10**9
-    return f"answered: {list(Client(job, 'grpc').infer('clip_text', inputs).as_numpy('text_embeds').shape)}"
+    inputs["input_ids"][:] = token
+    found = Client(job, "grpc").infer("clip_text", inputs).as_numpy("text_embeds")
+    return f"answered: {'nothing' if found is None else list(found.shape)}"
 
 
 def long_text(job: ClientJob) -> str:
@@ -277,6 +293,7 @@ FAULTS: dict[str, Callable[[ClientJob], str]] = {
     "images of another shape": wrong_shape,
     "a batch of one more than accepted": wide_batch,
     "token ids beyond the vocabulary": unknown_token,
+    "negative token ids": negative_token,
     "a text of 1 MB": long_text,
     "no text": no_text,
     "a text of one blank": empty_text,
@@ -292,7 +309,7 @@ FAULTS: dict[str, Callable[[ClientJob], str]] = {
     "a hundred idle connections": idle_connections,
 }
 MISTAKES = {
-    wrong_type, wrong_shape, wide_batch, unknown_token, no_text, empty_text, not_utf8, no_image, truncated_image,
-    large_file, bomb, thin_image,
+    wrong_type, wrong_shape, wide_batch, unknown_token, negative_token, no_text, empty_text, not_utf8, no_image,
+    truncated_image, large_file, bomb, thin_image,
 }  # fmt: skip
 REFUSED = ("400", "404", "StatusCode.INVALID_ARGUMENT", "StatusCode.NOT_FOUND")

@@ -97,7 +97,7 @@ def summary(row: dict[str, str], requests: float, rows: float, executions: float
         for name, column in COLUMNS.items()
         if column in row and requests * (1 - _quantile(name)) >= BEYOND
     }
-    mean_batch = {"mean_batch": rows / executions} if executions and rows >= requests else {}
+    mean_batch = {"mean_batch": rows / executions} if executions else {}
     return {"requests_per_s": float(row["Inferences/Second"]), **columns, **mean_batch}
 
 

@@ -5,7 +5,7 @@ artifacts/triton/onnxruntime/   of ONNX Runtime's: the same by Triton's onnxrunt
 artifacts/triton/deploy/        Dockerfile, Kubernetes, KServe, Prometheus, Grafana
 
     clip_vision      pixel_values or images -> image_embeds
-    clip_text        input_ids, attention_mask -> text_embeds; answers are cached
+    clip_text        input_ids, attention_mask -> text_embeds; in python/, texts seen before come from its cache
     clip_preprocess  image files -> what clip_vision takes
     clip_tokenize    texts -> what clip_text takes
     clip_score       embeddings -> probabilities
@@ -33,15 +33,18 @@ from clip_deploy.serving.pbtxt import Message, Word, mapped, pbtxt
 MODELS = Path(__file__).with_name("models")
 DEPLOY = Path(__file__).with_name("deploy")
 LIBRARY = Path(__file__).parents[1]
-OPENING = ("__init__.py", "core", "inference/__init__.py", "inference/encoders.py", "runtimes")  # what opens a tower
+OPENING = (  # what opens a tower, and keeps embeddings of texts
+    *("__init__.py", "core", "runtimes"),
+    *("inference/__init__.py", "inference/encoders.py", "inference/text_cache.py"),
+)
 BESIDES = {"eager": ("checkpoint",), "compiled": ("checkpoint",), "fused": ("onnx_graph",)}  # of these runtimes
 KEPT_VERSIONS = 2  # served side by side: the new one and the one to go back to
 VERSION = "1"  # publish.py adds others
 TOKENIZING = ("context_length", "pad_token", "pad_to_context")  # settings of clip_tokenize
 SCORING = ("logit_scale", "logit_bias", "activation")  # of clip_score
 IMAGE_TYPES = {"pixel_values": "TYPE_FP32", "images": "TYPE_UINT8"}
+CACHE_BYTES = 16_777_216  # of embeddings of texts, in each instance of the python backend's text tower
 FLAGS = (  # of every server: those of deploy/ and the one that validate_triton holds the repository against
-    "--cache-config=local,size=16777216",  # answers of the text tower
     "--model-control-mode=explicit",  # versions come and go by request, and one that is refused leaves the others
     "--load-model=*",
     "--strict-readiness=false",  # else a version that was refused makes it "not ready" for good, whatever answers
@@ -227,6 +230,9 @@ def tower_config(
 ) -> Message:
     """Dynamic batching, versions, instances and warm-up of one tower.
 
+    Triton's response cache stays off: 2.51 caches errors too, and answers them with 200 and no output. The python
+    backend's text tower has a cache of its own, the other backends have none.
+
     The queue has no bound: with one (default_queue_policy), Triton 2.51 prefetches nothing, and on a busy machine a
     request that meets the end of the one before it waits until the batcher looks again, 500 ms later.
     """
@@ -242,9 +248,13 @@ def tower_config(
             "max_queue_delay_microseconds": settings.queue_delay_us,
         },
         "instance_group": _instances(settings.instances, encoder.device),
-        **({"response_cache": {"enable": True}} if tower == "text" else {}),
         "model_warmup": [_warm_up(tower, encoder, size) for size in (1, *preferred)],
-        "parameters": _parameters({"intra_op_thread_count": settings.threads}),
+        "parameters": _parameters(
+            {
+                "intra_op_thread_count": settings.threads,
+                **({"cache_bytes": CACHE_BYTES} if (tower, backend) == ("text", "python") else {}),
+            }
+        ),
     }
 
 

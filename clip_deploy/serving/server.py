@@ -179,7 +179,6 @@ def command(repository: Path, environment: Environment, ports: dict[str, int]) -
         str(environment.triton / "bin" / "tritonserver"),
         f"--model-repository={repository.absolute()}",
         f"--backend-directory={environment.triton / 'backends'}",
-        f"--cache-directory={environment.triton / 'caches'}",
         f"--backend-config=python,shm-region-prefix-name={_region(ports['http'])}",
         "--allow-gpu-metrics=false",
         *FLAGS,

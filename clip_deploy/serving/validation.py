@@ -170,7 +170,9 @@ def under_load(server: Server, environment: Environment, job: ClientJob, setting
     if "labels" in job.inputs:
         work = Work("clip_zero_shot", "grpc", questions(job.inputs), f"one image file, {LABELS} texts")
         rows += measure_load(server, environment, work, settings)
-    load_model(server, "clip_text", {**model_config(server, "clip_text"), "response_cache": {"enable": False}})
+    config = model_config(server, "clip_text")
+    config["parameters"]["cache_bytes"]["string_value"] = "0"
+    load_model(server, "clip_text", config)
     return rows + measure_load(server, environment, Work("clip_text", "grpc", text, "one text"), settings)
 
 
@@ -182,7 +184,10 @@ def questions(inputs: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 
 def parities(answers: dict[str, np.ndarray], offline: dict[str, np.ndarray]) -> dict[str, Parity | Agreement]:
-    """By protocol and tower, what is held against the offline artifact; and of the ensemble's probabilities."""
+    """By protocol and tower, what is held against the offline artifact; and of the ensemble's probabilities.
+
+    Texts over gRPC come from the cache, in which the same over HTTP left them.
+    """
     found: dict[str, Parity | Agreement] = {}
     for protocol in ("http", "grpc"):
         for name in ("images", "texts"):

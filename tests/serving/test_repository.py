@@ -29,6 +29,7 @@ from clip_deploy.core.parsing import plain
 from clip_deploy.core.records import Benchmark
 from clip_deploy.data.preprocessed import tokenize
 from clip_deploy.inference.encoders import PackageEncoder
+from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.serving.pbtxt import Word, mapped, pbtxt
 from clip_deploy.serving.repository import (
     FLAGS,
@@ -162,7 +163,7 @@ def test_a_served_tower_answers_as_the_package_without_our_library_installed(pac
     }
     np.savez(tmp_path / "given.npz", **arrays)
     model = {"input": [{"name": name} for name in given], "output": [{"name": f"{IMAGE_OR_TEXT[tower]}_embeds"}]}
-    model["parameters"] = {"intra_op_thread_count": {"string_value": "1"}}
+    model["parameters"] = {name: {"string_value": "1"} for name in ("intra_op_thread_count", "cache_bytes")}
     folder = repository / "python" / f"clip_{tower}"
     arguments = {"model_config": json.dumps(model), "model_repository": str(folder), "model_version": "1"}
     program = tmp_path / "program.py"
@@ -420,10 +421,21 @@ def test_scores_are_a_softmax_over_texts_or_a_sigmoid_of_each_pair(program):
     assert np.allclose(score.normalized(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]])
 
 
-def test_one_bad_request_does_not_fail_those_that_were_batched_with_it(program):
+def text_tower(program, encode_texts, size=8):
+    """The program of a text tower of one dimension with a stand-in for what encodes."""
     model = program("encoder").TritonPythonModel()
-    model.inputs, model.output = ["input_ids"], "text_embeds"
+    model.inputs, model.output = ["input_ids", "attention_mask"], "text_embeds"
+    model.encoder, model.cache = SimpleNamespace(encode_texts=encode_texts), TextCache("tower", 1, size)
+    return model
 
+
+def asked(*tokens):
+    """A request of one-token texts."""
+    ids = np.array(tokens)[:, None]
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def test_one_bad_request_does_not_fail_those_that_were_batched_with_it(program):
     def encode_texts(ids, mask):
         assert ids.shape == mask.shape
         if ids.max() > 700:
@@ -432,11 +444,84 @@ def test_one_bad_request_does_not_fail_those_that_were_batched_with_it(program):
             raise DataError("token ids run from 601 to 601")
         return ids.astype(np.float32)
 
-    model.encoder = SimpleNamespace(encode_texts=encode_texts)
-    one, two, three, four = model.execute([{"input_ids": np.array([[number]])} for number in (1, 601, 3, 701)])
-    assert "token ids run from 601" in two.error
-    assert [two.error.code, four.error.code] == ["INVALID_ARG", "INTERNAL"]
-    assert [answer.tensors[0].array.tolist() for answer in (one, three)] == [[[1.0]], [[3.0]]]
+    model = text_tower(program, encode_texts)
+    for _ in range(2):  # the second time the good ones come from the cache, and no error does
+        one, two, three, four = model.execute([asked(number) for number in (1, 601, 3, 701)])
+        assert "token ids run from 601" in two.error
+        assert [two.error.code, four.error.code] == ["INVALID_ARG", "INTERNAL"]
+        assert [answer.tensors[0].array.tolist() for answer in (one, three)] == [[[1.0]], [[3.0]]]
+
+
+def test_a_passing_error_is_not_kept(program):
+    errors = [MemoryError("no memory")] * 2  # of the batch, and of the request by itself
+
+    def encode_texts(ids, mask):
+        if errors:
+            raise errors.pop()
+        return ids.astype(np.float32)
+
+    model = text_tower(program, encode_texts)
+    (refused,), (answered,) = model.execute([asked(5)]), model.execute([asked(5)])
+    assert refused.error.code == "INTERNAL"
+    assert answered.tensors[0].array.tolist() == [[5.0]]
+
+
+def test_only_texts_that_are_not_in_the_cache_are_encoded_and_the_others_stay_what_they_were(program):
+    encoded = []
+
+    def encode_texts(ids, mask):
+        """Another embedding at every call, as where neighbours change it."""
+        encoded.append(ids[:, 0].tolist())
+        return (1000 * len(encoded) + ids).astype(np.float32)
+
+    model = text_tower(program, encode_texts, size=3)
+    assert model.encode(asked(1, 2, 1)).tolist() == [[1001], [1002], [1001]]
+    assert model.encode(asked(3, 2)).tolist() == [[2003], [1002]]
+    assert model.encode(asked(1, 3)).tolist() == [[1001], [2003]]
+    assert [sorted(rows) for rows in encoded] == [[1, 2], [3]]
+    assert model.encode(asked(4, 2)).tolist() == [[3004], [1002]]
+    assert model.encode(asked(1)).tolist() == [[4001]]  # the least recently used went
+    assert model.encode({**asked(2), "attention_mask": np.zeros((1, 1), int)}).tolist() == [[5002]]
+
+
+def test_a_kept_embedding_keeps_no_batch_in_memory(program):
+    model = text_tower(program, lambda ids, mask: ids.astype(np.float32))
+    model.encode(asked(*range(8)))
+    assert all(embedding.base is None for embedding in model.cache.held.values())
+
+
+def started_text_tower(program, repository, **config):
+    """As Triton starts the text tower of the repository, with a part of its configuration."""
+    parameters = {"cache_bytes": "16777216", "intra_op_thread_count": "1"}
+    texts = {"input": [{"name": "input_ids"}], "output": [{"name": "text_embeds"}], **config}
+    texts["parameters"] = {name: {"string_value": value} for name, value in parameters.items()}
+    model = program("encoder").TritonPythonModel()
+    arguments = {"model_repository": str(repository / "python" / "clip_text"), "model_version": "1"}
+    model.initialize({"model_config": json.dumps(texts), "model_instance_kind": "CPU", **arguments})
+    return model
+
+
+def test_a_warm_up_reaches_the_tower_in_its_whole_size(program, repository, monkeypatch):
+    encoded, encode_texts = [], PackageEncoder.encode_texts
+
+    def noted(self, ids, mask):
+        encoded.append(ids.shape)
+        return encode_texts(self, ids, mask)
+
+    monkeypatch.setattr(PackageEncoder, "encode_texts", noted)
+    started_text_tower(program, repository, model_warmup=[{"batch_size": 1}, {"batch_size": 8}])
+    assert encoded == [(1, 32), (8, 32)]
+
+
+def test_triton_caches_no_response_and_the_python_backend_keeps_16_mb_of_embeddings(program, repository, package):
+    assert not [path for path in repository.glob("*/*/config.pbtxt") if "response_cache" in path.read_text()]
+    assert not [flag for flag in FLAGS if "cache" in flag]
+    config = (repository / "onnxruntime" / "clip_text" / "config.pbtxt").read_text()
+    assert "cache_bytes" not in config
+    config = (repository / "python" / "clip_text" / "config.pbtxt").read_text()
+    assert re.search(r'key: "cache_bytes"\s+value \{\s+string_value: "16777216"', config)
+    numbers = started_text_tower(program, repository).cache.size * 4 * read_package(package).encoder.dimension
+    assert 0.3 * 16_777_216 < numbers < 16_777_216
 
 
 def documents(repository):

@@ -1,7 +1,8 @@
 """Triton Python model: one tower, opened by the runtime that judged it, as the package does.
 
 Needs what deploy/requirements.txt names; the part of clip_deploy that opens packages lies beside. What the dynamic
-batcher hands over together is encoded in one call.
+batcher hands over together is encoded in one call. Embeddings of texts are kept, and no errors: Triton's own response
+cache keeps both, and answers an error's second request with 200 and no output (2.51).
 """
 
 import json
@@ -14,6 +15,7 @@ import triton_python_backend_utils as pb_utils
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}
 MISTAKES = ("DataError", "InvalidArgument")  # a client's: clip_deploy's error, and ONNX Runtime's
+ENTRY_BYTES = 400  # of the cache, around an embedding's float32 numbers
 
 
 class TritonPythonModel:
@@ -25,10 +27,18 @@ class TritonPythonModel:
         version = Path(args["model_repository"]) / args["model_version"]
         sys.path.insert(0, str(version))
         from clip_deploy.inference.encoders import PackageEncoder, read_encoder
+        from clip_deploy.inference.text_cache import TextCache
 
         tower = "vision" if self.output == "image_embeds" else "text"
-        device = DEVICES[args["model_instance_kind"]]
-        self.encoder = PackageEncoder(version, read_encoder(version / "settings.json"), device, threads, [tower])
+        device, settings = DEVICES[args["model_instance_kind"]], read_encoder(version / "settings.json")
+        self.encoder = PackageEncoder(version, settings, device, threads, [tower])
+        if tower == "text":
+            cache_bytes = int(config["parameters"]["cache_bytes"]["string_value"])
+            size = cache_bytes // (4 * settings.dimension + ENTRY_BYTES)
+            self.cache = TextCache(settings.towers.text.sha256, settings.dimension, size)
+            for batch in config.get("model_warmup", []):  # Triton's own repeats one row, which the cache answers
+                ids = np.zeros((batch["batch_size"], settings.context_length), dtype=np.int64)
+                self.encoder.encode_texts(ids, np.ones_like(ids))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         fed = [self._arrays(request) for request in requests]
@@ -41,7 +51,19 @@ class TritonPythonModel:
         if "input_ids" not in arrays:
             return self.encoder.encode_images(*arrays.values())
         ids = arrays["input_ids"]
-        return self.encoder.encode_texts(ids, arrays.get("attention_mask", np.ones_like(ids)))
+        return self._encode_texts(ids, arrays.get("attention_mask", np.ones_like(ids)))
+
+    def _encode_texts(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Rows that were encoded before are what they were then; the others are encoded in one call."""
+        keys = [f"{row.tobytes().hex()} {seen.tobytes().hex()}" for row, seen in zip(ids, mask, strict=True)]
+        found = {key: embedding for key in keys if (embedding := self.cache.get(key)) is not None}
+        missing = {key: row for row, key in enumerate(keys) if key not in found}
+        if missing:
+            rows = list(missing.values())
+            for key, embedding in zip(missing, self.encoder.encode_texts(ids[rows], mask[rows]), strict=True):
+                found[key] = embedding.copy()  # a view would keep the whole batch in memory
+                self.cache.put(key, found[key])
+        return np.stack([found[key] for key in keys])
 
     def _arrays(self, request: Any) -> dict[str, np.ndarray]:
         return {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
