@@ -55,7 +55,7 @@ class Load:
         protocol: "http" or "grpc"; `note` says what is asked.
         p50_ms: of a request; a percentile is None where too few calls lie beyond it.
         queue_ms: in the server's queue.
-        mean_batch: what the server's batcher put together; None where its cache answered.
+        mean_batch: what the server's batcher put together.
         windows_per_s: requests per second in each window, of which requests_per_s is the mean.
     """
 

@@ -28,8 +28,8 @@ from clip_deploy.web.questions import (
 
 WORDS = [*scenes.COLOURS, *scenes.SHAPES, *scenes.SIZES, "a", "an", "above", "image", "left", "of", "photo", "right"]
 OTHERS = ["Ein rotes Quadrat", "红色圆圈", "🟥", "red " * 200]  # other scripts, and more than the context
-# Per 10,000 requests: a row that is kept has 256 bytes, a request several kB. The allocator's own growth ends, and is not
-# small yet beside few requests.
+# Per 10,000 requests: a row that is kept has 256 bytes, a request several kB. The allocator's own growth ends, and is
+# not small yet beside few requests.
 MAX_GROWTH_MB, MAX_GROWTH_MB_OF_FEW = 1.0, 5.0
 
 
