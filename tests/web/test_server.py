@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from types import SimpleNamespace
@@ -25,10 +24,9 @@ from clip_deploy.__main__ import main
 from clip_deploy.core.errors import DataError
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web import libraries
-from clip_deploy.web.app import App
 from clip_deploy.web.keys import Keys, warn_if_readable
 from clip_deploy.web.models import _no_package
-from clip_deploy.web.server import Announced, _run
+from clip_deploy.web.server import Announced
 from clip_deploy.web.settings import Settings
 
 READY = b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -184,28 +182,35 @@ def test_a_server_says_where_it_is_once_it_answers():
     assert running.should_exit
 
 
-def test_a_signal_that_comes_before_the_server_runs_is_not_lost(monkeypatch):
-    run, before = uvicorn.Server.run, signal.getsignal(signal.SIGTERM)
+EARLY = """
+import signal, socket
+from types import SimpleNamespace
+import uvicorn
+from clip_deploy.web.app import App
+from clip_deploy.web.server import _run
+from clip_deploy.web.settings import Settings
 
-    def late(server, sockets):
-        signal.raise_signal(signal.SIGTERM)
-        run(server, sockets)
+run = uvicorn.Server.run
 
-    monkeypatch.setattr(uvicorn.Server, "run", late)
-    app = App()
-    app.posts, app.metrics = {}, {}
-    app.state.api = SimpleNamespace(models=SimpleNamespace(served=[]), searched=None)
-    watch = threading.Timer(30, os.kill, (os.getpid(), signal.SIGINT))  # else it would run for ever
-    watch.start()
-    told = []
-    try:
-        with socket.socket() as listening:
-            listening.bind(("127.0.0.1", 0))
-            _run(Settings(), app, listening, told.append)
-    finally:
-        watch.cancel()
-        signal.signal(signal.SIGTERM, before)
-    assert told == [""]
+def late(server, sockets):
+    signal.raise_signal(signal.SIGTERM)
+    run(server, sockets)
+
+uvicorn.Server.run = late
+app = App()
+app.posts, app.metrics = {}, {}
+app.state.api = SimpleNamespace(models=SimpleNamespace(served=[]), searched=None)
+with socket.socket() as listening:
+    listening.bind(("127.0.0.1", 0))
+    _run(Settings(), app, listening, lambda served: print("told", flush=True))
+print("ended")
+"""
+
+
+def test_a_signal_that_comes_before_the_server_runs_is_not_lost():
+    """In a process of its own, which the signal may end."""
+    done = subprocess.run([sys.executable, "-c", EARLY], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "told\nended\n", "")
 
 
 def accepts(server):
