@@ -4,6 +4,7 @@ infinity and vLLM take OpenAI's embeddings, each with images in a shape of its o
 Errors differ: any status from 400 to 499 refuses a mistake. One of 500 does not: it says that the server failed.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -311,7 +312,7 @@ def _triton_mistakes(pool: Pool) -> Iterator[tuple[str, bytes]]:
     yield "broken JSON", raw_post("/v2/models/clip_tokenize/infer", b"{")
 
 
-class Tensors:
+class Tensors(ABC):
     """Whether an answer of KServe's protocol, as JSON, holds what is due."""
 
     def __call__(self, body: Any) -> float | None:
@@ -320,8 +321,9 @@ class Tensors:
         }
         return self.compare(outputs)
 
+    @abstractmethod
     def compare(self, outputs: dict[str, np.ndarray]) -> float | None:
-        raise NotImplementedError
+        """The lowest cosine, where rows are due. Raises WrongAnswerError where something else came."""
 
 
 class Rows(Tensors):

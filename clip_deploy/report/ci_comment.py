@@ -18,7 +18,7 @@ from clip_deploy.report.rows import PLOTS
 from clip_deploy.report.tables import MISSING, number, table
 from clip_deploy.report.why import changed
 
-MARK = "<!-- clip-deploy gate -->"  # by which the comment is found again
+MARK = "<!-- clip-deploy gate -->"  # for scripts that look for this comment
 
 
 def comment(

@@ -16,7 +16,12 @@ from clip_deploy.report.rows import Row, row_of
 from clip_deploy.report.tables import MISSING, number, stated, table
 
 DRAWS = 2000  # of the bootstrap
-COLUMNS = ("image speed-up", "text speed-up", "top-1 drop", "size MB")
+MEASURES: dict[str, Callable[[Row], float | None]] = {  # whose means the values of a parameter are compared by
+    "image speed-up": lambda row: _speedup(row, "vision"),
+    "text speed-up": lambda row: _speedup(row, "text"),
+    "top-1 drop": lambda row: row.zero_shot.top1_drop if row.zero_shot else None,
+    "size MB": lambda row: row.size_mb,
+}
 
 
 @dataclass(frozen=True)
@@ -124,12 +129,6 @@ def _short(parameter: str) -> str:
 
 
 def _effects(points: Sequence[Point]) -> list[str]:
-    measures: dict[str, Callable[[Row], float | None]] = {
-        "image speed-up": lambda row: _speedup(row, "vision"),
-        "text speed-up": lambda row: _speedup(row, "text"),
-        "top-1 drop": lambda row: row.zero_shot.top1_drop if row.zero_shot else None,
-        "size MB": lambda row: row.size_mb,
-    }
     body = []
     for parameter in points[0].settings if points else ():
         values = list(dict.fromkeys(str(point.settings[parameter]) for point in points))  # which may be lists
@@ -139,10 +138,10 @@ def _effects(points: Sequence[Point]) -> list[str]:
             rows = [point.row for point in points if point.row and str(point.settings[parameter]) == value]
             cells = [
                 effect([found for row in rows if (found := measure(row)) is not None], name.endswith("speed-up"))
-                for name, measure in measures.items()
+                for name, measure in MEASURES.items()
             ]
             body.append([_short(parameter), value, str(len(rows)), *cells])
-    return table(["Parameter", "Value", "Points", *COLUMNS], body) if body else []
+    return table(["Parameter", "Value", "Points", *MEASURES], body) if body else []
 
 
 def _speedup(row: Row, tower: str) -> float | None:
