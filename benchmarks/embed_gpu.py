@@ -1,16 +1,17 @@
-"""From photographs to embeddings on GPUs: python -m benchmarks.embed_gpu [images] (or `make bench-embed-gpu`)
+"""From photographs to embeddings on GPUs: python -m benchmarks.embed_gpu [images] [size...] (or `make bench-embed-gpu`)
 
-With artifacts/package as the last `dvc repro` made it for a GPU. Lays that many JPEG files of two sizes, of which some
-hundred differ, into build/embed/. Times in turn on one GPU: the tower alone, each feed alone, and embed with it.
-Then what `clip-deploy embed --gpus` does, from files on disk, on one GPU and on all of them, and holds their parts
-against each other, byte by byte. Prints a line each and writes reports/embed_gpu.json.
+With artifacts/package as the last `dvc repro` made it for a GPU. Lays that many JPEG files of each size (640x480 and
+500x400, or those given), of which some hundred differ, into build/embed/. Times in turn on one GPU: the tower alone,
+each feed alone, and embed with it, from files and, for the feed gpu, from their bytes in memory. Then what `clip-deploy
+embed --gpus` does, from files on disk, on one GPU and on all of them, and holds their parts against each other, byte by
+byte. Prints and writes reports/embed_gpu.json after each.
 """
 
 import json
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -22,9 +23,11 @@ from typing import Any
 
 from benchmarks.embed import PACKAGE, contents, draw_photo, in_turn
 from clip_deploy.core.environment import cores, gpus, hardware
+from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.files import write_text
+from clip_deploy.core.images import Encoded
 from clip_deploy.core.package import read_package
-from clip_deploy.inference.classifier import FEEDS, ZeroShotClassifier, ahead, batched
+from clip_deploy.inference.classifier import FEEDS, Picture, ZeroShotClassifier, ahead, batched
 from clip_deploy.inference.embed import EmbedJob, EmbedSettings, Header, embed
 from clip_deploy.inference.embed_gpus import Opening, choose_gpus, make_on_gpus
 from clip_deploy.inference.storage import Part, open_source
@@ -41,21 +44,24 @@ ROUNDS = 3  # of tower, feeds and embed
 TURNS = 2  # of embed on one GPU and on all
 
 
-def main(count: int) -> None:
+def main(count: int, sizes: list[str]) -> None:
     encoder = read_package(PACKAGE).encoder
-    record: dict[str, object] = {"target": encoder.towers.vision.target, "batch": encoder.towers.vision.best_batch}
-    record["sizes"] = {name: one_size(name, count) for name in SIZES}
-    record["machine"] = asdict(hardware())
-    write_text(OUTPUT, json.dumps(record, indent=2) + "\n")
-
-
-def one_size(name: str, count: int) -> dict[str, object]:
-    folder = lay_out(name, count)
-    paths = sorted(folder.rglob("*.jpg"))
-    kilobytes = sum(path.stat().st_size for path in paths[:DISTINCT]) / DISTINCT / 1000
-    found = {"images": count, "kilobytes": round(kilobytes), **parts_alone(paths), **on_disk(folder, name)}
-    print(f"{name}: {found}", flush=True)
-    return found
+    found: dict[str, dict[str, object]] = {}
+    record = {
+        "target": encoder.towers.vision.target,
+        "batch": encoder.towers.vision.best_batch,
+        "sizes": found,
+        "machine": asdict(hardware()),
+    }
+    for name in sizes or SIZES:
+        folder = lay_out(name, count)
+        paths = sorted(folder.rglob("*.jpg"))
+        kilobytes = sum(path.stat().st_size for path in paths[:DISTINCT]) / DISTINCT / 1000
+        found[name] = {"images": count, "kilobytes": round(kilobytes)}
+        for measure in (partial(parts_alone, paths), partial(on_disk, folder, name)):
+            found[name] |= measure()
+            print(f"{name}: {found[name]}", flush=True)
+            write_text(OUTPUT, json.dumps(record, indent=2) + "\n")
 
 
 def lay_out(name: str, count: int) -> Path:
@@ -80,31 +86,38 @@ def draw(folder: Path, name: str, index: int) -> None:
 
 def parts_alone(paths: list[Path]) -> dict[str, object]:
     """Images per second of the tower, of each feed, and of embed with it; medians of turns that alternate."""
-    opened = {feed: ZeroShotClassifier.open(PACKAGE, "cuda", feed=feed) for feed in FEEDS}
+    opened = {}
+    for feed in FEEDS:
+        try:
+            opened[feed] = ZeroShotClassifier.open(PACKAGE, "cuda", feed=feed)
+        except UnavailableError as error:
+            print(f"not timed: {error}", flush=True)
     best = opened["gpu"].batch_size
-    calls: dict[str, Callable[[], object]] = {"tower": tower(opened["gpu"], paths[:best])}
+    counts = {name: min(len(paths), count) for name, count in TIMED.items()}
+    counts["tower"] -= counts["tower"] % best
+    calls: dict[str, Callable[[], object]] = {"tower": tower(opened["gpu"], paths[:best], counts["tower"])}
     for feed, classifier in opened.items():
-        chosen = paths[: TIMED[feed]]
+        chosen = paths[: counts[feed]]
         calls[f"feed {feed}"] = partial(read_all, classifier, chosen)
         calls[f"embed {feed}"] = partial(embed_all, classifier, chosen)
-    counts = {name: min(len(paths), TIMED[name.split()[-1]]) for name in calls}
-    counts["tower"] = TIMED["tower"]
-    rates = {name: counts[name] / seconds for name, seconds in in_turn(calls, ROUNDS).items()}
-    print(rates, flush=True)
+    distinct = [Encoded(partial(bytes, path.read_bytes()), path.name) for path in paths[:DISTINCT]]
+    held = [distinct[index % DISTINCT] for index in range(counts["gpu"])]
+    calls["embed in memory, gpu"] = partial(embed_all, opened["gpu"], held)
+    rates = {name: counts[name.split()[-1]] / seconds for name, seconds in in_turn(calls, ROUNDS).items()}
     sample = paths[:512]
     exact, found = (opened[feed].embed_images(sample) for feed in ("exact", "gpu"))
-    record: dict[str, object] = {name.replace(" ", "_") + "_per_s": round(rate) for name, rate in rates.items()}
+    record: dict[str, object] = {"per_s": {name: round(rate) for name, rate in rates.items()}}
     record["of_tower"] = round(rates["embed gpu"] / rates["tower"], 3)
     record["cosine_min"] = round(float((exact * found).sum(axis=1).min()), 6)
     return record
 
 
-def tower(classifier: ZeroShotClassifier, paths: list[Path]) -> Callable[[], object]:
-    """Encodes pixel values that are on the GPU already."""
+def tower(classifier: ZeroShotClassifier, paths: list[Path], count: int) -> Callable[[], object]:
+    """Encodes the pixel values of one batch, which are on the GPU already, until so many images are encoded."""
     assert classifier.gpu
     with ThreadPoolExecutor(cores()) as pool:
         pixels, _ = classifier.gpu.begin(pool, paths).result()
-    return lambda: [classifier.encoder.encode_images(pixels) for _ in range(TIMED["tower"] // len(paths))]
+    return lambda: [classifier.encoder.encode_images(pixels) for _ in range(count // len(paths))]
 
 
 def read_all(classifier: ZeroShotClassifier, paths: list[Path]) -> None:
@@ -117,8 +130,8 @@ def read_all(classifier: ZeroShotClassifier, paths: list[Path]) -> None:
             deque(pool.map(classifier.prepare, paths), maxlen=0)
 
 
-def embed_all(classifier: ZeroShotClassifier, paths: list[Path]) -> None:
-    deque(classifier.embed_each(paths), maxlen=0)
+def embed_all(classifier: ZeroShotClassifier, pictures: Sequence[Picture]) -> None:
+    deque(classifier.embed_each(pictures), maxlen=0)
 
 
 def on_disk(folder: Path, name: str) -> dict[str, object]:
@@ -139,7 +152,6 @@ def on_disk(folder: Path, name: str) -> dict[str, object]:
     if len(chosen) > 1:
         found["speedup"] = round(median(rates[len(gpus())]) / median(rates[1]), 3)
         found["same_bytes"] = same
-    print(found, flush=True)
     return found
 
 
@@ -156,4 +168,4 @@ def embed_on(chosen: list[str], images: Path, output: Path) -> int:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200_000)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100_000, sys.argv[2:])

@@ -28,6 +28,8 @@ COLOURS = ("YCbCr", "Gray")  # what else JPEG can hold (CMYK, RGB) is left to Pi
 FLIPS: dict[int, tuple[int, ...]] = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}  # rows 0, columns 1
 LYING = (5, 6, 7, 8)
 SCAN = 0xDA  # the marker behind which a JPEG's pixels begin
+END = b"\xff\xd9"  # the marker at a JPEG's end
+TRAILER = 1024  # bytes behind a whole picture, at most; with more, Pillow says whether it is whole
 PLANS = 1024  # sizes of photos that are remembered
 
 
@@ -176,6 +178,19 @@ class Header(NamedTuple):
     def as_stored(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in the file of what is so high and wide when it is upright."""
         return (width, height) if self.lies in LYING else (height, width)
+
+
+class Jpeg(NamedTuple):
+    """A file's content, bytes or uint8 [length], and what its header says."""
+
+    content: Any
+    header: Header
+
+
+def whole_jpeg(content: bytes | None) -> Jpeg | None:
+    """None where it is for Pillow to read or to refuse: as read_header says, or without its end."""
+    header = read_header(content) if content and END in content[-TRAILER:] else None
+    return Jpeg(content, header) if header else None
 
 
 def read_header(jpeg: bytes) -> Header | None:

@@ -68,8 +68,7 @@ class PackageEncoder:
             raise DataError(
                 f"token ids run from {input_ids.min()} to {input_ids.max()}: accepted are 0 to {package.vocabulary - 1}"
             )
-        if self.on_gpu:
-            longer = self._length(tokens) - tokens
+        if self.on_gpu and (longer := self._length(tokens) - tokens):
             input_ids = np.pad(input_ids, ((0, 0), (0, longer)), constant_values=package.pad_token)
             attention_mask = np.pad(attention_mask, ((0, 0), (0, longer)))
         return self._in_sizes("text", self.towers["text"].encode_texts, input_ids, attention_mask)

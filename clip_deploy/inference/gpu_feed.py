@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from clip_deploy.core.errors import DataError
+from clip_deploy.core.fast_preprocessing import Jpeg, whole_jpeg
 from clip_deploy.core.images import jpeg_of
 from clip_deploy.core.preprocessing import Preprocessing
+from clip_deploy.inference.file_reader import FileReaders
 from clip_deploy.runtimes import open_gpu_preprocessing
 
 CHUNK = 16  # pictures that one job of the pool reads: a job each costs as much as reading a small file
@@ -29,16 +32,22 @@ class GpuFeed:
 
         Raises UnavailableError as open_gpu_preprocessing does.
         """
-        self.preprocessing, self.read = open_gpu_preprocessing(settings), read
+        self.preprocessing, self.read, self.files = open_gpu_preprocessing(settings), read, FileReaders()
         self.decoding = ThreadPoolExecutor(self.preprocessing.workers, "decoder")  # they keep their buffers
 
     def begin(self, pool: ThreadPoolExecutor, pictures: Sequence[Any]) -> "Future[Batch]":
         """Have a batch read by the pool's threads, and decoded behind the batches before it."""
         chunks = [pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK)]
-        contents = [pool.submit(_contents, chunk) for chunk in chunks]
+        contents = [pool.submit(self._contents, chunk) for chunk in chunks]
         return self.decoding.submit(self._batch, pool, contents)
 
-    def _batch(self, pool: ThreadPoolExecutor, contents: list["Future[list[tuple[bytes | None, Any]]]"]) -> Batch:
+    def _contents(self, pictures: Sequence[Any]) -> list[tuple[Jpeg | None, Any]]:
+        """Each file that is a whole JPEG, or None; and its picture, which is not fetched twice."""
+        if all(isinstance(picture, Path | str) for picture in pictures):
+            return list(zip(self.files(pictures), pictures, strict=True))
+        return [(whole_jpeg(content), picture) for content, picture in map(jpeg_of, pictures)]
+
+    def _batch(self, pool: ThreadPoolExecutor, contents: list["Future[list[tuple[Jpeg | None, Any]]]"]) -> Batch:
         read = [each for chunk in contents for each in chunk.result()]
         pixels, left = self.preprocessing([jpeg for jpeg, _ in read])
         unreadable = {}
@@ -48,7 +57,3 @@ class GpuFeed:
             else:
                 self.preprocessing.fill(pixels, row, found)
         return Batch(pixels, unreadable)
-
-
-def _contents(pictures: Sequence[Any]) -> list[tuple[bytes | None, Any]]:
-    return [jpeg_of(picture) for picture in pictures]

@@ -13,6 +13,7 @@ from clip_deploy.core.errors import DeployError, UnavailableError, first_line
 from clip_deploy.core.records import Placement
 
 if TYPE_CHECKING:
+    from clip_deploy.core.fast_preprocessing import Jpeg
     from clip_deploy.core.preprocessing import Preprocessing
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class GpuPreprocessing(Protocol):
 
     workers: int
 
-    def __call__(self, jpegs: Sequence[bytes | None]) -> tuple[Any, list[int]]:
+    def __call__(self, jpegs: Sequence["Jpeg | None"]) -> tuple[Any, list[int]]:
         """Of a batch the pixel values, and the rows that are left to `fill`: what the GPU does not decode."""
         ...
 
@@ -80,7 +81,7 @@ class GpuPreprocessing(Protocol):
         """Put a picture's pixel values, float32 [3, height, width], into their row."""
         ...
 
-    def decode(self, jpegs: Sequence[bytes | None]) -> list[Any]: ...
+    def decode(self, jpegs: Sequence["Jpeg | None"]) -> list[Any]: ...
 
     def preprocess(self, images: Sequence[Any]) -> Any: ...
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.core.fast_preprocessing import FLIPS, LYING, Header, read_header
+from clip_deploy.core.fast_preprocessing import FLIPS, LYING, Header, Jpeg, whole_jpeg
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.runtimes.pytorch import is_available
 from clip_deploy.runtimes.resize_kernels import resize_first, resize_second
@@ -40,8 +40,6 @@ DECODERS = 2  # threads that decode a batch each: while one waits for the engine
 SMALL = 2**20  # pixels of a picture that is decoded together with all others that are as small
 MAX_PIXELS = 2**28  # of one call with larger ones: 0.8 GB
 MIN_SIDE = 16  # pixels; decoders differ at the edges, of which smaller pictures are full
-END = b"\xff\xd9"  # the marker at a JPEG's end
-TRAILER = 1024  # bytes behind a whole picture, at most; with more, Pillow says whether it is whole
 ROWS = 4  # that a program of each kernel resizes
 COLUMNS_FIRST = int(PIL.__version__.partition(".")[0]) >= 13  # from then on where an image shrinks most in height
 
@@ -106,20 +104,19 @@ class GpuPreprocessing:
         self.local = threading.local()  # of each thread its decoders and stream
         sample = BytesIO()
         Image.new("RGB", (64, 64)).save(sample, "jpeg")
-        if self.decode([sample.getvalue()]) == [None]:
+        if self.decode([whole_jpeg(sample.getvalue())]) == [None]:
             raise UnavailableError("nvImageCodec does not decode JPEG files: pip install 'clip-deploy[fast-gpu]'")
 
-    def __call__(self, jpegs: Sequence[bytes | None]) -> tuple[Tensor, list[int]]:
+    def __call__(self, jpegs: Sequence[Jpeg | None]) -> tuple[Tensor, list[int]]:
         """Decode and preprocess a batch, and wait for it.
 
-        Returns float32 [jpegs, 3, height, width] on the GPU, and which rows are for `fill`: no JPEG files, damaged
-        ones, very small ones, and those of rare kinds.
+        Returns float32 [jpegs, 3, height, width] on the GPU, and which rows are for `fill`: of None, and of files that
+        are damaged, very small or of a rare kind.
         """
-        readable = _readable(jpegs)
-        pixels = self.resizer.empty(len(jpegs))
+        readable, pixels = _readable(jpegs), self.resizer.empty(len(jpegs))
         thread, left = self._opened(), set(range(len(jpegs)))
         for rows in _groups(readable):
-            images = thread.decode(rows, jpegs, readable)
+            images = thread.decode({row: readable[row] for row in rows})
             with thread.turn():
                 self.resizer(images, pixels)
             thread.wait()
@@ -130,7 +127,7 @@ class GpuPreprocessing:
         """Put a picture's pixel values, float32 [3, height, width], into their row."""
         pixels[row] = torch.from_numpy(found)
 
-    def decode(self, jpegs: Sequence[bytes | None]) -> list[DeviceImage | None]:
+    def decode(self, jpegs: Sequence[Jpeg | None]) -> list[DeviceImage | None]:
         """Each picture, or None where the CPU reads it, or says why it cannot be read.
 
         They are valid until the same thread decodes again.
@@ -138,7 +135,7 @@ class GpuPreprocessing:
         readable, thread = _readable(jpegs), self._opened()
         found: dict[int, DeviceImage] = {}
         for rows in _groups(readable):
-            found |= thread.decode(rows, jpegs, readable)
+            found |= thread.decode({row: readable[row] for row in rows})
         thread.wait()
         return [found.get(row) for row in range(len(jpegs))]
 
@@ -170,23 +167,20 @@ class DecoderThread:
             Buffered(codec.Decoder(torch.cuda.current_device(), threads, [codec.Backend(kind)])) for kind in kinds
         )
 
-    def decode(
-        self, rows: list[int], jpegs: Sequence[bytes | None], readable: dict[int, Header]
-    ) -> dict[int, DeviceImage]:
+    def decode(self, jpegs: dict[int, Jpeg]) -> dict[int, DeviceImage]:
         """Pictures by their rows. Small ones are valid until the next are decoded."""
-        images = self._called(self.engines, rows, jpegs, readable)
-        images |= self._called(self.rest, [row for row in rows if row not in images], jpegs, readable)
-        placed = {row: _placed(image, readable[row]) for row, image in images.items()}
+        images = self._called(self.engines, jpegs)
+        images |= self._called(self.rest, {row: jpeg for row, jpeg in jpegs.items() if row not in images})
+        placed = {row: _placed(image, jpegs[row].header) for row, image in images.items()}
         return {row: image for row, image in placed.items() if image is not None}
 
-    def _called(
-        self, decoder: "Buffered", rows: list[int], jpegs: Sequence[bytes | None], readable: dict[int, Header]
-    ) -> dict[int, Any]:
-        if not rows:
+    def _called(self, decoder: "Buffered", jpegs: dict[int, Jpeg]) -> dict[int, Any]:
+        if not jpegs:
             return {}
-        call = decoder if _is_small(readable[rows[0]]) else decoder.decoder.decode
-        images = call([jpegs[row] for row in rows], params=self.options, cuda_stream=self.stream.cuda_stream)
-        return {row: image for row, image in zip(rows, images, strict=True) if image is not None}
+        call = decoder if _is_small(next(iter(jpegs.values())).header) else decoder.decoder.decode
+        contents = [jpeg.content for jpeg in jpegs.values()]
+        images = call(contents, params=self.options, cuda_stream=self.stream.cuda_stream)
+        return {row: image for row, image in zip(jpegs, images, strict=True) if image is not None}
 
     def turn(self) -> Any:
         """A context in which PyTorch works on this thread's stream."""
@@ -203,7 +197,7 @@ class Buffered:
         self.decoder = decoder
         self.held: list[Any] = []
 
-    def __call__(self, jpegs: list[bytes | None], **options: Any) -> list[Any]:
+    def __call__(self, jpegs: list[Any], **options: Any) -> list[Any]:
         """Pictures, or None for each that it does not decode."""
         ready = min(len(jpegs), len(self.held))
         found: list[Any] = []
@@ -299,25 +293,20 @@ def _placed(image: Any, header: Header) -> DeviceImage | None:
     return DeviceImage(image, memory["data"][0], pitch, header)
 
 
-def _readable(jpegs: Sequence[bytes | None]) -> dict[int, Header]:
+def _readable(jpegs: Sequence[Jpeg | None]) -> dict[int, Jpeg]:
     """By their rows the files that are for the GPU, as far as their headers tell."""
-    found = {}
-    for row, jpeg in enumerate(jpegs):
-        header = read_header(jpeg) if jpeg and END in jpeg[-TRAILER:] else None
-        if header and min(header.height, header.width) >= MIN_SIDE:
-            found[row] = header
-    return found
+    return {row: jpeg for row, jpeg in enumerate(jpegs) if jpeg and min(jpeg.header[1:]) >= MIN_SIDE}
 
 
 def _is_small(header: Header) -> bool:
     return header.height * header.width <= SMALL
 
 
-def _groups(readable: dict[int, Header]) -> list[list[int]]:
+def _groups(readable: dict[int, Jpeg]) -> list[list[int]]:
     """Rows that are decoded together: all small pictures, then large ones of MAX_PIXELS together, or one alone."""
     groups: list[list[int]] = [[]]
     room = 0
-    for row, header in readable.items():
+    for row, (_, header) in readable.items():
         if _is_small(header):
             groups[0].append(row)
             continue

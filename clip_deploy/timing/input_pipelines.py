@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from clip_deploy.core import fast_preprocessing
 from clip_deploy.core.errors import DeployError, UnavailableError
-from clip_deploy.core.fast_preprocessing import FLIPS, LYING, Decoded, FastPreprocessing, orientation
+from clip_deploy.core.fast_preprocessing import FLIPS, LYING, Decoded, FastPreprocessing, orientation, whole_jpeg
 from clip_deploy.runtimes import open_gpu_preprocessing
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class GpuFeed:
 
     def decode(self, jpegs: list[bytes]) -> list[Any]:
         """Raises DeployError where nvImageCodec refuses one."""
-        images = self.preprocessing.decode(jpegs)
+        images = self.preprocessing.decode([whole_jpeg(jpeg) for jpeg in jpegs])
         if None in images:
             raise DeployError("nvImageCodec does not decode these photos")
         return images

@@ -28,7 +28,7 @@ class Decoder:
 
     def __call__(self, jpegs):
         self.batches.append(len(jpegs))
-        made = [self.fast(jpeg) if jpeg else None for jpeg in jpegs]
+        made = [self.fast(bytes(jpeg.content)) if jpeg else None for jpeg in jpegs]
         pixels = np.zeros((len(jpegs), 3, 48, 48), np.float32)
         for row, found in enumerate(made):
             if found is not None:

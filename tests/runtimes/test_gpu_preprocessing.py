@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from support.fast_feed import need_fast_feed
 
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.core.fast_preprocessing import Header
+from clip_deploy.core.fast_preprocessing import Header, Jpeg, whole_jpeg
 from clip_deploy.core.preprocessing import Preprocessing
 
 feed = pytest.importorskip("clip_deploy.runtimes.gpu_preprocessing", exc_type=ModuleNotFoundError)
@@ -67,6 +67,10 @@ def jpeg(stored, mode="RGB", **options):
     content = io.BytesIO()
     Image.fromarray(stored).convert(mode).save(content, "jpeg", **{"quality": 92} | options)
     return content.getvalue()
+
+
+def jpegs_of(files):
+    return [whole_jpeg(content) for content in files]
 
 
 def grey_levels(pixels, given):
@@ -133,7 +137,7 @@ def test_rows_without_a_picture_are_left_to_the_caller():
 def test_large_pictures_are_decoded_in_calls_that_fit_the_memory():
     side = int(feed.MAX_PIXELS**0.5)
     headers = [(64, 64), (side, side), (side // 2, side), (side // 2, side), (2 * side, side), (8, 8)]
-    groups = feed._groups({row: Header(1, *size) for row, size in enumerate(headers)})
+    groups = feed._groups({row: Jpeg(b"", Header(1, *size)) for row, size in enumerate(headers)})
     assert groups == [[0, 5], [1], [2, 3], [4]]
 
 
@@ -194,7 +198,7 @@ def test_what_the_engines_refuse_others_decode_and_the_rest_is_left(played):
     progressive = jpeg(picture(19, 23), progressive=True)
     files = [whole, never, None, progressive, b"none", whole, progressive, whole[:200], whole]
     for _ in range(3):  # the second and third time into the buffers of the time before
-        pixels, left = played(files)
+        pixels, left = played(jpegs_of(files))
         assert left == [1, 2, 4, 7]
         for row in (0, 3, 5, 6, 8):
             expected = played.resizer.settings(Image.open(io.BytesIO(files[row])))
@@ -212,7 +216,7 @@ def test_large_pictures_take_no_buffers_and_harm_no_neighbour(played, monkeypatc
     monkeypatch.setattr(feed, "MAX_PIXELS", 40 * 40)
     files = [jpeg(picture(*size, seed)) for seed, size in enumerate([(18, 18), (30, 40), (16, 20), (40, 40), (20, 20)])]
     for _ in range(2):
-        pixels = played.preprocess(played.decode(files)).numpy()
+        pixels = played.preprocess(played.decode(jpegs_of(files))).numpy()
         for row, content in enumerate(files):
             expected = played.resizer.settings(Image.open(io.BytesIO(content)))
             assert_alike(pixels[row], expected, played.resizer.settings, share=0.1)
@@ -294,7 +298,7 @@ def on_gpu():
 @pytest.mark.gpu
 def test_every_kind_of_jpeg_is_decoded_as_pillow_does_or_left_to_the_cpu(on_gpu):
     given, files = on_gpu.resizer.settings, {**KINDS, **BROKEN}
-    pixels, left = on_gpu(list(files.values()))
+    pixels, left = on_gpu(jpegs_of(files.values()))
     names = list(files)
     assert {names[row] for row in left} == LEFT
     for row, name in enumerate(names):
@@ -307,17 +311,19 @@ def test_every_kind_of_jpeg_is_decoded_as_pillow_does_or_left_to_the_cpu(on_gpu)
 @pytest.mark.gpu
 def test_the_same_batch_gives_the_same_bytes(on_gpu):
     files = [content for name, content in KINDS.items() if name not in LEFT] * 4
-    first, _ = on_gpu(files)
+    first, _ = on_gpu(jpegs_of(files))
     for _ in range(10):
-        assert torch.equal(on_gpu(files)[0], first)
+        assert torch.equal(on_gpu(jpegs_of(files))[0], first)
 
 
 @pytest.mark.gpu
 def test_a_damaged_neighbour_changes_nothing(on_gpu):
-    alone, _ = on_gpu([WHOLE] * 8)
+    alone, _ = on_gpu(jpegs_of([WHOLE] * 8))
     inside = bytearray(WHOLE)
     inside[len(WHOLE) // 2 : len(WHOLE) // 2 + 40] = bytes(40)
-    among, left = on_gpu([WHOLE, BROKEN["truncated"], WHOLE, b"", bytes(inside), WHOLE, BROKEN["header alone"], WHOLE])
+    among, left = on_gpu(
+        jpegs_of([WHOLE, BROKEN["truncated"], WHOLE, b"", bytes(inside), WHOLE, BROKEN["header alone"], WHOLE])
+    )
     assert set(left) >= {1, 3, 6}
     for row in (0, 2, 5, 7):
         assert (among[row] - alone[row]).abs().max() * 255 < 8
@@ -326,7 +332,7 @@ def test_a_damaged_neighbour_changes_nothing(on_gpu):
 @pytest.mark.gpu
 def test_two_threads_decode_at_once(on_gpu):
     files = [KINDS["4:2:0"], KINDS["grey"], KINDS["big"]] * 20
-    expected, _ = on_gpu(files)
+    expected, _ = on_gpu(jpegs_of(files))
     with ThreadPoolExecutor(2) as pool:
         for pixels, left in pool.map(on_gpu, [files] * 12):
             assert not left
