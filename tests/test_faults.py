@@ -362,7 +362,7 @@ class Encoder(ort.Encoder):
 SAID = {
     "crashes": ("the process crashed with SIGSEGV", "the process crashed with SIGSEGV"),
     "hangs": ("no answer within 20 s: the process hung and was killed",) * 2,
-    "needs more memory than there is": ("encoding failed: MemoryError()", "MemoryError"),
+    "needs more memory than there is": ("encoding failed: MemoryError", "MemoryError"),
     "is killed as the kernel does when memory runs out": ("crashed with SIGKILL, as when memory runs out",) * 2,
 }
 VICTIMS = dict(zip(BROKEN, ("onnx-fp32", "ort-fp16", "ort-int8-dynamic", "ort-int8-static"), strict=True))

@@ -611,8 +611,9 @@ def _refuse_bomb(path: Path) -> None:
 def typed(schema: type[T], content: DictConfig, where: str, prefix: str = "") -> T:
     """Turn a DictConfig into `schema`, with its checks; ConfigError names the key and what is accepted."""
     try:
-        _check_shape(schema, OmegaConf.to_container(content, resolve=False), prefix.removesuffix("."))
-        merged = OmegaConf.merge(OmegaConf.structured(schema), content)
+        plain = OmegaConf.to_container(content, resolve=True)  # a reference may lead to settings of another kind
+        _check_shape(schema, plain, prefix.removesuffix("."))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(plain))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = prefix + (error.full_key or "")
@@ -627,10 +628,10 @@ def typed(schema: type[T], content: DictConfig, where: str, prefix: str = "") ->
 def _check_shape(kind: Any, value: Any, key: str) -> None:
     """Raise ConfigError where a list, a group of settings or a single value stands in the place of another of these.
 
-    OmegaConf refuses them too, in words of its own classes. A reference to another setting (${...}) is left to it.
+    OmegaConf refuses them too, in words of its own classes. It takes ??? for "as the default is".
     """
-    if isinstance(value, str) and value.startswith("${"):
-        return
+    if value == "???":
+        raise ConfigError(f"{key} is ???: give a value")
     kinds = [each for each in get_args(kind) if each is not NoneType] if get_origin(kind) in (Union, UnionType) else []
     if kinds and (value is None or len(kinds) > 1):
         return

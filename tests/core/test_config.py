@@ -3,6 +3,7 @@ from dataclasses import fields, is_dataclass
 from typing import get_origin, get_type_hints
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 from support.project import ROOT
 
@@ -90,6 +91,28 @@ def test_a_setting_of_another_shape_is_told_from_what_is_wanted(schema, name, va
 def test_a_reference_to_another_setting_stands_for_any_shape():
     content = OmegaConf.create({"batch_sizes": [32, 48], "image_size": "${batch_sizes}"})
     assert config.typed(config.BenchmarkConfig, content, "a.yaml").image_size == [32, 48]
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("${model}", "optimize.ort-fp32 is 'tiny-shapes': give `key: value` lines of source, precision"),
+        ("${onnx}", "unknown key optimize.ort-fp32.classifier; accepted are source, precision"),
+        ("${none}", "optimize.ort-fp32: Interpolation key 'none' not found"),
+        ("???", "optimize.ort-fp32 is ???: give a value"),
+    ],
+)
+def test_a_reference_is_held_to_what_stands_in_its_place(tmp_path, reference, said):
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content["optimize"]["ort-fp32"] = reference
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as caught:
+        load_params(tmp_path / "params.yaml", CONF)
+    assert said in str(caught.value)
+
+
+def test_a_value_that_is_left_open_is_no_default():
+    assert refused(config.OnnxConfig, "opset", "???") == "a.yaml: some.opset is ???: give a value"
 
 
 def test_the_shipped_params_are_valid(params):
