@@ -1,8 +1,9 @@
-"""Measure a target at every point of a grid of settings, each as a DVC experiment.
+"""Measure a target at the points of a grid of settings, or of a search, each as a DVC experiment.
 
-conf/sweep/NAME.yaml names the target and, for each parameter of params.yaml or conf/, its values. reports/sweep.md has
-the points, and what each value does. What was measured is not run again: the same command goes on after a stop. A point
-that fails keeps its row and the reason; --again tries it once more.
+conf/sweep/NAME.yaml names the target and, for each parameter of params.yaml or conf/, its values. With `search` in it
+Optuna chooses the points, among listed values and ranges. reports/sweep.md and sweep.html have the points, the front
+and what each value does. What was measured is not run again: the same command goes on after a stop. A point that fails
+keeps its row and the reason; --again tries it once more.
 
 examples: clip-deploy sweep int8
           clip-deploy sweep int8 --show        # the table of what was measured so far
@@ -16,7 +17,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,16 +27,18 @@ from typing import Any
 from dvc.utils.hydra import apply_overrides
 
 from clip_deploy.commands.project import CONF, PARAMS, PIPELINE, check_project
+from clip_deploy.commands.sweep_search import Chooser, Range, Search
 from clip_deploy.core.config import find_choice, load_params, read_yaml, typed
-from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.core.errors import ConfigError, DataError, DeployError
 from clip_deploy.core.files import write_text
 from clip_deploy.core.json_files import read_json, write_json
 from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.report.ci_gate import at_revision
 from clip_deploy.report.revisions import git
-from clip_deploy.report.sweep import Point, as_markdown, row_at
+from clip_deploy.report.sweep import Point, as_markdown, as_page, row_at, shown
 
-REPORTS, OUTPUT = Path("reports"), Path("reports/sweep.md")
+REPORTS = Path("reports")
+OUTPUTS = REPORTS / "sweep.md", REPORTS / "sweep.html"
 FAILED = Path(".dvc/tmp/sweeps")  # beside DVC's own temporary files: reasons, by the points' names
 
 
@@ -44,20 +48,51 @@ class Sweep:
 
     Attributes:
         target: what is built, checked and timed at each point.
-        parameters: of each, by its key in params.yaml, or `conf/FILE:KEY`, the values.
+        parameters: of each, by its key in params.yaml, or `conf/FILE:KEY`, the values: a list, or a Range in a search.
+        search: how points are chosen; None takes every combination.
     """
 
     target: str = ""
-    parameters: dict[str, list[Any]] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    search: Search | None = None
 
     def __post_init__(self) -> None:
         if not self.target or not self.parameters or not all(self.parameters.values()):
             raise ConfigError("give a target, and parameters with at least one value each")
+        for name, values in self.parameters.items():
+            if isinstance(values, dict) and self.search:
+                self.parameters[name] = _range(name, values)
+            elif not isinstance(values, list):
+                range_or_not = ", or low and high" if self.search else "; low and high are for a search"
+                raise ConfigError(f"parameters.{name} is {values!r}: give a list{range_or_not}")
 
     def points(self, name: str) -> list[Point]:
-        """Every combination of values, the last parameter's changing first."""
-        values = itertools.product(*self.parameters.values())
-        return [_point(name, dict(zip(self.parameters, each, strict=True))) for each in values]
+        """Every combination of the values, the last parameter's changing first."""
+        return [
+            _point(name, dict(zip(self.parameters, each, strict=True))) for each in itertools.product(*self._values())
+        ]
+
+    def samples(self, name: str) -> list[Point]:
+        """Points in which each value comes at least once: enough to know that each is accepted."""
+        values = [itertools.cycle(each) for each in self._values()]
+        most = max(map(len, self._values()))
+        return [_point(name, dict(zip(self.parameters, map(next, values), strict=True))) for _ in range(most)]
+
+    def _values(self) -> list[list[Any]]:
+        """Of a range its ends."""
+        return [each.ends if isinstance(each, Range) else each for each in self.parameters.values()]
+
+
+def _range(name: str, values: dict[str, Any]) -> Range:
+    if not {"low", "high"} <= set(values) <= {"low", "high", "step", "log"}:
+        raise ConfigError(f"parameters.{name} has {', '.join(values)}: accepted are low and high, with step or log")
+    numbers = [value for key, value in values.items() if key != "log"]
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
+        raise ConfigError(f"parameters.{name} is {values!r}: low, high and step are numbers")
+    try:
+        return Range(**values)
+    except ConfigError as error:
+        raise ConfigError(f"parameters.{name}: {error}") from error
 
 
 def _point(name: str, settings: dict[str, Any]) -> Point:
@@ -68,26 +103,62 @@ def _point(name: str, settings: dict[str, Any]) -> Point:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="of a file in conf/sweep/")
     parser.add_argument("--show", action="store_true", help="run nothing: write and print what was measured so far")
+    parser.add_argument("--all", action="store_true", help="print all columns, as reports/sweep.md has them")
     parser.add_argument("--again", action="store_true", help="try points again that failed")
+    parser.add_argument(
+        "--jobs", "-j", type=int, default=1, help="points of a grid at once: builds run side by side, timings never do"
+    )
 
 
 def run(given: argparse.Namespace) -> int:
     check_project(PARAMS, CONF, PIPELINE)
     sweep = read_sweep(given.name)
-    points = sweep.points(given.name)
-    for point in points:
+    if given.jobs < 1 or (given.jobs > 1 and sweep.search):
+        raise DataError(f"--jobs is {given.jobs}: give 1 or more for a grid, and 1 for a search, which goes by results")
+    for point in sweep.samples(given.name) if sweep.search else sweep.points(given.name):
         check_point(point, sweep.target)
-    if not given.show:
+    if given.show:
+        _check_measured(given.name)
+    else:
         _check_clean()
-        _measure(points, sweep.target, given.again)
-    found = [known(point, sweep.target) for point in points]
-    text = as_markdown(given.name, sweep.target, found)
-    write_text(OUTPUT, text)
-    print(text)
+    measure = _Measuring(sweep.target, given.show, given.again)
+    if sweep.search:
+        found = list(_searched(given.name, sweep, measure))
+    else:
+        found = _grid(sweep.points(given.name), measure, given.jobs)
+    for path, text in zip(OUTPUTS, (as_markdown, as_page), strict=True):
+        write_text(path, text(given.name, sweep.target, found))
+    print(as_markdown(given.name, sweep.target, found) if given.all else shown(given.name, sweep.target, found))
     failed = [point.name for point in found if point.failed]
     if failed and not given.show:
-        raise DeployError(f"{len(failed)} of {len(points)} points failed: {', '.join(failed)}; {OUTPUT} says why")
+        raise DeployError(f"{len(failed)} of {len(found)} points failed: {', '.join(failed)}; {OUTPUTS[0]} says why")
     return 0
+
+
+def _grid(points: Sequence[Point], measure: "_Measuring", jobs: int) -> list[Point]:
+    with ThreadPoolExecutor(jobs) as pool:
+        work = [pool.submit(measure, point, f"{number} of {len(points)}") for number, point in enumerate(points, 1)]
+        try:
+            return [each.result() for each in work]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _searched(name: str, sweep: Sweep, measure: "_Measuring") -> Iterator[Point]:
+    """Each point once, though the sampler may ask for it again."""
+    assert sweep.search
+    chooser = Chooser(sweep.parameters, sweep.search, load_params(PARAMS, CONF).recommend)
+    found: dict[str, Point] = {}
+    for number in range(1, sweep.search.points + 1):
+        point = _point(name, chooser.ask())
+        if point.name not in found:
+            found[point.name] = measure(point, f"{number} of {sweep.search.points}")
+            yield found[point.name]
+        point = found[point.name]
+        if point.row is None and point.failed is None:  # only shown, and not measured yet
+            return
+        chooser.tell(point.row)
 
 
 def read_sweep(name: str) -> Sweep:
@@ -138,21 +209,42 @@ def _check_clean() -> None:
     """Each experiment begins at HEAD, with what is changed in the workspace: that would be in none's name."""
     if git("rev-parse", "HEAD") is None:
         raise DeployError("there is no commit here, from which the experiments of a sweep begin: commit first")
-    changed = [line for line in (git("status", "--porcelain", "-uno") or "").splitlines() if str(OUTPUT) not in line]
-    if changed:
-        raise DeployError(f"{changed[0][3:]} is not committed: a sweep begins at a commit, so that its rows compare")
+    lines = (git("status", "--porcelain", "-uno") or "").splitlines()
+    if changed := [line[3:] for line in lines if Path(line[3:]) not in OUTPUTS]:
+        raise DeployError(f"{changed[0]} is not committed: a sweep begins at a commit, so that its rows compare")
 
 
-def _measure(points: Sequence[Point], target: str, again: bool) -> None:
-    for number, point in enumerate(points, 1):
-        said = f"{number} of {len(points)}: {point.name} " + ", ".join(f"{k}={v}" for k, v in point.settings.items())
-        if _commit(point) or (_reason(point) and not again):
-            print(f"{said}: there already", flush=True)
-            continue
-        print(said, flush=True)
+def _check_measured(name: str) -> None:
+    """Raises DeployError where points were measured at other commits alone: their table would be lost."""
+    starts = [start for _, start in _experiments(f"{name}-*")]
+    if starts and not any(state(start) == state("HEAD") for start in starts):
+        raise DeployError(
+            f"no point of {name} was measured with what HEAD holds, and {len(starts)} at {starts[-1][:12]}: "
+            f"`git switch --detach {starts[-1][:12]}` shows those, without --show they are measured anew"
+        )
+
+
+@dataclass
+class _Measuring:
+    """Runs a point's experiment, unless that is there already or it is only shown."""
+
+    target: str
+    show: bool
+    again: bool
+
+    def __call__(self, point: Point, number: str) -> Point:
+        if not self.show:
+            said = f"{number}: {point.name} " + ", ".join(f"{key}={value}" for key, value in point.settings.items())
+            is_there = _commit(point) or (_reason(point) and not self.again)
+            print(f"{said}: there already" if is_there else said, flush=True)
+            if not is_there:
+                self._run(point)
+        return known(point, self.target)
+
+    def _run(self, point: Point) -> None:
         words = [word for file, each in overrides(point).items() for word in _set(file, each)]
         command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", point.name, *words]
-        command += [f"validate@{target}", f"benchmark@{target}", "benchmark@torch-fp32"]
+        command += [f"validate@{self.target}", f"benchmark@{self.target}", "benchmark@torch-fp32"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               preexec_fn=die_with_parent)  # fmt: skip
         _keep(point, None if done.returncode == 0 else _last_error(done.stdout))
@@ -179,20 +271,26 @@ def known(point: Point, target: str) -> Point:
 
 def _commit(point: Point) -> str | None:
     """Of the experiment of that name which began at what HEAD holds."""
-    lines = (git("for-each-ref", "--format=%(objectname) %(refname)", f"refs/exps/*/*/{point.name}") or "").splitlines()
-    for line in lines:
-        commit, reference = line.split(" ", 1)
-        start, end = reference.split("/")[2:4]
-        if state(start + end) == state("HEAD"):
-            return commit
-    return None
+    return next((commit for commit, start in _experiments(point.name) if state(start) == state("HEAD")), None)
+
+
+def _experiments(name: str) -> list[tuple[str, str]]:
+    """Commits of the experiments of that name, or pattern, and the commits that each began at."""
+    lines = (git("for-each-ref", "--format=%(objectname) %(refname)", f"refs/exps/*/*/{name}") or "").splitlines()
+    found = (line.split(" ", 1) for line in lines)
+    return [(commit, "".join(reference.split("/")[2:4])) for commit, reference in found]
+
+
+def state(commit: str) -> str:
+    """Of all files but the sweep's own reports, which one may commit without that its points are measured again."""
+    return _state_of((git("rev-parse", commit) or commit).strip())
 
 
 @cache
-def state(commit: str) -> str:
-    """Of all files but the sweep's own table, which one may commit without that its points are measured again."""
+def _state_of(commit: str) -> str:
     lines = (git("ls-tree", "-r", commit) or "").splitlines()
-    return hashlib.sha256("\n".join(line for line in lines if not line.endswith(f"\t{OUTPUT}")).encode()).hexdigest()
+    kept = [line for line in lines if Path(line.partition("\t")[2]) not in OUTPUTS]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()
 
 
 def _keep(point: Point, reason: str | None) -> None:

@@ -205,6 +205,90 @@ def throughput_figure(rows: Sequence[Row]) -> Figure | None:
     return _curves(curves, "Images/s over batch sizes", "batch size", "images/s", is_log=True)
 
 
+@dataclass(frozen=True)
+class Axis:
+    """An upright of parallel_figure.
+
+    Attributes:
+        values: of each line; None where it has none.
+        names: of the values 0, 1, ... of what has no number.
+    """
+
+    title: str
+    values: Sequence[float | None]
+    names: Sequence[str] = ()
+
+    def marks(self) -> list[tuple[float, str]]:
+        """Where the upright is lettered, and what stands there."""
+        if self.names:
+            return list(enumerate(self.names))
+        found = sorted({value for value in self.values if value is not None})
+        return [(value, number(value)) for value in dict.fromkeys((found[0], found[-1]))]
+
+    def share(self, value: float) -> float:
+        """How far up a value lies, from 0 to 1; of a single one half-way."""
+        found = [each for each in self.values if each is not None]
+        low, high = min(found), max(found)
+        return (value - low) / (high - low) if high > low else 0.5
+
+
+def parallel_figure(axes: Sequence[Axis], lines: Sequence[str], kinds: Sequence[str]) -> Figure:
+    """Parallel coordinates: an upright for each axis, a line for each of `lines`, coloured by its kind (KINDS)."""
+    order = sorted(range(len(lines)), key=lambda place: list(KINDS).index(kinds[place]), reverse=True)
+    values: list[dict[str, Any]] = []
+    for place in order:
+        told = [(axis, axis.values[place]) for axis in axes]
+        told_of = ", ".join(f"{axis.title} {_told(axis, value)}" for axis, value in told if value is not None)
+        said = f"{lines[place]}: {told_of}"
+        values += [
+            {"line": lines[place], "kind": kinds[place], "axis": axis.title, "up": axis.share(value), "said": said}
+            for axis, value in told
+            if value is not None
+        ]
+    marks = [
+        {"axis": axis.title, "up": axis.share(value), "said": text} for axis in axes for value, text in axis.marks()
+    ]
+    across = {
+        "field": "axis",
+        "type": "ordinal",
+        "sort": None,
+        "scale": {"domain": [axis.title for axis in axes]},
+        "axis": {"title": None, "labelAngle": -35, "ticks": False, "grid": True, "domain": False, "labelLimit": 0},
+    }
+    up = {"field": "up", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
+    colours = [kind for kind in KINDS if kind in kinds]
+    colour = {
+        "field": "kind",
+        "scale": {"domain": colours, "range": [KINDS[kind][0] for kind in colours]},
+        "legend": LEGEND | {"symbolType": "stroke", "symbolStrokeWidth": 2},
+    }
+    layers: list[Spec] = [
+        {
+            "mark": {"type": "line", "strokeWidth": 1.2, "opacity": 0.75},
+            "encoding": {
+                "x": across,
+                "y": up,
+                "color": colour,
+                "detail": {"field": "line"},
+                "description": {"field": "said"},
+            },
+        },
+        {
+            "data": {"values": marks},
+            "mark": {**NAME, "align": "center", "baseline": "bottom", "dy": -2, "fontSize": 9},
+            "encoding": {"x": across, "y": up, "text": {"field": "said"}},
+        },
+    ]
+    said = "; ".join(dict.fromkeys(value["said"] for value in values))
+    caption = "Settings and what came of them"
+    spec = {"data": {"values": values}, "layer": layers, "config": CONFIG, "background": None}
+    return Figure(caption, f"{caption}: {said}", {**spec, "width": max(PLANE, 62 * len(axes)), "height": 300})
+
+
+def _told(axis: Axis, value: float) -> str:
+    return axis.names[int(value)] if axis.names else number(value)
+
+
 def sensitivity_figure(searched: Sequence[tuple[Row, Search]]) -> Figure | None:
     """What INT8 costs, over how much of the graph it takes."""
     curves = {row.target: sorted((100 * point.share, point.cosine) for point in found.curve) for row, found in searched}

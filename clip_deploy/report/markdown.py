@@ -1,5 +1,7 @@
 """The report's face for a terminal, a pull request or a README."""
 
+from collections.abc import Sequence
+
 from clip_deploy.report.contents import Block, Figure, Report, Section, Table
 from clip_deploy.report.rows import doubts
 from clip_deploy.report.sections import sections
@@ -8,8 +10,13 @@ from clip_deploy.report.tables import table
 
 def markdown(report: Report) -> str:
     """All sections, without their plots."""
-    blocks = [f"# {report.title}", *(f"**{doubt}.**" for doubt in doubts(report.rows))]
-    for section in sections(report):
+    return as_markdown(report.title, doubts(report.rows), sections(report))
+
+
+def as_markdown(title: str, warnings: Sequence[str], parts: Sequence[Section]) -> str:
+    """Sections below a title and what speaks against them."""
+    blocks = [f"# {title}", *(f"**{warning}.**" for warning in warnings)]
+    for section in parts:
         blocks += _blocks(section)
     return "\n\n".join(blocks) + "\n"
 

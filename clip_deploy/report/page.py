@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -11,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from clip_deploy.core.json_files import rounded
 from clip_deploy.report.contents import Block, Figure, Key, Report, Section, Table
-from clip_deploy.report.rows import doubts
+from clip_deploy.report.rows import Row, doubts
 from clip_deploy.report.sections import sections
 
 PAGE = Path(__file__).with_name("report.html")
@@ -22,13 +23,18 @@ MARKDOWN = MarkdownIt("commonmark", {"html": False})
 
 def page(report: Report) -> str:
     """All sections as one HTML page: no request leaves it. Its rows stand in it once more as JSON, for programs."""
-    parts = {
-        "TITLE": escape(report.title),
-        "DOUBTS": "".join(f'<p class="doubt">{MARKDOWN.renderInline(doubt)}.</p>\n' for doubt in doubts(report.rows)),
-        "SECTIONS": "\n".join(_section(section) for section in sections(report)),
-        "CONTENT": json.dumps(rounded({"rows": [asdict(row) for row in report.rows]})).replace("<", "\\u003c"),
+    return as_page(report.title, doubts(report.rows), sections(report), report.rows)
+
+
+def as_page(title: str, warnings: Sequence[str], parts: Sequence[Section], rows: Sequence[Row]) -> str:
+    """Sections as one HTML page, below a title and what speaks against them."""
+    filled = {
+        "TITLE": escape(title),
+        "DOUBTS": "".join(f'<p class="doubt">{MARKDOWN.renderInline(warning)}.</p>\n' for warning in warnings),
+        "SECTIONS": "\n".join(_section(section) for section in parts),
+        "CONTENT": json.dumps(rounded({"rows": [asdict(row) for row in rows]})).replace("<", "\\u003c"),
     }
-    return re.sub("__([A-Z]+)__", lambda found: parts[found[1]], PAGE.read_text(encoding="utf-8"))
+    return re.sub("__([A-Z]+)__", lambda found: filled[found[1]], PAGE.read_text(encoding="utf-8"))
 
 
 def _section(section: Section) -> str:
@@ -72,7 +78,13 @@ def _head(table: Table, text: str) -> str:
 
 def _cell(table: Table, place: int, column: int) -> str:
     text = MARKDOWN.renderInline(table.body[place][column])
-    for written, shown in ((" [", " <small>["), ("]", "]</small>"), ("~ ", "~&nbsp;"), (" /", "&nbsp;/")):
+    for written, shown in (
+        (" [", " <small>["),
+        ("]", "]</small>"),
+        ("~ ", "~&nbsp;"),
+        (" /", "&nbsp;/"),
+        ("> *", ">&nbsp;*"),
+    ):
         text = text.replace(written, shown)
     is_long = ' class="long"' if column and len(table.body[place][column]) > LONG else ""
     key = _key(table.keys[place][column]) if table.keys else ""

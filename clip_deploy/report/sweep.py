@@ -1,21 +1,26 @@
-"""The points of a sweep as one table, and what each parameter does to them."""
+"""The points of a sweep as tables and plots, and what each parameter does to them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.config import REFERENCE
+from clip_deploy.report import markdown, page
 from clip_deploy.report.ci_gate import Reports, read_result
+from clip_deploy.report.contents import Block, Section, Table
 from clip_deploy.report.decisive import judged
+from clip_deploy.report.figures import Axis, accuracy_figure, parallel_figure
 from clip_deploy.report.recommend import pareto
 from clip_deploy.report.rows import Row, row_of
-from clip_deploy.report.tables import MISSING, number, stated, table
+from clip_deploy.report.tables import MISSING, number, stated
 
 DRAWS = 2000  # of the bootstrap
+MOST_DIGITS = 6  # of a value drawn from a range, in a table
+MOST_VALUES = 8  # of a parameter, whose effects are stated
 MEASURES: dict[str, Callable[[Row], float | None]] = {  # whose means the values of a parameter are compared by
     "image speed-up": lambda row: _speedup(row, "vision"),
     "text speed-up": lambda row: _speedup(row, "text"),
@@ -52,39 +57,144 @@ def row_at(target: str, reports: Reports) -> Row | None:
 
 
 def as_markdown(name: str, target: str, points: Sequence[Point]) -> str:
-    """The whole report of a sweep."""
-    done = [point for point in points if point.row]
-    parts = [
-        f"# Sweep {name}: {target}",
-        f"{len(points)} points: {len(done)} measured, {sum(point.failed is not None for point in points)} failed. "
-        f"`dvc exp apply EXPERIMENT` takes one's settings and results into the workspace.",
-        "\n".join(_points(points)),
-        "\\* No other point that passes is as good in each tower's time, accuracy and size. ~ A timing that decides "
-        "nothing, since the machine was busy.",
-    ]
-    parts += [f"- `{point.name}` failed: {point.failed}" for point in points if point.failed]
-    effects = _effects(done)
-    if effects:
-        parts += [
-            "## What each value does",
-            "The mean over all points with that value, with its 95 % interval by bootstrap over points; times as the "
-            "geometric mean of speed-ups over torch-fp32.",
-            "\n".join(effects),
-        ]
-    return "\n\n".join(parts) + "\n"
+    """The whole report of a sweep, without its plots."""
+    return markdown.as_markdown(_title(name, target), [], sections(points))
 
 
-def _points(points: Sequence[Point]) -> list[str]:
-    parameters = list(points[0].settings)
-    front = best(points)
-    head = ["Experiment", *map(_short, parameters), "Gate", "Image p50 ms", "Image speed-up", "Text p50 ms"]
-    head += ["Text speed-up", "Top-1 %", "Drop, points", "Flips %", "Lowest cosine", "Size MB", "Memory MB"]
+def as_page(name: str, target: str, points: Sequence[Point]) -> str:
+    """The whole report as one HTML page."""
+    rows = [replace(point.row, target=point.name) for point in points if point.row]
+    return page.as_page(_title(name, target), [], sections(points), rows)
+
+
+def shown(name: str, target: str, points: Sequence[Point]) -> str:
+    """What a terminal shows: the points alone, in the columns that tell most."""
+    points_alone = Section("Points", [_counted(points), _points(points, TOLD)])
+    return markdown.as_markdown(_title(name, target), [], [points_alone])
+
+
+def _title(name: str, target: str) -> str:
+    return f"Sweep {name}: {target}"
+
+
+def sections(points: Sequence[Point]) -> list[Section]:
+    done, front = [point for point in points if point.row], best(points)
+    found = [Section("Points", [_counted(points), _points(points, list(CELLS)), NOTE, *_reasons(points)])]
+    if len(done) > 1:
+        named = [replace(point.row, target=point.name) for point in done if point.row]
+        plots = [accuracy_figure(named, sorted(front)), parallel_figure(_axes(done), *_lines(done, front))]
+        found.append(Section("Plots", [PLOTTED, *(plot for plot in plots if plot)]))
+    if front:
+        lines = [f"- `dvc exp apply {point.name}`: {_settings(point)}" for point in points if point.name in front]
+        found.append(Section("The front", ["\n".join(lines)]))
+    if effects := _effects(done):
+        found.append(Section("What each value does", [MEANS, effects]))
+    return found
+
+
+NOTE = (
+    "\\* No other point that passes is as good in each tower's time, accuracy and size. "
+    "~ A timing that decides nothing, since the machine was busy."
+)
+PLOTTED = "In the second plot a line is a point, and each upright runs from the lowest value to the highest."
+MEANS = (
+    "The mean over all points with that value, with its 95 % interval by bootstrap over points; times as the "
+    "geometric mean of speed-ups over torch-fp32. Where a search chose the points, they are not balanced: what a value "
+    "seems to do may be another setting's doing."
+)
+
+
+def _counted(points: Sequence[Point]) -> str:
+    done, failed = sum(point.row is not None for point in points), sum(point.failed is not None for point in points)
+    return (
+        f"{len(points)} points: {done} measured, {failed} failed. `dvc exp apply EXPERIMENT` takes one's settings and "
+        "results into the workspace."
+    )
+
+
+def _reasons(points: Sequence[Point]) -> list[Block]:
+    failed = [f"- `{point.name}` failed: {point.failed}" for point in points if point.failed]
+    return ["\n".join(failed)] if failed else []
+
+
+def _settings(point: Point) -> str:
+    titles = _titles(list(point.settings))
+    return ", ".join(f"{titles[key]} {_value(value)}" for key, value in point.settings.items())
+
+
+def _value(value: Any) -> str:
+    text = str(value)
+    return f"{value:.4g}" if isinstance(value, float) and len(text) > MOST_DIGITS else text
+
+
+def _points(points: Sequence[Point], columns: Sequence[str]) -> Table:
+    parameters, front = list(points[0].settings), best(points)
     body = []
     for point in points:
-        values = [str(point.settings[each]) for each in parameters]
         mark = " *" if point.name in front else ""
-        body.append([f"`{point.name}`{mark}", *values, *_cells(point)])
-    return table(head, body, left=len(parameters) + 2)
+        settings = [_value(point.settings[each]) for each in parameters]
+        gate = point.row.status if point.row else "failed" if point.failed else MISSING
+        cells = [CELLS[column](point.row) if point.row else MISSING for column in columns]
+        body.append([f"`{point.name}`{mark}", *settings, gate, *cells])
+    head = ["Experiment", *_titles(parameters).values(), "Gate", *columns]
+    return Table(head, body, left=len(parameters) + 2)
+
+
+CELLS: dict[str, Callable[[Row], str]] = {  # columns behind the settings
+    "Image p50 ms": lambda row: stated(row.timing("vision"), "p50_ms"),
+    "Image speed-up": lambda row: _times(row, "vision"),
+    "Text p50 ms": lambda row: stated(row.timing("text"), "p50_ms"),
+    "Text speed-up": lambda row: _times(row, "text"),
+    "Top-1 %": lambda row: number(row.zero_shot.top1 if row.zero_shot else None),
+    "Drop, points": lambda row: number(row.zero_shot.top1_drop if row.zero_shot else None),
+    "Flips %": lambda row: number(row.flips),
+    "Lowest cosine": lambda row: f"{min(row.cosine_min.values()):.4f}" if row.cosine_min else MISSING,
+    "Size MB": lambda row: number(row.size_mb),
+    "Memory MB": lambda row: number(row.memory_mb),
+}
+TOLD = ("Image p50 ms", "Text p50 ms", "Drop, points", "Size MB")  # in a terminal
+
+
+def _times(row: Row, tower: str) -> str:
+    timing = row.timing(tower)
+    return f"{timing.speedup:.2f}x" if timing else MISSING
+
+
+def _axes(points: Sequence[Point]) -> list[Axis]:
+    """The parameters that differ, then what was measured."""
+    found = []
+    for key, title in _titles(list(points[0].settings)).items():
+        values = [point.settings[key] for point in points]
+        kinds = sorted({_value(value) for value in values})
+        if len(kinds) < 2:
+            continue
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            found.append(Axis(title, [float(value) for value in values]))
+        else:
+            found.append(Axis(title, [float(kinds.index(_value(value))) for value in values], kinds))
+    for name, measure in PLOTTED_MEASURES.items():
+        measured = [measure(point.row) if point.row else None for point in points]
+        if any(value is not None for value in measured):
+            found.append(Axis(name, measured))
+    return found
+
+
+def _lines(points: Sequence[Point], front: set[str]) -> tuple[list[str], list[str]]:
+    """The points' names, and which kind of line each is drawn as."""
+    fit = {True: "on the Pareto front", False: "passes its gate"}
+    kinds = [
+        fit[point.name in front] if point.row and point.row.status == "pass" else "misses its gate" for point in points
+    ]
+    return [point.name for point in points], kinds
+
+
+PLOTTED_MEASURES: dict[str, Callable[[Row], float | None]] = {
+    "image ms": lambda row: timing.p50_ms if (timing := row.timing("vision")) else None,
+    "text ms": lambda row: timing.p50_ms if (timing := row.timing("text")) else None,
+    "top-1 drop": lambda row: row.zero_shot.top1_drop if row.zero_shot else None,
+    "size MB": lambda row: row.size_mb,
+    "memory MB": lambda row: row.memory_mb,
+}
 
 
 def best(points: Sequence[Point]) -> set[str]:
@@ -103,36 +213,18 @@ def batch_of(rows: Sequence[Row]) -> int:
     return min(set.intersection(*(set(row.timings[tower]) for row in rows for tower in TOWERS)))
 
 
-def _cells(point: Point) -> list[str]:
-    row = point.row
-    if row is None:
-        return ["failed" if point.failed else MISSING, *[MISSING] * 10]
-    zero_shot, speeds = row.zero_shot, []
-    for tower in TOWERS:
-        timing = row.timing(tower)
-        speeds += [stated(timing, "p50_ms"), f"{timing.speedup:.2f}x" if timing else MISSING]
-    return [
-        row.status,
-        *speeds,
-        number(zero_shot.top1 if zero_shot else None),
-        number(zero_shot.top1_drop if zero_shot else None),
-        number(row.flips),
-        f"{min(row.cosine_min.values()):.4f}" if row.cosine_min else MISSING,
-        number(row.size_mb),
-        number(row.memory_mb),
-    ]
+def _titles(parameters: Sequence[str]) -> dict[str, str]:
+    """Of "quantize.ort-int8-static.calibration" the end, which is what differs; the whole where two ends are alike."""
+    ends = {each: each.rpartition(":")[2].rpartition(".")[2] for each in parameters}
+    return {each: end if list(ends.values()).count(end) == 1 else each for each, end in ends.items()}
 
 
-def _short(parameter: str) -> str:
-    """Of "quantize.ort-int8-static.calibration" the end, which is what differs."""
-    return parameter.rpartition(":")[2].rpartition(".")[2]
-
-
-def _effects(points: Sequence[Point]) -> list[str]:
+def _effects(points: Sequence[Point]) -> Table | None:
+    """Of parameters whose values come again, as those of a range hardly do."""
     body = []
-    for parameter in points[0].settings if points else ():
+    for parameter, title in _titles(list(points[0].settings) if points else []).items():
         values = list(dict.fromkeys(str(point.settings[parameter]) for point in points))  # which may be lists
-        if len(values) < 2:
+        if not 1 < len(values) <= MOST_VALUES:
             continue
         for value in values:
             rows = [point.row for point in points if point.row and str(point.settings[parameter]) == value]
@@ -140,8 +232,8 @@ def _effects(points: Sequence[Point]) -> list[str]:
                 effect([found for row in rows if (found := measure(row)) is not None], name.endswith("speed-up"))
                 for name, measure in MEASURES.items()
             ]
-            body.append([_short(parameter), value, str(len(rows)), *cells])
-    return table(["Parameter", "Value", "Points", *MEASURES], body) if body else []
+            body.append([title, value, str(len(rows)), *cells])
+    return Table(["Parameter", "Value", "Points", *MEASURES], body) if body else None
 
 
 def _speedup(row: Row, tower: str) -> float | None:

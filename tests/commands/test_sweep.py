@@ -13,8 +13,12 @@ from support.records import judged, zero_shot
 
 from clip_deploy.__main__ import main
 from clip_deploy.commands.sweep import Sweep, check_point, overrides, read_sweep
+from clip_deploy.commands.sweep_search import Chooser, Range, Search
+from clip_deploy.core.config import RecommendConfig
+from clip_deploy.core.errors import UnavailableError
+from clip_deploy.report.figures import Axis, parallel_figure
 from clip_deploy.report.rows import Row
-from clip_deploy.report.sweep import Point, as_markdown, best, effect
+from clip_deploy.report.sweep import Point, as_markdown, as_page, best, effect, shown
 
 SHIPPED = sorted(path.stem for path in (ROOT / "conf" / "sweep").glob("*.yaml"))
 
@@ -31,7 +35,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_point_of_a_sweep_that_is_shipped_is_accepted(here, name):
     sweep = read_sweep(name)
-    points = sweep.points(name)
+    points = sweep.samples(name) if sweep.search else sweep.points(name)
     for point in points:
         check_point(point, sweep.target)
     assert len({point.name for point in points}) == len(points) > 1
@@ -89,7 +93,21 @@ def test_a_point_with_settings_that_are_none_is_refused_before_any_is_built(here
         ("target: ort-fp32\n", "give a target, and parameters with at least one value each"),
         ("target: ort-fp32\nparameters: {seed: []}\n", "give a target, and parameters with at least one value each"),
         ("targets: [ort-fp32]\n", "targets"),
-        ("parameters: {seed: 3}\ntarget: ort-fp32\n", "parameters.seed"),
+        ("parameters: {seed: 3}\ntarget: ort-fp32\n", "parameters.seed is 3: give a list"),
+        ("parameters: {seed: {low: 0, high: 3}}\ntarget: ort-fp32\n", "low and high are for a search"),
+        ("parameters: {seed: {low: 3}}\ntarget: ort-fp32\nsearch: {}\n", "parameters.seed has low: accepted are low"),
+        ("parameters: {seed: {low: 3, high: 3}}\ntarget: ort-fp32\nsearch: {}\n", "low must be below high"),
+        ("parameters: {seed: {low: a, high: 3}}\ntarget: ort-fp32\nsearch: {}\n", "low, high and step are numbers"),
+        (
+            "parameters: {seed: {low: 0, high: 3, log: true}}\ntarget: a\nsearch: {}\n",
+            "log: true goes with low above 0",
+        ),
+        ("parameters: {seed: [1]}\ntarget: a\nsearch: {points: 0}\n", "points is 0, startup 8: give 1 or more"),
+        (
+            "parameters: {seed: [1]}\ntarget: a\nsearch: {objectives: [speed]}\n",
+            "holds 'speed': accepted are vision_p50",
+        ),
+        ("parameters: {seed: [1]}\ntarget: a\nsearch: {objectives: []}\n", "give one or more, each once"),
     ],
 )
 def test_a_file_of_another_form_is_refused(here, text, said, capsys):
@@ -101,6 +119,32 @@ def test_a_file_of_another_form_is_refused(here, text, said, capsys):
 def test_an_unknown_sweep_is_named_with_those_there_are(here, capsys):
     assert main(["sweep", "int9"]) == 1
     assert f"accepted are {', '.join(SHIPPED)}" in capsys.readouterr().err
+
+
+def test_only_a_grid_has_several_points_at_once(here, capsys):
+    assert main(["sweep", "int8-search", "--jobs", "2"]) == 1
+    assert "--jobs is 2: give 1 or more for a grid, and 1 for a search" in capsys.readouterr().err
+    assert main(["sweep", "int8", "-j", "0"]) == 1
+    assert "--jobs is 0" in capsys.readouterr().err
+
+
+def test_points_of_another_commit_are_named_and_their_table_is_kept(here, capsys):
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "Start"]):
+        subprocess.run([*git, *words], check=True)
+    start = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    (here / "reports").mkdir()
+    (here / "reports" / "sweep.md").write_text("a table")
+    name = read_sweep("opsets").points("opsets")[0].name
+    subprocess.run([*git, "update-ref", f"refs/exps/{start[:2]}/{start[2:]}/{name}", "HEAD"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "Nothing of the tree"], check=True)
+    assert main(["sweep", "opsets", "--show"]) == 0
+    (here / "params.yaml").write_text((here / "params.yaml").read_text() + "# mine\n")
+    (here / "reports" / "sweep.md").write_text("a table")
+    subprocess.run([*git, "commit", "-q", "-a", "-m", "Another tree"], check=True)
+    assert main(["sweep", "opsets", "--show"]) == 1
+    assert f"and 1 at {start[:12]}: `git switch --detach {start[:12]}` shows those" in capsys.readouterr().err
+    assert (here / "reports" / "sweep.md").read_text() == "a table"
 
 
 def test_what_is_not_committed_is_named(here, capsys):
@@ -143,6 +187,91 @@ def test_the_table_has_every_point_what_failed_and_the_front():
     assert "| calibration | minmax |" not in text  # which has one value
 
 
+def test_a_terminal_shows_few_columns_and_the_page_all_that_was_drawn():
+    points = [
+        point("slow", 2.0),
+        point("fast", 4.0, **{"onnx.opset": 20}),
+        Point("later", {"onnx.opset": 22, "quantize.a.calibration": "minmax"}),
+    ]
+    assert "| Experiment | opset | calibration | Gate | Image p50 ms | Text p50 ms | Drop, points | Size MB |" in shown(
+        "mine", "ort-fp32", points
+    )
+    text = as_page("mine", "ort-fp32", points)
+    assert "<title>Sweep mine: ort-fp32</title>" in text
+    assert text.count("<svg") == 2
+    assert "slow: opset 18.0, image ms 2.00" in text  # what a screen reader says of a line
+    assert "<code>dvc exp apply fast</code>: opset 20, calibration minmax" in text
+
+
+def test_settings_whose_names_end_alike_are_told_apart():
+    found = [
+        point("a", 2.0, **{"x.one.kind": 1, "x.two.kind": 2}),
+        point("b", 3.0, **{"x.one.kind": 3, "x.two.kind": 4}),
+    ]
+    assert "| opset | calibration | x.one.kind | x.two.kind |" in as_markdown("mine", "ort-fp32", found)
+
+
+def test_an_upright_runs_from_the_lowest_to_the_highest():
+    assert Axis("a", [3.0, None, 1.0, 2.0]).marks() == [(1.0, "1.00"), (3.0, "3.00")]
+    assert [Axis("a", [3.0, None, 1.0]).share(value) for value in (1.0, 2.0, 3.0)] == [0.0, 0.5, 1.0]
+    assert Axis("a", [2.0, 2.0]).share(2.0) == 0.5
+    axes = [Axis("kind", [0.0, 1.0], ["minmax", "entropy"]), Axis("ms", [1.0, None])]
+    figure = parallel_figure(axes, ["one", "two"], ["passes its gate", "misses its gate"])
+    drawn = {(each["line"], each["axis"]): each["up"] for each in figure.spec["data"]["values"]}
+    assert drawn == {("one", "kind"): 0.0, ("one", "ms"): 0.5, ("two", "kind"): 1.0}
+    assert (
+        "one: kind minmax, ms 1.00; two: kind entropy" in figure.description
+        or "two: kind entropy; one: kind minmax" in figure.description
+    )
+
+
+PARAMETERS = {"calibration": ["minmax", "entropy", ["both"]], "share": Range(0.1, 0.9), "threads": Range(1, 7, step=2)}
+
+
+def found_at(settings):
+    """Faster with every thread, more accurate with less of a share; 'entropy' fails, 0.8 and more misses the gate."""
+    if settings["calibration"] == "entropy":
+        return None
+    row = point("a", 1.0 + settings["threads"], drop=10 * settings["share"]).row
+    row.status = "fail" if settings["share"] > 0.8 else "pass"
+    row.reasons = ["top-1"]
+    return row
+
+
+def searched(count, **changes):
+    chooser, asked = Chooser(PARAMETERS, Search(points=count, startup=5, **changes), RecommendConfig()), []
+    for _ in range(count):
+        asked.append(chooser.ask())
+        chooser.tell(found_at(asked[-1]))
+    return chooser, asked
+
+
+def test_a_search_asks_for_the_same_points_again_and_learns_from_what_it_is_told():
+    chooser, asked = searched(40, objectives=["vision_p50_ms", "top1_drop"])
+    again = searched(40, objectives=["vision_p50_ms", "top1_drop"])[1]
+    assert again == asked
+    assert all(0.1 <= each["share"] <= 0.9 and each["threads"] in (1, 3, 5, 7) for each in asked)
+    assert {str(each["calibration"]) for each in asked[:20]} == {"minmax", "entropy", "['both']"}
+    share = [sum(each["share"] for each in part) / len(part) for part in (asked[:5], asked[20:])]
+    assert share[1] < share[0]  # it has found where the accuracy is
+    assert all(trial.params["share"] <= 0.8 for trial in chooser.study.best_trials)
+
+
+def test_an_objective_that_was_not_measured_is_no_result():
+    chooser = Chooser({"seed": [0, 1]}, Search(objectives=["memory_mb"]), RecommendConfig())
+    chooser.ask()
+    row = point("a", 2.0).row
+    row.memory_mb = None
+    chooser.tell(row)
+    assert chooser.study.trials[0].state.name == "FAIL"
+
+
+def test_without_optuna_a_search_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("clip_deploy.commands.sweep_search.find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match="pip install 'clip-deploy\\[sweep\\]'"):
+        Chooser({"seed": [0]}, Search(), RecommendConfig())
+
+
 def test_values_may_be_lists():
     text = as_markdown("mine", "ort-fp32", [point("a", 2.0, keep=[]), point("b", 4.0, keep=["vision: MatMul_7"])])
     assert "| keep | ['vision: MatMul_7'] | 1 | 4.00 | 4.00 |" in text
@@ -178,7 +307,7 @@ def test_a_sweep_that_is_killed_goes_on_and_a_point_that_fails_keeps_its_reason(
         time.sleep(0.2)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
-    done = project.run(*command, check=False)
+    done = project.run(*command, "--jobs", "2", check=False)
     assert done.returncode == 1
     assert done.stdout.count(": there already") == 1
     assert measured(project) == first  # and not measured anew
@@ -191,6 +320,32 @@ def test_a_sweep_that_is_killed_goes_on_and_a_point_that_fails_keeps_its_reason(
     project.run("git", "add", "reports/sweep.md")
     project.run("git", "commit", "-q", "-m", "Keep the table")
     assert "3 points: 1 measured, 2 failed." in project.run(*command, "--show").stdout
+
+
+SEARCHED = """\
+target: ort-fp16
+parameters:
+  conf/benchmark/quick.yaml:warmup: {low: 1, high: 1000, log: true}
+search: {points: 2, objectives: [vision_p50_ms, size_mb]}
+"""
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_with_the_points_that_it_asked_for(built, tmp_path):
+    project = built.copy(tmp_path / "project")
+    (project.path / "conf" / "sweep" / "mine.yaml").write_text(SEARCHED)
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "Add a search")
+    command = [sys.executable, "-m", "clip_deploy", "sweep", "mine"]
+    assert "2 points: 2 measured, 0 failed." in project.run(*command).stdout
+    first = measured(project)
+    again = project.run(*command, "--all")
+    assert (again.stdout.count(": there already"), measured(project)) == (2, first)
+    text = (project.path / "reports" / "sweep.md").read_text()
+    assert again.stdout.endswith(text + "\n")
+    assert "<svg" in (project.path / "reports" / "sweep.html").read_text()
+    (project.path / "conf" / "sweep" / "mine.yaml").write_text(SEARCHED.replace("points: 2", "points: 3"))
+    assert "conf/sweep/mine.yaml is not committed" in project.run(*command, check=False).stderr
 
 
 def measured(project):
