@@ -179,7 +179,7 @@ GPU := sys_platform == 'linux' and platform_machine == 'x86_64'
 CPU := sys_platform != 'linux' or platform_machine != 'x86_64'
 WHEEL := sys_platform != 'linux' or platform_machine == 'x86_64'
 # OpenVINO and what NNCF needs, for the CPUs that they are made for.
-OPENVINO := cloudpickle|joblib|narwhals|ninja|nncf|openvino|openvino-telemetry|scikit-learn|scipy|threadpoolctl
+OPENVINO := joblib|narwhals|ninja|nncf|openvino|openvino-telemetry|scikit-learn|scipy|threadpoolctl
 lock: ## renew requirements.lock from pyproject.toml, in a new environment
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet $(TORCH) '.[dev]'

@@ -7,6 +7,7 @@ keeps its row and the reason; --again tries it once more.
 
 examples: clip-deploy sweep int8
           clip-deploy sweep int8 --show        # the table of what was measured so far
+          clip-deploy sweep int8 --on slurm    # each point a job of the cluster, of which each has a machine
           dvc exp apply int8-3f2a9c01          # its settings and results into the workspace
 """
 
@@ -28,6 +29,16 @@ from dvc.utils.hydra import apply_overrides
 
 from clip_deploy.commands.project import CONF, PARAMS, PIPELINE, check_project
 from clip_deploy.commands.sweep_search import Chooser, Range, Search
+from clip_deploy.commands.sweep_workers import (
+    ENGINES,
+    Engine,
+    Job,
+    answered,
+    fetch,
+    last_error,
+    open_engine,
+    repository,
+)
 from clip_deploy.core.config import find_choice, load_params, read_yaml, typed
 from clip_deploy.core.errors import ConfigError, DataError, DeployError
 from clip_deploy.core.files import write_text
@@ -35,10 +46,11 @@ from clip_deploy.core.json_files import read_json, write_json
 from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.report.ci_gate import at_revision
 from clip_deploy.report.revisions import git
-from clip_deploy.report.sweep import Point, as_markdown, as_page, row_at, shown
+from clip_deploy.report.sweep import Point, as_markdown, as_page, machine_at, row_at, shown
 
 REPORTS = Path("reports")
 OUTPUTS = REPORTS / "sweep.md", REPORTS / "sweep.html"
+JOBS = Path(".dvc/tmp/sweep-jobs")  # submitit's files
 FAILED = Path(".dvc/tmp/sweeps")  # beside DVC's own temporary files: reasons, by the points' names
 
 
@@ -50,11 +62,13 @@ class Sweep:
         target: what is built, checked and timed at each point.
         parameters: of each, by its key in params.yaml, or `conf/FILE:KEY`, the values: a list, or a Range in a search.
         search: how points are chosen; None takes every combination.
+        submitit: parameters of its executor for --on slurm, as timeout_min and slurm_partition.
     """
 
     target: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
     search: Search | None = None
+    submitit: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.target or not self.parameters or not all(self.parameters.values()):
@@ -106,15 +120,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="print all columns, as reports/sweep.md has them")
     parser.add_argument("--again", action="store_true", help="try points again that failed")
     parser.add_argument(
-        "--jobs", "-j", type=int, default=1, help="points of a grid at once: builds run side by side, timings never do"
+        "--jobs",
+        "-j",
+        type=int,
+        help="points of a grid at once; default: 1, on a cluster all. On one machine builds run side by side, timings "
+        "never do",
     )
+    parser.add_argument("--on", metavar="ENGINE", help=f"measure each point in a job elsewhere: {ENGINES}")
 
 
 def run(given: argparse.Namespace) -> int:
     check_project(PARAMS, CONF, PIPELINE)
     sweep = read_sweep(given.name)
-    if given.jobs < 1 or (given.jobs > 1 and sweep.search):
-        raise DataError(f"--jobs is {given.jobs}: give 1 or more for a grid, and 1 for a search, which goes by results")
+    jobs = given.jobs if given.jobs is not None else _jobs(given.on, sweep)
+    if jobs < 1 or (jobs > 1 and sweep.search):
+        raise DataError(f"--jobs is {jobs}: give 1 or more for a grid, and 1 for a search, which goes by results")
     for point in sweep.samples(given.name) if sweep.search else sweep.points(given.name):
         check_point(point, sweep.target)
     if given.show:
@@ -122,10 +142,12 @@ def run(given: argparse.Namespace) -> int:
     else:
         _check_clean()
     measure = _Measuring(sweep.target, given.show, given.again)
+    if given.on and not given.show:
+        measure.begin_elsewhere(given.on, given.name, sweep.submitit)
     if sweep.search:
         found = list(_searched(given.name, sweep, measure))
     else:
-        found = _grid(sweep.points(given.name), measure, given.jobs)
+        found = _grid(sweep.points(given.name), measure, jobs)
     for path, text in zip(OUTPUTS, (as_markdown, as_page), strict=True):
         write_text(path, text(given.name, sweep.target, found))
     print(as_markdown(given.name, sweep.target, found) if given.all else shown(given.name, sweep.target, found))
@@ -133,6 +155,11 @@ def run(given: argparse.Namespace) -> int:
     if failed and not given.show:
         raise DeployError(f"{len(failed)} of {len(found)} points failed: {', '.join(failed)}; {OUTPUTS[0]} says why")
     return 0
+
+
+def _jobs(engine: str | None, sweep: Sweep) -> int:
+    """A machine for each point where there are many; all that are asked for at once would only wait on one."""
+    return len(sweep.points("")) if engine not in (None, "local") and not sweep.search else 1
 
 
 def _grid(points: Sequence[Point], measure: "_Measuring", jobs: int) -> list[Point]:
@@ -231,6 +258,9 @@ class _Measuring:
     target: str
     show: bool
     again: bool
+    engine: Engine | None = None  # None: here
+    source: str = ""  # what its jobs clone
+    start: str = ""  # the commit that they check out
 
     def __call__(self, point: Point, number: str) -> Point:
         if not self.show:
@@ -241,13 +271,23 @@ class _Measuring:
                 self._run(point)
         return known(point, self.target)
 
+    def begin_elsewhere(self, engine: str, name: str, parameters: dict[str, Any]) -> None:
+        """Give points to an engine from now on; what its jobs have measured already is taken over."""
+        self.source, self.start = repository(), str(git("rev-parse", "HEAD")).strip()
+        fetch(self.source, self.start, f"{name}-*")
+        self.engine = open_engine(engine, JOBS, parameters)
+
     def _run(self, point: Point) -> None:
         words = [word for file, each in overrides(point).items() for word in _set(file, each)]
+        words += [f"validate@{self.target}", f"benchmark@{self.target}", "benchmark@torch-fp32"]
+        if self.engine:
+            _keep(point, answered(self.engine, Job(self.source, self.start, point.name, tuple(words))))
+            fetch(self.source, self.start, f"{point.name}*")  # a pattern: there is none where it failed
+            return
         command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", point.name, *words]
-        command += [f"validate@{self.target}", f"benchmark@{self.target}", "benchmark@torch-fp32"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               preexec_fn=die_with_parent)  # fmt: skip
-        _keep(point, None if done.returncode == 0 else _last_error(done.stdout))
+        _keep(point, None if done.returncode == 0 else last_error(done.stdout))
 
 
 def _set(file: str, words: Sequence[str]) -> list[str]:
@@ -255,18 +295,13 @@ def _set(file: str, words: Sequence[str]) -> list[str]:
     return [word for each in words for word in ("-S", f"{place}{each}")]
 
 
-def _last_error(text: str) -> str:
-    """The line in which a stage says why, or else the last one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["no word"])[-1].removeprefix("error: ")
-
-
 def known(point: Point, target: str) -> Point:
     """With what its experiment holds, or why it failed."""
     commit = _commit(point)
-    row = row_at(target, at_revision(commit, REPORTS)) if commit else None
-    return Point(point.name, point.settings, row, None if row else _reason(point))
+    reports = at_revision(commit, REPORTS) if commit else None
+    row = row_at(target, reports) if reports else None
+    failed = None if row else _reason(point)
+    return Point(point.name, point.settings, row, failed, machine_at(reports) if reports else "")
 
 
 def _commit(point: Point) -> str | None:

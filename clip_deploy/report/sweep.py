@@ -38,12 +38,24 @@ class Point:
         settings: value by parameter.
         row: what was found; None where it failed or did not run yet.
         failed: why it failed.
+        machine: what timed it.
     """
 
     name: str
     settings: Mapping[str, Any]
     row: Row | None = None
     failed: str | None = None
+    machine: str = ""
+
+
+def machine_at(reports: Reports) -> str:
+    """The hardware of an experiment, in words."""
+    environment = reports.environment()
+    if environment is None:
+        return ""
+    found = environment.hardware
+    parts = [found.machine, *found.gpus, found.cpu, f"{found.cores} cores"]
+    return ", ".join(part for part in parts if part)
 
 
 def row_at(target: str, reports: Reports) -> Row | None:
@@ -78,17 +90,31 @@ def _title(name: str, target: str) -> str:
 
 
 def sections(points: Sequence[Point]) -> list[Section]:
-    done, front = [point for point in points if point.row], best(points)
+    """Points of several machines stand in one table, and are compared among those of their own machine alone."""
     found = [Section("Points", [_counted(points), _points(points, list(CELLS)), NOTE, *_reasons(points)])]
-    if len(done) > 1:
-        named = [replace(point.row, target=point.name) for point in done if point.row]
-        plots = [accuracy_figure(named, sorted(front)), parallel_figure(_axes(done), *_lines(done, front))]
-        found.append(Section("Plots", [PLOTTED, *(plot for plot in plots if plot)]))
+    machines = _machines(points)
+    for machine in machines:
+        done = [point for point in points if point.row and point.machine == machine]
+        found += _compared(done, f": {machine}" if len(machines) > 1 else "")
+    return found
+
+
+def _machines(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(point.machine for point in points if point.row))
+
+
+def _compared(points: Sequence[Point], where: str) -> list[Section]:
+    """Of one machine's points."""
+    front, found = best(points), []
+    if len(points) > 1:
+        named = [replace(point.row, target=point.name) for point in points if point.row]
+        plots = [accuracy_figure(named, sorted(front)), parallel_figure(_axes(points), *_lines(points, front))]
+        found.append(Section(f"Plots{where}", [PLOTTED, *(plot for plot in plots if plot)]))
     if front:
         lines = [f"- `dvc exp apply {point.name}`: {_settings(point)}" for point in points if point.name in front]
-        found.append(Section("The front", ["\n".join(lines)]))
-    if effects := _effects(done):
-        found.append(Section("What each value does", [MEANS, effects]))
+        found.append(Section(f"The front{where}", ["\n".join(lines)]))
+    if effects := _effects(points):
+        found.append(Section(f"What each value does{where}", [MEANS, effects]))
     return found
 
 
@@ -128,16 +154,18 @@ def _value(value: Any) -> str:
 
 
 def _points(points: Sequence[Point], columns: Sequence[str]) -> Table:
-    parameters, front = list(points[0].settings), best(points)
-    body = []
+    parameters, machines, body = list(points[0].settings), _machines(points), []
+    front = {name for machine in machines for name in best([each for each in points if each.machine == machine])}
     for point in points:
         mark = " *" if point.name in front else ""
         settings = [_value(point.settings[each]) for each in parameters]
         gate = point.row.status if point.row else "failed" if point.failed else MISSING
         cells = [CELLS[column](point.row) if point.row else MISSING for column in columns]
-        body.append([f"`{point.name}`{mark}", *settings, gate, *cells])
-    head = ["Experiment", *_titles(parameters).values(), "Gate", *columns]
-    return Table(head, body, left=len(parameters) + 2)
+        where = [point.machine or MISSING] if len(machines) > 1 else []
+        body.append([f"`{point.name}`{mark}", *settings, *where, gate, *cells])
+    machine = ["Machine"] if len(machines) > 1 else []
+    head = ["Experiment", *_titles(parameters).values(), *machine, "Gate", *columns]
+    return Table(head, body, left=len(head) - len(columns))
 
 
 CELLS: dict[str, Callable[[Row], str]] = {  # columns behind the settings

@@ -1,7 +1,6 @@
 """Sweeps: settings that are none are refused before any point is built, and a stop costs nothing that was measured."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 
 import pytest
 from support.project import ROOT
-from support.records import judged, zero_shot
+from support.sweeps import measured, point
 
 from clip_deploy.__main__ import main
 from clip_deploy.commands.sweep import Sweep, check_point, overrides, read_sweep
@@ -17,28 +16,18 @@ from clip_deploy.commands.sweep_search import Chooser, Range, Search
 from clip_deploy.core.config import RecommendConfig
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.report.figures import Axis, parallel_figure
-from clip_deploy.report.rows import Row
 from clip_deploy.report.sweep import Point, as_markdown, as_page, best, effect, shown
 
 SHIPPED = sorted(path.stem for path in (ROOT / "conf" / "sweep").glob("*.yaml"))
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_point_of_a_sweep_that_is_shipped_is_accepted(here, name):
     sweep = read_sweep(name)
     points = sweep.samples(name) if sweep.search else sweep.points(name)
-    for point in points:
-        check_point(point, sweep.target)
-    assert len({point.name for point in points}) == len(points) > 1
+    for each in points:
+        check_point(each, sweep.target)
+    assert len({each.name for each in points}) == len(points) > 1
 
 
 def test_points_are_all_combinations_with_names_that_stay():
@@ -156,13 +145,6 @@ def test_what_is_not_committed_is_named(here, capsys):
     (here / "params.yaml").write_text((here / "params.yaml").read_text() + "# mine\n")
     assert main(["sweep", "opsets"]) == 1
     assert "error: params.yaml is not committed: a sweep begins at a commit" in capsys.readouterr().err
-
-
-def point(name, image, size=4.0, drop=0.0, **other):
-    timings = {tower: {1: judged(speedup=image, speedup_low=image, speedup_high=image)} for tower in ("vision", "text")}
-    row = Row("ort-fp32", "pass", timings=timings, size_mb=size, zero_shot=zero_shot(top1=90.0 - drop, top1_drop=drop),
-              cosine_min={"vision": 0.999, "text": 0.9999}, flips=0.5, memory_mb=40.0)  # fmt: skip
-    return Point(name, {"onnx.opset": 18, "quantize.a.calibration": "minmax", **other}, row)
 
 
 def test_the_table_has_every_point_what_failed_and_the_front():
@@ -346,8 +328,3 @@ def test_a_search_goes_on_with_the_points_that_it_asked_for(built, tmp_path):
     assert "<svg" in (project.path / "reports" / "sweep.html").read_text()
     (project.path / "conf" / "sweep" / "mine.yaml").write_text(SEARCHED.replace("points: 2", "points: 3"))
     assert "conf/sweep/mine.yaml is not committed" in project.run(*command, check=False).stderr
-
-
-def measured(project):
-    found = project.run("git", "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps/").stdout.splitlines()
-    return [line for line in found if "/mine-" in line]

@@ -1,0 +1,148 @@
+"""Points that jobs measure in checkouts of their own: where a job is killed nothing is lost, and nothing done twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.sweeps import measured, point
+
+from clip_deploy.__main__ import main
+from clip_deploy.commands import sweep_workers
+from clip_deploy.commands.sweep_workers import Job, answered, last_error, measure, open_engine, place
+from clip_deploy.core.errors import DataError, DeployError, UnavailableError
+from clip_deploy.report.sweep import as_markdown, shown
+
+JOB = Job("/a", "ab" * 20, "mine-1", ("-S", "seed=1"))
+GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "init.defaultBranch=main")
+
+
+def test_a_job_without_an_answer_is_given_out_again():
+    said = [RuntimeError("the node failed\nand more"), None]
+
+    def engine(job):
+        assert job == JOB
+        found = said.pop(0)
+        if found:
+            raise found
+
+    assert answered(engine, JOB) is None
+    said[:] = [RuntimeError("the node failed\nand more")] * 3
+    assert answered(engine, JOB) == "3 jobs ended without an answer: the node failed"
+    assert not said
+    assert answered(lambda job: "no such node", JOB) == "no such node"  # that is an answer
+
+
+def test_engines_that_are_none_are_named(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"--on is 'pbs': accepted are slurm, local \(submitit on this machine\), ray"):
+        open_engine("pbs", tmp_path, {})
+    with pytest.raises(DeployError, match=r"--on local: .*no_such"):
+        open_engine("local", tmp_path, {"no_such": 1})
+    if not any((Path(folder) / "srun").exists() for folder in os.environ["PATH"].split(os.pathsep)):
+        with pytest.raises(DeployError, match="--on slurm: "):
+            open_engine("slurm", tmp_path, {})
+    monkeypatch.setattr(sweep_workers, "find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match=r"need submitit: pip install 'clip-deploy\[sweep\]'"):
+        open_engine("local", tmp_path, {})
+
+
+def test_jobs_need_a_remote_to_share_through(here, capsys):
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "Start"]):
+        subprocess.run([*GIT, *words], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    subprocess.run([*GIT, "commit", "-q", "-m", "Begin with DVC"], check=True)
+    assert main(["sweep", "opsets", "--on", "local"]) == 1
+    assert "and there is none: `dvc remote add -d NAME URL`" in capsys.readouterr().err
+
+
+def test_a_commit_or_a_repository_that_is_not_there_is_an_error_of_one_line(tmp_path):
+    with pytest.raises(DeployError, match=r"git clone .*failed"):
+        measure(replace(JOB, repository=str(tmp_path / "none")))
+    subprocess.run([*GIT, "init", "-q", str(tmp_path / "empty")], check=True)
+    with pytest.raises(DeployError, match=r"git checkout .*failed: .*abab"):
+        measure(replace(JOB, repository=str(tmp_path / "empty")))
+
+
+def test_a_point_that_was_pushed_already_is_not_measured_again(tmp_path):
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "Start"]):
+        subprocess.run([*GIT, *words], check=True, cwd=tmp_path)
+    commit = subprocess.run([*GIT, "rev-parse", "HEAD"], check=True, cwd=tmp_path, capture_output=True, text=True)
+    job = replace(JOB, repository=str(tmp_path), commit=commit.stdout.strip())
+    assert measure(job) is not None  # there is no DVC project here
+    subprocess.run([*GIT, "update-ref", place(job.commit, job.name), "HEAD"], check=True, cwd=tmp_path)
+    assert measure(job) is None
+
+
+def test_the_reason_is_the_stages_own_or_the_last_line():
+    assert last_error("a\nerror: seed is -1\nERROR: failed to reproduce\n") == "seed is -1"
+    assert last_error("a\nERROR: failed to reproduce\n\n") == "ERROR: failed to reproduce"
+    assert last_error("") == "no word"
+
+
+def test_points_of_two_machines_are_compared_among_their_own_alone():
+    points = [
+        replace(point("a", 2.0), machine="EPYC"),
+        replace(point("b", 4.0, **{"onnx.opset": 20}), machine="EPYC"),
+        replace(point("c", 3.0), machine="Xeon"),
+        replace(point("d", 2.5, **{"onnx.opset": 20}), machine="Xeon"),
+    ]
+    text = as_markdown("mine", "ort-fp32", points)
+    assert "| Experiment | opset | calibration | Machine | Gate |" in text
+    assert "| `b` * | 20 | minmax | EPYC | pass |" in text
+    assert "| `c` * | 18 | minmax | Xeon | pass |" in text  # though b is faster, on another machine
+    assert "| `d` | 20 | minmax | Xeon | pass |" in text
+    assert "## What each value does: EPYC" in text
+    assert "| opset | 20 | 1 | 2.50 | 2.50 |" in text.partition("## What each value does: Xeon")[2]
+    assert "Machine" not in shown("mine", "ort-fp32", points[:2])
+
+
+MINE = """\
+target: ort-fp16
+parameters:
+  conf/benchmark/quick.yaml:warmup: [1, 2]
+"""
+
+
+def shared(built, folder):
+    """A project with a sweep, and a DVC remote that has all that was built."""
+    project = built.copy(folder / "project")
+    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE)
+    (folder / "store").mkdir()
+    project.run("dvc", "remote", "add", "-d", "store", str(folder / "store"))
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "Add a sweep and a remote")
+    project.run("dvc", "push", "-q", "--run-cache")
+    return project
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_runs_again_and_the_sweep_ends_whole(built, tmp_path):
+    project = shared(built, tmp_path)
+    command = [sys.executable, "-m", "clip_deploy", "sweep", "mine", "--on", "local"]
+    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
+    running = subprocess.Popen(command, cwd=project.path, env=environment, stdout=subprocess.PIPE, text=True)
+    os.kill(_worker(project.path, running), signal.SIGKILL)
+    output, _ = running.communicate()
+    assert running.returncode == 0
+    assert "2 points: 2 measured, 0 failed." in output
+    assert len(measured(project)) == 2
+    assert project.run(*command).stdout.count(": there already") == 2
+    assert "1 of 2 points failed" not in output
+
+
+def _worker(project, running):
+    """The process that measures the first point, once it has begun."""
+    while True:
+        assert running.poll() is None
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"submitit.core._submit" in words and str(project / ".dvc").encode() in words[-2]:
+                return int(path.parent.name)
+        time.sleep(0.05)
