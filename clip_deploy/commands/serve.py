@@ -10,7 +10,7 @@ example: clip-deploy serve artifacts/package --port 8000
 import argparse
 
 from clip_deploy.commands.paths import local_path
-from clip_deploy.inference.classifier import CPU_FEEDS
+from clip_deploy.inference.classifier import FEEDS
 from clip_deploy.web.libraries import check_libraries
 from clip_deploy.web.settings import Settings
 
@@ -32,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="of each tower; default: its runtime's choice")
     parser.add_argument(
         "--feed",
-        choices=CPU_FEEDS,
+        choices=FEEDS,
         default=DEFAULT.feed,
-        help="fast: JPEGs several times as fast, pixels about a grey level off (extra `fast`); default: %(default)s",
+        help="fast, gpu: JPEGs several times as fast on the CPU or the GPU, pixels about a grey level off (extras "
+        "`fast`, `fast-gpu`); default: %(default)s",
     )
     parser.add_argument("--api-key-file", type=local_path, help="a file of keys, one a line; requests must bring one")
     parser.add_argument(

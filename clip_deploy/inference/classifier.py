@@ -13,14 +13,14 @@ from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import DataError, DeployError
-from clip_deploy.core.fast_preprocessing import FastPreprocessing
+from clip_deploy.core.fast_preprocessing import FastPreprocessing, Jpeg, whole_jpeg
 from clip_deploy.core.images import jpeg_of, read_image, rgb
 from clip_deploy.core.package import DEFAULT_BATCH, Package, read_labels, read_package, read_preprocessing
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.vectors import unit
 from clip_deploy.inference.embedding_sample import EmbeddingSample
 from clip_deploy.inference.encoders import PackageEncoder
-from clip_deploy.inference.gpu_feed import GpuFeed
+from clip_deploy.inference.gpu_feed import Batch, GpuFeed
 from clip_deploy.inference.scores import Scoring
 from clip_deploy.inference.text_cache import TextCache
 from clip_deploy.inference.tokenizer import Tokenizer, check_texts
@@ -33,6 +33,20 @@ AHEAD_ON_GPU = 4  # two decoders have one each, and one is ready
 
 T = TypeVar("T")
 Picture = Path | str | Image.Image | Callable[[], Image.Image]  # a call reads one as RGB, or raises DataError
+
+
+class Undecoded(NamedTuple):
+    """A JPEG file for the GPU, and its picture, in case that it does not decode it."""
+
+    jpeg: Jpeg
+    picture: Picture
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.jpeg.content)
+
+
+Prepared = np.ndarray | Undecoded | DataError
 
 
 class Prediction(NamedTuple):
@@ -81,7 +95,7 @@ class ZeroShotClassifier:
         of_texts = package.fingerprint("text")
         self.cache = TextCache(of_texts, encoder.dimension, cache_size, cache_folder)
         self.encoder = PackageEncoder(folder, encoder, device, threads, allow_spinning=allow_spinning)
-        self.gpu = GpuFeed(self._settings(), self.prepare) if feed == "gpu" else None
+        self.gpu = GpuFeed(self._settings(), self._read) if feed == "gpu" else None
 
     @classmethod
     def open(
@@ -205,10 +219,7 @@ class ZeroShotClassifier:
     ) -> Iterator[list[np.ndarray | DataError]]:
         begun = (feed.begin(pool, batch) for batch in batches)
         for future in ahead(begun, AHEAD_ON_GPU):
-            pixels, unreadable = future.result()
-            rows = [row for row in range(len(pixels)) if row not in unreadable]
-            embeddings = iter(self._encode_pixels(pixels[rows] if unreadable else pixels) if rows else ())
-            yield [unreadable[row] if row in unreadable else next(embeddings) for row in range(len(pixels))]
+            yield self._encode_batch(future.result())
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = DEFAULT_BATCH) -> np.ndarray:
         """Embeddings [texts, dimension], in their order; known texts come from the cache.
@@ -237,24 +248,38 @@ class ZeroShotClassifier:
         """
         return unit(prompts.reshape(len(self.labels.classes), len(self.labels.templates), -1).mean(axis=1))
 
-    def prepare(self, image: Picture) -> np.ndarray | DataError:
-        """Read and preprocess one image for encode_prepared; the error where that fails. Threads may share it."""
+    def prepare(self, image: Picture) -> "Prepared":
+        """Read and preprocess one image for encode_prepared; the error where that fails. Threads may share it.
+
+        With the feed "gpu" a JPEG file stays as it is: encode_prepared decodes those of a batch together.
+        """
         try:
-            if self.fast:
+            if self.fast or self.gpu:
                 jpeg, image = jpeg_of(image)
-                if jpeg and (pixels := self.fast(jpeg)) is not None:
+                if self.gpu and (whole := whole_jpeg(jpeg)):
+                    return Undecoded(whole, image)
+                if self.fast and jpeg and (pixels := self.fast(jpeg)) is not None:
                     return pixels
+        except DataError as error:
+            return error
+        return self._read(image)
+
+    def _read(self, image: Picture) -> np.ndarray | DataError:
+        """As the checkpoint's own processor does, on the CPU."""
+        try:
             picture = _read(image)
         except DataError as error:
             return error
         return np.asarray(picture) if self.preprocessor is None else self.preprocessor(picture)
 
-    def encode_prepared(self, prepared: Sequence[np.ndarray | DataError]) -> list[np.ndarray | DataError]:
+    def encode_prepared(self, prepared: Sequence["Prepared"]) -> list[np.ndarray | DataError]:
         """Embeddings [dimension] of what `prepare` gave, in its order, and its errors. Images of one size go together.
 
         One thread at a time may call it.
         """
-        answers = list(prepared)
+        if self.gpu:
+            return self._encode_undecoded(self.gpu, prepared)
+        answers: list[Any] = list(prepared)
         sizes: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
         for row, image in enumerate(prepared):
             if isinstance(image, np.ndarray):
@@ -264,6 +289,20 @@ class ZeroShotClassifier:
             for row, embedding in zip(alike, embeddings, strict=True):
                 answers[row] = embedding
         return answers
+
+    def _encode_undecoded(self, feed: GpuFeed, prepared: Sequence["Prepared"]) -> list[np.ndarray | DataError]:
+        found = feed.fill([each if isinstance(each, Undecoded) else (None, each) for each in prepared], self._found)
+        return self._encode_batch(found)
+
+    def _found(self, image: Any) -> np.ndarray | DataError:
+        """Of a picture that is not decoded on the GPU, or of what was made of it before."""
+        return image if isinstance(image, np.ndarray | DataError) else self._read(image)
+
+    def _encode_batch(self, batch: Batch) -> list[np.ndarray | DataError]:
+        pixels, unreadable = batch
+        rows = [row for row in range(len(pixels)) if row not in unreadable]
+        embeddings = iter(self._encode_pixels(pixels[rows] if unreadable else pixels) if rows else ())
+        return [unreadable[row] if row in unreadable else next(embeddings) for row in range(len(pixels))]
 
     def _encode_pixels(self, pixels: Any) -> np.ndarray:
         """Args: pixels: of images of one size, as the tower takes them; or a tensor on the GPU."""

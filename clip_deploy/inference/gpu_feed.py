@@ -1,6 +1,6 @@
 """Pictures as pixel values on a GPU, batch by batch: JPEG files are decoded there, all else is read on the CPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,10 +48,22 @@ class GpuFeed:
         return [(whole_jpeg(content), picture) for content, picture in map(jpeg_of, pictures)]
 
     def _batch(self, pool: ThreadPoolExecutor, contents: list["Future[list[tuple[Jpeg | None, Any]]]"]) -> Batch:
-        read = [each for chunk in contents for each in chunk.result()]
+        return self.fill([each for chunk in contents for each in chunk.result()], self.read, pool.map)
+
+    def fill(
+        self,
+        read: Sequence[tuple[Jpeg | None, Any]],
+        on_cpu: Callable[[Any], np.ndarray | DataError],
+        each: Callable[..., Iterable[np.ndarray | DataError]] = map,
+    ) -> Batch:
+        """Pixel values of files, or None, with their pictures, which `on_cpu` reads where the GPU does not.
+
+        Args:
+            each: as map, of a pool's threads.
+        """
         pixels, left = self.preprocessing([jpeg for jpeg, _ in read])
         unreadable = {}
-        for row, found in zip(left, pool.map(self.read, [read[row][1] for row in left]), strict=True):
+        for row, found in zip(left, each(on_cpu, [read[row][1] for row in left]), strict=True):
             if isinstance(found, DataError):
                 unreadable[row] = found
             else:

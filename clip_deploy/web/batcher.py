@@ -70,7 +70,7 @@ class Row(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of a prepared image."""
-        return self.value.nbytes if isinstance(self.value, np.ndarray) else 0
+        return int(getattr(self.value, "nbytes", 0))
 
 
 class FairQueue:
@@ -130,7 +130,8 @@ class Batcher:
     ) -> None:
         """
         Args:
-            encode: from a batch's rows to as many answers, of which the first part, or all, is a vector.
+            encode: from a batch's rows to as many answers, of which the first part, or all, is a vector; or a
+                RequestError in the place of one.
             most: rows of a batch.
             max_queue: rows that may wait.
             wait_s: how long what is prepared waits for rows that are not.
@@ -336,8 +337,9 @@ class Batcher:
         answers = self.encode(values)
         if len(answers) != len(values):
             raise WrongAnswerError(f"{len(values)} rows were encoded, and {len(answers)} came back")
-        vectors = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]
-        if not np.isfinite(np.stack(vectors)).all():
+        found = [answer for answer in answers if not isinstance(answer, RequestError)]
+        vectors = [answer[0] if isinstance(answer, tuple) else answer for answer in found]
+        if vectors and not np.isfinite(np.stack(vectors)).all():
             raise WrongAnswerError("an embedding holds NaN or infinity")
         return answers
 

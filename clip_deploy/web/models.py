@@ -8,6 +8,7 @@ from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Served:
         self.classifier = classifier
         on_gpu, towers = classifier.device == "cuda", classifier.package.encoder.towers
         self.pictures = Batcher(
-            classifier.encode_prepared,
+            self._seen,
             towers.vision.best_batch,
             settings.max_queue,
             TowerMetrics(metrics, self.id, "vision"),
@@ -89,7 +90,10 @@ class Served:
         self.classifier.encode_texts(["a"])
 
     def _blank(self) -> Any:
-        return self.classifier.prepare(Image.new("RGB", (64, 64)))
+        """Of a JPEG file, so that a GPU's decoder is warm too."""
+        content = BytesIO()
+        Image.new("RGB", (64, 64)).save(content, "jpeg")
+        return self.classifier.prepare(Encoded(content.getvalue, "blank"))
 
     def _record_images(self) -> None:
         """On a GPU, each size of a batch."""
@@ -166,14 +170,26 @@ class Served:
         embeddings, tokens = self.classifier.encode_texts(texts)
         return list(zip(embeddings, tokens, strict=True))
 
-    def _prepared(self, picture: Picture | Fetched) -> np.ndarray | RequestError:
+    def _seen(self, prepared: list[Any]) -> list[Any]:
+        """Embeddings. What a GPU left to the CPU may turn out to be no image here."""
+        found = self.classifier.encode_prepared(prepared)
+        return [
+            _refused(answer, each.picture.name) if isinstance(answer, DataError) else answer
+            for answer, each in zip(found, prepared, strict=True)
+        ]
+
+    def _prepared(self, picture: Picture | Fetched) -> Any:
         """Runs in a thread of the batcher."""
         try:
             content = picture.content if isinstance(picture, Fetched) else image_bytes(picture)
         except RequestError as refusal:
             return refusal
         image = self.classifier.prepare(Encoded(lambda: content, picture.param, None, FORMATS))
-        return bad(_told(image), picture.param, "invalid_image") if isinstance(image, DataError) else image
+        return _refused(image, picture.param) if isinstance(image, DataError) else image
+
+
+def _refused(error: DataError, param: str) -> RequestError:
+    return bad(_told(error), param, "invalid_image")
 
 
 def _told(error: DataError) -> str:

@@ -15,7 +15,7 @@ from ray.serve.exceptions import RayServeException
 
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.package import Package, read_package
-from clip_deploy.inference.classifier import CPU_FEEDS, DEVICES
+from clip_deploy.inference.classifier import DEVICES, FEEDS
 from clip_deploy.web.app import RETRY_S, App, create_app
 from clip_deploy.web.hosts import NamedHosts, check_hosts
 from clip_deploy.web.keys import Keys, warn_if_readable
@@ -25,7 +25,7 @@ from clip_deploy.web.settings import Settings
 RAYS_OWN = ("host", "port", "workers", "drain_s")  # of Settings: Ray listens, has replicas and drains them
 LISTS = ("packages", "allow_hosts", "image_hosts")  # one of them may be given as a string
 PATHS = ("api_key_file", "index", "images")
-ACCEPTED = {"device": (None, *DEVICES), "feed": CPU_FEEDS}
+ACCEPTED = {"device": (None, *DEVICES), "feed": FEEDS}
 ONGOING = 128  # requests of a replica at a time: it makes batches of them, and its queue's bound holds
 QUEUED = 1_024  # that wait in each of Ray's proxies until a replica has room; what comes beyond is refused with 429
 

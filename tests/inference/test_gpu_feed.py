@@ -2,13 +2,12 @@
 
 import shutil
 
-import numpy as np
 import pytest
 from PIL import Image
 from support.fast_feed import need_fast_feed
+from support.gpu_decoder import Decoder
 
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
-from clip_deploy.core.fast_preprocessing import FastPreprocessing
 from clip_deploy.data import scenes
 from clip_deploy.inference import gpu_feed
 from clip_deploy.inference.classifier import ZeroShotClassifier
@@ -17,34 +16,12 @@ from clip_deploy.inference.gpu_feed import GpuFeed
 from clip_deploy.runtimes import open_gpu_preprocessing
 
 
-class Decoder:
-    """FastPreprocessing, behind the verbs of the GPU's."""
-
-    workers = 2
-
-    def __init__(self, settings):
-        self.fast = FastPreprocessing(settings)
-        self.batches = []
-
-    def __call__(self, jpegs):
-        self.batches.append(len(jpegs))
-        made = [self.fast(bytes(jpeg.content)) if jpeg else None for jpeg in jpegs]
-        pixels = np.zeros((len(jpegs), 3, 48, 48), np.float32)
-        for row, found in enumerate(made):
-            if found is not None:
-                pixels[row] = found
-        return pixels, [row for row, found in enumerate(made) if found is None]
-
-    def fill(self, pixels, row, found):
-        pixels[row] = found
-
-
 @pytest.fixture
 def classifier(package, monkeypatch):
     need_fast_feed()
     monkeypatch.setattr(gpu_feed, "open_gpu_preprocessing", Decoder)
     opened = ZeroShotClassifier.open(package, threads=1)
-    opened.gpu = GpuFeed(opened.preprocessor, opened.prepare)
+    opened.gpu = GpuFeed(opened.preprocessor, opened._read)
     return opened
 
 
@@ -72,6 +49,15 @@ def test_what_the_gpu_does_not_decode_takes_its_place_in_the_order(classifier, p
         else:
             assert actual @ exact > 0.99, name
     assert [isinstance(each, DataError) for each in found].count(True) == 2
+
+
+def test_what_is_prepared_one_by_one_is_decoded_together(classifier, package, pictures):
+    given = [*pictures, Image.open(pictures[3])]
+    found = classifier.encode_prepared([classifier.prepare(each) for each in given])
+    expected = list(classifier.embed_each(given, len(given)))
+    assert classifier.gpu.preprocessing.batches == [16, 16]
+    for actual, exact in zip(found, expected, strict=True):
+        assert str(actual) == str(exact) if isinstance(exact, DataError) else actual @ exact > 0.9999
 
 
 def test_parts_are_written_of_batches_that_are_read_ahead(classifier, pictures, tmp_path):
