@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.load_others.reference import Reference
 from benchmarks.serve import triton_request
+from clip_deploy.core.errors import DataError
 from clip_deploy.core.images import decode
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web.questions import (
@@ -281,8 +282,9 @@ def _zero_shot(pool: Pool, kind: str, row: int, random: np.random.Generator) -> 
 
 def prepared(classifier: ZeroShotClassifier, file: bytes) -> np.ndarray:
     found = classifier.prepare(decode(file, "a file of the pool"))
-    if not isinstance(found, np.ndarray):
+    if isinstance(found, DataError):
         raise found
+    assert isinstance(found, np.ndarray)  # of the feed exact
     return found
 
 

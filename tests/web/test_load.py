@@ -27,6 +27,7 @@ from clip_deploy.web.questions import (
 )
 
 WORDS = [*scenes.COLOURS, *scenes.SHAPES, *scenes.SIZES, "a", "an", "above", "image", "left", "of", "photo", "right"]
+pytestmark = pytest.mark.filterwarnings("ignore:a text is longer than")  # whichever test makes the pool first
 OTHERS = ["Ein rotes Quadrat", "红色圆圈", "🟥", "red " * 200]  # other scripts, and more than the context
 # Per 10,000 requests: a row that is kept has 256 bytes, a request several kB. The allocator's own growth ends, and is
 # not small yet beside few requests.
@@ -43,7 +44,6 @@ def pool(package, pytestconfig):
 
 
 @pytest.mark.no_cover  # traced, the client would take the server's cores
-@pytest.mark.filterwarnings("ignore:a text is longer than")
 def test_every_answer_under_load_is_the_packages_own(package, pool, pytestconfig, outcomes):
     is_long = pytestconfig.getoption("--reliability")
     number, rounds = (1_000_000, 100) if is_long else (20_000, 20)
@@ -58,7 +58,6 @@ def test_every_answer_under_load_is_the_packages_own(package, pool, pytestconfig
     assert found.growth is None or found.growth.low < (MAX_GROWTH_MB if is_long else MAX_GROWTH_MB_OF_FEW)
 
 
-@pytest.mark.filterwarnings("ignore:a text is longer than")
 @pytest.mark.parametrize(("fault", "outcome"), [("swap", "wrong"), ("one for all", "wrong"), ("drop", "lost")])
 def test_a_broken_server_is_found(package, pool, fault, outcome):
     program = ("-m", "tests.support.broken_server", fault)
@@ -68,7 +67,6 @@ def test_a_broken_server_is_found(package, pool, fault, outcome):
     assert any(f": {outcome}: " in reason for reason in found.reasons)
 
 
-@pytest.mark.filterwarnings("ignore:a text is longer than")
 def test_a_server_that_is_gone_has_lost_what_it_was_asked(package, pool):
     with running(package) as server:
         pass
