@@ -8,7 +8,7 @@ export DVC_NO_ANALYTICS := 1
 .DEFAULT_GOAL := help
 .PHONY: help repro gate test reliability kinds layouts check deps format bench-pipeline bench-int8 bench-embed \
   bench-embed-gpu bench-package bench-index bench-peers bench-serve load-others reproducible \
-  triton-env docs lock clean
+  triton-env docs test-docs lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -185,6 +185,9 @@ docs: $(VENV)/ready $(DOCS)/ready ## build the documentation into build/site; a 
 	@python -m tools.docs
 	rm -rf build/site
 	PYTHONPATH=.:$(DOCS) python -m sphinx -q -W --keep-going -E -d build/doctrees docs build/site
+
+test-docs: $(VENV)/ready ## check the documentation's links, commands and tables, and run its quick examples on a built project
+	python -m pytest tests/test_docs.py
 
 reproducible: $(VENV)/ready ## build everything twice, in two folders, and compare the files byte for byte
 	python -m benchmarks.reproducible

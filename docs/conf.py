@@ -17,6 +17,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns: list[str] = []
 html_theme = "furo"
 html_title = "clip-deploy"
+html_show_copyright = False
 html_extra_path = ["../llms.txt"]
 html_copy_source = True  # the Markdown of each page, under _sources/, for agents
 myst_enable_extensions = ["colon_fence", "deflist"]

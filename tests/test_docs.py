@@ -16,7 +16,7 @@ from dvc.cli import DvcParserError
 from dvc.cli.parser import get_main_parser
 
 from clip_deploy.__main__ import parsers
-from tools.docs import pages, reports, stale, written_by_hand
+from tools.docs import pages, reports, settings_page, stale, written_by_hand
 from tools.tables import with_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +103,13 @@ def commands(text):
             yield (
                 f"{line.removesuffix(' -S')} --help" if re.match(r"clip-deploy|dvc", line) and "|" not in line else line
             )
+
+
+def answers(block):
+    """The lines of a console block that are no commands: what the last one prints."""
+    entries = re.split(r"^ *\$ ", re.sub(r"\\\n", " ", block), flags=re.MULTILINE)[1:]
+    line, _, rest = entries[-1].partition("\n")
+    return [] if line.count('"') % 2 else rest.splitlines()
 
 
 def simple_commands(line):
@@ -250,6 +257,34 @@ def test_what_examples_in_python_import_is_there(page):
                     exec(line, {})
 
 
+RUN = re.compile(r"^<!-- run -->\n\n```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN_PAGES = (  # in this order: embeddings of the first are searched, and the last changes a setting
+    *("get-started.md", "guides/package.md", "guides/search.md", "skill.md"),
+    *("concepts/targets.md", "concepts/what-runs-again.md"),
+)
+
+
+@pytest.mark.slow
+def test_marked_examples_run_and_answer_what_is_shown(built, tmp_path):
+    project = built.copy(tmp_path / "project")
+    for page in RUN_PAGES:
+        for kind, block in RUN.findall(read(ROOT / "docs" / page)):
+            if kind == "python":
+                project.run("python", "-c", block)
+            else:
+                script = "\n".join(commands(f"```console\n{block}```"))
+                done = project.run("bash", "-euo", "pipefail", "-c", script)
+                assert done.stdout.endswith("".join(f"{line}\n" for line in answers(block)))
+
+
+def test_every_marked_example_is_run():
+    marked = {path.relative_to(ROOT / "docs").as_posix() for path in WRITTEN if "<!-- run -->" in read(path)}
+    assert marked == {*RUN_PAGES}
+    assert sum(read(ROOT / "docs" / page).count("<!-- run -->") for page in RUN_PAGES) == sum(
+        len(RUN.findall(read(ROOT / "docs" / page))) for page in RUN_PAGES
+    )
+
+
 # What repeats code or reports.
 
 
@@ -265,6 +300,13 @@ def test_a_row_that_reports_do_not_have_is_replaced():
     right = ("fp32` | 0.9999 | 0.1 | 0.2", "fp16` | 0.999 | 0.5 | 1", "bf16` | 0.99 | 1 | 2", "int8` | 0.9 | 1.5 | 8")
     rows = "".join(f"| `{row} |\n" for row in right)
     assert with_rows(wrong) == f"<!-- rows: conf/gates/standard.yaml -->\n\n{table}{rows}\nNext."
+
+
+def test_every_setting_says_what_it_means():
+    """A comment behind it in config.py or params.yaml, or an entry of MEANINGS in tools/docs.py."""
+    rows = re.findall(r"^\| `(\w+)` \| `.*?` \| .*? \| (.*) \|$", settings_page(), re.MULTILINE)
+    assert len(rows) > 100
+    assert [name for name, meaning in rows if not meaning.strip()] == []
 
 
 def test_reports_get_pages_of_their_own():

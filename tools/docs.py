@@ -28,6 +28,36 @@ from tools.tables import with_rows
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 WRITTEN = "<!-- Written by `python -m tools.docs`: change the code, not this page. -->\n\n"
+# What neither config.py nor the files of settings say: there a comment would make measured rows stale.
+MEANINGS = {
+    "device": "what targets run on; change it by `clip-deploy device`, with all that goes with it",
+    "precision": "of weights and computation; see [Accepted words](#accepted-words)",
+    "source": "the target that it is made from: `onnx-fp32`, or one of `optimize` in fp32",
+    "method": "how activations are quantised: at run time, by the calibration set, or not at all",
+    "per_channel": "a scale for each output channel of a weight, not one for all",
+    "reduce_range": "weights of 7 bits; see [Accepted words](#accepted-words)",
+    "min_batch": "the smallest batch that the engine takes",
+    "concurrency": "numbers of clients that ask at the same time",
+    "required": "names of targets",
+    "repo_id": "an id of the Hugging Face hub, owner/name; in the place of `path`",
+    "path": "a folder or a file on this disk",
+    "processor_revision": "a commit, where the processor is an id",
+    "seed": "of random weights",
+    "data.source": "`shapes`, `image-folder`, `captions` or `hub`",
+    "evaluation_samples": "images on which targets are judged",
+    "calibration_samples": "other images, on which ranges of INT8 and FP16 are found",
+    "templates": "prompts, each with {} for the class; a class is the mean over all",
+    "image_column": "the column with images: paths of a CSV, or a data set's images",
+    "caption_column": "the column with captions; null: none, and no retrieval",
+    "dataset_id": "an id of the Hugging Face hub, or a local folder that `datasets` can load",
+    "data.revision": "a commit of the data set; null: the newest",
+    "split": "of the data set",
+    "batch_sizes": "images, and texts, in one call",
+    "fp32": "limits of targets in this precision",
+    "fp16": "limits of targets in this precision",
+    "bf16": "limits of targets in this precision",
+    "int8": "limits of targets in this precision",
+}
 YAML = {"None": "null", "True": "true", "False": "false"}
 
 
@@ -157,7 +187,9 @@ def _fields(node: ast.ClassDef, lines: list[str], said: dict[str, str] | None = 
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             key = f"{section}.{item.target.id}" if section else item.target.id
-            meaning = _comment(item, lines) or (said or {}).get(key, "")
+            meaning = (
+                _comment(item, lines) or (said or {}).get(key) or MEANINGS.get(key) or MEANINGS.get(item.target.id, "")
+            )
             if node.name == "Params" and item.target.id in config.GROUPS:
                 meaning = f"a file of [conf/{item.target.id}/](#conf{item.target.id})"
             elif node.name == "Params" and item.target.id in sections:
@@ -243,9 +275,10 @@ def _choices(group: str) -> str:
 
 def cli_page() -> str:
     text = WRITTEN + "# Commands\n\n`clip-deploy COMMAND --help` shows the same in a terminal.\n\n"
-    text += "| Command | What it does | Needs |\n| --- | --- | --- |\n"
+    text += "*Light* is `pip install clip-deploy`, *full* is `make repro` or `pip install 'clip-deploy[pipeline]'`.\n\n"
+    text += "| Command | What it does | Install |\n| --- | --- | --- |\n"
     for name, summary in COMMANDS.items():
-        needs = "a package" if name in LIGHT else "the extra `pipeline`"
+        needs = "light" if name in LIGHT else "full"
         text += f"| [`{name}`](#{name}) | {summary} | {needs} |\n"
     codes = EPILOG.partition("exit codes:\n")[2]
     text += "\n## Exit codes\n\n| Code | Meaning |\n| ---: | --- |\n"
