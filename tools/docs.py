@@ -77,6 +77,7 @@ def pages() -> dict[Path, str]:
         reference / "cli.md": cli_page(),
         reference / "stages.md": stages_page(),
         reference / "errors.md": errors_page(),
+        reference / "modules.md": modules_page(),
         DOCS / "images/rooms.svg": rooms_picture(),
     }
 
@@ -325,13 +326,34 @@ def stages_page() -> str:
         "| Stage | What it does |\n| --- | --- |\n"
     )
     for path in sorted((ROOT / "stages").glob("[a-z]*.py")):
-        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        text += f"| `{path.stem}` | {' '.join(about.partition(chr(10) * 2)[0].split())} |\n"
+        text += f"| `{path.stem}` | {_about(path)} |\n"
     text += "\n## make\n\n| Command | What it does |\n| --- | --- |\n"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for name, about in re.findall(r"^([a-z0-9-]+):.*?## (.*)$", makefile, re.MULTILINE):
         text += f"| `make {name}` | {_escaped(about[0].upper() + about[1:])} |\n"
     return text
+
+
+def modules_page() -> str:
+    """Every module with the first sentences of its docstring, by room."""
+    text = (
+        f"{WRITTEN}# Modules\n\nWhat each file is for, in its own words. Only the [Python API](python.md) is public.\n"
+    )
+    rooms = [path.parent for path in sorted((ROOT / "clip_deploy").glob("*/__init__.py"))]
+    for folder in [*rooms, ROOT / "benchmarks"]:
+        text += f"\n## {folder.relative_to(ROOT).as_posix()}/\n\n"
+        text += f"{_about(folder / '__init__.py')}\n\n" if folder in rooms else ""
+        text += "| File | What it is |\n| --- | --- |\n"
+        for path in sorted(folder.rglob("*.py")):
+            if path.name != "__init__.py":
+                text += f"| `{path.relative_to(folder).as_posix()}` | {_about(path)} |\n"
+    return text
+
+
+def _about(path: Path) -> str:
+    """The first paragraph of a module's docstring."""
+    about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return _escaped(html.escape(" ".join(about.partition("\n\n")[0].split()), quote=False)).replace("*", r"\*")
 
 
 def errors_page() -> str:
