@@ -311,6 +311,14 @@ def test_every_setting_says_what_it_means():
     assert [name for name, meaning in rows if not meaning.strip()] == []
 
 
+def test_the_citation_names_this_version():
+    project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
+    cited = yaml.safe_load(read(ROOT / "CITATION.cff"))
+    assert (cited["title"], cited["version"], cited["license"]) == (
+        *(project[key] for key in ("name", "version", "license")),
+    )
+
+
 def test_reports_get_pages_of_their_own():
     assert reports()["nvidia-h200-kernels"] == "reports/hardware/nvidia-h200/kernels.md"
     assert len(set(reports().values())) == len(reports()) == len(list((ROOT / "reports").rglob("*.md")))
