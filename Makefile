@@ -8,7 +8,7 @@ export DVC_NO_ANALYTICS := 1
 .DEFAULT_GOAL := help
 .PHONY: help repro gate test reliability kinds layouts check deps format bench-pipeline bench-int8 bench-embed \
   bench-embed-gpu bench-package bench-index bench-peers bench-serve load-others reproducible \
-  triton-env lock clean
+  triton-env docs test-docs lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -69,6 +69,18 @@ $(OPEN_CLIP)/ready:
 	rm -rf $(OPEN_CLIP)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OPEN_CLIP) \
 	  open_clip_torch==3.3.0 timm==1.0.31 ftfy==6.3.1 torchvision==0.28.0
+	@touch $@
+
+# Sphinx and its theme, for the documentation, with what of their needs requirements.lock lacks.
+DOCS := build/docs
+$(DOCS)/ready:
+	rm -rf $(DOCS)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(DOCS) sphinx==9.0.4 \
+	  furo==2025.12.19 myst-parser==5.2.0 sphinx-copybutton==0.5.2 accessible-pygments==0.0.5 alabaster==1.0.0 \
+	  babel==2.19.0 beautifulsoup4==4.15.0 docutils==0.22.4 imagesize==2.0.1 mdit-py-plugins==0.7.0 \
+	  roman-numerals==4.1.0 snowballstemmer==3.1.1 soupsieve==4.1.3 sphinx-basic-ng==1.0.0b2 \
+	  sphinxcontrib-applehelp==2.0.0 sphinxcontrib-devhelp==2.0.0 sphinxcontrib-htmlhelp==2.1.0 \
+	  sphinxcontrib-jsmath==1.0.1 sphinxcontrib-qthelp==2.0.0 sphinxcontrib-serializinghtml==2.0.0
 	@touch $@
 
 # Other versions of ONNX Runtime, for the test that each leads to the same fused graph.
@@ -168,6 +180,14 @@ bench-index: $(VENV)/ready ## search 100,000 made-up vectors by an index and by 
 
 bench-peers: $(VENV)/ready ## time our targets beside Optimum, Olive, OpenVINO, torch.compile; ARGS='model=...' and more
 	python -m benchmarks.peers $(ARGS)
+
+docs: $(VENV)/ready $(DOCS)/ready ## build the documentation into build/site; a broken link is an error
+	@python -m tools.docs
+	rm -rf build/site
+	PYTHONPATH=.:$(DOCS) python -m sphinx -q -W --keep-going -E -d build/doctrees docs build/site
+
+test-docs: $(VENV)/ready ## check the documentation's links, commands and tables, and run its quick examples on a built project
+	python -m pytest tests/test_docs.py
 
 reproducible: $(VENV)/ready ## build everything twice, in two folders, and compare the files byte for byte
 	python -m benchmarks.reproducible

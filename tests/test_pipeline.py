@@ -320,7 +320,7 @@ def test_what_one_machine_built_comes_to_another_by_pull_and_only_timings_are_ma
 
 
 def test_two_branches_that_changed_different_targets_are_merged_and_keep_what_both_measured(copy):
-    """As the README says: with ours where dvc.lock and reports/ differ, and a run that makes them one again."""
+    """As docs/guides/several-machines.md says: ours where dvc.lock and reports/ differ, then a run."""
     changes = {
         "dynamic": ("method: dynamic\n", "method: dynamic\n    per_channel: false\n"),
         "static": ("calibration: minmax", "calibration: percentile"),

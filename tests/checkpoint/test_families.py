@@ -107,7 +107,7 @@ def found():
 
 
 def test_every_class_is_in_a_table(found):
-    """A new version of transformers may bring others: README lists them too."""
+    """A new version of transformers may bring others: docs/guides/own-checkpoint.md lists them too."""
     apart = {name for name, kind in found.items() if hasattr(kind, "get_image_features")}
     assert sorted(apart) == sorted([*WORKS, *REFUSED])
     assert sorted(set(found) - apart) == sorted(OF_NO_IMAGES)

@@ -1,6 +1,5 @@
 """The one command: what all of its parts keep."""
 
-import re
 import subprocess
 import sys
 from importlib import import_module
@@ -163,11 +162,3 @@ def test_what_a_deployment_runs_imports_no_library_of_the_pipeline():
     command = [sys.executable, "-c", IMPORTS, *LIGHT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n") == [*LIGHT, ""]
-
-
-def test_what_readmes_examples_import_is_there():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    imports = [line for block in blocks for line in block.splitlines() if line.startswith("from clip_deploy")]
-    assert len(imports) >= 3
-    for line in imports:
-        exec(line, {})

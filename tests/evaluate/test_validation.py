@@ -260,7 +260,7 @@ def dvc(folder, *words):
 
 
 def test_a_folder_that_dvc_links_is_handed_out_as_real_files(tmp_path):
-    """As the README says: `dvc unprotect` where it lies, or `cp -rL`."""
+    """As docs/guides/troubleshooting.md says: `dvc unprotect` where it lies, or `cp -rL`."""
     folder = tmp_path / "triton"
     (folder / "onnxruntime").mkdir(parents=True)
     (folder / "onnxruntime" / "model.onnx").write_text("weights")

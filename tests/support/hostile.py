@@ -121,7 +121,7 @@ def read_picture(folder: Path) -> None:
     ours = read_preprocessing(folder)
     with Image.open(path) as given:
         if given.mode.startswith("I;16"):
-            return  # its processor clips what is above 255; ours keeps the upper 8 bits, as README says
+            return  # its processor clips what is above 255; ours keeps the upper 8 bits, as docs/guides/package.md says
         given.load()
         with suppress(*BROKEN_EXIF):
             ImageOps.exif_transpose(given, in_place=True)

@@ -1,0 +1,123 @@
+"""The rows of tables in README and docs/ that repeat reports/ or conf/: each stands behind `<!-- rows: NAME -->`."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+H200 = "reports/hardware/nvidia-h200/vit-b-32-untrained/report.md"
+MARKED = re.compile(r"(<!-- rows: (.+?) -->\n+\|.*\n\|[ :|-]+\|\n)((?:\|.*\n)*)")
+EDGES = ("images, batch 1", "images, batch 8", "texts of 77 tokens, batch 1", "texts of 77 tokens, batch 8")
+CHINESE_EDGES = ("图像，批大小 1", "图像，批大小 8", "77 个 token 的文本，批大小 1", "77 个 token 的文本，批大小 8")
+
+
+def with_rows(text: str) -> str:
+    """A page with the rows of its marked tables as reports/ has them now."""
+    return MARKED.sub(lambda found: found[1] + "".join(f"| {' | '.join(row)} |\n" for row in ROWS[found[2]]()), text)
+
+
+def targets() -> list[list[str]]:
+    """Of the table of targets in reports/report.md, the columns that fit a page."""
+    columns = (
+        *("Target", "Gate", "Vision speed-up [95 %]", "Text speed-up [95 %]", "Images/s, best batch", "Size MB"),
+        *("Lowest cosine, vision / text", "Top-1 %"),
+    )
+    head, *rows = _table(_read("reports/report.md"), "## Targets")
+    return [[row[head.index(column)] for column in columns] for row in rows]
+
+
+def embed() -> list[list[str]]:
+    """Rates of `embed` and of what it is made of, in images per second."""
+    parts = _json("reports/embed.json")["parts"]
+    rows = []
+    for name, size in (("pictures", "96 x 96 pixels"), ("photos", "640 x 480 pixels")):
+        for feed in ("exact", "fast"):
+            made = parts[name][feed]
+            rates = (parts[name]["tower_per_s"], made["feed_per_s"], made["embed_per_s"])
+            rows.append([size, f"`{feed}`", *(f"{rate:,}" for rate in rates), f"{made['of_shared']:.2f}"])
+    return rows
+
+
+def serve() -> list[list[str]]:
+    """The HTTP server's embeddings and labels, and Triton's labels, by clients."""
+    found = _json("reports/serve.json")
+    rows = []
+    for clients in ("1", "8", "32", "64"):
+        row = [clients]
+        for name in ("embeddings", "zero-shot", "Triton zero-shot"):
+            level = found["levels"][name][clients]
+            row += [f"{level['per_s'][0]:,.0f}", f"{level['p50_ms'][0]:.1f} / {level['p99_ms'][0]:.1f}"]
+        middle, low, high = found["goals"][f"over Triton zero-shot at {clients}"]
+        rows.append([*row, f"{middle:.2f}x [{low:.2f}, {high:.2f}]"])
+    return rows
+
+
+def peers(edges: tuple[str, ...] = EDGES) -> list[list[str]]:
+    """Our fastest over the peers' fastest, and our fastest INT8 over ort-fp32, of images and of whole texts."""
+    text = _read("reports/peers.md")
+    _, *won = _table(text, "## Our fastest against the peers' fastest")
+    rows = []
+    for label, (tower, batch) in zip(edges, ((t, b) for t in ("vision", "text, 77 tokens") for b in "18"), strict=True):
+        mine = {row[2]: row for row in won if row[:2] == [tower, batch]}
+        head, *all_ = _table(text, f"## {tower.capitalize()}")
+        own = next(row for row in all_ if row[0] == mine["int8"][3])
+        rows.append(
+            [
+                label,
+                *(mine[p][7] for p in ("fp32", "bf16", "int8")),
+                own[head.index(f"Ratio to ort-fp32, batch {batch}")],
+            ]
+        )
+    return rows
+
+
+def gates() -> list[list[str]]:
+    """The limits of conf/gates/standard.yaml."""
+    limits = yaml.safe_load(_read("conf/gates/standard.yaml"))
+    keys = ("min_cosine", "max_top1_drop", "max_flips")
+    return [[f"`{name}`", *(f"{limits[name][key]:g}" for key in keys)] for name in ("fp32", "fp16", "bf16", "int8")]
+
+
+def h200() -> list[list[str]]:
+    """p50 in ms of both towers at every batch size, and the ratio of our fastest to the others' fastest."""
+    text = _read(H200)
+    rows: dict[str, list[str]] = {}
+    for tower in ("### Vision", "### Text"):
+        for row in _table(text, tower)[1:]:
+            if row[1].startswith("p50"):
+                rows.setdefault(row[0], [row[0]]).extend(cell.partition(" / ")[0] for cell in row[2:])
+    ratios = [row[6] for row in _table(text, "## Our graphs, torch.compile and TensorRT")[1:]]
+    return [*rows.values(), ["fastest of ours / of torch.compile and TensorRT", *ratios]]
+
+
+ROWS: dict[str, Callable[[], list[list[str]]]] = {
+    "reports/report.md": targets,
+    "reports/embed.json": embed,
+    "reports/serve.json": serve,
+    "reports/peers.md": peers,
+    "reports/peers.md zh": lambda: peers(CHINESE_EDGES),
+    "conf/gates/standard.yaml": gates,
+    H200: h200,
+}
+
+
+def _table(text: str, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, its head first and its rule left out."""
+    below = text[text.index(f"\n{heading}\n") :]
+    lines = re.search(r"(?:^\|.*\n)+", below, re.MULTILINE)
+    if lines is None:
+        raise ValueError(f"no table below {heading}")
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split(" |")] for line in lines[0].splitlines())
+    return [head, *rows]
+
+
+def _read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def _json(path: str) -> Any:
+    return json.loads(_read(path))
