@@ -19,7 +19,7 @@ COMMANDS = {
     "drift": "Hold a sample of live embeddings against the golden set's: has what is sent changed?",
     "publish": "Add Triton's models as the next version to a repository that is served, or take a version back.",
     "compare": "Put machines, or runs on one, side by side, as a Markdown table.",
-    "sweep": "Measure a target at every point of a grid of settings, each as a DVC experiment.",
+    "sweep": "Measure a target at the points of a grid of settings, or of a search, each as a DVC experiment.",
     "why": "Say what `dvc repro` would run, and because of which change.",
     "gate": "Fail where a target of ci.required misses its gate, has no result or a stale one.",
     "apply": "Keep in FP32 what the diagnosis of a failed target names.",
