@@ -390,7 +390,7 @@ def test_a_runtime_that_breaks_takes_its_own_row_only(built, tmp_path, outcomes)
         for stage, said in zip(("validate", "benchmark"), SAID[name], strict=True):
             outcomes.fault(f"a runtime that {name}", stage, f"its row says `{said}`; the others are finished")
     assert record["ort-fp32"]["status"] == "pass"
-    assert record["ort-fp32"]["vision_p50_ms"] > 0
+    assert read(project, "reports/benchmark/ort-fp32.json")["status"] == "measured"
 
 
 def read(project, path):

@@ -1,11 +1,12 @@
 """A tower's operators on a GPU: our kernels or a library's, whichever is the faster for a shape.
 
-Each shape is timed once in a process, when it is first met; the fastest way is kept.
+Each shape is timed once, when it is first met on this GPU; the fastest way is kept, on the disk too (choices.py).
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from clip_deploy.onnx_graph.torch_module import Activation, Operators
 from clip_deploy.runtimes import kernels
+from clip_deploy.runtimes.choices import Choices
 
 MIN_QUERIES = 16  # a block of queries that the tensor cores take
 FEW_ROWS = 256  # of a matmul, which then has too few large tiles for all multiprocessors
@@ -28,6 +30,7 @@ class TunedOperators(Operators):
 
     def __init__(self) -> None:
         self.fastest: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by operator and shapes
+        self.choices = Choices(*_valid_for())
 
     def linear(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None
@@ -92,8 +95,19 @@ class TunedOperators(Operators):
     def _choose(self, key: tuple[Any, ...], ways: Sequence[Callable[..., Any]], *given: Any) -> Any:
         """Call the fastest way for these shapes; time all where they are new."""
         if key not in self.fastest:
-            self.fastest[key] = min(ways, key=lambda way: median_ms(way, given))
+            known = self.choices.get(repr(key))
+            if known is None or not 0 <= known < len(ways):
+                times = [median_ms(way, given) for way in ways]
+                known = self.choices.settle(repr(key), times.index(min(times)))
+            self.fastest[key] = ways[known % len(ways)]
         return self.fastest[key](*given)
+
+
+def _valid_for() -> list[str]:
+    """The GPU, its software, and our code."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    sources = [Path(file).read_text() for file in (__file__, kernels.__file__)]
+    return [gpu, torch.__version__, str(torch.version.cuda), triton.__version__, *sources]
 
 
 def median_ms(way: Callable[..., Any], given: tuple[Any, ...]) -> float:
