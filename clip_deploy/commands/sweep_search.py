@@ -17,6 +17,7 @@ from clip_deploy.report.rows import Row
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+DIGITS = 3  # of what is drawn from a range
 EXACT = 1e-6  # of a number of steps
 OBJECTIVES: dict[str, Callable[[Row], float | None]] = {  # all are to be small
     "vision_p50_ms": lambda row: _p50(row, "vision"),
@@ -107,7 +108,7 @@ class Chooser:
         self.trial = self.study.ask(self.space)
         found = self.trial.params
         return {
-            name: found[name] if isinstance(values, Range) else values[found[name]]
+            name: _rounded(found[name]) if isinstance(values, Range) else values[found[name]]
             for name, values in self.parameters.items()
         }
 
@@ -119,6 +120,11 @@ class Chooser:
             return
         self.trial.set_constraint("fit to ship", 1.0 if refusal(row, self.limits) else 0.0)
         self.study.tell(self.trial, [float(value) for value in values if value is not None])
+
+
+def _rounded(value: float | int) -> float | int:
+    """As a person would write it into params.yaml."""
+    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
 
 
 def _p50(row: Row, tower: str) -> float | None:

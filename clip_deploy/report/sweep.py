@@ -19,7 +19,6 @@ from clip_deploy.report.rows import Row, row_of
 from clip_deploy.report.tables import MISSING, number, stated
 
 DRAWS = 2000  # of the bootstrap
-MOST_DIGITS = 6  # of a value drawn from a range, in a table
 MOST_VALUES = 8  # of a parameter, whose effects are stated
 MEASURES: dict[str, Callable[[Row], float | None]] = {  # whose means the values of a parameter are compared by
     "image speed-up": lambda row: _speedup(row, "vision"),
@@ -145,12 +144,7 @@ def _reasons(points: Sequence[Point]) -> list[Block]:
 
 def _settings(point: Point) -> str:
     titles = _titles(list(point.settings))
-    return ", ".join(f"{titles[key]} {_value(value)}" for key, value in point.settings.items())
-
-
-def _value(value: Any) -> str:
-    text = str(value)
-    return f"{value:.4g}" if isinstance(value, float) and len(text) > MOST_DIGITS else text
+    return ", ".join(f"{titles[key]} {value}" for key, value in point.settings.items())
 
 
 def _points(points: Sequence[Point], columns: Sequence[str]) -> Table:
@@ -158,7 +152,7 @@ def _points(points: Sequence[Point], columns: Sequence[str]) -> Table:
     front = {name for machine in machines for name in best([each for each in points if each.machine == machine])}
     for point in points:
         mark = " *" if point.name in front else ""
-        settings = [_value(point.settings[each]) for each in parameters]
+        settings = [str(point.settings[each]) for each in parameters]
         gate = point.row.status if point.row else "failed" if point.failed else MISSING
         cells = [CELLS[column](point.row) if point.row else MISSING for column in columns]
         where = [point.machine or MISSING] if len(machines) > 1 else []
@@ -193,13 +187,13 @@ def _axes(points: Sequence[Point]) -> list[Axis]:
     found = []
     for key, title in _titles(list(points[0].settings)).items():
         values = [point.settings[key] for point in points]
-        kinds = sorted({_value(value) for value in values})
+        kinds = sorted({str(value) for value in values})
         if len(kinds) < 2:
             continue
         if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             found.append(Axis(title, [float(value) for value in values]))
         else:
-            found.append(Axis(title, [float(kinds.index(_value(value))) for value in values], kinds))
+            found.append(Axis(title, [float(kinds.index(str(value))) for value in values], kinds))
     for name, measure in PLOTTED_MEASURES.items():
         measured = [measure(point.row) if point.row else None for point in points]
         if any(value is not None for value in measured):

@@ -233,6 +233,7 @@ def test_a_search_asks_for_the_same_points_again_and_learns_from_what_it_is_told
     again = searched(40, objectives=["vision_p50_ms", "top1_drop"])[1]
     assert again == asked
     assert all(0.1 <= each["share"] <= 0.9 and each["threads"] in (1, 3, 5, 7) for each in asked)
+    assert all(len(str(each["share"])) <= 5 for each in asked)
     assert {str(each["calibration"]) for each in asked[:20]} == {"minmax", "entropy", "['both']"}
     share = [sum(each["share"] for each in part) / len(part) for part in (asked[:5], asked[20:])]
     assert share[1] < share[0]  # it has found where the accuracy is
