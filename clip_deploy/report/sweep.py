@@ -19,6 +19,7 @@ from clip_deploy.report.rows import Row, row_of
 from clip_deploy.report.tables import MISSING, number, stated
 
 DRAWS = 2000  # of the bootstrap
+DECIMALS = 4  # of an effect
 MOST_VALUES = 8  # of a parameter, whose effects are stated
 MEASURES: dict[str, Callable[[Row], float | None]] = {  # whose means the values of a parameter are compared by
     "image speed-up": lambda row: _speedup(row, "vision"),
@@ -268,9 +269,13 @@ def effect(values: Sequence[float], geometric: bool) -> str:
     if not values:
         return MISSING
     found = np.log(values) if geometric else np.asarray(values, dtype=float)
-    back = math.exp if geometric else float
     if len(found) == 1:
-        return number(back(float(found[0])))
+        return _stated(found[0], geometric)
     draws = np.random.default_rng(0).choice(found, (DRAWS, len(found))).mean(axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return f"{number(back(float(found.mean())))} [{number(back(float(low)))}, {number(back(float(high)))}]"
+    mean, low, high = (_stated(value, geometric) for value in (found.mean(), *np.percentile(draws, [2.5, 97.5])))
+    return f"{mean} [{low}, {high}]"
+
+
+def _stated(value: float, is_log: bool) -> str:
+    """What is nearly nothing is nothing: sums of numbers of both signs leave the last bits."""
+    return number(round(math.exp(value) if is_log else float(value), DECIMALS) + 0.0)

@@ -265,6 +265,7 @@ def test_an_effect_is_a_mean_with_an_interval():
     assert effect([3.0], geometric=True) == "3.00"
     assert effect([1.0, 4.0], geometric=True).startswith("2.00 [1.00, 4.00]")
     assert effect([1.0, 2.0, 3.0], geometric=False).startswith("2.00 [")
+    assert effect([0.1, 0.2, -0.3, 1e-6], geometric=False).startswith("0.00 [")
 
 
 MINE = """\
