@@ -147,7 +147,7 @@ def fetch(source: str, commit: str, name: str) -> None:
     if source == str(git("rev-parse", "--show-toplevel")).strip():
         return
     if git("fetch", "-q", source, f"{place(commit, name)}:{place(commit, name)}") is None:
-        raise DeployError(f"no experiments come from {source}: is it in reach?")
+        raise DeployError(f"experiments cannot be fetched from {source}: does `git ls-remote {source}` answer?")
 
 
 def place(commit: str, name: str) -> str:
