@@ -74,7 +74,7 @@ def test_a_local_data_set_is_known_by_all_of_its_files(tmp_path, monkeypatch):
 def test_a_missing_setting_is_named():
     done = run_stage("validate", "output=x.json")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: settings: source: ")
+    assert done.stderr == "error: settings: source is ???: give a value\n"
 
 
 def test_an_unknown_setting_is_named():
