@@ -77,7 +77,9 @@ class Sweep:
             if isinstance(values, dict) and self.search:
                 self.parameters[name] = _range(name, values)
             elif not isinstance(values, list):
-                range_or_not = ", or low and high" if self.search else "; low and high are for a search"
+                range_or_not = (
+                    ", or low and high" if self.search else "; low and high need `search: {points: 24}` beside them"
+                )
                 raise ConfigError(f"parameters.{name} is {values!r}: give a list{range_or_not}")
 
     def points(self, name: str) -> list[Point]:
@@ -136,7 +138,10 @@ def run(given: argparse.Namespace) -> int:
     if jobs < 1 or (jobs > 1 and sweep.search):
         raise DataError(f"--jobs is {jobs}: give 1 or more for a grid, and 1 for a search, which goes by results")
     for point in sweep.samples(given.name) if sweep.search else sweep.points(given.name):
-        check_point(point, sweep.target)
+        try:
+            check_point(point, sweep.target)
+        except ConfigError as error:
+            raise ConfigError(f"{CONF}/sweep/{given.name}.yaml: {error}") from error
     if given.show:
         _check_measured(given.name)
     else:
@@ -148,6 +153,8 @@ def run(given: argparse.Namespace) -> int:
         found = list(_searched(given.name, sweep, measure))
     else:
         found = _grid(sweep.points(given.name), measure, jobs)
+    if given.show and not any(point.row or point.failed for point in found):
+        raise DeployError(f"no point of {given.name} was measured here: `clip-deploy sweep {given.name}` does it")
     for path, text in zip(OUTPUTS, (as_markdown, as_page), strict=True):
         write_text(path, text(given.name, sweep.target, found))
     print(as_markdown(given.name, sweep.target, found) if given.all else shown(given.name, sweep.target, found))
@@ -238,7 +245,11 @@ def _check_clean() -> None:
         raise DeployError("there is no commit here, from which the experiments of a sweep begin: commit first")
     lines = (git("status", "--porcelain", "-uno") or "").splitlines()
     if changed := [line[3:] for line in lines if Path(line[3:]) not in OUTPUTS]:
-        raise DeployError(f"{changed[0]} is not committed: a sweep begins at a commit, so that its rows compare")
+        more = f" and {len(changed) - 1} files more are" if len(changed) > 1 else " is"
+        raise DeployError(
+            f"{changed[0]}{more} not committed: a sweep begins at a commit, so that its rows compare; "
+            "`git commit -am MESSAGE` makes one"
+        )
 
 
 def _check_measured(name: str) -> None:

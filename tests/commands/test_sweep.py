@@ -83,7 +83,10 @@ def test_a_point_with_settings_that_are_none_is_refused_before_any_is_built(here
         ("target: ort-fp32\nparameters: {seed: []}\n", "give a target, and parameters with at least one value each"),
         ("targets: [ort-fp32]\n", "targets"),
         ("parameters: {seed: 3}\ntarget: ort-fp32\n", "parameters.seed is 3: give a list"),
-        ("parameters: {seed: {low: 0, high: 3}}\ntarget: ort-fp32\n", "low and high are for a search"),
+        (
+            "parameters: {seed: {low: 0, high: 3}}\ntarget: ort-fp32\n",
+            "low and high need `search: {points: 24}` beside them",
+        ),
         ("parameters: {seed: {low: 3}}\ntarget: ort-fp32\nsearch: {}\n", "parameters.seed has low: accepted are low"),
         ("parameters: {seed: {low: 3, high: 3}}\ntarget: ort-fp32\nsearch: {}\n", "low must be below high"),
         ("parameters: {seed: {low: a, high: 3}}\ntarget: ort-fp32\nsearch: {}\n", "low, high and step are numbers"),
@@ -127,7 +130,9 @@ def test_points_of_another_commit_are_named_and_their_table_is_kept(here, capsys
     name = read_sweep("opsets").points("opsets")[0].name
     subprocess.run([*git, "update-ref", f"refs/exps/{start[:2]}/{start[2:]}/{name}", "HEAD"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "Nothing of the tree"], check=True)
-    assert main(["sweep", "opsets", "--show"]) == 0
+    assert main(["sweep", "opsets", "--show"]) == 1  # the experiment holds no reports
+    assert "no point of opsets was measured here" in capsys.readouterr().err
+    assert (here / "reports" / "sweep.md").read_text() == "a table"
     (here / "params.yaml").write_text((here / "params.yaml").read_text() + "# mine\n")
     (here / "reports" / "sweep.md").write_text("a table")
     subprocess.run([*git, "commit", "-q", "-a", "-m", "Another tree"], check=True)
@@ -144,7 +149,10 @@ def test_what_is_not_committed_is_named(here, capsys):
         subprocess.run([*git, *words], check=True)
     (here / "params.yaml").write_text((here / "params.yaml").read_text() + "# mine\n")
     assert main(["sweep", "opsets"]) == 1
-    assert "error: params.yaml is not committed: a sweep begins at a commit" in capsys.readouterr().err
+    assert (
+        "error: params.yaml is not committed: a sweep begins at a commit, so that its rows compare; `git commit -am"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_table_has_every_point_what_failed_and_the_front():
