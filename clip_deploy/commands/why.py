@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException
+from dvc.lock import LockError
 from dvc.repo import Repo
 
 from clip_deploy.commands.project import PARAMS, PIPELINE, PROBED, check_project, probed
@@ -40,6 +41,8 @@ def run(given: argparse.Namespace) -> int:
     check_project(PARAMS, PIPELINE)
     try:
         stages = since(Repo(), given.since) if given.since else pending(Repo())
+    except LockError as error:
+        raise DeployError("a `dvc` command works in this project now: ask again when it has ended") from error
     except DvcException as error:
         raise DeployError(str(error)) from error
     print(explain(stages, given.target))

@@ -162,3 +162,20 @@ def test_what_a_deployment_runs_imports_no_library_of_the_pipeline():
     command = [sys.executable, "-c", IMPORTS, *LIGHT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n") == [*LIGHT, ""]
+
+
+def test_why_beside_a_dvc_command_that_runs_is_one_line(here, monkeypatch, capsys):
+    from dvc.lock import LockError
+
+    from clip_deploy.commands import why
+
+    def pending(repo):
+        raise LockError(
+            "'artifacts' is busy, it is being blocked by:\n  (PID 1): dvc repro\n\nIf there are no processes"
+        )
+
+    monkeypatch.setattr(why, "Repo", lambda: None)
+    monkeypatch.setattr(why, "pending", pending)
+    assert main(["why"]) == 1
+    said = "error: a `dvc` command works in this project now: ask again when it has ended\n"
+    assert capsys.readouterr().err == said
