@@ -4,7 +4,7 @@ The sampler is seeded, and is told what the experiments hold. So the same comman
 and needs no database of its own. Source: https://optuna.readthedocs.io/en/stable/tutorial/20_recipes/009_ask_and_tell.html.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -13,20 +13,13 @@ from clip_deploy.core.config import RecommendConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.report.recommend import refusal
 from clip_deploy.report.rows import Row
+from clip_deploy.report.sweep import COSTS
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 DIGITS = 3  # of what is drawn from a range
 EXACT = 1e-6  # of a number of steps
-OBJECTIVES: dict[str, Callable[[Row], float | None]] = {  # all are to be small
-    "vision_p50_ms": lambda row: _p50(row, "vision"),
-    "text_p50_ms": lambda row: _p50(row, "text"),
-    "top1_drop": lambda row: row.zero_shot.top1_drop if row.zero_shot else None,
-    "cosine_loss": lambda row: 1 - min(row.cosine_min.values()) if row.cosine_min else None,
-    "size_mb": lambda row: row.size_mb,
-    "memory_mb": lambda row: row.memory_mb,
-}
 
 
 @dataclass
@@ -35,7 +28,7 @@ class Search:
 
     Attributes:
         points: how many are asked for.
-        objectives: names of OBJECTIVES, of which no point's are worse in all than another's on the front.
+        objectives: names of COSTS, of which no point's are worse in all than another's on the front.
         startup: points that are drawn at random before the sampler (TPE) learns from them.
     """
 
@@ -46,8 +39,8 @@ class Search:
     def __post_init__(self) -> None:
         if self.points < 1 or self.startup < 1:
             raise ConfigError(f"search: points is {self.points}, startup {self.startup}: give 1 or more")
-        if unknown := [name for name in self.objectives if name not in OBJECTIVES]:
-            raise ConfigError(f"search.objectives holds {unknown[0]!r}: accepted are {', '.join(OBJECTIVES)}")
+        if unknown := [name for name in self.objectives if name not in COSTS]:
+            raise ConfigError(f"search.objectives holds {unknown[0]!r}: accepted are {', '.join(COSTS)}")
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):
             raise ConfigError("search.objectives: give one or more, each once")
 
@@ -114,7 +107,7 @@ class Chooser:
 
     def tell(self, row: Row | None) -> None:
         """What was found there; None where it failed. Those that may not be shipped count as such."""
-        values = [OBJECTIVES[name](row) for name in self.search.objectives] if row else [None]
+        values = [COSTS[name](row) for name in self.search.objectives] if row else [None]
         if row is None or None in values:
             self.study.tell(self.trial, state=self.failed)
             return
@@ -125,8 +118,3 @@ class Chooser:
 def _rounded(value: float | int) -> float | int:
     """As a person would write it into params.yaml."""
     return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
-
-
-def _p50(row: Row, tower: str) -> float | None:
-    timing = row.timing(tower)
-    return timing.p50_ms if timing else None

@@ -1,8 +1,7 @@
 """Processes that read JPEG files for a decoder on a GPU: python -m clip_deploy.inference.file_reader SOCKET
 
 The decoder's calls take Python's lock for every picture, and so does each call of the system that opens, reads or
-closes a file. Side by side in one process they wait for each other: beside four threads that call the system all the
-time, a batch took 45 ms to decode, and 14 ms alone (H200, 16 cores). A process hands over many files in one call.
+closes a file: side by side in one process they wait for each other. A process hands over many files in one call.
 """
 
 import os
@@ -25,7 +24,7 @@ from clip_deploy.core.fast_preprocessing import Header, Jpeg, whole_jpeg
 from clip_deploy.core.images import jpeg_of
 
 LENGTH = struct.Struct("<Q")  # of what follows, in bytes
-MOST = 4  # processes: more than two were never busy with 14,000 photographs a second (H200)
+MOST = 4  # processes
 ROOT = Path(__file__).parents[2]
 
 Told = list[tuple[int, Header] | None]  # of each file its bytes and header, or None where it is no whole JPEG

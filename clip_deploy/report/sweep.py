@@ -21,11 +21,26 @@ from clip_deploy.report.tables import MISSING, number, stated
 DRAWS = 2000  # of the bootstrap
 DECIMALS = 4  # of an effect
 MOST_VALUES = 8  # of a parameter, whose effects are stated
+COSTS: dict[str, Callable[[Row], float | None]] = {  # of a point; all are to be small
+    "vision_p50_ms": lambda row: _p50(row, "vision"),
+    "text_p50_ms": lambda row: _p50(row, "text"),
+    "top1_drop": lambda row: row.zero_shot.top1_drop if row.zero_shot else None,
+    "cosine_loss": lambda row: 1 - min(row.cosine_min.values()) if row.cosine_min else None,
+    "size_mb": lambda row: row.size_mb,
+    "memory_mb": lambda row: row.memory_mb,
+}
 MEASURES: dict[str, Callable[[Row], float | None]] = {  # whose means the values of a parameter are compared by
     "image speed-up": lambda row: _speedup(row, "vision"),
     "text speed-up": lambda row: _speedup(row, "text"),
-    "top-1 drop": lambda row: row.zero_shot.top1_drop if row.zero_shot else None,
-    "size MB": lambda row: row.size_mb,
+    "top-1 drop": COSTS["top1_drop"],
+    "size MB": COSTS["size_mb"],
+}
+DRAWN = {  # uprights of the plot, behind those of the parameters
+    "image ms": "vision_p50_ms",
+    "text ms": "text_p50_ms",
+    "top-1 drop": "top1_drop",
+    "size MB": "size_mb",
+    "memory MB": "memory_mb",
 }
 
 
@@ -195,10 +210,10 @@ def _axes(points: Sequence[Point]) -> list[Axis]:
             found.append(Axis(title, [float(value) for value in values]))
         else:
             found.append(Axis(title, [float(kinds.index(str(value))) for value in values], kinds))
-    for name, measure in PLOTTED_MEASURES.items():
-        measured = [measure(point.row) if point.row else None for point in points]
+    for title, name in DRAWN.items():
+        measured = [COSTS[name](point.row) if point.row else None for point in points]
         if any(value is not None for value in measured):
-            found.append(Axis(name, measured))
+            found.append(Axis(title, measured))
     return found
 
 
@@ -209,15 +224,6 @@ def _lines(points: Sequence[Point], front: set[str]) -> tuple[list[str], list[st
         fit[point.name in front] if point.row and point.row.status == "pass" else "misses its gate" for point in points
     ]
     return [point.name for point in points], kinds
-
-
-PLOTTED_MEASURES: dict[str, Callable[[Row], float | None]] = {
-    "image ms": lambda row: timing.p50_ms if (timing := row.timing("vision")) else None,
-    "text ms": lambda row: timing.p50_ms if (timing := row.timing("text")) else None,
-    "top-1 drop": lambda row: row.zero_shot.top1_drop if row.zero_shot else None,
-    "size MB": lambda row: row.size_mb,
-    "memory MB": lambda row: row.memory_mb,
-}
 
 
 def best(points: Sequence[Point]) -> set[str]:
@@ -257,6 +263,11 @@ def _effects(points: Sequence[Point]) -> Table | None:
             ]
             body.append([title, value, str(len(rows)), *cells])
     return Table(["Parameter", "Value", "Points", *MEASURES], body) if body else None
+
+
+def _p50(row: Row, tower: str) -> float | None:
+    timing = row.timing(tower)
+    return timing.p50_ms if timing else None
 
 
 def _speedup(row: Row, tower: str) -> float | None:

@@ -4,25 +4,18 @@ import shutil
 
 import pytest
 from PIL import Image
-from support.fast_feed import need_fast_feed
-from support.gpu_decoder import Decoder
+from support.gpu_decoder import opened_with_gpu_feed
 
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
 from clip_deploy.data import scenes
-from clip_deploy.inference import gpu_feed
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.inference.embed import EmbedSettings, embed_folder
-from clip_deploy.inference.gpu_feed import GpuFeed
 from clip_deploy.runtimes import open_gpu_preprocessing
 
 
 @pytest.fixture
 def classifier(package, monkeypatch):
-    need_fast_feed()
-    monkeypatch.setattr(gpu_feed, "open_gpu_preprocessing", Decoder)
-    opened = ZeroShotClassifier.open(package, threads=1)
-    opened.gpu = GpuFeed(opened.preprocessor, opened._read)
-    return opened
+    return opened_with_gpu_feed(package, monkeypatch)
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
 """What decodes for the feed `gpu` where there is no GPU."""
 
 import numpy as np
+from support.fast_feed import need_fast_feed
 
 from clip_deploy.core.fast_preprocessing import FastPreprocessing
+from clip_deploy.inference import gpu_feed
+from clip_deploy.inference.classifier import ZeroShotClassifier
+from clip_deploy.inference.gpu_feed import GpuFeed
 
 
 class Decoder:
@@ -25,3 +29,12 @@ class Decoder:
 
     def fill(self, pixels, row, found):
         pixels[row] = found
+
+
+def opened_with_gpu_feed(package, monkeypatch):
+    """A package with the feed `gpu`, on the CPU."""
+    need_fast_feed()
+    monkeypatch.setattr(gpu_feed, "open_gpu_preprocessing", Decoder)
+    opened = ZeroShotClassifier.open(package, threads=1)
+    opened.gpu = GpuFeed(opened.preprocessor, opened._read)
+    return opened

@@ -7,13 +7,10 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from support.fast_feed import need_fast_feed
-from support.gpu_decoder import Decoder
+from support.gpu_decoder import opened_with_gpu_feed
 
 from clip_deploy.data import scenes
-from clip_deploy.inference import gpu_feed
 from clip_deploy.inference.classifier import ZeroShotClassifier
-from clip_deploy.inference.gpu_feed import GpuFeed
 from clip_deploy.web.api import Picture
 from clip_deploy.web.errors import RequestError
 from clip_deploy.web.metrics import Metrics
@@ -33,11 +30,7 @@ FILES = [written(image, "jpeg", quality=95) for image in IMAGES[:4]] + [written(
 
 @pytest.fixture
 def served(package, monkeypatch):
-    need_fast_feed()
-    monkeypatch.setattr(gpu_feed, "open_gpu_preprocessing", Decoder)
-    opened = ZeroShotClassifier.open(package, threads=1)
-    opened.gpu = GpuFeed(opened.preprocessor, opened._read)
-    return Served("clip", "1", 0, opened, Settings(), Metrics())
+    return Served("clip", "1", 0, opened_with_gpu_feed(package, monkeypatch), Settings(), Metrics())
 
 
 def asked(served, files):
