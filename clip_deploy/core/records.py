@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from clip_deploy.core.parsing import FLAT
 
+WIDE = 1.5  # an interval whose ends, or a p90 and a p50, that lie further apart, as a ratio, decide nothing
+
 Scalar = str | int | float | bool | None
 Fact = Scalar | list[str] | list[int] | dict[str, Scalar] | dict[str, dict[str, list[int]]]
 Facts = dict[str, Fact]  # how a target was made, for the report
@@ -244,6 +246,11 @@ class Timing:
     speedup_high: float
     reference_p50_ms: float
     gflop: float | None = None
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the interval of the speed-up decides nothing: the machine was busy. So is NaN."""
+        return not self.speedup_high <= WIDE * self.speedup_low
 
 
 @dataclass(frozen=True)

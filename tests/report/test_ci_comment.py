@@ -131,7 +131,7 @@ def test_two_revisions_are_measured_on_one_machine_and_commented_on(built, tmp_p
     done = project.run("bash", ".ci/pull-request", "HEAD~1", "comment.md", "https://ci/run", check=False)
     text = (project.path / "comment.md").read_text()
     assert done.returncode == 1
-    assert done.stderr.endswith("error: not all of the 4 required targets can be defended\n")
+    assert done.stderr.endswith("error: not all of the 4 required targets pass: the table above says why\n")
     assert text.startswith(f"{MARK}\n\n## clip-deploy: the gate is **shut**")
     assert "| `ort-fp16` | size, MB | " in text
     assert "### Beyond its interval since HEAD~1" in text
