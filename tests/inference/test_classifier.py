@@ -117,7 +117,7 @@ def test_a_batch_of_nothing_is_refused(classifier, batch_size):
 
 @pytest.mark.parametrize("image", ["a.png", Path("a.png"), IMAGES[0]])
 def test_one_image_is_no_list_of_images(classifier, image):
-    with pytest.raises(DataError, match=r"images is a single one, .*: give a list of images"):
+    with pytest.raises(DataError, match=r"images is a single image, .*: give a list of images"):
         classifier.embed_images(image)
     with pytest.raises(DataError, match=r"images is a single one"):
         next(classifier.embed_each(image))
@@ -321,6 +321,15 @@ def test_four_libraries_are_all_that_the_wheel_asks_for(wheel):
     assert direct == {"numpy", "onnxruntime", "pillow", "tokenizers"}
 
 
+def test_the_wheel_holds_every_file_of_the_library_and_the_licence(wheel):
+    library = ROOT / "clip_deploy"
+    files = {path.relative_to(ROOT).as_posix() for path in library.rglob("*") if path.is_file()}
+    with zipfile.ZipFile(wheel) as file:
+        held = {name for name in file.namelist() if ".dist-info/" not in name}
+        assert any(name.endswith("/licenses/LICENSE") for name in file.namelist())
+    assert held == {name for name in files if "/__pycache__/" not in name}
+
+
 @pytest.mark.slow
 def test_the_wheel_alone_opens_a_package_where_torch_and_transformers_never_were(package, wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
@@ -342,7 +351,7 @@ def test_the_wheel_alone_opens_a_package_where_torch_and_transformers_never_were
     predicted = run("predict", pictures / "scene.png", "--package", package, "--top", 1)
     assert predicted.stdout.endswith(f"  {SCENES[0][1].label}\n"), predicted.stderr
     embedded = run("embed", pictures, tmp_path / "out", "--package", package)
-    assert embedded.stderr == "error: Parquet needs pyarrow: pip install 'clip-deploy[s3]'\n"
+    assert embedded.stderr == "error: Parquet and object stores need pyarrow: pip install 'clip-deploy[parquet]'\n"
     found = run("search", pictures, "a red circle", "--package", package)
     assert found.stdout.endswith("  scene.png\n")
     assert run("verify", package).returncode == 0
