@@ -26,10 +26,12 @@ if not shutil.which("nvidia-smi"):
 MANY = 8  # times as many inputs in `make reliability` as in `make test`
 REPORT = "--reliability"
 KINDS = "--kinds"
+NIGHTLY = "--nightly"
 
 
 def pytest_addoption(parser):
     parser.addoption(KINDS, type=Path, metavar="FILE", help="run the tests that show a kind, and write their table")
+    parser.addoption(NIGHTLY, action="store_true", help="run the long examples of the documentation too")
     parser.addoption(REPORT, type=Path, metavar="FILE", help="run all faults, many more inputs, and write counts")
 
 
@@ -56,6 +58,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "reliability" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="`make reliability` runs it"))
+    if not config.getoption(NIGHTLY):
+        for item in items:
+            if "nightly" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="`make test-docs ARGS=--nightly` runs it"))
     if shutil.which("nvidia-smi"):
         return
     for item in items:

@@ -28,36 +28,6 @@ from tools.tables import with_rows
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 WRITTEN = "<!-- Written by `python -m tools.docs`: change the code, not this page. -->\n\n"
-# What neither config.py nor the files of settings say: there a comment would make measured rows stale.
-MEANINGS = {
-    "device": "what targets run on; change it by `clip-deploy device`, with all that goes with it",
-    "precision": "of weights and computation; see [Accepted words](#accepted-words)",
-    "source": "the target that it is made from: `onnx-fp32`, or one of `optimize` in fp32",
-    "method": "how activations are quantised: at run time, by the calibration set, or not at all",
-    "per_channel": "a scale for each output channel of a weight, not one for all",
-    "reduce_range": "weights of 7 bits; see [Accepted words](#accepted-words)",
-    "min_batch": "the smallest batch that the engine takes",
-    "concurrency": "numbers of clients that ask at the same time",
-    "required": "names of targets",
-    "repo_id": "an id of the Hugging Face hub, owner/name; in the place of `path`",
-    "path": "a folder or a file on this disk",
-    "processor_revision": "a commit, where the processor is an id",
-    "seed": "of random weights",
-    "data.source": "`shapes`, `image-folder`, `captions` or `hub`",
-    "evaluation_samples": "images on which targets are judged",
-    "calibration_samples": "other images, on which ranges of INT8 and FP16 are found",
-    "templates": "prompts, each with {} for the class; a class is the mean over all",
-    "image_column": "the column with images: paths of a CSV, or a data set's images",
-    "caption_column": "the column with captions; null: none, and no retrieval",
-    "dataset_id": "an id of the Hugging Face hub, or a local folder that `datasets` can load",
-    "data.revision": "a commit of the data set; null: the newest",
-    "split": "of the data set",
-    "batch_sizes": "images, and texts, in one call",
-    "fp32": "limits of targets in this precision",
-    "fp16": "limits of targets in this precision",
-    "bf16": "limits of targets in this precision",
-    "int8": "limits of targets in this precision",
-}
 YAML = {"None": "null", "True": "true", "False": "false"}
 
 
@@ -129,23 +99,22 @@ def settings_page() -> str:
         "Each table is followed by the messages of what is refused; … stands for the value given.\n\n"
         "## params.yaml\n\n"
     )
-    said = _said()
-    text += _fields(classes["Params"], lines, said) + _refused(classes["Params"])
+    text += _fields(classes["Params"], lines) + _refused(classes["Params"])
     for section, kind in _sections(classes["Params"]):
-        text += f"## `{section}`\n\n" + _setting(classes[kind], lines, said, section)
+        text += f"## `{section}`\n\n" + _setting(classes[kind], lines)
     text += "## Files in conf/\n\nEach file is one choice. Its first line shows how to select it.\n\n"
     for group, schema in config.SCHEMAS.items():
-        text += f"### conf/{group}/\n\n{_choices(group)}" + _setting(classes[schema.__name__], lines, said, group)
+        text += f"### conf/{group}/\n\n{_choices(group)}" + _setting(classes[schema.__name__], lines)
     for group in ("devices", "sweep"):
         text += f"### conf/{group}/\n\n{_choices(group)}"
     text += "## Parts of settings\n\n"
     for name in ("AccuracyBudget", "GateLimits"):
         text += f"### {name}\n\n" + _setting(classes[name], lines)
-    text += "## Accepted words\n\n| Type | Values |\n| --- | --- |\n"
+    text += "## Accepted words\n\n| Type | Meaning | Values |\n| --- | --- | --- |\n"
     for name, node in classes.items():
         kind = getattr(config, name)
         if issubclass(kind, Enum):
-            text += f"| `{name}` | {'; '.join(_words(node, lines))} |\n"
+            text += f"| `{name}` | {ast.get_docstring(node)} | {'; '.join(_words(node, lines))} |\n"
     return text
 
 
@@ -158,39 +127,17 @@ def _sections(params: ast.ClassDef) -> Iterator[tuple[str, str]]:
                 yield node.target.id, name
 
 
-def _said() -> dict[str, str]:
-    """What the comments of params.yaml and of conf/ say, by key: those of a section's as section.key."""
-    found: dict[str, str] = {}
-    files = [
-        ROOT / "conf" / group / f"{name}.yaml" for group, name in (("benchmark", "standard"), ("data", "captions"))
-    ]
-    for path in [ROOT / "params.yaml", *files]:
-        section = "" if path.name == "params.yaml" else path.parent.name
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if key := re.match(r"( *)(\w+): *(.*)", line):
-                if path.name == "params.yaml" and not key[1]:
-                    section = ""
-                name = f"{section}.{key[2]}" if section else key[2]
-                found.setdefault(name, key[3].partition("# ")[2])
-                if path.name == "params.yaml" and not key[1]:
-                    section = key[2]
-    return found
-
-
-def _setting(node: ast.ClassDef, lines: list[str], said: dict[str, str] | None = None, section: str = "") -> str:
+def _setting(node: ast.ClassDef, lines: list[str]) -> str:
     about = ast.get_docstring(node)
-    return (f"{about}\n\n" if about else "") + _fields(node, lines, said, section) + _refused(node)
+    return (f"{about}\n\n" if about else "") + _fields(node, lines) + _refused(node)
 
 
-def _fields(node: ast.ClassDef, lines: list[str], said: dict[str, str] | None = None, section: str = "") -> str:
+def _fields(node: ast.ClassDef, lines: list[str]) -> str:
     text = "| Setting | Type | Default | Meaning |\n| --- | --- | --- | --- |\n"
     sections = dict(_sections(node)) if node.name == "Params" else {}
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            key = f"{section}.{item.target.id}" if section else item.target.id
-            meaning = (
-                _comment(item, lines) or (said or {}).get(key) or MEANINGS.get(key) or MEANINGS.get(item.target.id, "")
-            )
+            meaning = _comment(item, lines)
             if node.name == "Params" and item.target.id in config.GROUPS:
                 meaning = f"a file of [conf/{item.target.id}/](#conf{item.target.id})"
             elif node.name == "Params" and item.target.id in sections:
@@ -213,8 +160,10 @@ def _default(item: ast.AnnAssign) -> str:
 
 
 def _comment(node: ast.stmt, lines: list[str]) -> str:
+    """Behind it, or in the line before it."""
     line = lines[(node.end_lineno or node.lineno) - 1].encode()[node.end_col_offset or 0 :].decode()
-    return line.partition("#")[2].strip()
+    before = re.fullmatch(r" +# (.*)", lines[node.lineno - 2])
+    return line.partition("#")[2].strip() or (before[1] if before else "")
 
 
 def _words(node: ast.ClassDef, lines: list[str]) -> Iterator[str]:

@@ -17,7 +17,9 @@ def check_project(*needed: Path) -> None:
     """Raises ConfigError where a file or folder of the project is not in the present one."""
     for path in needed:
         if not path.exists():
-            raise ConfigError(f"there is no {path} here: run it in the project's folder, a clone of its repository")
+            raise ConfigError(
+                f"there is no {path} here: run this command in the project's folder, a clone of its repository"
+            )
 
 
 def probed() -> dict[str, Any]:

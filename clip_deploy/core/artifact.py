@@ -95,6 +95,7 @@ def read_target(folder: Path) -> Target:
 
 
 def write_target(folder: Path, target: Target) -> None:
+    """Write target.json, which read_target reads, into the target's folder."""
     write_text(folder / MANIFEST, json.dumps(plain(target), indent=2) + "\n")
 
 
@@ -135,8 +136,8 @@ def write_manifest(folder: Path) -> None:
 def _damaged(folder: Path, path: Path, known: str) -> DiskError:
     damaged = " ".join([str(folder), *map(str, _cached(path))])
     return DiskError(
-        f"{path} is not the file that was built (its hash is in {known}): the disk or DVC's cache damaged it; "
-        f"`rm -r {damaged}` and `dvc repro` build it anew"
+        f"{path} is not the file that was built (its hash is in {known}): the disk or DVC's cache damaged it; `rm -r "
+        f"{damaged}` and `dvc repro` build it again"
     )
 
 
@@ -171,8 +172,9 @@ def real_graph(path: Path) -> Iterator[Path]:
                 os.link(link.resolve(), Path(folder, link.name))
         except OSError as error:
             raise DiskError(
-                f"{weights} is a link out of its folder, which ONNX Runtime does not follow ({error.strerror}): "
-                f"`dvc unprotect {path.parent}` makes it a file; for all to come, `dvc config cache.type copy`"
+                f"{weights} is a link to a file outside its folder, and ONNX Runtime does not follow it "
+                f"({error.strerror}): `dvc unprotect {path.parent}` makes it a file; `dvc config cache.type copy` does "
+                "so for all later ones"
             ) from error
         yield Path(folder, path.name)
 

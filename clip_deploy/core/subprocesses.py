@@ -89,6 +89,7 @@ def _answer(sender: "Connection", function: Callable[..., Any], arguments: tuple
 
 
 def hung(timeout_s: float | None) -> str:
+    """What a message says of a process that gave no answer in time."""
     return f"no answer within {timeout_s:g} s: the process hung and was killed"
 
 

@@ -50,6 +50,8 @@ Prepared = np.ndarray | Undecoded | DataError
 
 
 class Prediction(NamedTuple):
+    """A text and its probability, 0 to 1."""
+
     text: str
     probability: float
 
@@ -333,10 +335,11 @@ def check_count(name: str, value: int) -> None:
 def _check_list(images: object) -> None:
     """A string is a sequence too, of its letters."""
     if isinstance(images, str | bytes | Path | Image.Image):
-        raise DataError(f"images is a single one, {images!r:.80}: give a list of images")
+        raise DataError(f"images is a single image, {images!r:.80}: give a list of images")
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size` items, in their order, each made when it is asked for."""
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch

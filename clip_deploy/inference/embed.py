@@ -310,6 +310,7 @@ def read_part(output: str, name: str, width: int) -> tuple[list[str], np.ndarray
 def make_here(
     classifier: ZeroShotClassifier, job: EmbedJob, missing: dict[int, Part], advance: Callable[[int], object]
 ) -> Iterator[Header]:
+    """Make the missing parts in this process, one after the other, and give the header of each that was written."""
     yield from make_parts(classifier, job, missing.items(), advance)
 
 

@@ -15,6 +15,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16} 
 
 
 class Encoder(pytorch.Encoder):
+    """A fused graph on a GPU, by PyTorch and our kernels, the faster of two for each shape (autotune); CUDA graphs."""
+
     graphs = True
 
     def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:

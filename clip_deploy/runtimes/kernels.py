@@ -313,6 +313,16 @@ def _multiprocessors() -> int:
 
 
 def attention(packed: Tensor, heads: int, scale: float, causal: bool, blocks: tuple[int, int, int]) -> Tensor:
+    """Attention of all heads at once, as torch.nn.functional.scaled_dot_product_attention.
+
+    Args:
+        packed: [batch, tokens, 3 * width]: queries, keys and values.
+        scale: of products of queries with keys.
+        causal: whether a token attends to those before it alone.
+        blocks: queries and keys of one program, and its warps.
+
+    Returns [batch, tokens, width] in packed's dtype.
+    """
     batch, tokens, width = packed.shape
     output = torch.empty(batch, tokens, width // 3, dtype=packed.dtype, device=packed.device)
     queries, keys, warps = blocks
@@ -325,6 +335,7 @@ def attention(packed: Tensor, heads: int, scale: float, causal: bool, blocks: tu
 
 
 def patchify(pixels: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Pixels [images, channels, height, width] as patches [images, patches, channels * tall * wide] in `dtype`."""
     images, channels, height, width = pixels.shape
     tall, wide = size
     count, long = height // tall * (width // wide), channels * tall * wide

@@ -95,7 +95,7 @@ def _check_whole(new: Path) -> None:
     files, within = read_manifest(new.parent / INSIDE).get("files", {}), f"{new.name}/"
     inside = {name.removeprefix(within): facts for name, facts in files.items() if name.startswith(within)}
     if found := differences(new, inside):
-        raise DeployError(f"{new}/{found[0]} (by manifest.json beside it): lay it out anew with `dvc repro`")
+        raise DeployError(f"{new}/{found[0]} (by manifest.json beside it): build it again with `dvc repro`")
     versions(new)
 
 

@@ -101,6 +101,7 @@ def _measure_towers(
 
 
 def shape_request(tower: str, batch: int, described: Target, settings: BenchmarkConfig) -> dict[str, Any]:
+    """What a worker is asked to prepare before it is timed: one tower at one batch size, as latency_worker reads it."""
     return {
         "tower": tower,
         "batch": batch,
@@ -139,6 +140,7 @@ def _power(
 def measure_one(
     target: "LatencyWorker", other: "LatencyWorker", request: dict[str, Any], settings: BenchmarkConfig
 ) -> Timing:
+    """Time one tower at one batch size: the target's turns and the reference's alternate, each of about ROUND_MS."""
     for worker in (target, other):
         worker.ask(request)
     gflop = other.ask({"flop": True})["flop"] / 1e9 if request["device"] == "cuda" else None

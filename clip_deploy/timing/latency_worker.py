@@ -47,6 +47,7 @@ EMPTY = peak_bytes()
 
 
 def main() -> None:
+    """Open the target that the command line names, and answer requests on stdin until it ends."""
     from clip_deploy.runtimes import open_encoder
 
     serve(open_encoder, prepare_call)
@@ -152,6 +153,7 @@ def repeated(call: Callable[[], object], seconds: float) -> int:
 
 
 def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    """How long a call takes, in ms; `clock` is in seconds."""
     start = clock()
     call()
     return 1000 * (clock() - start)

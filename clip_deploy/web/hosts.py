@@ -52,12 +52,13 @@ def check_hosts(option: str, names: Sequence[str]) -> None:
     for name in names:
         if not is_address(name) and not HOST.fullmatch(name):
             raise DataError(
-                f"{option} {name!r} is no name of a host: give the name alone, as images.example.com, without scheme, "
-                "port or path"
+                f"{option} {name!r} is not a host name: give the name alone, for example images.example.com, without "
+                "scheme, port or path"
             )
 
 
 def is_address(name: str) -> bool:
+    """Whether a name is an IPv4 or IPv6 address."""
     try:
         ip_address(name)
     except ValueError:

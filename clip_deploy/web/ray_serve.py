@@ -43,6 +43,8 @@ class Ingress(NamedHosts):
 
 
 class Replica:
+    """A replica of Ray Serve with an application of its own."""
+
     async def check_health(self) -> None:
         """Ray calls it on the event loop that answers: a replica in which that hangs is replaced."""
 

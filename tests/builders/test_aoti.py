@@ -54,7 +54,7 @@ def test_without_a_compiler_the_row_is_unavailable(onnx_target, sets, tmp_path):
             folder, lambda output: export_aoti(onnx_target, Precision.fp32, calibration, output), Target("aoti", "fp32")
         )
     reason = read_target(folder).unavailable
-    assert reason.startswith("AOTInductor does not compile a C++ file: ")
+    assert reason.startswith("AOTInductor cannot compile a C++ file: ")
     assert [path.name for path in folder.iterdir()] == ["target.json"]
 
 

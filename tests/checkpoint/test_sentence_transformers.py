@@ -161,7 +161,7 @@ def test_a_siglip_is_taken_where_texts_are_padded_as_it_was_trained(library, sig
     model = library.SentenceTransformer(str(siglip.parent), device="cpu")
     model.save(str(tmp_path / "given"))
     path = tmp_path / "given" / "sentence_bert_config.json"
-    assert f"{path} lets texts be padded to the longest of a batch" in refused(tmp_path / "given")
+    assert f"{path} pads texts to the longest of a batch" in refused(tmp_path / "given")
     change(path, processing_kwargs={"text": {"padding": "max_length", "max_length": 8}})
     assert "states processing_kwargs text.max_length: only text.padding is known" in refused(tmp_path / "given")
     change(path, processing_kwargs={"text": {"padding": "max_length"}})

@@ -119,7 +119,7 @@ def test_what_needs_the_project_says_so_elsewhere(words, lacks, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert main(words) == 1
     assert capsys.readouterr().err == (
-        f"error: there is no {lacks} here: run it in the project's folder, a clone of its repository\n"
+        f"error: there is no {lacks} here: run this command in the project's folder, a clone of its repository\n"
     )
     assert not list(tmp_path.iterdir())
 
@@ -177,5 +177,5 @@ def test_why_beside_a_dvc_command_that_runs_is_one_line(here, monkeypatch, capsy
     monkeypatch.setattr(why, "Repo", lambda: None)
     monkeypatch.setattr(why, "pending", pending)
     assert main(["why"]) == 1
-    said = "error: a `dvc` command works in this project now: ask again when it has ended\n"
+    said = "error: a `dvc` command is running in this project: ask again when it has ended\n"
     assert capsys.readouterr().err == said

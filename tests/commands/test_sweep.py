@@ -144,7 +144,7 @@ def test_points_of_another_commit_are_named_and_their_table_is_kept(here, capsys
 def test_what_is_not_committed_is_named(here, capsys):
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
     assert main(["sweep", "opsets"]) == 1
-    assert "there is no commit here" in capsys.readouterr().err
+    assert "this repository has no commit" in capsys.readouterr().err
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "Start"]):
         subprocess.run([*git, *words], check=True)
     (here / "params.yaml").write_text((here / "params.yaml").read_text() + "# mine\n")

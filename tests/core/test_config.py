@@ -144,7 +144,7 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
             "method: dynamic\n    symmetric: true\n",
             r"symmetric and smooth_quant belong to method static",
         ),
-        ("method: dynamic\n", "method: weight_only\n", r"accuracy_budget chooses nodes for dynamic and static"),
+        ("method: dynamic\n", "method: weight_only\n", r"accuracy_budget is for method dynamic and static"),
         (
             "method: static ",
             "method: static\n    smooth_quant: 2 ",

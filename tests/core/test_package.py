@@ -74,10 +74,10 @@ def test_a_fingerprint_is_of_the_files_that_make_embeddings(package, copy, chang
         ({"files__/etc/passwd": {"sha256": "0", "bytes": 1}}, "names '/etc/passwd', which lies outside of"),
         (
             {"towers__text__files": ["../text.onnx"]},
-            r"names \.\./text\.onnx for a tower, and none such with its hash",
+            r"names \.\./text\.onnx for a tower, but has no such file with its hash",
         ),
-        ({"towers__text__sha256": "0"}, "names onnx-fp32/text.onnx for a tower, and none such with its hash"),
-        ({"files__onnx-fp32/text.onnx": ...}, "names onnx-fp32/text.onnx for a tower, and none such with its"),
+        ({"towers__text__sha256": "0"}, "names onnx-fp32/text.onnx for a tower, but has no such file with its hash"),
+        ({"files__onnx-fp32/text.onnx": ...}, "names onnx-fp32/text.onnx for a tower, but has no such file with its"),
         ({"towers__text__files": []}, "names no file for a tower"),
         ({"format": 1}, "has no format 2, which this version reads"),
     ],

@@ -377,7 +377,7 @@ def test_linked_folders_are_embedded_and_what_cannot_be_listed_is_named(classifi
         source = open_source(str(root / "images"), 10)
         assert list(source.files) == ["a.png", "linked/c.png", "linked/deep/d.png"]
         assert list(source.skipped.values()) == [
-            f"{root}/images/closed cannot be looked at (Permission denied): check its permissions, or remove it"
+            f"{root}/images/closed cannot be read (Permission denied): check its permissions, or remove it"
         ]
         if os.getuid() == 0:
             os.seteuid(0)
@@ -446,7 +446,7 @@ def test_parts_of_an_earlier_version_are_refused(classifier, folder, tmp_path):
     parquet.write_table(table.replace_schema_metadata({b"clip_deploy": json.dumps(header)}), part)
     with pytest.raises(DeployError, match="made with an earlier version of clip-deploy: give another output folder"):
         embed_folder(classifier, folder, tmp_path, SMALL)
-    with pytest.raises(DeployError, match="made with an earlier version of clip-deploy: embed the images anew"):
+    with pytest.raises(DeployError, match="made with an earlier version of clip-deploy: embed the images again"):
         search(classifier, tmp_path, "a red circle", 1)
 
 
@@ -550,8 +550,12 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
         ),
         (["embed", "none", "out"], 1, "error: none does not exist: give a folder of images, of Parquet or of tar"),
         (["embed", "note.txt", "out"], 1, "error: note.txt is a file: give a folder of images, of Parquet or of tar"),
-        (["embed", "images", "note.txt"], 1, "error: note.txt is no folder for the output, as note.txt is a file"),
-        (["embed", "images", "note.txt/a"], 1, "error: note.txt/a is no folder for the output, as note.txt is a file"),
+        (["embed", "images", "note.txt"], 1, "error: note.txt cannot be the output folder, because note.txt is a file"),
+        (
+            ["embed", "images", "note.txt/a"],
+            1,
+            "error: note.txt/a cannot be the output folder, because note.txt is a file",
+        ),
         (["search", "none", "a cat", "--top", "0"], 1, "error: top is 0"),
         (["predict", "none.png", "--top", "0"], 1, "error: top is 0: give 1 or more"),
         (["predict", "none.png", "a cat", "--top", "-1"], 1, "error: top is -1: give 1 or more"),
@@ -591,7 +595,7 @@ def test_what_is_no_package_is_named_with_what_is_one(folder, fault, tmp_path, m
 
 def test_a_package_that_is_not_there_is_named_with_the_option_for_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    said = "give its folder, which `dvc repro` or `clip-deploy package` wrote, with --package\n"
+    said = "give the folder that `dvc repro` or `clip-deploy package` wrote, with --package\n"
     for given, folder in (([], "artifacts/package"), (["--package", "none"], "none")):
         assert main(["predict", "a.png", "a cat", *given]) == 1
         assert capsys.readouterr().err == f"error: there is no package {folder}: {said}"

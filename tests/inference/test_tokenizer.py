@@ -59,7 +59,7 @@ def test_a_sentencepiece_model_of_another_kind_is_not_packaged(siglip, tmp_path)
     processor, model = load_processor(siglip), read_target(siglip).model
     (tmp_path / "spiece.model").write_bytes(sentencepiece_model("bpe"))
     processor.tokenizer = SiglipTokenizer(str(tmp_path / "spiece.model"), model_max_length=16)
-    with pytest.raises(UnavailableError, match="is no Unigram model: only a tokenizer"):
+    with pytest.raises(UnavailableError, match="is not a Unigram model, and cannot be packaged"):
         write_tokenizer(processor, model, tmp_path / "tokenizer.json")
 
 
@@ -134,7 +134,7 @@ def test_a_text_that_fits_is_no_warning(tokens):
         (["a", " "], r"text 2 of 2 is ' ': give words"),
         ("a red circle", "texts is one string, 'a red circle': give a list of strings"),
         ([None], "text 1 of 1 is None"),
-        (["\udcff"], "text 1 of 1 is no valid Unicode"),
+        (["\udcff"], "text 1 of 1 is not valid Unicode"),
     ],
 )
 def test_texts_that_say_nothing_are_refused(texts, said):

@@ -147,7 +147,7 @@ def test_a_damaged_repository_is_refused(new, served):
 @pytest.mark.parametrize("content", ["[]", '{"files": {"a": 3}}'])
 def test_a_repository_whose_manifest_names_no_files_is_refused(new, served, content):
     (new.parent / "manifest.json").write_text(content)
-    with pytest.raises(DeployError, match=r"manifest\.json names no files; make it anew with `dvc repro`"):
+    with pytest.raises(DeployError, match=r"manifest\.json names no files; make it again with `dvc repro`"):
         publish(new, served)
 
 

@@ -150,7 +150,7 @@ def test_a_page_of_another_name_reads_neither_names_nor_pictures(server):
         ({"text": "a", "count": 0}, "count is 0: give a whole number of 1 or more"),
         ({"text": "a", "count": 1001}, "count is 1,001: at most 1,000 are found in one request"),
         ({"image": "no base64!"}, "image is no base64"),
-        ({"text": "a", "folder": "/etc"}, "folder is no field of this request"),
+        ({"text": "a", "folder": "/etc"}, "folder is not a field of this request"),
     ],
 )
 def test_a_search_that_makes_no_sense_is_refused(server, body, said):
@@ -217,7 +217,7 @@ def test_what_is_no_index_of_these_packages_is_refused(classifier, folder, tmp_p
 
 def test_the_command_says_what_is_wrong_with_an_index(package, folder, tmp_path, capsys):
     assert main(["serve", str(package), "--images", str(tmp_path)]) == 1
-    assert "--images is given without --index: give what `clip-deploy embed` made" in capsys.readouterr().err
+    assert "--images is given without --index: give --index too" in capsys.readouterr().err
     assert main(["serve", str(package), "--index", "s3://bucket/index"]) == 1
     assert "s3://bucket/index is an address" in capsys.readouterr().err
 
