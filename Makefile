@@ -186,8 +186,8 @@ docs: $(VENV)/ready $(DOCS)/ready ## build the documentation into build/site; a 
 	rm -rf build/site
 	PYTHONPATH=.:$(DOCS) python -m sphinx -q -W --keep-going -E -d build/doctrees docs build/site
 
-test-docs: $(VENV)/ready ## check the documentation's links, commands and tables, and run its quick examples on a built project
-	python -m pytest tests/test_docs.py
+test-docs: $(VENV)/ready ## check the documentation's links, commands and tables, and run its quick examples on a built project; ARGS=--nightly: the long ones too
+	python -m pytest tests/test_docs.py $(ARGS)
 
 reproducible: $(VENV)/ready ## build everything twice, in two folders, and compare the files byte for byte
 	python -m benchmarks.reproducible
