@@ -270,7 +270,7 @@ def test_a_sweep_whose_jobs_would_overwrite_one_output_is_refused_before_any_run
     done = run_stage(*JOBS, *words)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: output is {output} in more than one of the sweep's ")
-    assert "let it vary, as 'output=timed-${hydra:job.num}.json' does" in done.stderr
+    assert "let it vary, for example 'output=timed-${hydra:job.num}.json'" in done.stderr
     kinds("27: a sweep with one output", before="the last job's result alone, exit 0", now=done.stderr)
 
 

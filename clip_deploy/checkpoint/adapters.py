@@ -88,7 +88,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         with safe_open(path, framework="numpy") as content:
             return {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}): download it again") from error
+        raise CheckpointError(f"{path} is truncated, or not a safetensors file ({error}): download it again") from error
 
 
 def merge(adapter: Path, base: Path, output: Path) -> str:

@@ -79,8 +79,8 @@ def model_folder(folder: Path) -> Path:
         return folder
     if (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} holds two models, one beside {MODULES} and one in {found.where}/, which that names: move one of "
-            "them away"
+            f"{folder} holds two models: one beside {MODULES}, and one in {found.where}/, which {MODULES} names. Move "
+            "one of them away"
         )
     if not found.model.is_dir():
         raise CheckpointError(f"{folder} lacks {found.where}/, which {MODULES} names: download it again")
@@ -213,7 +213,7 @@ def weights_of(head: Path) -> "Tensor":
     try:
         weights = load_file(head / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{head / WEIGHTS} is no safetensors file ({error}): download it again") from error
+        raise CheckpointError(f"{head / WEIGHTS} is not a safetensors file ({error}): download it again") from error
     if set(weights) != {"linear.weight"} or weights["linear.weight"].dim() != 2:
         held = ", ".join(sorted(weights)) or "nothing"
         raise CheckpointError(f"{head / WEIGHTS} holds {held}: a linear.weight is needed")

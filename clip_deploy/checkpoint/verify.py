@@ -150,7 +150,7 @@ def _tensors(path: Path) -> int:
         with safe_open(path, framework="numpy") as content:
             return len(content.keys())
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}): download it again") from error
+        raise CheckpointError(f"{path} is truncated, or not a safetensors file ({error}): download it again") from error
 
 
 def _verify_depth(folder: Path, config: dict[str, Any], tensors: int) -> None:

@@ -68,7 +68,7 @@ def _parts(where: str, path: Path | None) -> list[np.ndarray]:
 
 def _whole(table: Any) -> np.ndarray:
     if "uint8" in str(table.schema.field("embedding").type):
-        raise ValueError("it holds signs alone, as `embed --dtype binary` keeps them: embed with another --dtype")
+        raise ValueError("it holds only signs (`embed --dtype binary`): embed with another --dtype")
     return read_vectors(table)
 
 

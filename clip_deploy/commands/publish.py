@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "subject",
         metavar="REPOSITORY|VERSION",
-        help="artifacts/triton/onnxruntime or artifacts/triton/python; with --withdraw a version, as 2",
+        help="artifacts/triton/onnxruntime or artifacts/triton/python; with --withdraw a version, for example 2",
     )
     parser.add_argument(
         "served", metavar="SERVED", type=local_path, help="the copy of a repository that a server reads"
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     url = given.url.rstrip("/") if given.url else None
     if url and not url.startswith(("http://", "https://")):
-        raise DataError(f"the server's address is {given.url}: give it as http://localhost:8000")
+        raise DataError(f"the server's address is {given.url}: give it in full, for example http://localhost:8000")
     if given.withdraw:
         version = withdraw(given.served, given.subject, url)
     else:

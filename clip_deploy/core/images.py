@@ -109,7 +109,7 @@ def _read(
         raise DataError(f"{name} {error}") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers meet
         raise DataError(
-            f"{name} {fault() or f'is no readable image ({_reason(error)}): replace or remove it'}"
+            f"{name} {fault() or f'is not a readable image ({_reason(error)}): replace or remove it'}"
         ) from error
 
 
@@ -129,7 +129,7 @@ def _opened(file: Path | BytesIO, ending: str | None, formats: tuple[str, ...] |
         image = _heic(file)
     if ending is not None and _is_guessed(image.format) and _format_of(ending) != image.format:
         image.close()
-        raise DataError(f"is no readable image (it may be {image.format}, and its name does not end so): replace it")
+        raise DataError(f"is not a readable image (it may be {image.format}, and its name does not end so): replace it")
     return image
 
 

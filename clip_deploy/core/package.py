@@ -211,11 +211,11 @@ def _content(folder: Path, path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError) as error:
         fault = f"has no {INSIDE}" if folder.is_dir() else no_folder(folder)
         raise DeployError(
-            f"{folder} is no package (it {fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, as "
-            "artifacts/package"
+            f"{folder} is not a package (it {fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, "
+            "as artifacts/package"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise DeployError(f"{folder} is no package ({error}): `dvc repro package` writes one") from error
+        raise DeployError(f"{folder} is not a package ({error}): `dvc repro package` writes one") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DeployError(f"{path} is not of format {FORMAT}, which this version reads: {AGAIN}")
     if reason := content.get("unavailable"):

@@ -218,7 +218,7 @@ def load_prepared(folder: Path) -> Prepared:
             texts = dict(content)
         pixels = np.load(folder / "pixel_values.npy", mmap_mode="r")
     except OSError as error:
-        raise DataError(f"{folder} is no prepared set ({error}); run `dvc repro prepare`") from error
+        raise DataError(f"{folder} is not a prepared set ({error}); run `dvc repro prepare`") from error
     return Prepared(
         pixel_values=pixels,
         captions=Texts(texts["caption_ids"], texts["caption_mask"]),

@@ -165,7 +165,7 @@ class ZeroShotClassifier:
         """
         names = self.labels.classes if texts is None else texts
         if texts is None and not names:
-            raise DataError("the package has no classes of its own: give texts")
+            raise DataError("the package has no classes of its own: give the texts to choose from")
         prompts = self.embed_texts(self.class_prompts() if texts is None else texts)
         targets = self.class_embeddings(prompts) if texts is None else prompts
         scores = self.probabilities(self.embed_images([image]) @ targets.T)[0]

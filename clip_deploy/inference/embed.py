@@ -188,7 +188,7 @@ def _present(output: str) -> list[int]:
     names = list_parts(output)
     numbers = [re.fullmatch(r"part-(\d{5,})\.parquet", name) for name in names]
     if strange := [name for name, number in zip(names, numbers, strict=True) if not number]:
-        raise DeployError(f"{shown(output)}/{strange[0]} is no part of `embed`: {WAY_OUT}")
+        raise DeployError(f"{shown(output)}/{strange[0]} was not written by `embed`: {WAY_OUT}")
     return [int(number[1]) for number in numbers if number]
 
 
@@ -297,7 +297,7 @@ def read_header(output: str, name: str, way_out: str = WAY_OUT) -> Header:
             found: Header = json.loads((part.metadata.metadata or {})[MADE_BY]) | {"rows": part.metadata.num_rows}
             return found
     except (OSError, ValueError, KeyError) as error:
-        raise DeployError(f"{shown(output)}/{name} is no whole part of `embed`: {way_out}") from error
+        raise DeployError(f"{shown(output)}/{name} is not a complete part of `embed`: {way_out}") from error
 
 
 def read_part(output: str, name: str, width: int) -> tuple[list[str], np.ndarray]:
@@ -373,7 +373,7 @@ class Making:
             if isinstance(embedding, DataError):
                 self.unreadable.append([name, printable(str(embedding))])
             elif printable(name) != name:
-                self.unreadable.append([name, f"{printable(name)} has a name that is no UTF-8: rename it"])
+                self.unreadable.append([name, f"{printable(name)} has a name that is not UTF-8: rename it"])
             else:
                 self.made.append((name, embedding))
 

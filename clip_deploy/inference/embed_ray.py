@@ -221,5 +221,5 @@ def load_ray() -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        raise DeployError("Ray is missing here: pip install 'clip-deploy[ray]'") from error
+        raise DeployError("Ray is not installed: pip install 'clip-deploy[ray]'") from error
     return ray

@@ -358,7 +358,7 @@ def _count_rows(where: str, columns: Columns, path: str) -> int:
     with storage_errors(path):
         if path.lower().endswith(ARROW):
             if not local(where):
-                raise DataError(f"{path}: Arrow files are read where they lie on a disk; give Parquet")
+                raise DataError(f"{path}: Arrow files can be read from a disk only: give Parquet here")
             schema, batches = _open_arrow(path)
             _check_columns(path, schema, columns)
             return sum(batch.num_rows for batch in batches)

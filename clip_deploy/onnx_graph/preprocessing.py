@@ -244,7 +244,7 @@ def _hold_against(processor: "BaseImageProcessor", settings: Preprocessing, imag
                 expected.shape != actual.shape
                 or not np.abs(grey_levels(actual, expected, settings.scale)).mean() < CLOSE
             ):
-                raise _unavailable(f"{type(processor).__name__} does something else besides")
+                raise _unavailable(f"{type(processor).__name__} does something else too")
 
 
 def pixel_parity(path: Path, prepared: Prepared) -> PixelParity:

@@ -138,7 +138,9 @@ def load(url: str | None, models: tuple[str, ...]) -> None:
         except urllib.error.HTTPError as error:
             raise DeployError(f"the server refuses {model}: {_said(error.read())}") from error
         except (OSError, ValueError) as error:
-            raise DeployError(f"no server answers at {url} ({error}): give its address, as http://host:8000") from error
+            raise DeployError(
+                f"no server answers at {url} ({error}): give its address, for example http://host:8000"
+            ) from error
 
 
 def _said(body: bytes) -> str:

@@ -148,8 +148,8 @@ def parse_zero_shot(body: Mapping[str, Any], max_items: int) -> ZeroShot:
             raise bad("template is given without labels: the package's own labels have templates", "template")
         if not isinstance(template, str) or "{}" not in template or len(template) > MAX_TEXT:
             raise bad(
-                f"template is {_shown(template)}: give a text with {{}} in the place of a label, as "
-                "'a photo of a {}'",
+                f"template is {_shown(template)}: give a text with {{}} in the place of a label, for example 'a photo "
+                "of a {}'",
                 "template",
             )
     return ZeroShot(_model(body), _picture(_field(body, "image"), "image"), labels, template)

@@ -33,7 +33,7 @@ class NamedHosts:
         if scope["type"] == "http":
             host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
             if not self.is_known(host):
-                said = f"{host[:100]!r} is no name of this server: ask it by its address, or give it --allow-host"
+                said = f"{host[:100]!r} is not a name of this server: use its address, or start it with --allow-host"
                 self.observe(OTHER, 421, 0.0)
                 await refused(RequestError(421, said, None, "unknown_host"))(scope, receive, send)
                 return

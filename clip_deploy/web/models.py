@@ -313,7 +313,7 @@ def _open(name: str, version: str, folder: str, settings: Settings, metrics: Met
 def check_folder(folder: str) -> None:
     """Raises DeployError with the way out for folders that often stand for a package."""
     if reason := _no_package(Path(folder)):
-        raise DeployError(f"{folder} is no package: {reason}")
+        raise DeployError(f"{folder} is not a package: {reason}")
 
 
 def _no_package(folder: Path) -> str | None:

@@ -179,4 +179,4 @@ def _read(content: bytes, name: str, ending: str) -> Image.Image:
             image.draft("RGB", (2 * SIDE, 2 * SIDE))  # decoded at an eighth to a half of its size
             return rgb(image, turn=True)
     except Exception as error:  # as decode does
-        raise DataError(f"{name} is no readable image ({error})") from error
+        raise DataError(f"{name} is not a readable image ({error})") from error

@@ -243,7 +243,7 @@ def test_an_adapter_without_weights_is_refused(lora):
     save_file({}, lora / "adapter_model.safetensors")
     assert "holds no weights" in refused(lora)
     (lora / "adapter_model.safetensors").write_bytes(b"12")
-    assert "is truncated or no safetensors file" in refused(lora)
+    assert "is truncated, or not a safetensors file" in refused(lora)
     (lora / "adapter_model.safetensors").unlink()
     assert "belong in adapter_model.safetensors, and it is missing" in refused(lora)
     (lora / "adapter_model.bin").write_bytes(b"")

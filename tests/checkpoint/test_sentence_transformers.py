@@ -131,7 +131,7 @@ def test_a_dense_head_that_is_no_product_is_refused(settings, said, library, tmp
 def test_a_dense_head_that_is_not_whole_is_refused(library, tmp_path):
     saved(library, tmp_path / "given", dense(library))
     (tmp_path / "given" / "1_Dense" / "model.safetensors").write_bytes(b"12")
-    assert "is no safetensors file" in refused(tmp_path / "given")
+    assert "is not a safetensors file" in refused(tmp_path / "given")
     (tmp_path / "given" / "1_Dense" / "model.safetensors").unlink()
     assert "lacks model.safetensors: load the model once with sentence-transformers" in refused(tmp_path / "given")
     (tmp_path / "given" / "1_Dense" / "config.json").unlink()
@@ -191,7 +191,7 @@ def test_the_layout_before_5_4_embeds_as_sentence_transformers_does(library, tmp
 def test_two_models_in_one_folder_are_refused(tmp_path):
     folder = put(tmp_path / "given", [(CLIP, "0_CLIPModel")])
     shutil.copyfile(TINY / "config.json", folder / "config.json")
-    assert "holds two models, one beside modules.json and one in 0_CLIPModel/" in refused(folder)
+    assert "holds two models: one beside modules.json, and one in 0_CLIPModel/" in refused(folder)
 
 
 @pytest.mark.parametrize(

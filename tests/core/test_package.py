@@ -90,7 +90,7 @@ def test_a_manifest_that_is_none_of_ours_is_refused_by_what_is_wrong(copy, chang
 
 def test_a_manifest_of_brackets_alone_is_no_package(tmp_path):
     (tmp_path / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(DeployError, match="is no package"):
+    with pytest.raises(DeployError, match="is not a package"):
         read_package(tmp_path)
 
 

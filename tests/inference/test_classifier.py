@@ -94,7 +94,7 @@ def test_a_text_that_was_seen_is_not_encoded_again(package, tmp_path):
 
 def test_an_image_that_cannot_be_read_is_named(classifier, tmp_path):
     (tmp_path / "page.png").write_text("<html>")
-    with pytest.raises(DataError, match=r"page.png is no readable image"):
+    with pytest.raises(DataError, match=r"page.png is not a readable image"):
         classifier.embed_images([IMAGES[0], tmp_path / "page.png"])
     good, bad = classifier.embed_each([IMAGES[0], tmp_path / "page.png"])
     assert good.shape == (64,)
@@ -171,7 +171,9 @@ def test_through_the_fast_feed_what_cannot_be_read_is_named_in_the_same_words(cl
     files += [Encoded(partial(bytes, content), f"row {name}") for name, content in broken.items()]
     said = [[str(error) for error in opened.embed_each(files)] for opened in (fast, classifier)]
     assert said[0] == said[1]
-    assert "half.jpg is no readable image (image file is truncated" in said[0][1 + files.index(tmp_path / "empty.jpg")]
+    assert (
+        "half.jpg is not a readable image (image file is truncated" in said[0][1 + files.index(tmp_path / "empty.jpg")]
+    )
     assert len(said[0]) == 10
 
 
@@ -229,7 +231,7 @@ def test_a_file_that_is_not_the_one_that_was_judged_is_refused(copy):
         ('{"format": 2, "unavailable": "no target passes"}', "holds nothing to ship: no target passes"),
         ('{"format": 1}', "has no format 2, which this version reads"),
         ("[]", "has no format 2"),
-        ("{", "is no package"),
+        ("{", "is not a package"),
     ],
 )
 def test_what_is_no_package_is_refused(tmp_path, manifest, said):
@@ -274,7 +276,7 @@ def test_siglip_gives_each_text_a_probability_of_its_own_and_reads_capitals_as_s
     expected = expected_logits(siglip, IMAGES[:1], lower, padding="max_length", max_length=16).sigmoid()[0].numpy()
     found = dict(classifier.predict(IMAGES[0], texts))
     assert np.allclose([found[text] for text in texts], expected, atol=1e-5)
-    with pytest.raises(DataError, match="no classes of its own: give texts"):
+    with pytest.raises(DataError, match="no classes of its own: give the texts"):
         classifier.predict(IMAGES[0])
 
 

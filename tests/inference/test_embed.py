@@ -63,7 +63,7 @@ def test_every_readable_image_has_its_embedding_and_every_other_is_named(classif
     assert len(done.unreadable) == 2
     assert "is empty" in done.unreadable[0]
     assert "13 " in done.unreadable[1]
-    assert "is no readable image" in done.unreadable[1]
+    assert "is not a readable image" in done.unreadable[1]
     found = rows(tmp_path)
     names = [name for name in list_images(folder).files if not name.startswith(("04", "sub/13"))]
     assert list(found) == names
@@ -173,7 +173,7 @@ def test_another_package_other_files_and_damaged_parts_are_refused(classifier, f
     with pytest.raises(DeployError, match="made with another list of files, or files that were changed since: give an"):
         embed_folder(classifier, tmp_path / "other", tmp_path, SMALL)
     (tmp_path / "part-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DeployError, match=r"part-00001.parquet is no whole part of `embed`"):
+    with pytest.raises(DeployError, match=r"part-00001.parquet is not a complete part of `embed`"):
         embed_folder(classifier, folder, tmp_path, SMALL)
 
 
@@ -326,7 +326,7 @@ def test_a_table_that_changed_is_refused_as_are_parts_of_an_earlier_version(clas
     ):
         embed_folder(classifier, images, output, SMALL)
     (output / "part-x.parquet").write_bytes(b"")
-    with pytest.raises(DeployError, match=r"part-x.parquet is no part of `embed`"):
+    with pytest.raises(DeployError, match=r"part-x.parquet was not written by `embed`"):
         embed_folder(classifier, images, output, SMALL)
 
 
@@ -481,7 +481,7 @@ def test_a_search_leaves_out_what_cannot_be_read_and_names_it(package, classifie
     assert printed.out.count("\n") == 1
     linked, said = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
     assert "away is a link to" in linked
-    assert "page.png is no readable image" in said
+    assert "page.png is not a readable image" in said
 
 
 def test_a_search_of_nothing_but_unreadable_images_finds_nothing_and_says_so(package, classifier, tmp_path, capsys):
@@ -514,7 +514,7 @@ def test_a_name_that_is_no_text_is_reported_and_not_fatal(classifier, tmp_path):
     os.rename(tmp_path / "good.png", os.fsencode(tmp_path) + b"/bad\xff.png")
     image.save(tmp_path / "good.png")
     done = embed_folder(classifier, tmp_path, tmp_path / "out", SMALL)
-    assert done.unreadable == ["bad?.png has a name that is no UTF-8: rename it"]
+    assert done.unreadable == ["bad?.png has a name that is not UTF-8: rename it"]
     assert list(rows(tmp_path / "out")) == ["good.png"]
 
 
@@ -538,7 +538,7 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
         (["predict", "none.png", "a cat"], 1, "error: none.png does not exist"),
         (["predict", "none.png", ""], 1, "error: text 1 of 1 is ''"),
         (["predict", "empty", "a cat"], 1, "error: empty is a folder: give an image file"),
-        (["predict", "https://a.b/c.jpg", "a cat"], 1, "error: https://a.b/c.jpg is an address: accepted is a path"),
+        (["predict", "https://a.b/c.jpg", "a cat"], 1, "error: https://a.b/c.jpg is an address: give a path"),
         (["predict", "none.png", "--cache", "note.txt"], 1, "error: --cache is note.txt, a file: give a folder"),
         (["search", "none", "a cat"], 1, "error: none does not exist: give a folder of images, or what `embed` ("),
         (["search", "note.txt", "a cat"], 1, "error: note.txt is a file: give a folder of images, or what"),
@@ -546,7 +546,7 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
         (
             ["search", "other.parquet", "a cat"],
             1,
-            "error: ./other.parquet is no whole part of `embed`: give a folder of",
+            "error: ./other.parquet is not a complete part of `embed`: give a folder of",
         ),
         (["embed", "none", "out"], 1, "error: none does not exist: give a folder of images, of Parquet or of tar"),
         (["embed", "note.txt", "out"], 1, "error: note.txt is a file: give a folder of images, of Parquet or of tar"),
@@ -588,8 +588,8 @@ def test_what_is_no_package_is_named_with_what_is_one(folder, fault, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert main(["predict", "a.png", "a cat", "--package", folder]) == 1
     assert capsys.readouterr().err == (
-        f"error: {folder} is no package ({fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, as "
-        "artifacts/package\n"
+        f"error: {folder} is not a package ({fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, "
+        "as artifacts/package\n"
     )
 
 

@@ -67,7 +67,7 @@ def test_a_process_that_is_killed_is_named_and_the_next_run_goes_on(package, ima
 
 
 def test_what_a_process_cannot_open_is_said_once(package, images, tmp_path):
-    with pytest.raises(DeployError, match=r"is no package"):
+    with pytest.raises(DeployError, match=r"is not a package"):
         on_two(package, images, tmp_path / "out", replace(Opening.read(package, "cpu", 1), folder=tmp_path))
 
 

@@ -120,7 +120,7 @@ def test_a_tar_file_that_ends_too_early_is_named_and_harms_no_other(package, pic
     assert "5 images, 0 embedded before, 2 now" in printed.out
     assert "a.tar is damaged after its first 1 images (unexpected end of data): write it again" in printed.err
     assert "c.tar is damaged after its first 0 images (empty file): write it again" in printed.err
-    assert "b.tar/4.png is no readable image" in printed.err
+    assert "b.tar/4.png is not a readable image" in printed.err
     assert "5 images, 2 embedded before, 0 now" in embed()[1].out
     (shards / "a.tar").write_bytes(whole)
     (shards / "c.tar").unlink()
@@ -178,7 +178,7 @@ def test_a_table_is_embedded_and_found_and_equal_ids_stay_two_rows(package, pict
     assert "5 images, 0 embedded before, 3 now" in printed.out
     assert printed.err.splitlines() == [
         "warning: none is empty: replace or remove it",
-        "warning: page is no readable image (of no format that Pillow knows): replace or remove it",
+        "warning: page is not a readable image (of no format that Pillow knows): replace or remove it",
     ]
     assert parquet.read_table(tmp_path / "out")["path"].to_pylist() == ["x", "x", "star"]
     assert main(["search", f"file://{tmp_path}/out", "a photo of a yellow star", "--top", "1", *words]) == 0

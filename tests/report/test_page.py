@@ -110,7 +110,7 @@ VECTORS = StoredVectors(
         VectorCost(12, "float32", 48, {1: Recall(100.0, 100.0, 100.0), 5: Recall(100.0, 100.0, 100.0)}),
         VectorCost(6, "int8", 6, {1: Recall(97.25, 96.0, 98.5), 5: Recall(98.04, 97.1, 98.96)}),
     ],
-    left_out=["1/8 of 12 dimensions is no whole number"],
+    left_out=["1/8 of 12 dimensions is not a whole number"],
 )
 
 
@@ -250,7 +250,7 @@ def test_the_table_of_shorter_vectors_says_what_each_costs_and_what_is_left_out(
     section = faces[0].split("## Shorter vectors\n")[1].split("\n## ")[0]
     assert "| Dimensions | Type | Bytes of a vector | Recall@1 % [95 %] | Recall@5 % [95 %] |" in section
     assert "| 6 | int8 | 6 | 97.2 [96.0, 98.5] | 98.0 [97.1, 99.0] |" in section
-    assert "- Left out: 1/8 of 12 dimensions is no whole number.\n" in section
+    assert "- Left out: 1/8 of 12 dimensions is not a whole number.\n" in section
     assert "1,684 captions of different words search the 960 images" in section
 
 

@@ -185,7 +185,7 @@ def test_a_target_that_cannot_run_is_unavailable_not_an_error(checkpoint, tmp_pa
 READY = "print('{}', flush=True); input()"  # open, and has read one request
 ENDINGS = {
     "os.kill(os.getpid(), 11)": "the process crashed with SIGSEGV",
-    "os.kill(os.getpid(), 9)": "the process crashed with SIGKILL, as when memory runs out",
+    "os.kill(os.getpid(), 9)": "the process crashed with SIGKILL, which happens when memory runs out",
     "os.write(1, b'{'); os._exit(3)": "the process ended with exit code 3",
     "time.sleep(600)": "no answer within 2 s: the process hung and was killed",
 }

@@ -282,8 +282,8 @@ def test_it_is_ready_soon(package):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "nowhere is no package"),
-        (["a=nowhere"], "nowhere is no package"),
+        (["nowhere"], "nowhere is not a package"),
+        (["a=nowhere"], "nowhere is not a package"),
         (["=nowhere"], "'=nowhere' names no package: give FOLDER, NAME=FOLDER or NAME:VERSION=FOLDER"),
         (["a:=nowhere"], "'a:=nowhere' names no package"),
         (["a:1:2=nowhere"], "'a:1:2=nowhere' names no package"),
