@@ -12,6 +12,7 @@ import ast
 import html
 import re
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from enum import Enum
@@ -197,7 +198,7 @@ def _loops(node: ast.AST, inner: ast.AST) -> dict[str, str]:
 def _message(node: ast.expr, loops: dict[str, str]) -> str:
     """A message's text, code as code: what is formatted into it is … ."""
     if not isinstance(node, ast.JoinedStr):
-        return html.escape(str(ast.literal_eval(node)), quote=False)
+        return _plain(str(ast.literal_eval(node)))
     parts = []
     for part in node.values:
         if isinstance(part, ast.Constant):
@@ -206,7 +207,14 @@ def _message(node: ast.expr, loops: dict[str, str]) -> str:
             value = ast.unparse(part.value)
             known = loops.get(value) or getattr(config, value, "…")
             parts.append(str(known))
-    return html.escape("".join(parts), quote=False).replace("*", r"\*")
+    return _plain("".join(parts))
+
+
+def _plain(text: str) -> str:
+    """For Markdown: what is not code between backticks is taken as it is written."""
+    parts = " ".join(text.split()).split("`")
+    parts[::2] = [re.sub(r"([*\[\]])", r"\\\1", html.escape(part, quote=False)) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _choices(group: str) -> str:
@@ -325,7 +333,38 @@ def errors_page() -> str:
     )
     for code, severities, about in _findings():
         text += f"| `{code}` | {severities} | {about} |\n"
+    text += "\n## Messages\n\nEvery message, by its class; … stands for what is filled in.\n"
+    for name, said in _messages().items():
+        text += f"\n### {name}\n\n" + "".join(f"- {message}\n" for message in said)
     return text
+
+
+def _messages() -> dict[str, list[str]]:
+    """What the library raises, by the class: in the order of its files, but for settings, which have their own page."""
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted((ROOT / "clip_deploy").rglob("*.py"))
+        if path != Path(config.__file__)
+    }
+    named: dict[str, set[str]] = defaultdict(
+        set
+    )  # constants of modules; those of one name and several values are left …
+    for tree in trees.values():
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                named[ast.unparse(node.targets[0])].add(str(node.value.value))
+    constants = {name: values.pop() for name, values in named.items() if len(values) == 1}
+    found: dict[str, list[str]] = {name: [] for name in vars(errors) if name.endswith("Error")}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+                continue
+            kind, said = ast.unparse(node.exc.func), node.exc.args[0]
+            if kind in found and isinstance(said, ast.JoinedStr | ast.Constant):
+                message = _message(said, constants)
+                if message.count(" ") > 2 and message not in found[kind]:
+                    found[kind].append(message)
+    return {name: said for name, said in found.items() if said}
 
 
 def _findings() -> Iterator[tuple[str, str, str]]:

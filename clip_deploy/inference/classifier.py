@@ -173,7 +173,7 @@ class ZeroShotClassifier:
         return [Prediction(names[row], float(scores[row])) for row in order]
 
     def probabilities(self, cosines: np.ndarray) -> np.ndarray:
-        """Of cosines [images, texts], as the model itself scores them."""
+        """Probabilities [images, texts], 0 to 1, of cosines [images, texts], as the model itself scores them."""
         return self.scoring.probabilities(cosines)
 
     def embed_images(self, images: Sequence[Picture], batch_size: int | None = None) -> np.ndarray:

@@ -49,12 +49,21 @@ OTHER_FILES = "another list of files, or files that were changed since"
 
 @dataclass
 class EmbedSettings:
-    """How images are embedded; a run goes on only with the settings that it began with."""
+    """How images are embedded; a run goes on only with the settings that it began with.
 
-    batch_size: int | None = None  # None: the package's best
-    part_size: int = 10_000  # images a part: what a kill costs at most
-    dtype: str = "float32"  # one of DTYPES
-    dimensions: int | None = None  # the first ones are kept, of unit length again; None: all
+    Attributes:
+        batch_size: images in one call; None for the package's best.
+        part_size: images in one part, which is what a kill costs at most.
+        dtype: "float32", "float16", "int8" or "binary" (vectors.DTYPES).
+        dimensions: numbers of an embedding that are kept, the first ones, at unit length again; None for all.
+
+    Raises DataError where a number is below 1 or the dtype is unknown.
+    """
+
+    batch_size: int | None = None
+    part_size: int = 10_000
+    dtype: str = "float32"
+    dimensions: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "part_size"):
@@ -114,7 +123,10 @@ Make = Callable[[EmbedJob, dict[int, Part], Callable[[int], object]], Iterable[H
 
 
 def embed_folder(classifier: ZeroShotClassifier, folder: Path, output: Path, settings: EmbedSettings) -> Summary:
-    """Embed all images under `folder` into `output`/part-00000.parquet and so on, as `embed` does."""
+    """Embed all images under `folder` into `output`/part-00000.parquet and so on, as `embed` does.
+
+    Raises DataError where the folder holds no images, and what `embed` raises.
+    """
     source = open_source(str(folder), settings.part_size)
     return embed(classifier, source, str(output), settings, partial(make_here, classifier))
 

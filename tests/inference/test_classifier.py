@@ -229,8 +229,8 @@ def test_a_file_that_is_not_the_one_that_was_judged_is_refused(copy):
     ("manifest", "said"),
     [
         ('{"format": 2, "unavailable": "no target passes"}', "holds nothing to ship: no target passes"),
-        ('{"format": 1}', "has no format 2, which this version reads"),
-        ("[]", "has no format 2"),
+        ('{"format": 1}', "is not of format 2, which this version reads"),
+        ("[]", "is not of format 2"),
         ("{", "is not a package"),
     ],
 )
