@@ -297,9 +297,9 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a reader's")
     shutil.copytree(TINY, folder / "checkpoint")
     for index in range(96):
-        (folder / "scenes" / CLASSES[index % 12].label).mkdir(parents=True, exist_ok=True)
-        image, scene = render("mine", index, index % 12)
-        image.save(folder / "scenes" / scene.label / f"{index}.png")
+        named = folder / "scenes" / CLASSES[index % 12]
+        named.mkdir(parents=True, exist_ok=True)
+        render("mine", index, index % 12)[0].save(named / f"{index}.png")
     return {"/path/to/checkpoint": folder / "checkpoint", "/path/to/class-named-folders": folder / "scenes"}
 
 

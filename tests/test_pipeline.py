@@ -348,7 +348,7 @@ def test_other_instruction_sets_build_int8_again_which_is_rounded_for_them(copy,
 def test_an_experiment_gives_what_an_edit_gives_and_keeps_hand_edits(copy):
     old = (copy.path / "params.yaml").read_text()
     target, setting = BUILDS["ort-int8-dynamic"], "quantize.ort-int8-dynamic.accuracy_budget.max_flips=3.0"
-    copy.edit("params.yaml", "model: tiny-shapes        #", "model: tiny-shapes  # a remark of mine,")
+    copy.edit("params.yaml", "model: tiny-shapes", "model: tiny-shapes  # a remark of mine,")
     copy.run("dvc", "exp", "run", "-S", setting, "-S", "benchmark=quick", target)
     text = (copy.path / "params.yaml").read_text()
     assert "# a remark of mine," in text

@@ -350,9 +350,9 @@ def _messages() -> dict[str, list[str]]:
         set
     )  # constants of modules; those of one name and several values are left …
     for tree in trees.values():
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-                named[ast.unparse(node.targets[0])].add(str(node.value.value))
+        for item in tree.body:
+            if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant):
+                named[ast.unparse(item.targets[0])].add(str(item.value.value))
     constants = {name: values.pop() for name, values in named.items() if len(values) == 1}
     found: dict[str, list[str]] = {name: [] for name in vars(errors) if name.endswith("Error")}
     for tree in trees.values():

@@ -69,7 +69,7 @@ def _place(setting: str, name: str, revision: str | None, pin: str, local: bool 
         return Place(setting, path=name)
     way = f"; set `{pin.removesuffix('_revision')}:` in {FILE}, a folder or an id with `{pin}:`"
     if not HUB_ID.fullmatch(name):
-        what = "there is no such folder here, and it is not an id of the hub" if local else "no id of the hub"
+        what = "there is no such folder here, and it is not an id of the hub" if local else "it is not an id of the hub"
         raise CheckpointError(f"{setting} is {name!r:.120}: {what}{way}")
     if not revision:
         here = "there is no such folder here, and " if local else ""

@@ -80,7 +80,7 @@ def _behind(lock: str, names: set[str]) -> str | None:
             if path in maker and maker[path][1] != md5:
                 return stage
             before = {made_by for out, (made_by, _) in maker.items() if f"{out}/".startswith(f"{path}/")} - seen
-            waiting += before
+            waiting += sorted(before)
             seen |= before
     return None
 

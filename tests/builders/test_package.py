@@ -124,7 +124,7 @@ def test_no_limit_is_said_to_be_kept_that_was_not_checked(sources, tmp_path):
 
 
 def test_an_unknown_target_is_named_with_the_known_ones(sources, tmp_path):
-    with pytest.raises(DeployError, match=r"target is .ort-fp31.: the report knows .*onnx-fp32"):
+    with pytest.raises(DeployError, match=r"target is .ort-fp31.: accepted are .*onnx-fp32"):
         write_package(advice(sources.built), "ort-fp31", sources, GatesConfig(), RUN, tmp_path)
 
 

@@ -162,7 +162,7 @@ def test_the_processor_is_the_adapters_own_where_it_has_one(lora, tmp_path):
 def test_a_base_by_id_comes_from_the_hubs_cache_at_its_revision(lora, hub_cache, tmp_path):
     change(lora, base_model_name_or_path="someone/clip")
     cached(hub_cache, "someone/clip", TINY)
-    assert "is 'someone/clip': no such folder here, and as an id it is not pinned to a commit" in refused(lora)
+    assert "is 'someone/clip': there is no such folder here, and as an id it is not pinned to a commit" in refused(lora)
     target = merged(lora, tmp_path / "torch-fp32", base_revision=COMMIT)
     assert target.model.checkpoint.parts["base"].repo_id == "someone/clip"
     assert target.model.checkpoint.parts["base"].revision == COMMIT

@@ -139,12 +139,16 @@ def test_a_folder_without_its_processor_is_refused(folder):
 @pytest.mark.parametrize(
     ("files", "settings", "missing"),
     [
-        ([], {}, "CLIPTokenizer, .* missing is tokenizer.json or vocab.json and merges.txt; copy it from the model"),
-        (["vocab.json"], {}, "CLIPTokenizer, .* missing is merges.txt;"),
-        ([], {"tokenizer_class": "BertTokenizerFast"}, "BertTokenizer, .* missing is tokenizer.json or vocab.txt;"),
-        ([], {"tokenizer_class": "GemmaTokenizer"}, "GemmaTokenizer, .* missing is tokenizer.json;"),
-        (["tokenizer.json"], {"tokenizer_class": "SiglipTokenizer"}, "SiglipTokenizer, .* missing is spiece.model;"),
-        ([], None, "CLIPTokenizer, .* missing is tokenizer.json or vocab.json and merges.txt;"),
+        (
+            [],
+            {},
+            "CLIPTokenizer: tokenizer.json or vocab.json and merges.txt is missing, and without it all",
+        ),
+        (["vocab.json"], {}, "CLIPTokenizer: merges.txt is missing"),
+        ([], {"tokenizer_class": "BertTokenizerFast"}, "BertTokenizer: tokenizer.json or vocab.txt is missing"),
+        ([], {"tokenizer_class": "GemmaTokenizer"}, "GemmaTokenizer: tokenizer.json is missing"),
+        (["tokenizer.json"], {"tokenizer_class": "SiglipTokenizer"}, "SiglipTokenizer: spiece.model is missing"),
+        ([], None, "CLIPTokenizer: tokenizer.json or vocab.json and merges.txt is missing"),
     ],
 )
 def test_a_folder_without_its_vocabulary_is_refused_by_the_files_that_are_missing(folder, files, settings, missing):

@@ -373,7 +373,7 @@ def test_a_vocabulary_of_one_language_is_a_warning_where_it_is_not_english(chine
     (folder / "vocab.txt").write_text("\n".join(listed) + "\n")
     (finding,) = [finding for finding in findings(folder, trained=False) if finding.code == "unknown-words"]
     assert finding.severity == "warning"
-    assert finding.found == "of the tokens of an English text 100% are '[UNK]'"
+    assert finding.found == "100% of the tokens of an English text are '[UNK]'"
 
 
 def test_chinese_clip_is_clean_but_for_its_padding(chinese_clip):

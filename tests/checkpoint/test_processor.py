@@ -92,7 +92,10 @@ def test_a_processor_by_id_is_of_a_pinned_revision(bare, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     cached(tmp_path / "cache", "someone/clip", TINY)
     said = refused(bare, processor="someone/clip")
-    assert "model.processor is 'someone/clip': no such folder here, and as an id it is not pinned to a commit" in said
+    assert (
+        "model.processor is 'someone/clip': there is no such folder here, and as an id it is not pinned to a commit"
+        in said
+    )
     target = fetched(bare, tmp_path / "torch-fp32", processor="someone/clip", processor_revision=COMMIT)
     found = target.model.checkpoint.parts["processor"]
     assert (found.repo_id, found.revision) == ("someone/clip", COMMIT)

@@ -222,4 +222,4 @@ def test_what_is_no_file_of_weights_is_refused_with_the_way_out(archives, tmp_pa
     assert "of 'head.weight' it has (2,), and needs none" in refused(path, tmp_path, open_clip="openai")
     said = refused(archives("vit"), tmp_path, processor="someone/else", processor_revision="0" * 40)
     assert "model.processor is set" in said
-    assert "which needs none: remove it" in said
+    assert "is one file of weights and needs none: remove it" in said

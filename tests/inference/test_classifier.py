@@ -119,7 +119,7 @@ def test_a_batch_of_nothing_is_refused(classifier, batch_size):
 def test_one_image_is_no_list_of_images(classifier, image):
     with pytest.raises(DataError, match=r"images is a single image, .*: give a list of images"):
         classifier.embed_images(image)
-    with pytest.raises(DataError, match=r"images is a single one"):
+    with pytest.raises(DataError, match=r"images is a single image"):
         next(classifier.embed_each(image))
 
 

@@ -68,7 +68,7 @@ def test_siglip_is_read_from_its_tokenizer_json_where_that_is_asked_for(siglip, 
     folder = shutil.copytree(siglip, tmp_path / "siglip")
     write_tokenizer(processor, model, folder / "tokenizer.json")
     (folder / "spiece.model").unlink()
-    with pytest.raises(CheckpointError, match=r'missing is spiece\.model; .*"tokenizer_class": "PreTrainedTok'):
+    with pytest.raises(CheckpointError, match=r'spiece\.model is missing, .*"tokenizer_class": "PreTrainedTok'):
         verify(folder)
     stated = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(stated))

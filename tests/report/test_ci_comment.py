@@ -102,7 +102,7 @@ def test_the_comment_says_it_all_in_one():
         "| table |", False, present, former, "main", CiConfig(), ["machine: unlike"], "https://ci/report.html"
     )
     assert text.startswith(f"{MARK}\n\n## clip-deploy: the gate is **shut**\n\n| table |\n\n<details>")
-    assert "<details><summary>Not compared (1)</summary>\n\n- machine: unlike\n\n</details>" in text
+    assert "<details><summary>To know (1)</summary>\n\n- machine: unlike\n\n</details>" in text
     assert f"`ort-int8`; at main it was `{TARGET}`. [The report](https://ci/report.html)." in text
     assert (
         f"| Target | Quantity | main | now |\n| --- | --- | ---: | ---: |\n| `{TARGET}` | size, MB | 2.00 | 1.00 |"

@@ -87,7 +87,7 @@ def test_a_file_without_keys_is_refused(tmp_path):
 def test_a_line_that_is_no_key_is_named_and_not_shown(tmp_path, line):
     keys = tmp_path / "keys"
     keys.write_text(f"# alice\nsk-00000000\n{line}\n")
-    with pytest.raises(DataError, match=r"keys: line 3 is no key") as caught:
+    with pytest.raises(DataError, match=r"keys: line 3 is not a key") as caught:
         Keys(keys)
     assert line not in str(caught.value)
 
