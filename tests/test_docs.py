@@ -294,7 +294,7 @@ def test_marked_examples_run_and_answer_what_is_shown(built, tmp_path):
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """What stands where the documentation has a reader's own paths: the built-in checkpoint, and scenes by class."""
-    folder = tmp_path_factory.mktemp("a reader's")
+    folder = tmp_path_factory.mktemp("a reader")
     shutil.copytree(TINY, folder / "checkpoint")
     for index in range(96):
         named = folder / "scenes" / CLASSES[index % 12]

@@ -357,7 +357,7 @@ def test_a_base_that_is_not_whole_or_holds_more_is_refused(lora, tmp_path):
 
 
 def test_a_base_that_is_an_adapter_itself_is_refused(lora):
-    assert "holds an adapter (adapter_config.json and adapter_model.safetensors), and no model" in refused(
+    assert "holds an adapter (adapter_config.json and adapter_model.safetensors) and no model" in refused(
         lora, base=str(lora)
     )
 
@@ -370,7 +370,7 @@ def test_messages_name_the_users_folder(lora):
 
 def test_a_base_for_a_model_that_is_no_adapter_is_refused(tmp_path):
     folder = shutil.copytree(TINY, tmp_path / "clip")
-    assert "holds no adapter (adapter_config.json): remove it" in refused(folder, base=str(TINY))
+    assert "holds no adapter (adapter_config.json): remove `base`" in refused(folder, base=str(TINY))
 
 
 def test_random_weights_take_no_base():
