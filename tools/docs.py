@@ -56,6 +56,7 @@ MEANINGS = {
     "fp32": "limits of targets in this precision",
     "fp16": "limits of targets in this precision",
     "bf16": "limits of targets in this precision",
+    "fp8": "limits of targets in this precision",
     "int8": "limits of targets in this precision",
 }
 YAML = {"None": "null", "True": "true", "False": "false"}

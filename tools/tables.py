@@ -79,7 +79,9 @@ def gates() -> list[list[str]]:
     """The limits of conf/gates/standard.yaml."""
     limits = yaml.safe_load(_read("conf/gates/standard.yaml"))
     keys = ("min_cosine", "max_top1_drop", "max_flips")
-    return [[f"`{name}`", *(f"{limits[name][key]:g}" for key in keys)] for name in ("fp32", "fp16", "bf16", "int8")]
+    return [
+        [f"`{name}`", *(f"{limits[name][key]:g}" for key in keys)] for name in ("fp32", "fp16", "bf16", "fp8", "int8")
+    ]
 
 
 def h200() -> list[list[str]]:
