@@ -7,7 +7,7 @@ export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help repro gate test reliability kinds layouts check deps format bench-pipeline bench-int8 bench-embed \
-  bench-embed-gpu bench-package bench-index bench-peers bench-serve load-others reproducible \
+  bench-embed-gpu bench-hardware bench-package bench-index bench-peers bench-serve load-others reproducible \
   triton-env docs test-docs lock clean
 
 help: ## show this list
@@ -162,6 +162,9 @@ bench-embed: $(VENV)/ready ## embed 50,000 rendered images with the package, kil
 
 bench-embed-gpu: $(VENV)/ready ## time tower, feeds and embed on one GPU and on all, from photographs
 	python -m benchmarks.embed_gpu
+
+bench-hardware: $(VENV)/ready ## report models on this GPU, in reports/hardware/; MODELS='...', ARGS='--targets ...'
+	python -m benchmarks.hardware $(or $(MODELS),vit-b-32-untrained) $(ARGS)
 
 bench-package: $(VENV)/ready ## time a package of each target beside the target itself, on the same arrays
 	python -m benchmarks.package

@@ -41,8 +41,10 @@ CALLS = 20  # of a turn without a CUDA graph
 class PyTorchAttention(TunedOperators):
     """Our kernels, but PyTorch's attention over queries, keys and values copied apart."""
 
-    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
-        return Operators.attention(self, packed, heads, scale, causal)
+    def attention(
+        self, packed: Tensor, heads: int, scale: float, causal: bool, *, inverse: float | None = None
+    ) -> Tensor:
+        return Operators.attention(self, packed, heads, scale, causal, inverse=inverse)
 
 
 @contextmanager

@@ -299,7 +299,8 @@ def test_pages_that_repeat_code_or_reports_are_up_to_date():
 def test_a_row_that_reports_do_not_have_is_replaced():
     table = "| Precision | Cosine | Drop | Flips |\n| --- | ---: | ---: | ---: |\n"
     wrong = f"<!-- rows: conf/gates/standard.yaml -->\n\n{table}| `fp32` | 0.9 | 0.1 | 0.2 |\n\nNext."
-    right = ("fp32` | 0.9999 | 0.1 | 0.2", "fp16` | 0.999 | 0.5 | 1", "bf16` | 0.99 | 1 | 2", "int8` | 0.9 | 1.5 | 8")
+    halves = ("fp32` | 0.9999 | 0.1 | 0.2", "fp16` | 0.999 | 0.5 | 1", "bf16` | 0.99 | 1 | 2")
+    right = (*halves, "fp8` | 0.95 | 1 | 4", "int8` | 0.9 | 1.5 | 8")
     rows = "".join(f"| `{row} |\n" for row in right)
     assert with_rows(wrong) == f"<!-- rows: conf/gates/standard.yaml -->\n\n{table}{rows}\nNext."
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from clip_deploy.builders import fp8
 from clip_deploy.builders.preparation import Preparation
+from clip_deploy.builders.sensitivity import FP8_OPSET
 from clip_deploy.core.artifact import Target, read_source
 from clip_deploy.core.config import Device, OptimizeConfig, Precision, Provider
 from clip_deploy.core.model import TowerShape
@@ -65,6 +66,7 @@ def optimize(
         facts["kernels"] = "ours or the library's, the faster for each shape"
     if settings.precision is Precision.fp8:
         facts |= _fp8_facts(settings, scales, search, device)
+        facts["opset"] = max(target.opset or 0, FP8_OPSET)
     return replace(
         target,
         runtime=RUNTIME_OF_PROVIDER[settings.provider],

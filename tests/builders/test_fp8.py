@@ -11,11 +11,12 @@ from clip_deploy.builders import fp8
 from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.sensitivity import rounded_to_fp8
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import AccuracyBudget, OptimizeConfig, Precision, Provider, load_params
+from clip_deploy.core.config import AccuracyBudget, OptimizeConfig, Precision, Provider, load_choice, load_params
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.embeddings import encode_images, encode_texts
+from clip_deploy.evaluate.validation import validate
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.runtimes import fused, open_encoder
 
@@ -141,5 +142,10 @@ def test_fp8_may_be_judged_on_a_cpu(tmp_path):
     assert load_params(params, ROOT / "conf").optimize["torch-fused-fp8"].precision is Precision.fp8
 
 
-def test_a_fused_tower_of_another_opset_is_raised_to_the_one_that_knows_fp8(target):
-    assert onnx.load(target / "text.onnx").ir_version >= 9
+def test_the_target_passes_its_check_and_names_the_opset_that_knows_fp8(target, sets):
+    assert read_target(target).opset == 19
+    assert onnx.load(target / "text.onnx", load_external_data=False).ir_version >= 9
+    limits = load_choice(ROOT / "conf", "gates", "standard")
+    folder = sets / "evaluation"
+    record = validate(target, load_prepared(folder), folder / "reference.npz", limits, 0)
+    assert (record.status, record.reasons) == ("pass", [])
