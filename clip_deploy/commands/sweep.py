@@ -27,7 +27,7 @@ from typing import Any
 
 from dvc.utils.hydra import apply_overrides
 
-from clip_deploy.commands.project import CONF, PARAMS, PIPELINE, check_project
+from clip_deploy.commands.project import CONF, PARAMS, PIPELINE, check_project, uncommitted
 from clip_deploy.commands.sweep_search import Chooser, Range, Search
 from clip_deploy.commands.sweep_workers import (
     ENGINES,
@@ -243,8 +243,7 @@ def _check_clean() -> None:
     """Each experiment begins at HEAD, with what is changed in the workspace: that would be in none's name."""
     if git("rev-parse", "HEAD") is None:
         raise DeployError("there is no commit here, from which the experiments of a sweep begin: commit first")
-    lines = (git("status", "--porcelain", "-uno") or "").splitlines()
-    if changed := [line[3:] for line in lines if Path(line[3:]) not in OUTPUTS]:
+    if changed := [path for path in uncommitted() if Path(path) not in OUTPUTS]:
         more = f" and {len(changed) - 1} files more are" if len(changed) > 1 else " is"
         raise DeployError(
             f"{changed[0]}{more} not committed: a sweep begins at a commit, so that its rows compare; "

@@ -110,6 +110,7 @@ def test_wrong_usage_ends_with_exit_code_2(words, capsys):
     [
         (["why"], "params.yaml"),
         (["gate"], "params.yaml"),
+        (["merge", "main"], "params.yaml"),
         (["apply", "ort-fp16"], "params.yaml"),
         (["package", "ort-fp16", "--output", "out"], "params.yaml"),
         (["device", "cuda"], "params.yaml"),
