@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.project import ROOT, Project
 from support.sweeps import measured, point
 
 from clip_deploy.__main__ import main
 from clip_deploy.commands import sweep_workers
 from clip_deploy.commands.sweep_workers import Job, answered, last_error, measure, open_engine, place
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
+from clip_deploy.core.manifest import verify
 from clip_deploy.report.sweep import as_markdown, shown
 
 JOB = Job("/a", "ab" * 20, "mine-1", ("-S", "seed=1"))
@@ -107,12 +109,11 @@ parameters:
 """
 
 
-def shared(built, folder):
+def shared(built, folder, store, sweep):
     """A project with a sweep, and a DVC remote that has all that was built."""
     project = built.copy(folder / "project")
-    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE)
-    (folder / "store").mkdir()
-    project.run("dvc", "remote", "add", "-d", "store", str(folder / "store"))
+    (project.path / "conf" / "sweep" / "mine.yaml").write_text(sweep)
+    project.run("dvc", "remote", "add", "-d", "store", store)
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "Add a sweep and a remote")
     project.run("dvc", "push", "-q", "--run-cache")
@@ -121,7 +122,7 @@ def shared(built, folder):
 
 @pytest.mark.slow
 def test_a_job_that_is_killed_runs_again_and_the_sweep_ends_whole(built, tmp_path):
-    project = shared(built, tmp_path)
+    project = shared(built, tmp_path, str(tmp_path / "store"), MINE)
     command = [sys.executable, "-m", "clip_deploy", "sweep", "mine", "--on", "local"]
     environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
     running = subprocess.Popen(command, cwd=project.path, env=environment, stdout=subprocess.PIPE, text=True)
@@ -146,3 +147,33 @@ def _worker(project, running):
             if b"submitit.core._submit" in words and str(project / ".dvc").encode() in words[-2]:
                 return int(path.parent.name)
         time.sleep(0.05)
+
+
+DVC_S3 = ROOT / "build" / "dvc-s3"  # `make test` puts it there
+BUILT = """\
+target: ort-int8-dynamic
+parameters:
+  quantize.ort-int8-dynamic.per_channel: [false]
+"""
+
+
+@pytest.mark.slow
+def test_jobs_share_what_they_build_through_an_object_store(built, bucket, tmp_path, monkeypatch):
+    if not (DVC_S3 / "ready").is_file():
+        pytest.skip("no dvc-s3: make build/dvc-s3/ready")
+    monkeypatch.setenv("PYTHONPATH", f"{DVC_S3}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    project = shared(built, tmp_path, f"s3://{bucket.base_path}store", BUILT)
+    done = project.run(sys.executable, "-m", "clip_deploy", "sweep", "mine", "--on", "local")
+    assert "1 points: 1 measured, 0 failed." in done.stdout
+    (experiment,) = measured(project)
+    name = experiment.rpartition("/")[2]
+    project.run("git", "clone", "-q", str(project.path), str(tmp_path / "clone"))
+    there = Project(tmp_path / "clone")  # with a cache of its own, in which nothing is
+    there.run("dvc", "pull")
+    pulled = verify(there.path / "artifacts" / "ort-int8-dynamic")
+    there.run("dvc", "exp", "pull", "origin", name)
+    there.run("dvc", "exp", "apply", name)
+    applied = verify(there.path / "artifacts" / "ort-int8-dynamic")
+    assert pulled[1] == applied[1] == []
+    assert pulled[0]["files"] != applied[0]["files"]
+    assert "per_channel: false" in (there.path / "params.yaml").read_text()
