@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 from dvc.utils.hydra import apply_overrides
 
 from clip_deploy.commands.project import CONF, PARAMS, PIPELINE, check_project, uncommitted
+from clip_deploy.commands.sweep_leftovers import only_one
 from clip_deploy.commands.sweep_search import Chooser, Range, Search
 from clip_deploy.commands.sweep_workers import (
     ENGINES,
@@ -146,13 +148,14 @@ def run(given: argparse.Namespace) -> int:
         _check_measured(given.name)
     else:
         _check_clean()
-    measure = _Measuring(sweep.target, given.show, given.again)
-    if given.on and not given.show:
-        measure.begin_elsewhere(given.on, given.name, sweep.submitit)
-    if sweep.search:
-        found = list(_searched(given.name, sweep, measure))
-    else:
-        found = _grid(sweep.points(given.name), measure, jobs)
+    with nullcontext(()) if given.show else only_one(given.name) as lock:
+        measure = _Measuring(sweep.target, given.show, given.again, lock)
+        if given.on and not given.show:
+            measure.begin_elsewhere(given.on, given.name, sweep.submitit)
+        if sweep.search:
+            found = list(_searched(given.name, sweep, measure))
+        else:
+            found = _grid(sweep.points(given.name), measure, jobs)
     if given.show and not any(point.row or point.failed for point in found):
         raise DeployError(f"no point of {given.name} was measured here: `clip-deploy sweep {given.name}` does it")
     for path, text in zip(OUTPUTS, (as_markdown, as_page), strict=True):
@@ -268,6 +271,7 @@ class _Measuring:
     target: str
     show: bool
     again: bool
+    lock: tuple[int, ...] = ()  # descriptors that hold the sweep as long as one of its runs lives
     engine: Engine | None = None  # None: here
     source: str = ""  # what its jobs clone
     start: str = ""  # the commit that they check out
@@ -296,7 +300,7 @@ class _Measuring:
             return
         command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", point.name, *words]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              preexec_fn=die_with_parent)  # fmt: skip
+                              preexec_fn=die_with_parent, pass_fds=self.lock)  # fmt: skip
         _keep(point, None if done.returncode == 0 else last_error(done.stdout))
 
 

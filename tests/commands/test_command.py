@@ -12,7 +12,7 @@ from support.project import ROOT
 from clip_deploy import __main__ as command
 from clip_deploy.__main__ import COMMANDS, LIGHT, main, parsed, parsers
 
-SHARED = {"__init__", "opened", "paths", "project", "sweep_search", "sweep_workers"}
+SHARED = {"__init__", "opened", "paths", "project", "sweep_leftovers", "sweep_search", "sweep_workers"}
 
 
 def test_each_module_is_a_command_and_its_help_begins_with_the_line_in_the_list():
