@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.browser import PLACES, look, needs_chromium
 from support.project import ROOT
 from support.sweeps import measured, point
 
@@ -194,6 +195,25 @@ def test_a_terminal_shows_few_columns_and_the_page_all_that_was_drawn():
     assert text.count("<svg") == 2
     assert "slow: opset 18.0, image ms 2.00" in text  # what a screen reader says of a line
     assert "<code>dvc exp apply fast</code>: opset 20, calibration minmax" in text
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_of_the_page_is_cut_off_or_covered_at_a_phones_width(width, tmp_path):
+    settings = [(opset, kind, share) for opset in (18, 20) for kind in ("minmax", "entropy") for share in range(1, 7)]
+    points = [
+        point(f"mine-{number:08}", 2 + number % 7, size=4 + opset / 10, drop=share / 9,
+              **{"onnx.opset": opset, "quantize.a.calibration": kind, "quantize.a.smooth_quant": share / 7})
+        for number, (opset, kind, share) in enumerate(settings)
+    ]  # fmt: skip
+    found, console = look(as_page("mine", "ort-int8-static", points), tmp_path, width, f"{PLACES} return places;")
+    assert console == []
+    assert found["wide"] <= found["inner"] == width
+    assert found["texts"] > 20
+    assert found["cut"] == []
+    assert set(found["covered"]) <= {
+        "calibration on smooth_quant"
+    }  # names of axes, whose boxes meet as they are turned
 
 
 def test_settings_whose_names_end_alike_are_told_apart():

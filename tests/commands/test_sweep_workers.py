@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from support.project import ROOT, Project
 from support.sweeps import measured, point
@@ -103,70 +105,65 @@ def test_points_of_two_machines_are_compared_among_their_own_alone():
 
 
 MINE = """\
-target: ort-fp16
+target: ort-int8-dynamic
 parameters:
+  quantize.ort-int8-dynamic.per_channel: [false]
   conf/benchmark/quick.yaml:warmup: [1, 2]
 """
+# In every Python process: a line for each stage.
+NOTE = """
+import os, sys
+if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):
+    with open(os.environ["STAGES_RAN"], "a") as ran:
+        print(sys.orig_argv[2].removeprefix("stages."), file=ran)
+"""
+DVC_S3, RAY = ROOT / "build" / "dvc-s3", ROOT / "build" / "ray"  # `make test` puts them there
 
 
-def shared(built, folder, store, sweep):
-    """A project with a sweep, and a DVC remote that has all that was built."""
-    project = built.copy(folder / "project")
-    (project.path / "conf" / "sweep" / "mine.yaml").write_text(sweep)
+@pytest.fixture(params=["submitit and a folder", "Ray and an object store"])
+def cluster(request, tmp_path, monkeypatch):
+    """What --on takes, and the address of a DVC remote, in an environment that has the libraries of both."""
+    (tmp_path / "sitecustomize.py").write_text(NOTE)
+    monkeypatch.setenv("STAGES_RAN", str(tmp_path / "stages"))
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = "local", str(tmp_path / "store")
+    if request.param != "submitit and a folder":
+        for needed in (DVC_S3, RAY):
+            if not (needed / "ready").is_file():
+                pytest.skip(f"no {needed.name}: make build/{needed.name}/ready")
+        path += [str(DVC_S3), str(RAY)]
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        found = "ray:local", f"s3://{request.getfixturevalue('bucket').base_path}store"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    return found
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_runs_again_and_what_jobs_built_comes_through_the_remote(built, cluster, tmp_path):
+    engine, store = cluster
+    project = built.copy(tmp_path / "project")
+    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE)
     project.run("dvc", "remote", "add", "-d", "store", store)
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "Add a sweep and a remote")
     project.run("dvc", "push", "-q", "--run-cache")
-    return project
-
-
-@pytest.mark.slow
-def test_a_job_that_is_killed_runs_again_and_the_sweep_ends_whole(built, tmp_path):
-    project = shared(built, tmp_path, str(tmp_path / "store"), MINE)
-    command = [sys.executable, "-m", "clip_deploy", "sweep", "mine", "--on", "local"]
+    command = [sys.executable, "-m", "clip_deploy", "sweep", "mine", "--on", engine]
     environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
     running = subprocess.Popen(command, cwd=project.path, env=environment, stdout=subprocess.PIPE, text=True)
-    os.kill(_worker(project.path, running), signal.SIGKILL)
+    os.kill(_worker(running), signal.SIGKILL)
     output, _ = running.communicate()
     assert running.returncode == 0
     assert "2 points: 2 measured, 0 failed." in output
     assert len(measured(project)) == 2
+    assert set((tmp_path / "stages").read_text().split()) == {"probe", "quantize", "validate", "benchmark"}
     assert project.run(*command).stdout.count(": there already") == 2
-    assert "1 of 2 points failed" not in output
+    name = measured(project)[0].rpartition("/")[2]
 
+    table = project.run("env", "COLUMNS=160", "dvc", "exp", "show", "--only-changed", "--no-pager").stdout
+    assert all(word in table for word in (".per_channel ", " warmup ", f"[{name}]"))
+    assert "…" not in table  # which stands where a column is too wide
+    assert len(project.run("dvc", "exp", "diff", "HEAD", name).stdout.splitlines()) < 25
 
-def _worker(project, running):
-    """The process that measures the first point, once it has begun."""
-    while True:
-        assert running.poll() is None
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = path.read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"submitit.core._submit" in words and str(project / ".dvc").encode() in words[-2]:
-                return int(path.parent.name)
-        time.sleep(0.05)
-
-
-DVC_S3 = ROOT / "build" / "dvc-s3"  # `make test` puts it there
-BUILT = """\
-target: ort-int8-dynamic
-parameters:
-  quantize.ort-int8-dynamic.per_channel: [false]
-"""
-
-
-@pytest.mark.slow
-def test_jobs_share_what_they_build_through_an_object_store(built, bucket, tmp_path, monkeypatch):
-    if not (DVC_S3 / "ready").is_file():
-        pytest.skip("no dvc-s3: make build/dvc-s3/ready")
-    monkeypatch.setenv("PYTHONPATH", f"{DVC_S3}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    project = shared(built, tmp_path, f"s3://{bucket.base_path}store", BUILT)
-    done = project.run(sys.executable, "-m", "clip_deploy", "sweep", "mine", "--on", "local")
-    assert "1 points: 1 measured, 0 failed." in done.stdout
-    (experiment,) = measured(project)
-    name = experiment.rpartition("/")[2]
     project.run("git", "clone", "-q", str(project.path), str(tmp_path / "clone"))
     there = Project(tmp_path / "clone")  # with a cache of its own, in which nothing is
     there.run("dvc", "pull")
@@ -177,3 +174,15 @@ def test_jobs_share_what_they_build_through_an_object_store(built, bucket, tmp_p
     assert pulled[1] == applied[1] == []
     assert pulled[0]["files"] != applied[0]["files"]
     assert "per_channel: false" in (there.path / "params.yaml").read_text()
+
+
+def _worker(running):
+    """The process that measures a point, once its run has begun: by its child, `dvc exp run`."""
+    while True:
+        assert running.poll() is None
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                is_run = process.cmdline()[1:5] == ["-m", "dvc", "exp", "run"]
+                if is_run and process.environ().get("STAGES_RAN") == os.environ["STAGES_RAN"]:
+                    return process.ppid()
+        time.sleep(0.05)
