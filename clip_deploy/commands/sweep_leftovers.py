@@ -1,15 +1,16 @@
-"""One sweep of a name at a time in a project, and what is removed of one that was killed.
+"""What killed sweeps and killed jobs left is removed, where nobody uses it; one sweep of a name runs at a time.
 
-`dvc exp run --temp` works in a copy of the project below .dvc/tmp, and leaves it there where it is killed. Its file of
-facts names the experiment and the folder, but no process. So the sweep holds a lock of the kernel, and so does each
-run that it starts: it is free only where all of them have ended.
+`dvc exp run --temp` works in a copy of the project below .dvc/tmp, and a job in a checkout in the machine's temporary
+folder. Both stay where they are killed, and neither says of which process it is. So a lock of the kernel is held by a
+sweep and by each run that it starts, and another one by each job: a lock that is free says that they have ended.
 """
 
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,7 @@ except ImportError:  # Windows, where nothing is locked, and nothing removed
 
 COPIES = Path(".dvc/tmp/exps/standalone")  # of DVC: a folder for each run, and run/ID/ID.run with its facts
 LOCKS = Path(".dvc/tmp/sweeps")
+JOB = "clip-deploy-job-"  # in the temporary folder
 
 
 @contextmanager
@@ -32,20 +34,47 @@ def only_one(name: str) -> Iterator[tuple[int, ...]]:
 
     Raises DeployError where another process holds it.
     """
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    path = LOCKS / f"{name}.lock"
+    path.touch()
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(_held(path))
+        except BlockingIOError as error:
+            raise DeployError(f"another sweep {name} runs in this project: wait until it ends, or stop it") from error
+        if lock:
+            remove_leftovers(name)
+        yield lock
+
+
+@contextmanager
+def job_folder() -> Iterator[Path]:
+    """A folder of one job's own. Those that killed jobs of this user left on this machine are removed."""
+    parent = Path(tempfile.gettempdir())
+    for left in parent.glob(f"{JOB}*") if fcntl else ():
+        with suppress(OSError), _held(left):  # its job lives, or it is another user's
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=".clip-deploy-"))
+    try:
+        with _held(folder):
+            folder = folder.rename(parent / f"{JOB}{folder.name.rpartition('-')[2]}")  # now that it is held
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[tuple[int, ...]]:
+    """Lock a file or folder as long as a process has the descriptors; BlockingIOError where others hold it."""
     if fcntl is None:
         yield ()
         return
-    LOCKS.mkdir(parents=True, exist_ok=True)
-    lock = os.open(LOCKS / f"{name}.lock", os.O_RDONLY | os.O_CREAT, 0o666)
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # neither a link nor a pipe of someone else
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DeployError(f"another sweep {name} runs in this project: wait until it ends, or stop it") from error
-        remove_leftovers(name)
-        yield (lock,)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield (file,)
     finally:
-        os.close(lock)
+        os.close(file)
 
 
 def remove_leftovers(name: str) -> None:
