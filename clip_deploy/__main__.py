@@ -20,6 +20,7 @@ COMMANDS = {
     "publish": "Add Triton's models as the next version to a repository that is served, or take a version back.",
     "compare": "Put machines, or runs on one, side by side, as a Markdown table.",
     "sweep": "Measure a target at the points of a grid of settings, or of a search, each as a DVC experiment.",
+    "merge": "Merge a branch whose targets were built and measured there: what both sides recorded is kept.",
     "why": "Say what `dvc repro` would run, and because of which change.",
     "gate": "Fail where a target of ci.required misses its gate, has no result or a stale one.",
     "apply": "Keep in FP32 what the diagnosis of a failed target names.",
