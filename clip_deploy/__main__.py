@@ -20,6 +20,7 @@ COMMANDS = {
     "publish": "Add models as the next version to a Triton repository that is served, or withdraw a version.",
     "compare": "Compare machines, or runs on one machine, in a Markdown table.",
     "sweep": "Measure a target over a grid of settings or by a search; each point is a DVC experiment.",
+    "merge": "Merge a branch whose targets were built and measured there: what both sides recorded is kept.",
     "why": "Say what `dvc repro` would run, and why.",
     "gate": "Fail if a target of ci.required misses its gate, or if its result is missing or stale.",
     "apply": "Keep the nodes in FP32 that the diagnosis of a failed target names.",

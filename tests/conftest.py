@@ -3,7 +3,9 @@
 import os
 import pkgutil
 import shutil
+import subprocess
 import sys
+import time
 from functools import wraps
 from pathlib import Path
 
@@ -271,3 +273,45 @@ def built(tmp_path_factory, worker_id):
             project.run("git", "commit", "-q", "-m", "Reproduce")
             project.path.rename(folder)
     return Project(folder)
+
+
+MOTO = ROOT / "build" / "moto"  # `make test` puts moto there
+SERVE = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def endpoint():
+    """A server with the API of S3 on this machine, which ends with its standard input."""
+    if not (MOTO / "ready").is_file():
+        pytest.skip("no moto: make build/moto/ready")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE],
+        env={**os.environ, "PYTHONPATH": str(MOTO)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    yield f"127.0.0.1:{process.stdout.readline().strip()}"
+    process.communicate()
+
+
+@pytest.fixture
+def bucket(endpoint, monkeypatch):
+    """A bucket of its own for each test, as pyarrow's file system; the commands reach it through the environment."""
+    from pyarrow import fs
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint}")
+    store = fs.S3FileSystem(endpoint_override=endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
+    name = f"bucket-{time.monotonic_ns()}"
+    store.create_dir(name)
+    return fs.SubTreeFileSystem(name, store)

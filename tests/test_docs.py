@@ -32,7 +32,7 @@ MAX_LINES, MAX_MEDIAN_WORDS, MAX_PICTURE = 160, 12, 200_000
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:clip-deploy|make|dvc|python -m) [^`\n]+)`")
-PLACEHOLDER = re.compile(r"\b(?:COMMAND|STAGE|NAME)\b(?!=)")
+PLACEHOLDER = re.compile(r"\b(?:COMMAND|STAGE|NAME)\b(?!=)|…")
 # Programs that are not ours, of which nothing is checked.
 OTHERS = {"cat", "cp", "curl", "docker", "git", "grep", "head", "kubectl", "mkdir", "openssl", "serve", "source"}
 
@@ -343,7 +343,8 @@ def test_pages_that_repeat_code_or_reports_are_up_to_date():
 def test_a_row_that_reports_do_not_have_is_replaced():
     table = "| Precision | Cosine | Drop | Flips |\n| --- | ---: | ---: | ---: |\n"
     wrong = f"<!-- rows: conf/gates/standard.yaml -->\n\n{table}| `fp32` | 0.9 | 0.1 | 0.2 |\n\nNext."
-    right = ("fp32` | 0.9999 | 0.1 | 0.2", "fp16` | 0.999 | 0.5 | 1", "bf16` | 0.99 | 1 | 2", "int8` | 0.9 | 1.5 | 8")
+    halves = ("fp32` | 0.9999 | 0.1 | 0.2", "fp16` | 0.999 | 0.5 | 1", "bf16` | 0.99 | 1 | 2")
+    right = (*halves, "fp8` | 0.95 | 1 | 4", "int8` | 0.9 | 1.5 | 8")
     rows = "".join(f"| `{row} |\n" for row in right)
     assert with_rows(wrong) == f"<!-- rows: conf/gates/standard.yaml -->\n\n{table}{rows}\nNext."
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.report.revisions import git
 
 PARAMS, CONF, PIPELINE = Path("params.yaml"), Path("conf"), Path("dvc.yaml")
 PROBED = ("reports/environment.json", "reports/inputs.json")  # those on the disk are the last run's
@@ -20,6 +21,11 @@ def check_project(*needed: Path) -> None:
             raise ConfigError(
                 f"there is no {path} here: run this command in the project's folder, a clone of its repository"
             )
+
+
+def uncommitted() -> list[str]:
+    """Files that git tracks and that are not as HEAD has them."""
+    return [line[3:] for line in (git("status", "--porcelain", "-uno") or "").splitlines()]
 
 
 def probed() -> dict[str, Any]:

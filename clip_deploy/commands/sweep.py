@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,8 @@ from typing import Any
 
 from dvc.utils.hydra import apply_overrides
 
-from clip_deploy.commands.project import CONF, PARAMS, PIPELINE, check_project
+from clip_deploy.commands.project import CONF, PARAMS, PIPELINE, check_project, uncommitted
+from clip_deploy.commands.sweep_leftovers import only_one
 from clip_deploy.commands.sweep_search import Chooser, Range, Search
 from clip_deploy.commands.sweep_workers import (
     ENGINES,
@@ -149,13 +151,14 @@ def run(given: argparse.Namespace) -> int:
         _check_measured(given.name)
     else:
         _check_clean()
-    measure = _Measuring(sweep.target, given.show, given.again)
-    if given.on and not given.show:
-        measure.begin_elsewhere(given.on, given.name, sweep.submitit)
-    if sweep.search:
-        found = list(_searched(given.name, sweep, measure))
-    else:
-        found = _grid(sweep.points(given.name), measure, jobs)
+    with nullcontext(()) if given.show else only_one(given.name) as lock:
+        measure = _Measuring(sweep.target, given.show, given.again, lock)
+        if given.on and not given.show:
+            measure.begin_elsewhere(given.on, given.name, sweep.submitit)
+        if sweep.search:
+            found = list(_searched(given.name, sweep, measure))
+        else:
+            found = _grid(sweep.points(given.name), measure, jobs)
     if given.show and not any(point.row or point.failed for point in found):
         raise DeployError(f"no point of {given.name} was measured here: `clip-deploy sweep {given.name}` measures them")
     for path, text in zip(OUTPUTS, (as_markdown, as_page), strict=True):
@@ -247,8 +250,7 @@ def _check_clean() -> None:
     """Each experiment begins at HEAD, with what is changed in the workspace: that would be in none's name."""
     if git("rev-parse", "HEAD") is None:
         raise DeployError("this repository has no commit, and the experiments of a sweep begin at one: commit first")
-    lines = (git("status", "--porcelain", "-uno") or "").splitlines()
-    if changed := [line[3:] for line in lines if Path(line[3:]) not in OUTPUTS]:
+    if changed := [path for path in uncommitted() if Path(path) not in OUTPUTS]:
         more = f" and {len(changed) - 1} files more are" if len(changed) > 1 else " is"
         raise DeployError(
             f"{changed[0]}{more} not committed: a sweep begins at a commit, so that its rows compare; "
@@ -273,6 +275,7 @@ class _Measuring:
     target: str
     show: bool
     again: bool
+    lock: tuple[int, ...] = ()  # descriptors that hold the sweep as long as one of its runs lives
     engine: Engine | None = None  # None: here
     source: str = ""  # what its jobs clone
     start: str = ""  # the commit that they check out
@@ -301,7 +304,7 @@ class _Measuring:
             return
         command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", point.name, *words]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              preexec_fn=die_with_parent)  # fmt: skip
+                              preexec_fn=die_with_parent, pass_fds=self.lock)  # fmt: skip
         _keep(point, None if done.returncode == 0 else last_error(done.stdout))
 
 

@@ -34,12 +34,12 @@ class Target:
 
     Attributes:
         runtime: which module of clip_deploy.runtimes opens it.
-        precision: the gate's class, "fp32", "fp16" or "int8".
+        precision: the gate's class, "fp32", "fp16", "bf16", "fp8" or "int8".
         files: the files that a deployment ships, relative to the folder; their bytes are the target's size.
         build: how it was made (opset, fused nodes, quantisation settings...), for the report.
         unavailable: why it could not be built here, or None.
         failed: whether that is an error that nobody foresaw: its row says `fail`.
-        search: which nodes INT8 leaves in float and why (records.Search), where there was a budget.
+        search: which nodes INT8 or FP8 leaves in float and why (records.Search), where there was a budget.
         device: where it runs, "cpu" or "cuda".
         image_input: what its image tower takes: "pixel_values", or "images" (uint8 RGB) where it preprocesses itself.
         sha256: of each of `files` when it was built.

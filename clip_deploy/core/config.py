@@ -51,6 +51,7 @@ class Precision(Enum):
     fp32 = "fp32"  # float32
     fp16 = "fp16"  # float16, which overflows above 65,504
     bf16 = "bf16"  # bfloat16: the range of float32, with 8 bits of precision
+    fp8 = "fp8"  # E4M3 matmuls, the rest in fp16
     int8 = "int8"  # integers of 8 bits, and float32 between them
 
 
@@ -270,6 +271,7 @@ class GatesConfig:
     fp32: GateLimits = field(default_factory=GateLimits)  # limits of targets in fp32
     fp16: GateLimits = field(default_factory=GateLimits)  # limits of targets in fp16
     bf16: GateLimits = field(default_factory=GateLimits)  # limits of targets in bf16
+    fp8: GateLimits = field(default_factory=GateLimits)  # limits of targets in fp8
     int8: GateLimits = field(default_factory=GateLimits)  # limits of targets in int8
     above_chance: bool = False  # true: all targets fail if torch-fp32 itself is in doubt (no better than chance)
     fusions: bool = False  # true: a target fails if its fusions missed an operation of the model
@@ -375,10 +377,7 @@ class TorchConfig:
     compile: bool = False  # true: torch.compile, and a CUDA graph for each shape
 
     def __post_init__(self) -> None:
-        if self.precision is Precision.int8:
-            raise ConfigError(
-                "export_torch: precision int8 is made by export_torchscript; accepted are fp32, fp16, bf16"
-            )
+        _check_precision("export_torch", self.precision, "fp32", "fp16", "bf16")
 
 
 @dataclass
@@ -387,32 +386,13 @@ class TorchScriptConfig:
 
     precision: Precision = Precision.fp32  # of weights and computation; int8 is dynamic INT8 of every Linear
 
-
-@dataclass
-class OptimizeConfig:
-    """One target with a fused graph."""
-
-    source: str = EXPORTED  # the target that it is made from: `onnx-fp32`, or one of `optimize` in fp32
-    precision: Precision = Precision.fp32  # fp32, fp16 or bf16, of weights and computation
-    skip_layer_norm: bool = False  # true: fuse it with the addition before it; on the CPU that takes four times as long
-    # what runs the graph; with tensorrt it is left as exported, since TensorRT fuses by itself
-    provider: Provider = Provider.own
-    # nodes that stay in FP32, such as "vision: MatMul_7"; `clip-deploy apply` writes them
-    keep_fp32: list[str] = field(default_factory=list)
-
     def __post_init__(self) -> None:
-        _check_nodes("optimize", self.keep_fp32)
-        if self.keep_fp32 and self.precision is Precision.fp32:
-            raise ConfigError("optimize: keep_fp32 is for precision fp16 and bf16: remove it, or change the precision")
-        if self.precision is Precision.int8:
-            raise ConfigError("optimize: precision int8 is made by `quantize`; accepted are fp32, fp16, bf16")
-        if self.precision is Precision.bf16 and self.provider is Provider.tensorrt:
-            raise ConfigError("optimize: precision bf16 is not for provider tensorrt; accepted are fp32, fp16")
+        _check_precision("export_torchscript", self.precision, "fp32", "fp16", "bf16", "int8")
 
 
 @dataclass
 class AccuracyBudget:
-    """What INT8 may cost on the calibration set."""
+    """What INT8 or FP8 may cost on the calibration set."""
 
     max_top1_drop: float = 100.0  # percentage points of top-1, 0 to 100
     max_flips: float = 100.0  # percent of the images whose answer changes, 0 to 100
@@ -421,6 +401,32 @@ class AccuracyBudget:
         for name in ("max_top1_drop", "max_flips"):
             if not 0 <= getattr(self, name) <= 100:
                 raise ConfigError(f"accuracy_budget.{name} is {getattr(self, name)}: accepted are 0 to 100")
+
+
+@dataclass
+class OptimizeConfig:
+    """One target with a fused graph."""
+
+    source: str = EXPORTED  # the target that it is made from: `onnx-fp32`, or one of `optimize` in fp32
+    precision: Precision = Precision.fp32  # fp32, fp16, bf16 or fp8, of weights and computation
+    skip_layer_norm: bool = False  # true: fuse it with the addition before it; on the CPU that takes four times as long
+    # what runs the graph; with tensorrt it is left as exported, since TensorRT fuses by itself
+    provider: Provider = Provider.own
+    # nodes that stay in FP32, such as "vision: MatMul_7"; `clip-deploy apply` writes them
+    keep_fp32: list[str] = field(default_factory=list)
+    accuracy_budget: AccuracyBudget | None = None  # fp8 only: what breaks it stays in fp16
+
+    def __post_init__(self) -> None:
+        _check_nodes("optimize", self.keep_fp32)
+        if self.keep_fp32 and self.precision is Precision.fp32:
+            raise ConfigError("optimize: keep_fp32 is for precision fp16, bf16 and fp8: remove it, or change it")
+        _check_precision("optimize", self.precision, "fp32", "fp16", "bf16", "fp8")
+        if self.precision is Precision.bf16 and self.provider is Provider.tensorrt:
+            raise ConfigError("optimize: precision bf16 is not for provider tensorrt; accepted are fp32, fp16")
+        if self.precision is Precision.fp8 and self.provider is not Provider.torch:
+            raise ConfigError(f"optimize: precision fp8 is for provider torch alone, not {self.provider.value}")
+        if self.accuracy_budget is not None and self.precision is not Precision.fp8:
+            raise ConfigError(f"optimize: accuracy_budget belongs to fp8, not to {self.precision.value}")
 
 
 @dataclass
@@ -453,6 +459,13 @@ class QuantizeConfig:
             )
 
 
+def _check_precision(section: str, precision: Precision, *accepted: str) -> None:
+    if precision.value not in accepted:
+        elsewhere = {"export_torch": "export_torchscript", "optimize": "quantize"}.get(section)
+        hint = f"; {elsewhere} makes int8" if elsewhere and precision is Precision.int8 else ""
+        raise ConfigError(f"{section}: precision is {precision.value}; accepted are {', '.join(accepted)}{hint}")
+
+
 def _check_nodes(section: str, names: list[str]) -> None:
     if bad := [name for name in names if not re.fullmatch(r"(vision|text): \S+", name)]:
         raise ConfigError(
@@ -470,6 +483,7 @@ class OpenVinoConfig:
     def __post_init__(self) -> None:
         if self.precision is Precision.fp16:
             raise ConfigError("export_openvino: precision fp16 has no matmuls on a CPU; accepted are fp32, bf16, int8")
+        _check_precision("export_openvino", self.precision, "fp32", "bf16", "int8")
         if self.accuracy_budget is not None and self.precision is not Precision.int8:
             raise ConfigError(f"export_openvino: accuracy_budget belongs to int8, not to {self.precision.value}")
 
@@ -481,8 +495,7 @@ class AotiConfig:
     precision: Precision = Precision.fp32  # fp32, fp16 or bf16, of weights and computation
 
     def __post_init__(self) -> None:
-        if self.precision is Precision.int8:
-            raise ConfigError("export_aoti: precision is int8; accepted are fp32, fp16, bf16")
+        _check_precision("export_aoti", self.precision, "fp32", "fp16", "bf16")
 
 
 @dataclass
@@ -495,8 +508,7 @@ class BuildEngineConfig:
     max_batch: int = 256  # the largest batch that it takes, and holds memory for
 
     def __post_init__(self) -> None:
-        if self.precision not in (Precision.fp32, Precision.fp16):
-            raise ConfigError(f"build_engine: precision is {self.precision.value}; accepted are fp32, fp16")
+        _check_precision("build_engine", self.precision, "fp32", "fp16")
         if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
             raise ConfigError(
                 f"build_engine: min_batch, opt_batch, max_batch are {self.min_batch}, {self.opt_batch}, "
@@ -572,7 +584,8 @@ def _misplaced(section: str, settings: Any, device: Device) -> str | None:
     """Why a target has no place on the device."""
     if device is Device.cpu and section == "build_engine":
         return "is made for a GPU"
-    if device is Device.cpu and section == "optimize" and settings.provider is not Provider.own:
+    simulated = section == "optimize" and settings.precision is Precision.fp8  # so that a CPU can judge it
+    if device is Device.cpu and section == "optimize" and settings.provider is not Provider.own and not simulated:
         return f"has provider {settings.provider.value}, which runs on a GPU"
     if device is Device.cpu and section == "optimize" and settings.precision is Precision.bf16:
         return "is bf16, in which ONNX Runtime has matmuls on a GPU only"

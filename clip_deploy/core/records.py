@@ -231,6 +231,7 @@ class Timing:
         throughput_per_s: images or texts.
         speedup: over the reference, with its 95 % interval.
         gflop: the reference's work in a call.
+        queued_ms: of a call where the next is asked for before this one has ended; on a GPU only.
     """
 
     p50_ms: float
@@ -246,6 +247,7 @@ class Timing:
     speedup_high: float
     reference_p50_ms: float
     gflop: float | None = None
+    queued_ms: float | None = None
 
     @property
     def is_wide(self) -> bool:

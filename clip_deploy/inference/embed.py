@@ -10,6 +10,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -341,7 +342,8 @@ def make_parts(
 ) -> Iterator[Header]:
     """Embed and write parts; `advance` is told how many images are done. The same part has the same bytes.
 
-    The next part is begun before the last batches of one are done. No batch holds images of two parts.
+    The next part is begun before the last batches of one are done, and while the one before it is written. No batch
+    holds images of two parts.
 
     Raises DeployError where storage fails: the part is not written then.
     """
@@ -358,12 +360,18 @@ def make_parts(
             names.append([])
             yield []  # the part's end
 
-    for answers in classifier.embed_batches(batches()):
-        if batch := names.popleft():
-            begun[0].add(batch, answers)
-            advance(len(batch))
-        else:
-            yield begun.popleft().write(job)
+    writing: deque[Future[Header]] = deque()
+    with ThreadPoolExecutor(1) as writer:
+        for answers in classifier.embed_batches(batches()):
+            if batch := names.popleft():
+                begun[0].add(batch, answers)
+                advance(len(batch))
+                continue
+            writing.append(writer.submit(begun.popleft().write, job))
+            if len(writing) > 1:
+                yield writing.popleft().result()
+        while writing:
+            yield writing.popleft().result()
 
 
 @dataclass

@@ -506,7 +506,7 @@ def write_part(output: str, name: str, table: Any) -> None:
     """Write a Parquet file whole or not at all, also where two machines write the same one at once."""
     pyarrow, parquet = load_pyarrow()
     written = pyarrow.BufferOutputStream()
-    parquet.write_table(table, written)
+    parquet.write_table(table, written, use_dictionary=["path"])  # numbers hardly repeat
     folder = local(output)
     if not folder:
         files, base = locate(output)

@@ -124,6 +124,16 @@ def opset_in(model: onnx.ModelProto) -> int:
     return found
 
 
+def raise_opset(model: ir.Model, opset: int) -> None:
+    """Declare at least this operator set, and the file format that belongs to it.
+
+    For operators that later versions give more types and change in no other way, as those of a fused tower are.
+    """
+    if model.opset_imports[""] < opset:
+        model.opset_imports[""] = opset
+    model.ir_version = max(model.ir_version, onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", model.opset_imports[""]])
+
+
 def describe(path: Path) -> Graph:
     """Graph information: IR and opset versions, producer, inputs and outputs with shapes, nodes, the tower's census."""
     model = onnx.load(path, load_external_data=False)

@@ -12,7 +12,7 @@ from support.project import ROOT
 from clip_deploy import __main__ as command
 from clip_deploy.__main__ import COMMANDS, LIGHT, main, parsed, parsers
 
-SHARED = {"__init__", "opened", "paths", "project", "sweep_search", "sweep_workers"}
+SHARED = {"__init__", "opened", "paths", "project", "sweep_leftovers", "sweep_search", "sweep_workers"}
 
 
 def test_each_module_is_a_command_and_its_help_begins_with_the_line_in_the_list():
@@ -110,6 +110,7 @@ def test_wrong_usage_ends_with_exit_code_2(words, capsys):
     [
         (["why"], "params.yaml"),
         (["gate"], "params.yaml"),
+        (["merge", "main"], "params.yaml"),
         (["apply", "ort-fp16"], "params.yaml"),
         (["package", "ort-fp16", "--output", "out"], "params.yaml"),
         (["device", "cuda"], "params.yaml"),

@@ -17,6 +17,7 @@ from clip_deploy.timing.latency import (
     speedup_interval,
     summarize,
 )
+from clip_deploy.timing.latency_worker import DeviceCall
 
 
 @pytest.mark.parametrize(
@@ -208,3 +209,10 @@ def test_wrong_settings_are_refused():
         BenchmarkConfig(threads=0)
     with pytest.raises(ConfigError, match=r"benchmark\.timeout_s is 0: it must be above 0"):
         BenchmarkConfig(timeout_s=0)
+
+
+def test_calls_that_are_queued_are_waited_for_once():
+    done, clock = [], iter([1.0, 1.5])
+    call = DeviceCall(lambda: done.append("asked"), lambda: done.append("waited"))
+    assert call.queued_ms(5, lambda: next(clock)) == 100.0
+    assert done == ["asked"] * 5 + ["waited"]
