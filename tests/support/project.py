@@ -57,6 +57,8 @@ class Project:
             "GIT_COMMITTER_EMAIL": "test@example.com",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
+        if command[0] == sys.executable:
+            command = ("python", *command[1:])  # which may be warm
         done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, env=environment, check=False)
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")

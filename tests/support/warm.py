@@ -3,8 +3,8 @@
     warm.py serve SOCKET                  import them, and fork for whoever asks, until standard input ends
     warm.py ask SOCKET PYTHONPATH python -m stages...   be that fork to the caller: its streams, folder, variables, end
 
-A stage imports PyTorch and transformers for four seconds and works for one. Stages, the workers that they time and dvc
-are forked; everything else, and what has another PYTHONPATH than the server, becomes the command itself.
+A stage imports PyTorch and transformers for four seconds and works for one. Stages, commands, dvc and the workers that
+are timed are forked; everything else, and what has another PYTHONPATH than the server, becomes the command itself.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-FORKED = ("stages.", "clip_deploy.timing.latency_worker", "dvc")
+FORKED = ("stages.", "clip_deploy", "dvc")
 LIBRARIES = (
     "dvc.cli.parser",
     "dvc.repo.reproduce",
@@ -109,7 +109,7 @@ def end(program: Callable[[], None]) -> NoReturn:
 
 def ask(address: str, server_path: str, name: str, *given: str) -> NoReturn:
     words = ["-m", "dvc", *given] if name == "dvc" else list(given)
-    forked = words[:1] == ["-m"] and words[1].startswith(FORKED)
+    forked = words[:1] == ["-m"] and words[1].startswith(FORKED) and words[2:3] != ["serve"]  # which heeds signals
     if not forked or os.environ.get("PYTHONPATH", "") != server_path:
         os.execv(sys.executable, [sys.executable, *words])
     python = f"{os.path.dirname(address)}/python"
