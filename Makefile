@@ -7,7 +7,7 @@ export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help repro gate test reliability kinds layouts check deps format bench-pipeline bench-int8 bench-embed \
-  bench-embed-gpu bench-package bench-index bench-peers bench-serve load-others reproducible \
+  bench-embed-gpu bench-hardware bench-package bench-index bench-peers bench-serve load-others reproducible \
   triton-env docs test-docs lock clean
 
 help: ## show this list
@@ -44,13 +44,21 @@ $(RAY)/ready:
 	  fastapi==0.165.0 grpcio==1.85.3 grpcio-reflection==1.85.1 opentelemetry-api==1.45.2 watchfiles==1.3.0
 	@touch $@
 
-# moto, an object store with the API of S3 for the tests of `embed`, with what of its needs requirements.lock lacks.
+# moto, an object store with the API of S3 for tests, with what of its needs requirements.lock lacks.
 MOTO := build/moto
 $(MOTO)/ready:
 	rm -rf $(MOTO)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(MOTO) moto==5.2.5 \
 	  blinker==1.9.0 boto3==1.44.8 botocore==1.44.8 flask==3.1.3 flask-cors==6.0.5 itsdangerous==2.2.0 jmespath==1.1.0 \
 	  responses==0.26.3 s3transfer==0.19.3 werkzeug==3.1.9 xmltodict==1.0.4
+	@touch $@
+
+# What DVC needs for a remote on S3, for the test of a sweep that shares through one, with what requirements.lock lacks of it.
+DVC_S3 := build/dvc-s3
+$(DVC_S3)/ready:
+	rm -rf $(DVC_S3)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(DVC_S3) dvc-s3==3.3.0 \
+	  s3fs==2026.9.0 aiobotocore==3.10.0 aioitertools==0.13.0 botocore==1.43.117 jmespath==1.1.0 wrapt==2.5.2
 	@touch $@
 
 # peft merges adapters, sentence-transformers saves folders for tests: with what of their needs requirements.lock lacks.
@@ -116,6 +124,7 @@ test: $(VENV)/ready ## set up .venv and a Triton server, and run all tests
 	@$(MAKE) --no-print-directory $(LANGUAGE)/ready || echo "no Triton language: the tests of our GPU kernels are skipped"
 	@$(MAKE) --no-print-directory $(RAY)/ready || echo "no Ray: the tests of a cluster are skipped"
 	@$(MAKE) --no-print-directory $(MOTO)/ready || echo "no moto: the tests of an object store are skipped"
+	@$(MAKE) --no-print-directory $(DVC_S3)/ready || echo "no dvc-s3: the test of a sweep through S3 is skipped"
 	@$(MAKE) --no-print-directory $(PEFT)/ready || echo "no peft: the tests of adapters are skipped"
 	@$(MAKE) --no-print-directory $(OPEN_CLIP)/ready || echo "no open_clip: the tests of its checkpoints are skipped"
 	@$(MAKE) --no-print-directory $(RUNTIMES) || echo "no other ONNX Runtime: the tests of its versions are skipped"
@@ -163,6 +172,9 @@ bench-embed: $(VENV)/ready ## embed 50,000 rendered images with the package, kil
 bench-embed-gpu: $(VENV)/ready ## time tower, feeds and embed on one GPU and on all, from photographs
 	python -m benchmarks.embed_gpu
 
+bench-hardware: $(VENV)/ready ## report models on this GPU, in reports/hardware/; MODELS='...', ARGS='--targets ...'
+	python -m benchmarks.hardware $(or $(MODELS),vit-b-32-untrained) $(ARGS)
+
 bench-package: $(VENV)/ready ## time a package of each target beside the target itself, on the same arrays
 	python -m benchmarks.package
 
@@ -186,8 +198,8 @@ docs: $(VENV)/ready $(DOCS)/ready ## build the documentation into build/site; a 
 	rm -rf build/site
 	PYTHONPATH=.:$(DOCS) python -m sphinx -q -W --keep-going -E -d build/doctrees docs build/site
 
-test-docs: $(VENV)/ready ## check the documentation's links, commands and tables, and run its quick examples on a built project
-	python -m pytest tests/test_docs.py
+test-docs: $(VENV)/ready ## check the documentation's links, commands and tables, and run its quick examples on a built project; ARGS=--nightly: the long ones too
+	python -m pytest tests/test_docs.py $(ARGS)
 
 reproducible: $(VENV)/ready ## build everything twice, in two folders, and compare the files byte for byte
 	python -m benchmarks.reproducible

@@ -1,4 +1,4 @@
-"""Time the towers of a `torch-fused-fp16` target with one of its choices taken back at a time, on a GPU.
+"""Time the towers of a `torch-fused-fp16` or `-fp8` target with one of its choices taken back at a time, on a GPU.
 
     python -m benchmarks.ablation source=artifacts/torch-fused-fp16 output=reports/hardware/nvidia-h200/ablation.md
 
@@ -41,8 +41,10 @@ CALLS = 20  # of a turn without a CUDA graph
 class PyTorchAttention(TunedOperators):
     """Our kernels, but PyTorch's attention over queries, keys and values copied apart."""
 
-    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
-        return Operators.attention(self, packed, heads, scale, causal)
+    def attention(
+        self, packed: Tensor, heads: int, scale: float, causal: bool, *, inverse: float | None = None
+    ) -> Tensor:
+        return Operators.attention(self, packed, heads, scale, causal, inverse=inverse)
 
 
 @contextmanager
@@ -53,6 +55,16 @@ def one_after_another() -> Iterator[None]:
         yield
     finally:
         kernels._launch = before
+
+
+@contextmanager
+def weights_as_they_are_read() -> Iterator[None]:
+    """A matmul of few rows asks for no weights while the kernel before it runs."""
+    before, kernels._lines = kernels._lines, lambda weight, rows, parts: (weight.shape[1] * weight.element_size(), 0)
+    try:
+        yield
+    finally:
+        kernels._lines = before
 
 
 @contextmanager
@@ -79,6 +91,7 @@ SHIPPED = Choice("as shipped")
 CHOICES = (
     Choice("no CUDA graph", graph=False),
     Choice("no programmatic dependent launch", within=one_after_another),
+    Choice("no weights asked for ahead", within=weights_as_they_are_read),
     Choice("PyTorch's operators alone", operators=Operators),
     Choice("PyTorch's flash attention", PyTorchAttention, partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)),
     Choice("cuDNN's attention", PyTorchAttention, partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),

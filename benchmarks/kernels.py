@@ -16,10 +16,11 @@ import triton
 from torch import Tensor
 
 from clip_deploy.core.files import write_text
-from clip_deploy.onnx_graph.torch_module import Activation, Operators
+from clip_deploy.onnx_graph.torch_module import MAX_FP8, Activation, Operators
 from clip_deploy.report.tables import number, table
 from clip_deploy.runtimes import kernels
 from clip_deploy.runtimes.autotune import median_ms
+from clip_deploy.runtimes.fused import FP8_CAPABILITY
 
 TOWERS = {"vision": (768, 12, 50, False), "text": (512, 8, 77, True)}  # width, heads, tokens, causal
 BATCHES = (1, 8, 32, 256)
@@ -37,9 +38,9 @@ def main() -> None:
         f"# Kernels on {name}",
         "",
         f"`python -m benchmarks.kernels`: torch {torch.__version__}, triton {triton.__version__}; microseconds of a "
-        "call on the GPU, replayed from a CUDA graph. Library: cuBLAS with a pass for the activation, PyTorch's "
-        "scaled_dot_product_attention, its layer_norm behind an addition, its permuted copy. `torch-fused-*` targets "
-        "time both once for each shape that they meet, and keep the faster.",
+        "call on the GPU, replayed from a CUDA graph. Library: cuBLAS with a pass for the activation, in FP8 with a "
+        "scale for each row and output, PyTorch's scaled_dot_product_attention, its layer_norm behind an addition, its "
+        "permuted copy. `torch-fused-*` targets time both once for each shape that they meet, and keep the faster.",
         "",
         *table(HEAD, rows),
         "",
@@ -58,11 +59,14 @@ def timings(tower: str, batch: int) -> Iterator[list[str]]:
         ("first of MLP, QuickGELU", width, 4 * width, Activation("QuickGelu")),
         ("second of MLP", 4 * width, width, None),
     ):
-        given = (_random(count, depth), _random(wide, depth), _random(wide), activation)
+        given: tuple[Any, ...] = (_random(count, depth), _random(wide, depth), _random(wide), None, activation, None)
         ways: dict[str, Way] = {
-            str(tiles): partial(kernels.triton_linear, tiles=tiles) for tiles in (*kernels.LARGE, *kernels.SMALL)
+            str(tiles): partial(kernels.triton_linear, tiles=tiles) for tiles in (*kernels.LARGE_FP8, *kernels.SMALL)
         }
         yield row(name, kernels.cublas_linear, ways, given, 2 * count * depth * wide)
+        if torch.cuda.get_device_capability() >= FP8_CAPABILITY:
+            given = (*map(_fp8, given[:2]), given[2], torch.ones(wide, device="cuda"), activation, None)
+            yield row(f"{name}, FP8", kernels.cublas_fp8_linear, ways, given, 2 * count * depth * wide)
     packed = (_random(batch, tokens, 3 * width), heads, 64**-0.5, causal)
     ways = {str(blocks): partial(kernels.attention, blocks=blocks) for blocks in kernels.QUERIES}
     yield row("attention", LIBRARY.attention, ways, packed, 4 * count * tokens * width)
@@ -75,6 +79,11 @@ def timings(tower: str, batch: int) -> Iterator[list[str]]:
 
 def _normalise_by_library(*given: Any) -> Any:
     return LIBRARY.skip_layer_norm(*given[:-1], epsilon=given[-1])
+
+
+def _fp8(values: Tensor) -> Tensor:
+    """Values as large as FP8 takes them."""
+    return LIBRARY.quantise(values, MAX_FP8 / values.abs().max().item())
 
 
 def _random(*shape: int) -> Tensor:

@@ -12,36 +12,37 @@ from clip_deploy.core.errors import DeployError, quiet_if_unread
 COMMANDS = {
     "predict": "Say which text describes an image best.",
     "embed": "Write the embeddings of images as Parquet files.",
-    "index": "Make an index of what `embed` wrote, which `search` takes in its place.",
+    "index": "Make an index of what `embed` wrote, for a faster `search`.",
     "search": "Find the images that a text describes best.",
     "serve": "Answer over HTTP: embeddings, zero-shot labels and rankings.",
-    "verify": "Hold a folder's files against its manifest: is it what was built and judged?",
-    "drift": "Hold a sample of live embeddings against the golden set's: has what is sent changed?",
-    "publish": "Add Triton's models as the next version to a repository that is served, or take a version back.",
-    "compare": "Put machines, or runs on one, side by side, as a Markdown table.",
-    "sweep": "Measure a target at the points of a grid of settings, or of a search, each as a DVC experiment.",
-    "why": "Say what `dvc repro` would run, and because of which change.",
-    "gate": "Fail where a target of ci.required misses its gate, has no result or a stale one.",
-    "apply": "Keep in FP32 what the diagnosis of a failed target names.",
-    "package": "Put a target, with all that a deployment needs, into one folder.",
-    "device": "Choose the device: put its targets, and how each is built, into params.yaml.",
+    "verify": "Compare a folder's files with its manifest: is it what was built and checked?",
+    "drift": "Compare a sample of live embeddings with the golden set: has the input changed?",
+    "publish": "Add models as the next version to a Triton repository that is served, or withdraw a version.",
+    "compare": "Compare machines, or runs on one machine, in a Markdown table.",
+    "sweep": "Measure a target over a grid of settings or by a search; each point is a DVC experiment.",
+    "merge": "Merge a branch whose targets were built and measured there: what both sides recorded is kept.",
+    "why": "Say what `dvc repro` would run, and why.",
+    "gate": "Fail if a target of ci.required misses its gate, or if its result is missing or stale.",
+    "apply": "Keep the nodes in FP32 that the diagnosis of a failed target names.",
+    "package": "Put a target and all that a deployment needs into one folder.",
+    "device": "Choose the device: write its targets and their settings into params.yaml.",
 }
 # Need none of the pipeline's libraries.
 LIGHT = ("predict", "embed", "index", "search", "serve", "verify", "drift", "publish")
 STOPPED = 130  # what shells report of Ctrl-C
 EPILOG = """\
-predict, embed, index, search, serve, verify, drift, publish and compare run anywhere, the others in the project's
-folder. `clip-deploy COMMAND --help` shows what a command takes, with an example.
+predict, embed, index, search, serve, verify, drift, publish and compare run anywhere. The others run in the project's
+folder. `clip-deploy COMMAND --help` shows a command's arguments and an example.
 
 example: clip-deploy predict photo.jpg "a photo of a dog" "a photo of a cat" --package artifacts/package
 
 exit codes:
   0    done
-  1    refused, with the reason in one line; or a gate (gate) or a check (verify) failed
+  1    refused, with the reason in one line; or a check failed (gate, verify)
   2    wrong usage
   3    done, but some images could not be read (embed, search), or the samples differ (drift)
   130  stopped by Ctrl-C
-  141  nobody reads the output, as in `clip-deploy why | head -1`
+  141  the reader of the output has ended, as in `clip-deploy why | head -1`
 """
 
 

@@ -125,7 +125,7 @@ def _check_sweep(name: str, words: list[str]) -> None:
     if len(outputs) > len(set(outputs)):
         raise ConfigError(
             f"output is {outputs[-1]} in more than one of the sweep's {len(outputs)} jobs, which would overwrite each "
-            "other's result: let it vary, as 'output=timed-${hydra:job.num}.json' does"
+            "other's result: let it vary, for example 'output=timed-${hydra:job.num}.json'"
         )
 
 

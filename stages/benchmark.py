@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from clip_deploy.core.config import BenchmarkConfig
 from clip_deploy.core.json_files import write_json
 from clip_deploy.core.parsing import plain
+from clip_deploy.core.records import Timing
 from clip_deploy.timing.latency import measure
 from stages import stage
 
@@ -28,8 +29,14 @@ def benchmark(settings: Settings) -> None:
         print(f"{settings.source.name}: unavailable: {record.reason}")
     for tower, sizes in record.towers.items():
         for batch, timing in sizes.items():
-            interval = f"{timing.speedup:.2f}x [{timing.speedup_low:.2f}, {timing.speedup_high:.2f}]"
-            print(f"{settings.source.name} {tower} batch {batch}: p50 {timing.p50_ms:.2f} ms, {interval}")
+            print(f"{settings.source.name} {tower} batch {batch}: {said(timing)}")
+
+
+def said(timing: Timing) -> str:
+    interval = f"{timing.speedup:.2f}x [{timing.speedup_low:.2f}, {timing.speedup_high:.2f}]"
+    if timing.is_wide:
+        return f"p50 {timing.p50_ms:.2f} ms, ~ {interval}, which decides nothing: the machine was busy"
+    return f"p50 {timing.p50_ms:.2f} ms, {interval}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fuse an ONNX target's towers for ONNX Runtime, in FP32 or FP16."""
+"""Fuse an ONNX target's towers for ONNX Runtime, TensorRT or PyTorch, in FP32, FP16, BF16 or FP8."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from stages import stage
 class Settings:
     optimize: dict[str, OptimizeConfig] = field(default_factory=dict)
     device: Device = Device.cpu
+    seed: int = 0
     target: str = MISSING
     source: Path = MISSING
     calibration: Path = MISSING
@@ -29,7 +30,11 @@ def optimize(settings: Settings) -> None:
     chosen = settings.optimize[settings.target]
     fallback = Target(RUNTIME_OF_PROVIDER[chosen.provider], chosen.precision.value, device=settings.device.value)
     calibration = load_prepared(settings.calibration)
-    build(settings.output, lambda folder: fuse(settings.source, chosen, calibration, folder, settings.device), fallback)
+    build(
+        settings.output,
+        lambda folder: fuse(settings.source, chosen, calibration, folder, settings.device, settings.seed),
+        fallback,
+    )
     print_missed(settings.target, read_target(settings.output).build)
 
 

@@ -5,8 +5,10 @@ import hashlib
 import os
 import pkgutil
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from functools import wraps
 from pathlib import Path
 
@@ -30,10 +32,12 @@ if not shutil.which("nvidia-smi"):
 MANY = 8  # times as many inputs in `make reliability` as in `make test`
 REPORT = "--reliability"
 KINDS = "--kinds"
+NIGHTLY = "--nightly"
 
 
 def pytest_addoption(parser):
     parser.addoption(KINDS, type=Path, metavar="FILE", help="run the tests that show a kind, and write their table")
+    parser.addoption(NIGHTLY, action="store_true", help="run the long examples of the documentation too")
     parser.addoption(REPORT, type=Path, metavar="FILE", help="run all faults, many more inputs, and write counts")
 
 
@@ -60,6 +64,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "reliability" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="`make reliability` runs it"))
+    if not config.getoption(NIGHTLY):
+        for item in items:
+            if "nightly" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="`make test-docs ARGS=--nightly` runs it"))
     if shutil.which("nvidia-smi"):
         return
     for item in items:
@@ -310,3 +318,45 @@ def built(shared, tmp_path_factory):
         project.path.rename(folder)
 
     return Project(shared("built", make))
+
+
+MOTO = ROOT / "build" / "moto"  # `make test` puts moto there
+SERVE = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def endpoint():
+    """A server with the API of S3 on this machine, which ends with its standard input."""
+    if not (MOTO / "ready").is_file():
+        pytest.skip("no moto: make build/moto/ready")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE],
+        env={**os.environ, "PYTHONPATH": str(MOTO)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    yield f"127.0.0.1:{process.stdout.readline().strip()}"
+    process.communicate()
+
+
+@pytest.fixture
+def bucket(endpoint, monkeypatch):
+    """A bucket of its own for each test, as pyarrow's file system; the commands reach it through the environment."""
+    from pyarrow import fs
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint}")
+    store = fs.S3FileSystem(endpoint_override=endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
+    name = f"bucket-{time.monotonic_ns()}"
+    store.create_dir(name)
+    return fs.SubTreeFileSystem(name, store)

@@ -1,8 +1,10 @@
 """README and docs/: links lead somewhere, commands and examples exist, what repeats code or reports is up to date."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import statistics
 import sys
 import tomllib
@@ -14,8 +16,10 @@ import pytest
 import yaml
 from dvc.cli import DvcParserError
 from dvc.cli.parser import get_main_parser
+from support.project import TINY
 
 from clip_deploy.__main__ import parsers
+from clip_deploy.data.scenes import CLASSES, render
 from tools.docs import pages, reports, settings_page, stale, written_by_hand
 from tools.tables import with_rows
 
@@ -28,7 +32,7 @@ MAX_LINES, MAX_MEDIAN_WORDS, MAX_PICTURE = 160, 12, 200_000
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:clip-deploy|make|dvc|python -m) [^`\n]+)`")
-PLACEHOLDER = re.compile(r"\b(?:COMMAND|STAGE|NAME)\b(?!=)")
+PLACEHOLDER = re.compile(r"\b(?:COMMAND|STAGE|NAME)\b(?!=)|…")
 # Programs that are not ours, of which nothing is checked.
 OTHERS = {"cat", "cp", "curl", "docker", "git", "grep", "head", "kubectl", "mkdir", "openssl", "serve", "source"}
 
@@ -237,6 +241,15 @@ def test_a_command_that_does_not_exist_is_found(line, capsys):
         check_line(line)
 
 
+def test_workflows_run_targets_of_make_that_exist():
+    nightly = yaml.safe_load(read(ROOT / ".github/workflows/nightly.yaml"))["jobs"]["run"]
+    assert "make ${{ matrix.command }}" in [step.get("run") for step in nightly["steps"]]
+    for command in nightly["strategy"]["matrix"]["command"]:
+        check_line(f"make {command}")
+    with pytest.raises(AssertionError):
+        check_line("make nothing ARGS=--nightly")
+
+
 def test_a_page_has_the_commands_that_it_shows():
     shown = "$ dvc repro && make gate  # both\nan answer\n$ dvc exp run \\\n    -S seed=1\n"
     text = f"Run `make repro`.\n\n```console\n{shown}```\n"
@@ -258,6 +271,7 @@ def test_what_examples_in_python_import_is_there(page):
 
 
 RUN = re.compile(r"^<!-- run -->\n\n```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NIGHTLY = re.compile(r"^<!-- run nightly -->\n\n```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN_PAGES = (  # in this order: embeddings of the first are searched, and the last changes a setting
     *("get-started.md", "guides/package.md", "guides/search.md", "skill.md"),
     *("concepts/targets.md", "concepts/what-runs-again.md"),
@@ -277,7 +291,37 @@ def test_marked_examples_run_and_answer_what_is_shown(built, tmp_path):
                 assert done.stdout.endswith("".join(f"{line}\n" for line in answers(block)))
 
 
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """What stands where the documentation has a reader's own paths: the built-in checkpoint, and scenes by class."""
+    folder = tmp_path_factory.mktemp("a reader")
+    shutil.copytree(TINY, folder / "checkpoint")
+    for index in range(96):
+        named = folder / "scenes" / CLASSES[index % 12]
+        named.mkdir(parents=True, exist_ok=True)
+        render("mine", index, index % 12)[0].save(named / f"{index}.png")
+    return {"/path/to/checkpoint": folder / "checkpoint", "/path/to/class-named-folders": folder / "scenes"}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("page", [path for path in WRITTEN if "<!-- run nightly -->" in read(path)], ids=by_name)
+def test_long_examples_run(page, built, places, tmp_path):
+    """As a reader runs them, from a project that has run once; a stop at the first command that fails."""
+    project = built.copy(tmp_path / "project")
+    for block in NIGHTLY.findall(read(page)):
+        script = "\n".join(commands(f"```console\n{block}```"))
+        for path, mine in places.items():
+            script = script.replace(path, shlex.quote(str(mine)))
+        project.run("bash", "-euo", "pipefail", "-c", script)
+    shipped = json.loads((project.path / "reports/recommendation.json").read_text())
+    assert set(shipped["ship"]) == {"vision", "text"}
+    assert json.loads((project.path / "artifacts/package/manifest.json").read_text())["model"] == "local"
+
+
 def test_every_marked_example_is_run():
+    assert sum(read(path).count("<!-- run nightly -->") for path in WRITTEN) == sum(
+        len(NIGHTLY.findall(read(path))) for path in WRITTEN
+    )
     marked = {path.relative_to(ROOT / "docs").as_posix() for path in WRITTEN if "<!-- run -->" in read(path)}
     assert marked == {*RUN_PAGES}
     assert sum(read(ROOT / "docs" / page).count("<!-- run -->") for page in RUN_PAGES) == sum(
@@ -299,13 +343,14 @@ def test_pages_that_repeat_code_or_reports_are_up_to_date():
 def test_a_row_that_reports_do_not_have_is_replaced():
     table = "| Precision | Cosine | Drop | Flips |\n| --- | ---: | ---: | ---: |\n"
     wrong = f"<!-- rows: conf/gates/standard.yaml -->\n\n{table}| `fp32` | 0.9 | 0.1 | 0.2 |\n\nNext."
-    right = ("fp32` | 0.9999 | 0.1 | 0.2", "fp16` | 0.999 | 0.5 | 1", "bf16` | 0.99 | 1 | 2", "int8` | 0.9 | 1.5 | 8")
+    halves = ("fp32` | 0.9999 | 0.1 | 0.2", "fp16` | 0.999 | 0.5 | 1", "bf16` | 0.99 | 1 | 2")
+    right = (*halves, "fp8` | 0.95 | 1 | 4", "int8` | 0.9 | 1.5 | 8")
     rows = "".join(f"| `{row} |\n" for row in right)
     assert with_rows(wrong) == f"<!-- rows: conf/gates/standard.yaml -->\n\n{table}{rows}\nNext."
 
 
 def test_every_setting_says_what_it_means():
-    """A comment behind it in config.py or params.yaml, or an entry of MEANINGS in tools/docs.py."""
+    """A comment behind it in config.py, or in the line before it."""
     rows = re.findall(r"^\| `(\w+)` \| `.*?` \| .*? \| (.*) \|$", settings_page(), re.MULTILINE)
     assert len(rows) > 100
     assert [name for name, meaning in rows if not meaning.strip()] == []
@@ -317,6 +362,7 @@ def test_the_citation_names_this_version():
     assert (cited["title"], cited["version"], cited["license"]) == (
         *(project[key] for key in ("name", "version", "license")),
     )
+    assert f"\n## [{cited['version']}] - {cited['date-released']}\n" in read(ROOT / "CHANGELOG.md")
 
 
 def test_reports_get_pages_of_their_own():

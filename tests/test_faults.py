@@ -363,7 +363,8 @@ SAID = {
     "crashes": ("the process crashed with SIGSEGV", "the process crashed with SIGSEGV"),
     "hangs": ("no answer within 20 s: the process hung and was killed",) * 2,
     "needs more memory than there is": ("encoding failed: MemoryError", "MemoryError"),
-    "is killed as the kernel does when memory runs out": ("crashed with SIGKILL, as when memory runs out",) * 2,
+    "is killed as the kernel does when memory runs out": ("crashed with SIGKILL, which happens when memory runs out",)
+    * 2,
 }
 VICTIMS = dict(zip(BROKEN, ("onnx-fp32", "ort-fp16", "ort-int8-dynamic", "ort-int8-static"), strict=True))
 

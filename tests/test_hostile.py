@@ -652,4 +652,4 @@ def test_any_text_is_embedded_as_the_checkpoint_does_or_refused(encoders, own_em
 def test_a_class_that_is_no_unicode_is_refused_by_name(name, checkpoint, outcomes):
     processor, model = load_processor(checkpoint), read_target(checkpoint).model
     error = counted(outcomes, "texts, made by hand", tokenize, processor, model, ["cat", name])
-    assert "text 2 of 2 is no valid Unicode" in str(error)
+    assert "text 2 of 2 is not valid Unicode" in str(error)

@@ -31,7 +31,7 @@ def test_a_file_is_written_as_it_is(name, tmp_path):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("model=local", "model: local              # clip-vit"),
+        ("model=local", "model: local"),
         ("onnx.opset=20", "  opset: 20               # 14 to 23"),
         ("recommend.max_p95_ms=10", "  max_p95_ms: 10          # of each tower"),
         ("end_to_end.workers=4", "  workers: 4 "),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from support.project import ROOT, TINY, Project
+from support.records import timing
 from support.stages import run_stage
 
 from clip_deploy.checkpoint.layout import looked_at
@@ -18,6 +19,7 @@ from clip_deploy.core.artifact import write_manifest
 from clip_deploy.core.environment import fingerprint
 from clip_deploy.core.errors import DeployError
 from stages import _check_inputs
+from stages.benchmark import said
 from stages.probe import identity
 
 STAGES = sorted({path.stem for path in (ROOT / "stages").glob("[a-z]*.py")})
@@ -34,6 +36,18 @@ def test_a_stage_explains_itself(name):
     assert done.returncode == 0, done.stderr
     assert "Settings (key=value overrides them" in done.stdout
     assert "output: ???" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (2.9, 3.1, "p50 2.00 ms, 3.00x [2.90, 3.10]"),
+        (0.4, 60.0, "p50 2.00 ms, ~ 3.00x [0.40, 60.00], which decides nothing: the machine was busy"),
+        (float("nan"), float("nan"), "p50 2.00 ms, ~ 3.00x [nan, nan], which decides nothing: the machine was busy"),
+    ],
+)
+def test_benchmark_marks_a_speedup_that_decides_nothing(low, high, shown):
+    assert said(timing(speedup_low=low, speedup_high=high)) == shown
 
 
 @pytest.mark.parametrize("read", ["data/portable", "data"])
@@ -256,7 +270,7 @@ def test_a_sweep_whose_jobs_would_overwrite_one_output_is_refused_before_any_run
     done = run_stage(*JOBS, *words)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: output is {output} in more than one of the sweep's ")
-    assert "let it vary, as 'output=timed-${hydra:job.num}.json' does" in done.stderr
+    assert "let it vary, for example 'output=timed-${hydra:job.num}.json'" in done.stderr
     kinds("27: a sweep with one output", before="the last job's result alone, exit 0", now=done.stderr)
 
 

@@ -12,6 +12,7 @@ import ast
 import html
 import re
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from enum import Enum
@@ -28,36 +29,6 @@ from tools.tables import with_rows
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 WRITTEN = "<!-- Written by `python -m tools.docs`: change the code, not this page. -->\n\n"
-# What neither config.py nor the files of settings say: there a comment would make measured rows stale.
-MEANINGS = {
-    "device": "what targets run on; change it by `clip-deploy device`, with all that goes with it",
-    "precision": "of weights and computation; see [Accepted words](#accepted-words)",
-    "source": "the target that it is made from: `onnx-fp32`, or one of `optimize` in fp32",
-    "method": "how activations are quantised: at run time, by the calibration set, or not at all",
-    "per_channel": "a scale for each output channel of a weight, not one for all",
-    "reduce_range": "weights of 7 bits; see [Accepted words](#accepted-words)",
-    "min_batch": "the smallest batch that the engine takes",
-    "concurrency": "numbers of clients that ask at the same time",
-    "required": "names of targets",
-    "repo_id": "an id of the Hugging Face hub, owner/name; in the place of `path`",
-    "path": "a folder or a file on this disk",
-    "processor_revision": "a commit, where the processor is an id",
-    "seed": "of random weights",
-    "data.source": "`shapes`, `image-folder`, `captions` or `hub`",
-    "evaluation_samples": "images on which targets are judged",
-    "calibration_samples": "other images, on which ranges of INT8 and FP16 are found",
-    "templates": "prompts, each with {} for the class; a class is the mean over all",
-    "image_column": "the column with images: paths of a CSV, or a data set's images",
-    "caption_column": "the column with captions; null: none, and no retrieval",
-    "dataset_id": "an id of the Hugging Face hub, or a local folder that `datasets` can load",
-    "data.revision": "a commit of the data set; null: the newest",
-    "split": "of the data set",
-    "batch_sizes": "images, and texts, in one call",
-    "fp32": "limits of targets in this precision",
-    "fp16": "limits of targets in this precision",
-    "bf16": "limits of targets in this precision",
-    "int8": "limits of targets in this precision",
-}
 YAML = {"None": "null", "True": "true", "False": "false"}
 
 
@@ -129,23 +100,22 @@ def settings_page() -> str:
         "Each table is followed by the messages of what is refused; … stands for the value given.\n\n"
         "## params.yaml\n\n"
     )
-    said = _said()
-    text += _fields(classes["Params"], lines, said) + _refused(classes["Params"])
+    text += _fields(classes["Params"], lines) + _refused(classes["Params"])
     for section, kind in _sections(classes["Params"]):
-        text += f"## `{section}`\n\n" + _setting(classes[kind], lines, said, section)
+        text += f"## `{section}`\n\n" + _setting(classes[kind], lines)
     text += "## Files in conf/\n\nEach file is one choice. Its first line shows how to select it.\n\n"
     for group, schema in config.SCHEMAS.items():
-        text += f"### conf/{group}/\n\n{_choices(group)}" + _setting(classes[schema.__name__], lines, said, group)
+        text += f"### conf/{group}/\n\n{_choices(group)}" + _setting(classes[schema.__name__], lines)
     for group in ("devices", "sweep"):
         text += f"### conf/{group}/\n\n{_choices(group)}"
     text += "## Parts of settings\n\n"
     for name in ("AccuracyBudget", "GateLimits"):
         text += f"### {name}\n\n" + _setting(classes[name], lines)
-    text += "## Accepted words\n\n| Type | Values |\n| --- | --- |\n"
+    text += "## Accepted words\n\n| Type | Meaning | Values |\n| --- | --- | --- |\n"
     for name, node in classes.items():
         kind = getattr(config, name)
         if issubclass(kind, Enum):
-            text += f"| `{name}` | {'; '.join(_words(node, lines))} |\n"
+            text += f"| `{name}` | {ast.get_docstring(node)} | {'; '.join(_words(node, lines))} |\n"
     return text
 
 
@@ -158,39 +128,17 @@ def _sections(params: ast.ClassDef) -> Iterator[tuple[str, str]]:
                 yield node.target.id, name
 
 
-def _said() -> dict[str, str]:
-    """What the comments of params.yaml and of conf/ say, by key: those of a section's as section.key."""
-    found: dict[str, str] = {}
-    files = [
-        ROOT / "conf" / group / f"{name}.yaml" for group, name in (("benchmark", "standard"), ("data", "captions"))
-    ]
-    for path in [ROOT / "params.yaml", *files]:
-        section = "" if path.name == "params.yaml" else path.parent.name
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if key := re.match(r"( *)(\w+): *(.*)", line):
-                if path.name == "params.yaml" and not key[1]:
-                    section = ""
-                name = f"{section}.{key[2]}" if section else key[2]
-                found.setdefault(name, key[3].partition("# ")[2])
-                if path.name == "params.yaml" and not key[1]:
-                    section = key[2]
-    return found
-
-
-def _setting(node: ast.ClassDef, lines: list[str], said: dict[str, str] | None = None, section: str = "") -> str:
+def _setting(node: ast.ClassDef, lines: list[str]) -> str:
     about = ast.get_docstring(node)
-    return (f"{about}\n\n" if about else "") + _fields(node, lines, said, section) + _refused(node)
+    return (f"{about}\n\n" if about else "") + _fields(node, lines) + _refused(node)
 
 
-def _fields(node: ast.ClassDef, lines: list[str], said: dict[str, str] | None = None, section: str = "") -> str:
+def _fields(node: ast.ClassDef, lines: list[str]) -> str:
     text = "| Setting | Type | Default | Meaning |\n| --- | --- | --- | --- |\n"
     sections = dict(_sections(node)) if node.name == "Params" else {}
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            key = f"{section}.{item.target.id}" if section else item.target.id
-            meaning = (
-                _comment(item, lines) or (said or {}).get(key) or MEANINGS.get(key) or MEANINGS.get(item.target.id, "")
-            )
+            meaning = _comment(item, lines)
             if node.name == "Params" and item.target.id in config.GROUPS:
                 meaning = f"a file of [conf/{item.target.id}/](#conf{item.target.id})"
             elif node.name == "Params" and item.target.id in sections:
@@ -213,8 +161,10 @@ def _default(item: ast.AnnAssign) -> str:
 
 
 def _comment(node: ast.stmt, lines: list[str]) -> str:
+    """Behind it, or in the line before it."""
     line = lines[(node.end_lineno or node.lineno) - 1].encode()[node.end_col_offset or 0 :].decode()
-    return line.partition("#")[2].strip()
+    before = re.fullmatch(r" +# (.*)", lines[node.lineno - 2])
+    return line.partition("#")[2].strip() or (before[1] if before else "")
 
 
 def _words(node: ast.ClassDef, lines: list[str]) -> Iterator[str]:
@@ -248,7 +198,7 @@ def _loops(node: ast.AST, inner: ast.AST) -> dict[str, str]:
 def _message(node: ast.expr, loops: dict[str, str]) -> str:
     """A message's text, code as code: what is formatted into it is … ."""
     if not isinstance(node, ast.JoinedStr):
-        return html.escape(str(ast.literal_eval(node)), quote=False)
+        return _plain(str(ast.literal_eval(node)))
     parts = []
     for part in node.values:
         if isinstance(part, ast.Constant):
@@ -257,7 +207,14 @@ def _message(node: ast.expr, loops: dict[str, str]) -> str:
             value = ast.unparse(part.value)
             known = loops.get(value) or getattr(config, value, "…")
             parts.append(str(known))
-    return html.escape("".join(parts), quote=False).replace("*", r"\*")
+    return _plain("".join(parts))
+
+
+def _plain(text: str) -> str:
+    """For Markdown: what is not code between backticks is taken as it is written."""
+    parts = " ".join(text.split()).split("`")
+    parts[::2] = [re.sub(r"([*\[\]])", r"\\\1", html.escape(part, quote=False)) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _choices(group: str) -> str:
@@ -376,7 +333,38 @@ def errors_page() -> str:
     )
     for code, severities, about in _findings():
         text += f"| `{code}` | {severities} | {about} |\n"
+    text += "\n## Messages\n\nEvery message, by its class; … stands for what is filled in.\n"
+    for name, said in _messages().items():
+        text += f"\n### {name}\n\n" + "".join(f"- {message}\n" for message in said)
     return text
+
+
+def _messages() -> dict[str, list[str]]:
+    """What the library raises, by the class: in the order of its files, but for settings, which have their own page."""
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted((ROOT / "clip_deploy").rglob("*.py"))
+        if path != Path(config.__file__)
+    }
+    named: dict[str, set[str]] = defaultdict(
+        set
+    )  # constants of modules; those of one name and several values are left …
+    for tree in trees.values():
+        for item in tree.body:
+            if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant):
+                named[ast.unparse(item.targets[0])].add(str(item.value.value))
+    constants = {name: values.pop() for name, values in named.items() if len(values) == 1}
+    found: dict[str, list[str]] = {name: [] for name in vars(errors) if name.endswith("Error")}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+                continue
+            kind, said = ast.unparse(node.exc.func), node.exc.args[0]
+            if kind in found and isinstance(said, ast.JoinedStr | ast.Constant):
+                message = _message(said, constants)
+                if message.count(" ") > 2 and message not in found[kind]:
+                    found[kind].append(message)
+    return {name: said for name, said in found.items() if said}
 
 
 def _findings() -> Iterator[tuple[str, str, str]]:

@@ -10,6 +10,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 H200 = "reports/hardware/nvidia-h200/vit-b-32-untrained/report.md"
+EMBED_GPU = "reports/hardware/nvidia-h200/embed_gpu.json"
+FP8 = {  # models whose FP8 was timed beside FP16
+    "B/32": "reports/hardware/nvidia-h200/vit-b-32-untrained-fp8/report.md",
+    "L/14": "reports/hardware/nvidia-h200/vit-l-14-untrained-fp8/report.md",
+}
 MARKED = re.compile(r"(<!-- rows: (.+?) -->\n+\|.*\n\|[ :|-]+\|\n)((?:\|.*\n)*)")
 EDGES = ("images, batch 1", "images, batch 8", "texts of 77 tokens, batch 1", "texts of 77 tokens, batch 8")
 CHINESE_EDGES = ("图像，批大小 1", "图像，批大小 8", "77 个 token 的文本，批大小 1", "77 个 token 的文本，批大小 8")
@@ -79,7 +84,9 @@ def gates() -> list[list[str]]:
     """The limits of conf/gates/standard.yaml."""
     limits = yaml.safe_load(_read("conf/gates/standard.yaml"))
     keys = ("min_cosine", "max_top1_drop", "max_flips")
-    return [[f"`{name}`", *(f"{limits[name][key]:g}" for key in keys)] for name in ("fp32", "fp16", "bf16", "int8")]
+    return [
+        [f"`{name}`", *(f"{limits[name][key]:g}" for key in keys)] for name in ("fp32", "fp16", "bf16", "fp8", "int8")
+    ]
 
 
 def h200() -> list[list[str]]:
@@ -94,6 +101,28 @@ def h200() -> list[list[str]]:
     return [*rows.values(), ["fastest of ours / of torch.compile and TensorRT", *ratios]]
 
 
+def fp8() -> list[list[str]]:
+    """Milliseconds in FP16 and FP8, single calls / back to back, and how many times as fast FP8 is."""
+    found = []
+    for model, path in FP8.items():
+        head, *rows = _table(_read(path), "## Single calls and back to back")
+        cells = {row[0]: row for row in rows}
+        for column in range(1, len(head)):
+            half, eight = (cells[f"`torch-fused-{precision}`"][column] for precision in ("fp16", "fp8"))
+            pairs = zip(half.split(" / "), eight.split(" / "), strict=True)
+            times = " / ".join(f"{float(slow) / float(fast):.2f}" for slow, fast in pairs)
+            found.append([f"{model}, {head[column]}", half, eight, times])
+    return found
+
+
+def embed_gpu() -> list[list[str]]:
+    """Images per second of `embed` and of what it is made of, on a GPU."""
+    found = _json(EMBED_GPU)["sizes"]["640x480"]
+    rates = {name: f"{rate:,}" for name, rate in found["per_s"].items()}
+    rates |= {f"`--gpus`, {count}": f"{rate:,.0f}" for count, rate in found["embed_on_disk_per_s"].items()}
+    return [[name, rate] for name, rate in rates.items()]
+
+
 ROWS: dict[str, Callable[[], list[list[str]]]] = {
     "reports/report.md": targets,
     "reports/embed.json": embed,
@@ -102,6 +131,8 @@ ROWS: dict[str, Callable[[], list[list[str]]]] = {
     "reports/peers.md zh": lambda: peers(CHINESE_EDGES),
     "conf/gates/standard.yaml": gates,
     H200: h200,
+    "FP8": fp8,
+    EMBED_GPU: embed_gpu,
 }
 
 

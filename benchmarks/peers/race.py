@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.records import WIDE
 from clip_deploy.core.similarity import similarity
-from clip_deploy.report.decisive import WIDE
 from clip_deploy.timing.latency import MIN_ROUNDS, LatencyWorker, calls_per_turn, speedup_interval
 
 WARMUP = 3  # calls before the first turn

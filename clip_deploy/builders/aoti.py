@@ -100,7 +100,7 @@ def _reported(what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         reason = first_line(error)
-        raise UnavailableError(f"AOTInductor does not compile {what}: {reason}") from error
+        raise UnavailableError(f"AOTInductor cannot compile {what}: {reason}") from error
 
 
 SOURCE = "#include <locale>\nstd::locale locale() { return std::locale(); }\n"
@@ -115,12 +115,12 @@ def _check_compiler() -> None:
         command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UnavailableError(f"{compiler} compiles no C++ file: {done.stderr.strip() or done.returncode}")
+            raise UnavailableError(f"{compiler} cannot compile a C++ file: {done.stderr.strip() or done.returncode}")
         inside = sys.platform == "linux" and b"libstdc++.so" not in library.read_bytes()
     if inside:
         raise UnavailableError(
-            f"{compiler} links libstdc++ statically, and PyTorch crashes as it opens such a package: name another "
-            "compiler in CXX, as CXX=/usr/bin/g++"
+            f"{compiler} links libstdc++ statically. PyTorch crashes when it opens such a package: name another "
+            "compiler in CXX, for example CXX=/usr/bin/g++"
         )
 
 

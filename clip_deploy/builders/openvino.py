@@ -73,7 +73,7 @@ def _imported(name: str) -> Any:
 
 def _check_cpu(openvino: Any, precision: Precision) -> None:
     if precision is Precision.bf16 and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise UnavailableError("OpenVINO finds no bfloat16 instructions on this CPU")
+        raise UnavailableError("this CPU has no bfloat16 instructions that OpenVINO knows")
 
 
 def _convert(
@@ -97,7 +97,7 @@ def _read(openvino: Any, path: Path, inputs: list[str]) -> Any:
         converted = openvino.convert_model(path)
     except Exception as error:  # the converter's errors share no base class
         reason = str(error).strip().splitlines()[-1]
-        raise UnavailableError(f"OpenVINO does not convert the {path.stem} tower: {reason}") from error
+        raise UnavailableError(f"OpenVINO cannot convert the {path.stem} tower: {reason}") from error
     for port, name in zip(converted.inputs, inputs, strict=True):
         port.get_tensor().set_names({name})
     converted.outputs[0].get_tensor().set_names({EMBEDS[path.stem]})

@@ -110,7 +110,7 @@ def _packaged(advice: Shipment, wanted: str, sources: Sources, gates: GatesConfi
     records = {name: check_fit(name, advice, sources, gates) for name in names}
     pair = " with ".join(towers[tower] for tower in TOWERS)
     if len(names) > 1 and not (pair in advice.pairs and advice.pairs[pair].status == "pass"):
-        raise DeployError(f"{pair} did not pass together (reports/recommendation.json): run `dvc repro`")
+        raise DeployError(f"{pair} failed their gate together (reports/recommendation.json): run `dvc repro`")
     origin = provenance({name: (read_target(sources.built / name), record) for name, record in records.items()}, run)
     pairs = advice.pairs if wanted == RECOMMENDED else {}
     _fill(folder, towers, sources)
@@ -146,7 +146,7 @@ def check_fit(name: str, advice: Shipment, sources: Sources, gates: GatesConfig)
     """What validate said of a target; DeployError where it did not pass, or its files are not those that did."""
     known = advice.targets
     if name not in known:
-        raise DeployError(f"target is {name!r}: the report knows {', '.join(known)}")
+        raise DeployError(f"target is {name!r}: accepted are {', '.join(known)}")
     target, record = known[name], read_record(Validation, sources.validation / f"{name}.json")
     others = [other for other, row in known.items() if row.status == "pass" and other != name]
     way_out = f"fit are {', '.join(others)}" if others else "the report says whether another is: run `dvc repro`"
@@ -156,7 +156,9 @@ def check_fit(name: str, advice: Shipment, sources: Sources, gates: GatesConfig)
     for file in dict.fromkeys([*record.files, *read_target(sources.built / name).files]):
         path = sources.built / name / file
         if not path.is_file() or sha256(path) != record.files.get(file):
-            raise DeployError(f"{path} is not the file that was judged (reports/validate/{name}.json): run `dvc repro`")
+            raise DeployError(
+                f"{path} is not the file that was checked (reports/validate/{name}.json): run `dvc repro`"
+            )
     return record
 
 

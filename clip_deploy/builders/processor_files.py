@@ -139,8 +139,8 @@ def _of_sentencepiece(tokenizer: Any) -> Any:
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
     if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
         raise UnavailableError(
-            "SiglipTokenizer's SentencePiece model is no Unigram model: only a tokenizer.json of your own, read with "
-            '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json, can be packaged'
+            "the SentencePiece model of this SiglipTokenizer is not a Unigram model, and cannot be packaged: save a "
+            'tokenizer.json, and set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
         )
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     made = Backend(models.Unigram(pieces, tokenizer.unk_token_id, model.trainer_spec.byte_fallback))
@@ -193,4 +193,7 @@ def write_preprocessor(processor: "BaseImageProcessor", model: Model, path: Path
             actual[name].shape != rows.shape or not np.abs(actual[name] - rows).max() < CLOSE
             for name, rows in expected.items()
         ):
-            raise UnavailableError(f"{type(processor).__name__} does something that Pillow and numpy alone do not")
+            raise UnavailableError(
+                f"{type(processor).__name__} prepares images in a way that Pillow and numpy alone cannot repeat: no "
+                "package can be made"
+            )

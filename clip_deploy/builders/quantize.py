@@ -166,7 +166,7 @@ class _Towers:
         """Both towers with a switch at each node; static ranges are those of the fully quantised graphs."""
         rounding = {}
         for tower, plain in self.plain.items():
-            rounding[tower] = Rounding(7 if self.reduced else 8, self.settings.per_channel)
+            rounding[tower] = Rounding(bits=7 if self.reduced else 8, per_channel=self.settings.per_channel)
             if self.settings.method is Quantization.static:
                 small = self.work / f"{tower}-small.onnx"
                 self._quantise(tower, plain, small, [])

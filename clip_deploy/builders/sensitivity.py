@@ -1,4 +1,4 @@
-"""Which nodes INT8 hurts, and the fewest to leave in float so that an accuracy budget holds.
+"""Which nodes INT8 or FP8 hurts, and the fewest to leave in float so that an accuracy budget holds.
 
 Both towers run with a switch at each matmul: on, its input and weight are rounded as the quantiser rounds them.
 One session for each tower serves every question: scanning all nodes costs one pass over a few rows for each.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -24,6 +25,9 @@ from clip_deploy.evaluate.embeddings import encode_set
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.runtimes import text_feed
 
+FP8 = ml_dtypes.float8_e4m3fn
+MAX_FP8 = 448.0  # the largest number of E4M3
+FP8_OPSET = 19  # QuantizeLinear knows FP8 from here on
 SCAN_ROWS = 16  # images, and texts, of the scan
 UNTOUCHED = Loss(top1_drop=0.0, flips=0.0, cosine=1.0)
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the nodes at which the curve is drawn in any case
@@ -34,14 +38,37 @@ class Rounding:
     """How a node's operands are rounded.
 
     Attributes:
-        bits: of the weights, 8 or 7; they are symmetric.
-        per_channel: one scale for each output, or one for the whole weight.
         ranges: scale and zero point of each activation by the node's name; empty where they are found at run time.
+        bits: of INT8's weights, 8 or 7; they are symmetric.
+        per_channel: one scale for each output, or one for the whole weight.
+        fp8: E4M3 instead of INT8, of the matmuls in `ranges` alone.
     """
 
-    bits: int
-    per_channel: bool
     ranges: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    bits: int = 8
+    per_channel: bool = True
+    fp8: bool = False
+
+    def nodes(self, graph: onnx.GraphProto) -> list[str]:
+        """Names of the nodes that can be quantised."""
+        return [node.name for node in onnx_file.quantisable(graph) if not self.fp8 or node.name in self.ranges]
+
+    def weight(self, weight: np.ndarray, lookup: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Rounded values and scales; a table has one scale, a weight [in, out] one for each output if `per_channel`."""
+        if self.fp8:
+            return rounded_to_fp8(weight)
+        limit = 2 ** (self.bits - 1) - 1
+        axis = 0 if self.per_channel and not lookup else None
+        scale = np.maximum(np.abs(weight).max(axis=axis), 1e-12).astype(np.float32) / limit
+        return np.clip(np.round(weight / scale), -limit, limit).astype(np.int8), np.array(scale, np.float32)
+
+
+def rounded_to_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A weight [in, out] in FP8 (E4M3) and the scale of each output, float32 [out], which float16 holds exactly."""
+    largest = np.abs(weight.astype(np.float32)).max(axis=0)
+    scale = np.maximum(largest / MAX_FP8, np.finfo(np.float16).smallest_subnormal).astype(np.float16).astype(np.float32)
+    rounded = np.clip(weight.astype(np.float32) / scale, -MAX_FP8, MAX_FP8)
+    return rounded.astype(FP8), scale
 
 
 class Switched:
@@ -58,9 +85,12 @@ class Switched:
         self.sessions = {}
         for tower, path in graphs.items():
             model = onnx.load(path)
-            self.switches[tower] = [node.name for node in onnx_file.quantisable(model.graph)]
+            self.switches[tower] = rounding[tower].nodes(model.graph)
             switched = work / f"{tower}-switched.onnx"
-            onnx_file.save(ir.from_proto(with_switches(model, rounding[tower])), switched)
+            changed = ir.from_proto(with_switches(model, rounding[tower]))
+            if rounding[tower].fp8:
+                onnx_file.raise_opset(changed, FP8_OPSET)
+            onnx_file.save(changed, switched)
             self.sessions[tower] = onnx_file.open_session(switched)
 
     @property
@@ -83,7 +113,7 @@ def with_switches(model: onnx.ModelProto, rounding: Rounding) -> onnx.ModelProto
     """Add a boolean input for each node that can be quantised, which chooses between its operands and rounded ones."""
     graph = model.graph
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    chosen = {node.name for node in onnx_file.quantisable(graph)}
+    chosen = set(rounding.nodes(graph))
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.name in chosen:
@@ -114,12 +144,8 @@ def _switch_operand(nodes: list[onnx.NodeProto], node: onnx.NodeProto, index: in
 def _rounded_weight(
     graph: onnx.GraphProto, nodes: list[onnx.NodeProto], name: str, weight: np.ndarray, rounding: Rounding, lookup: bool
 ) -> str:
-    """A table is rounded with one scale, a weight [in, out] with one for each output where that is asked for."""
-    limit = 2 ** (rounding.bits - 1) - 1
-    axis = 0 if rounding.per_channel and not lookup else None
-    scale = np.maximum(np.abs(weight).max(axis=axis), 1e-12).astype(np.float32) / limit
-    rounded = np.clip(np.round(weight / scale), -limit, limit).astype(np.int8)
-    for suffix, content in (("weight", rounded), ("scale", np.array(scale, np.float32))):
+    rounded, scale = rounding.weight(weight, lookup)
+    for suffix, content in (("weight", rounded), ("scale", scale)):
         graph.initializer.append(numpy_helper.from_array(content, f"{name}/{suffix}"))
     nodes.append(
         helper.make_node("DequantizeLinear", [f"{name}/weight", f"{name}/scale"], [f"{name}/rounded_weight"], axis=1)

@@ -39,7 +39,10 @@ def build_engine(source: Path, settings: BuildEngineConfig, calibration: Prepare
     """
     library = load_tensorrt()
     if not is_rtx(library) and not gpus():
-        raise UnavailableError(f"TensorRT builds engines on an NVIDIA GPU only, TensorRT-RTX anywhere: {INSTALL}")
+        raise UnavailableError(
+            "TensorRT builds engines only on a machine with an NVIDIA GPU. TensorRT-RTX builds them anywhere: "
+            f"{INSTALL}"
+        )
     target = read_source(source)
     in_fp32: list[str] = []
     with tempfile.TemporaryDirectory(dir=output) as folder:
@@ -92,7 +95,7 @@ def _build(library: Any, graph: Path, settings: BuildEngineConfig, context: int,
     parser = library.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         reason = parser.get_error(0).desc().strip().splitlines()[0]
-        raise UnavailableError(f"TensorRT does not read the {output.stem} tower: {reason}")
+        raise UnavailableError(f"TensorRT cannot read the {output.stem} tower: {reason}")
     _take_attention_apart(library, network)
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, network, settings, context))
@@ -100,7 +103,7 @@ def _build(library: Any, graph: Path, settings: BuildEngineConfig, context: int,
     log.errors.clear()
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise UnavailableError(f"TensorRT does not build the {output.stem} tower: {log.first_error()}")
+        raise UnavailableError(f"TensorRT cannot build the {output.stem} tower: {log.first_error()}")
     output.write_bytes(engine)
     if cache is not None:
         timed = output.with_name(cache.name)

@@ -43,22 +43,25 @@ def check_settings(folder: Path) -> dict[str, Any]:
     kind, rank = settings.get("peft_type"), settings.get("r")
     if isinstance(kind, str) and kind in NOT_MERGEABLE:
         raise CheckpointError(
-            f"{folder} holds an adapter of the kind {kind}, which changes no weights of its base: it cannot be merged "
-            "into it, as LoRA and its like can"
+            f"{folder} holds an adapter of the kind {kind}, which changes no weights of its base and cannot be merged "
+            "into it: give a LoRA or a similar adapter"
         )
     if isinstance(rank, int) and rank < 1:
-        raise CheckpointError(f"{folder} holds an adapter of rank {rank} (r in {ADAPTER}), which changes nothing")
+        raise CheckpointError(
+            f"{folder} holds an adapter of rank {rank} (r in {ADAPTER}), which changes nothing: give the trained "
+            "adapter, or deploy the base"
+        )
     if settings.get("layer_replication"):
         raise CheckpointError(
             f"{folder} holds an adapter that repeats layers of its base (layer_replication in {ADAPTER}): merge it "
-            "yourself, and give that model"
+            "yourself, and give the merged model"
         )
     try:
         import peft  # noqa: F401 - it is asked for here, so that nothing is fetched in vain
     except ImportError as error:
         raise CheckpointError(
-            f"{folder} holds an adapter, which the library peft merges into its base: install it with "
-            f"`.venv/bin/pip install '.[peft]'` ({one_line(error)})"
+            f"{folder} holds an adapter. The library peft merges it into its base: install peft with `.venv/bin/pip "
+            f"install '.[peft]'` ({one_line(error)})"
         ) from error
     return settings
 
@@ -71,11 +74,11 @@ def check_weights(folder: Path) -> None:
             "adapter_model.bin alone is there, a pickle, which can run code when loaded" if pickled else "it is missing"
         )
         raise CheckpointError(
-            f"{folder} holds an adapter whose weights belong in {WEIGHTS}, and {what}: where you trust it, load it "
-            "once and `model.save_pretrained(folder)`"
+            f"{folder} holds an adapter whose weights belong in {WEIGHTS}, and {what}: if you trust it, load it once "
+            "and run `model.save_pretrained(folder)`"
         )
     if not (shapes := _shapes(folder / WEIGHTS)):
-        raise CheckpointError(f"{folder / WEIGHTS} holds no weights: it was saved without them; save it again")
+        raise CheckpointError(f"{folder / WEIGHTS} holds no weights: save the adapter again")
     if empty := next((name for name, shape in shapes.items() if 0 in shape), None):
         raise CheckpointError(f"{folder / WEIGHTS}: {empty} is empty, of shape {shapes[empty]}: save the adapter again")
 
@@ -85,7 +88,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         with safe_open(path, framework="numpy") as content:
             return {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}): fetch it again") from error
+        raise CheckpointError(f"{path} is truncated, or not a safetensors file ({error}): download it again") from error
 
 
 def merge(adapter: Path, base: Path, output: Path) -> str:
@@ -109,14 +112,14 @@ def merge(adapter: Path, base: Path, output: Path) -> str:
     changed = [name for name, value in merged.state_dict().items() if name not in own or not value.equal(own[name])]
     if not changed:
         raise CheckpointError(
-            f"{adapter} holds an adapter that changes nothing in its base: all that it adds is zero, as before "
-            "training; give the one that was trained, or deploy the base"
+            f"{adapter} holds an adapter that changes nothing in its base. All that it adds is zero, as before "
+            "training: give the trained adapter, or deploy the base"
         )
     if (difference := max(apart(expected, embed(load_model(output), inputs)))) > SAME:
         # PEFT wraps a layer that its module does not call, as PyTorch's own attention does not call its out_proj
         raise CheckpointError(
-            f"{adapter} holds an adapter that embeds otherwise when merged (1 - cosine is {difference:.2g}): one of "
-            "its target_modules is not run as a layer of its own; leave it out in training"
+            f"{adapter} holds an adapter that gives other embeddings once it is merged (1 - cosine is "
+            f"{difference:.2g}): one of its target_modules is not run as a layer of its own: train without it"
         )
     settings = read_object(adapter / ADAPTER)
     rank = f" of rank {settings['r']}" if isinstance(settings.get("r"), int) else ""
@@ -131,7 +134,7 @@ def _adapted(folder: Path, model: "PreTrainedModel") -> "PeftModel":
     adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu").eval()
     given = set(_shapes(folder / WEIGHTS))
     places = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    way = "it is of another base; name its own, `base:` in the model's file in conf/model/, a folder or an id"
+    way = "it was made for another base; name that one with `base:` (a folder or id) in the model's file in conf/model/"
     if left := sorted(given - places):
         raise CheckpointError(f"{folder} holds an adapter that does not fit its base: no place for {some(left)}: {way}")
     if empty := sorted(places - given):
@@ -150,6 +153,6 @@ def _library_errors(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # whatever peft and torch meet in its files
         raise CheckpointError(
-            f"{folder} holds an adapter that cannot be merged into its base, which may be another than it was trained "
-            f"on: {one_line(error)}"
+            f"{folder} holds an adapter that cannot be merged into its base. Perhaps it was trained on another base: "
+            f"{one_line(error)}"
         ) from error

@@ -154,7 +154,7 @@ def _adapter_settings(folder: Path, place: Place, model: ModelConfig) -> dict[st
             check_weights(folder)
         return settings
     if model.base:
-        raise CheckpointError(f"model.base is {model.base}, and {place} holds no adapter ({ADAPTER}): take it out")
+        raise CheckpointError(f"model.base is {model.base}, but {place} holds no adapter ({ADAPTER}): remove `base`")
     return None
 
 
@@ -226,7 +226,7 @@ def _convert(model: ModelConfig, output: Path) -> Made:
 def _refuse_parts(model: ModelConfig, what: str) -> None:
     """Raise CheckpointError where `base` or `processor` is set for what needs none."""
     if set_here := next((name for name in ("base", "processor") if getattr(model, name)), None):
-        raise CheckpointError(f"model.{set_here} is set, and {what}, which needs none: take it out")
+        raise CheckpointError(f"model.{set_here} is set, but {what} and needs none: remove it")
 
 
 def _snapshot(place: Place, names: Iterable[str]) -> Path:
@@ -239,8 +239,8 @@ def _snapshot(place: Place, names: Iterable[str]) -> Path:
     folder = Path(snapshot_download(str(place.repo_id), revision=place.revision, allow_patterns=list(names)))
     if folder.name != place.revision:  # the cache names it by its commit
         raise CheckpointError(
-            f"model.{place.pin} is {place.revision}, a name that can move to other weights: {place.repo_id} is at "
-            f"{folder.name} there now; set `{place.pin}: {folder.name}` in {FILE}"
+            f"model.{place.pin} is {place.revision}, a name that can move to other weights. {place.repo_id} is now at "
+            f"{folder.name}: set `{place.pin}: {folder.name}` in {FILE}"
         )
     return folder
 
@@ -304,7 +304,9 @@ def _hub_errors(place: Place) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        raise CheckpointError(f"{repo_id} is gated: accept its terms on its page, then set HF_TOKEN") from error
+        raise CheckpointError(
+            f"{repo_id} is gated: accept its terms on its page at huggingface.co, then set HF_TOKEN"
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"the hub has no model {repo_id} that you may read: check the id, or set HF_TOKEN"
@@ -319,7 +321,7 @@ def _hub_errors(place: Place) -> Iterator[None]:
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the network
-        raise CheckpointError(f"downloading {what} failed: {error}; run `dvc repro` again to go on") from error
+        raise CheckpointError(f"downloading {what} failed: {error}; run `dvc repro` again to continue") from error
 
 
 def _initialise(model: ModelConfig, output: Path) -> None:

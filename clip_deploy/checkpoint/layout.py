@@ -77,9 +77,11 @@ def weight_names(folder: Path) -> list[str]:
         return [WEIGHTS]
     shards = read_object(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{folder / INDEX} is no index of weights: fetch it again")
+        raise CheckpointError(f"{folder / INDEX} is not an index of weights: download it again")
     if outside := next((name for name in shards.values() if Path(name).name != name), None):
-        raise CheckpointError(f"{folder / INDEX} names {outside!r:.80}, which is no file beside it: fetch it again")
+        raise CheckpointError(
+            f"{folder / INDEX} names {outside!r:.80}, which is not a file beside it: download it again"
+        )
     return [INDEX, *sorted(set(shards.values()))]
 
 
@@ -122,31 +124,32 @@ def _refuse_adapter(folder: Path) -> None:
         return
     files = " and ".join(names)
     if is_adapter(folder):
-        raise CheckpointError(f"{folder} holds an adapter ({files}), and no model: give the model that it was made for")
+        raise CheckpointError(f"{folder} holds an adapter ({files}) and no model: give the model that it was made for")
     raise CheckpointError(
-        f"{folder} holds an adapter ({files}) beside a whole model, and nothing tells whether it is merged into it: if "
-        f"not, move these files to a folder of their own, and give that as the path with `base: {folder}`; if it is, "
-        "or to deploy the base, move them away"
+        f"{folder} holds an adapter ({files}) beside a whole model. Nothing shows whether the model contains the "
+        "adapter already. If it does not, move these files to a folder of their own, and set `path` to that folder and "
+        f"`base: {folder}`. If it does, or to deploy the base, move them away"
     )
 
 
 def _seen(folder: Path) -> str:
     """What a folder without config.json is, and the way to one that has it."""
     if (folder / PIPELINE).is_file():
-        return f"is a diffusers pipeline ({PIPELINE}), and no dual encoder: give a CLIP checkpoint"
+        return f"is a diffusers pipeline ({PIPELINE}), not a dual encoder: give a CLIP checkpoint"
     inside = [path.parent for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/config.json")]
     if inside:
         named = ", ".join(str(path.relative_to(folder)) for path in sorted(inside)[:SHOWN])
-        return f"has no config.json, and below it {named} has: give that folder as the path"
+        return f"has no config.json, but {named} below it has one: give that folder as the path"
     if pickled := matching(folder, PICKLES):
         return (
-            f"has no config.json, and {pickled[0]}: a training checkpoint or state_dict. Of OpenAI or of open_clip's "
-            "training, give the file itself as the path, the latter with `open_clip: ARCHITECTURE`; else load it into "
-            "its model of transformers, then `model.save_pretrained(folder)` and `processor.save_pretrained(folder)`"
+            f"has no config.json, and {pickled[0]}: a training checkpoint or a state_dict. If it is from OpenAI or "
+            "from open_clip's training, give the file itself as the path (for open_clip with `open_clip: "
+            "ARCHITECTURE`). If not, load it into its transformers model, and run `model.save_pretrained(folder)` and "
+            "`processor.save_pretrained(folder)`"
         )
     names = sorted(path.name for path in folder.iterdir())
     held = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") or "nothing"
-    return f"has no config.json, and holds {held}: give a folder as transformers' save_pretrained writes it"
+    return f"has no config.json, and holds {held}: give a folder that transformers' save_pretrained wrote"
 
 
 def own_code(folder: Path) -> list[str]:

@@ -149,9 +149,9 @@ def lint(folder: Path, model: ModelConfig, described: Model) -> list[Finding]:
 
 def _refusal(wrong: Sequence[Finding]) -> str:
     codes = sorted({finding.code for finding in wrong} - NEVER_ALLOWED)
-    way = f", or, where it is meant so, put `allow: [{', '.join(codes)}]` into the model's file in conf/model/"
+    way = f", or, if it is intended, put `allow: [{', '.join(codes)}]` into the model's file in conf/model/"
     lines = "".join(f"\n  {finding}" for finding in wrong)
-    return f"the checkpoint would give wrong answers:{lines}\nmend the checkpoint{way if codes else ''}"
+    return f"the checkpoint would give wrong answers:{lines}\ncorrect the checkpoint{way if codes else ''}"
 
 
 @dataclass
@@ -242,21 +242,21 @@ class Opened:
 
     def prepared(self, image: Image.Image) -> np.ndarray:
         """The same in the model's image_dtype."""
-        what = f"{self.folder}: of an image of {image.width} x {image.height} pixels, its image processor"
+        what = f"{self.folder}: given an image of {image.width} x {image.height} pixels, its image processor"
         dtype = self.described.image_dtype
         try:
             with np.errstate(all="ignore"):
                 processed = self.processor.image_processor(image, return_tensors="np")
                 made = as_images(processed, dtype)[0]
         except Exception as error:  # whatever transformers meets in preprocessor_config.json
-            raise CheckpointError(f"{what} makes an error: {one_line(error)}") from error
+            raise CheckpointError(f"{what} fails: {one_line(error)}") from error
         values = made if dtype.names is None else made["pixel_values"]
         if dtype.names is None and (made.ndim != 3 or len(made) != 3 or not made.size):
             raise CheckpointError(
                 f"{what} makes pixel_values of shape {list(made.shape)}: [3, height, width] is needed"
             )
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{what} makes NaN or infinity: mend image_mean and image_std")
+            raise CheckpointError(f"{what} makes NaN or infinity: correct image_mean and image_std")
         found: np.ndarray = made
         return found
 
@@ -266,8 +266,8 @@ def code_of_its_own(opened: Opened) -> Iterator[Finding]:
     if files := own_code(opened.folder):
         found = f"the checkpoint has code of its own (auto_map in {' and '.join(files)})"
         consequence = (
-            f"It is never run: transformers' own {type(opened.loaded[0]).__name__} answers in its place, with other "
-            "embeddings where that code computes others"
+            f"It is never run. transformers' own {type(opened.loaded[0]).__name__} answers in its place, and its "
+            "embeddings may be others"
         )
         yield Finding("own-code", ERROR, found, "a model of transformers alone", consequence)
 
@@ -323,7 +323,7 @@ def _other_activation(used: Sequence[str], expected: tuple[str, str], is_certain
     apart = max(_distance(*pair) for pair in zip(used, expected, strict=True))
     named = expected[0] if len(set(expected)) == 1 else _towers(expected)
     if apart > SAME_FUNCTION and not is_certain:
-        consequence = f"{OTHER_FUNCTION}, if they are what the folder is called after"
+        consequence = f"{OTHER_FUNCTION}, if the folder's name is right"
         yield Finding("hidden-act", WARNING, f"hidden_act is {_towers(used)}", f"{named}, by the folder", consequence)
     elif apart > SAME_FUNCTION:
         yield Finding("hidden-act", ERROR, f"hidden_act is {_towers(used)}", named, OTHER_FUNCTION)
@@ -387,7 +387,8 @@ def _legacy(tokenizer: Any, real: int, highest: int) -> Finding:
     found = "text_config.eos_token_id is 2, as before transformers 4.31, which pools at the highest id of a text"
     if real == highest:
         consequence = (
-            "Right here, where that ends every text; with a token added to the tokenizer, texts would be pooled there"
+            "That is right here, as it ends every text. If a token is added to the tokenizer, texts would be pooled "
+            "there"
         )
         return Finding("eos-token", WARNING, found, f"the tokenizer's {real}", consequence)
     return _pooled_at_highest(tokenizer, found, real, highest)
@@ -413,13 +414,11 @@ def padding(opened: Opened) -> Iterator[Finding]:
     if opened.kind in PAD_TOKENS:
         expected = PAD_TOKENS[opened.kind]
         if tokenizer.pad_token not in expected:
-            consequence = "The text tower reads padding as text, and was trained with another"
+            consequence = "The text tower reads padding as text, and was trained with another padding token"
             found = f"the tokenizer pads with {tokenizer.pad_token!r}"
             yield Finding("pad-token", WARNING, found, " or ".join(map(repr, expected)), consequence)
     elif told is not None and getattr(text, "eos_token_id", None) != LEGACY_EOS and told != tokenizer.pad_token_id:
-        consequence = (
-            "Nothing changes here, where the tokenizer pads; a server that pads by config.json sends other ids"
-        )
+        consequence = "Nothing changes here, as the tokenizer pads. A server that pads by config.json sends other ids"
         found = f"text_config.pad_token_id is {told}"
         yield Finding("pad-token", WARNING, found, f"the tokenizer's {tokenizer.pad_token_id}", consequence)
 
@@ -458,12 +457,12 @@ def unknown_words(opened: Opened) -> Iterator[Finding]:
     tokenizer = opened.processor.tokenizer
     shares = [_unknown(tokenizer, text) for text in SENTENCES]
     if min(shares) > 0.5:
-        found = f"of the tokens of {len(SENTENCES)} texts in six languages more than half are {tokenizer.unk_token!r}"
-        consequence = "Words that are unknown are all read alike"
+        found = f"more than half of the tokens of {len(SENTENCES)} texts in six languages are {tokenizer.unk_token!r}"
+        consequence = "All unknown words look the same to the model"
         yield Finding("unknown-words", ERROR, found, "a vocabulary that knows one of them", consequence)
     elif max(english := shares[: len(EXAMPLE_TEXTS)]) > 0.5:
-        found = f"of the tokens of an English text {max(english):.0%} are {tokenizer.unk_token!r}"
-        consequence = "Words that are unknown are all read alike: give classes and templates in the model's language"
+        found = f"{max(english):.0%} of the tokens of an English text are {tokenizer.unk_token!r}"
+        consequence = "All unknown words look the same to the model: give classes and templates in the model's language"
         yield Finding("unknown-words", WARNING, found, "a vocabulary that knows them", consequence)
 
 
@@ -524,9 +523,9 @@ def stated(opened: Opened) -> Iterator[Finding]:
         said = settings.get(setting)
         if said is None or effect(opened.own_tokenizer) in (None, bool(said)):
             continue
-        consequence = "It is not applied here either: where the model was trained so, texts are read in another way"
+        consequence = "It is not applied here either. If the model was trained with it, texts are read in another way"
         if effect(opened.processor.tokenizer) == said:
-            consequence = "It is applied here, also in the package; whoever asks transformers alone gets other tokens"
+            consequence = "It is applied here, also in the package. Code that uses transformers alone gets other tokens"
         found = f"tokenizer_config.json states {setting}: {str(said).lower()}, which transformers' {name} ignores"
         yield Finding("tokenizer-setting", WARNING, found, "it to be followed", consequence)
 
@@ -630,7 +629,9 @@ def _normalization(opened: Opened, family: Family) -> Iterator[Finding]:
     found = f"pixels are normalised by mean {_listed(mean)} and deviation {_listed(std)}"
     expected = f"{_listed(family.mean)} and {_listed(family.std)}, as {opened.kind} was trained"
     if _may_be_inception(opened) and max(np.abs(mean - HALF[0]).max(), np.abs(std - HALF[1]).max()) <= 1e-3:
-        consequence = "Right for what was fine-tuned from laion/CLIP-ViT-L-14-laion2B-s32B-b82K, and for no other CLIP"
+        consequence = (
+            "That is right for what was fine-tuned from laion/CLIP-ViT-L-14-laion2B-s32B-b82K, and no other CLIP"
+        )
         yield Finding("normalization", WARNING, found, expected, consequence)
     else:
         consequence = "The vision tower sees a range that it was never trained on: embeddings and answers change"
@@ -665,12 +666,12 @@ def stored_types(opened: Opened) -> Iterator[Finding]:
     """Half precision in the files."""
     types = {kind for path in opened.folder.glob("*.safetensors") for kind in _float_types(path)}
     if len(types) > 1:
-        consequence = "The reference holds what is stored, so cosines say nothing of what rounding has cost already"
+        consequence = "The reference holds what is stored. So cosines do not show what rounding has cost already"
         yield Finding(
             "weights-dtype", WARNING, f"weights are stored in {' and '.join(sorted(types))}", "F32", consequence
         )
     elif types and types != {"F32"}:
-        consequence = "The reference is these rounded weights: cosines say nothing of what rounding has cost already"
+        consequence = "The reference is these rounded weights. So cosines do not show what rounding has cost already"
         yield Finding("weights-dtype", WARNING, f"weights are stored in {types.pop()}", "F32", consequence)
 
 
@@ -697,12 +698,12 @@ def weights(opened: Opened) -> Iterator[Finding]:
     for names, what in ((lacking, f"missing{other}"), (misshapen, "of another shape than config.json says")):
         if names:
             found = f"{_some(names)} {'are' if len(names) > 1 else 'is'} {what}"
-            consequence = "They would be random, and others each time"
+            consequence = "They would be random, and different in each run"
             yield Finding("missing-weights", ERROR, found, "all of the architecture's", consequence)
     head = sorted(set(unused) & set(saved.state_dict())) if saved and behind else []
     if head:
         found = f"{_some(head)} {'belong' if len(head) > 1 else 'belongs'} to {type(saved).__name__}'s head"
-        yield Finding("unused-weights", WARNING, found, "the towers alone", "What lies behind embeddings is left out")
+        yield Finding("unused-weights", WARNING, found, "the towers alone", "Layers behind the embeddings are left out")
     yield from _without_place([name for name in unused if name not in head])
 
 
@@ -745,7 +746,8 @@ def _prefix(lacking: list[str], unused: list[str]) -> str | None:
 
 def _prefixed(prefix: str, wrapper: str) -> Finding:
     way = f"{{name.removeprefix({prefix!r}): weight for name, weight in load_file(path).items()}}"
-    consequence = f"None would be found. Strip it with safetensors.torch: save_file({way}, path, {{'format': 'pt'}})"
+    save = f"save_file({way}, path, {{'format': 'pt'}})"
+    consequence = f"No weight would be found. Remove the prefix with safetensors.torch: {save}"
     found = f"names of weights begin with {prefix!r}, as {wrapper} saves them"
     return Finding("missing-weights", ERROR, found, "the architecture's own names", consequence)
 

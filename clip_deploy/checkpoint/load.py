@@ -25,8 +25,8 @@ def load_model(folder: Path) -> "PreTrainedModel":
         )
     if broken := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
         raise CheckpointError(
-            f"{folder}: the weight {broken} holds NaN or infinity: its training diverged, or the file is damaged; "
-            "take an earlier checkpoint, or fetch it again"
+            f"{folder}: the weight {broken} holds NaN or infinity: its training diverged, or the file is damaged; take "
+            "an earlier checkpoint, or download it again"
         )
     return model.eval()
 
@@ -137,8 +137,8 @@ def _verify_words(folder: Path, tokenizer: Any) -> None:
     """Raise CheckpointError where there are none: transformers then makes a vocabulary of special tokens, silently."""
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()):
         raise CheckpointError(
-            f"{folder}: the vocabulary of its {type(tokenizer).__name__} is empty, so that all texts are read alike: "
-            "take it from the model that this one was fine-tuned from"
+            f"{folder}: the vocabulary of its {type(tokenizer).__name__} is empty, so all texts look the same: copy it "
+            "from the model that this one was fine-tuned from"
         )
 
 
@@ -243,7 +243,7 @@ def _skeleton(folder: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
         )
     if hasattr(model, "language_model"):
         raise CheckpointError(
-            f"{folder} is a {name}, whose texts are read by a language model, which gives a row for each token and no "
+            f"{folder} is a {name}, whose texts go through a language model. That gives a vector for each token and no "
             "embedding: only models with a text tower can be deployed (CLIP, SigLIP...)"
         )
     return model

@@ -206,6 +206,8 @@ def _by_channel(values: Any) -> list[float]:
 
 @dataclass
 class OpenClipProcessor:
+    """What transformers calls a processor: tokenizer and image processor of an open_clip checkpoint."""
+
     tokenizer: OpenClipTokenizer
     image_processor: OpenClipImages
 
@@ -242,7 +244,9 @@ def describe(folder: Path, example_texts: list[str]) -> Model:
             model = OpenClipModel(read_settings(folder), find_text_config(folder))
         tokens = processor.tokenizer(example_texts)
     except Exception as error:  # whatever open_clip and timm meet in open_clip_config.json
-        raise CheckpointError(f"{folder}: {OPEN_CLIP} is none that open_clip builds: {one_line(error)}") from error
+        raise CheckpointError(
+            f"{folder}: open_clip cannot build the model of {OPEN_CLIP}: {one_line(error)}"
+        ) from error
     context = processor.tokenizer.model_max_length
     return Model(
         model_type=KIND,

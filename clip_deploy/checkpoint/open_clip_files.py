@@ -19,7 +19,7 @@ def require_library() -> None:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:  # torchvision of another PyTorch raises the second
         raise CheckpointError(
-            f"an open_clip checkpoint is read with open_clip_torch, which cannot be imported ({one_line(error)}): "
+            f"an open_clip checkpoint needs the library open_clip_torch, which cannot be imported ({one_line(error)}): "
             f"{INSTALL}, with a torchvision that was made for the PyTorch that is installed"
         ) from error
 
@@ -34,10 +34,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     model = settings.get("model_cfg")
     towers = [model.get(name) if isinstance(model, dict) else None for name in ("vision_cfg", "text_cfg")]
     if not all(isinstance(tower, dict) for tower in towers):
-        raise CheckpointError(f"{path} lacks model_cfg with vision_cfg and text_cfg: fetch it again")
+        raise CheckpointError(f"{path} lacks model_cfg with vision_cfg and text_cfg: download it again")
     vision, text = (dict(tower or {}) for tower in towers)
     if ":" in str(name := vision.get("timm_model_name", "")):
-        raise CheckpointError(f"{path}: timm_model_name is {name!r:.60}: only architectures that timm holds are built")
+        raise CheckpointError(f"{path}: timm_model_name is {name!r:.60}: only architectures of timm can be built")
     tokenizer = text.get("tokenizer_kwargs") or {}
     if (mode := text.get("tokenizer_mode")) or (mode := tokenizer.get("reduction_mask")):
         raise CheckpointError(f"{path}: its tokenizer works in mode {mode!r:.40}, which cannot be deployed")
@@ -57,8 +57,8 @@ def find_text_config(folder: Path) -> Path | None:
         path = _of_the_hub(folder, str(name))
     if (kind := read_object(path).get("model_type")) not in TEXT_TOWERS:
         raise CheckpointError(
-            f"{folder}: its text tower, {name!r:.60} (hf_model_name), is a {kind!r:.40} of transformers: of these only "
-            f"{', '.join(TEXT_TOWERS)} are read"
+            f"{folder}: its text tower, {name!r:.60} (hf_model_name), is a {kind!r:.40} of transformers: accepted are "
+            f"{', '.join(TEXT_TOWERS)}"
         )
     return path
 
@@ -70,9 +70,9 @@ def _of_the_hub(folder: Path, name: str) -> Path:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # whatever the hub, the network and the cache meet
         raise CheckpointError(
-            f"{folder} lacks the configuration of its text tower, {name!r:.60} of transformers (hf_model_name), and it "
-            f"comes neither from the hub nor from its cache ({one_line(error):.80}): check the network or HF_ENDPOINT, "
-            f"unset HF_HUB_OFFLINE, or put that model's config.json beside as {TEXT_CONFIG}"
+            f"{folder} lacks the configuration of its text tower, {name!r:.60} of transformers (hf_model_name), and "
+            f"neither the hub nor its cache has it ({one_line(error):.80}): check the network or HF_ENDPOINT, unset "
+            f"HF_HUB_OFFLINE, or copy that model's config.json into the folder as {TEXT_CONFIG}"
         ) from error
 
 
@@ -83,6 +83,6 @@ def verify_folder(folder: Path) -> None:
     name = settings["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
     if name and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(
-            f"{folder} lacks its tokenizer, {name!r:.60} (hf_tokenizer_name): put its files beside, with "
+            f"{folder} lacks its tokenizer, {name!r:.60} (hf_tokenizer_name): put its files into the folder with "
             f"`AutoTokenizer.from_pretrained({name!r:.60}).save_pretrained(folder)`"
         )

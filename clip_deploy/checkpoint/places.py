@@ -69,10 +69,10 @@ def _place(setting: str, name: str, revision: str | None, pin: str, local: bool 
         return Place(setting, path=name)
     way = f"; set `{pin.removesuffix('_revision')}:` in {FILE}, a folder or an id with `{pin}:`"
     if not HUB_ID.fullmatch(name):
-        what = "no such folder here, and no id of the hub" if local else "no id of the hub"
+        what = "there is no such folder here, and it is not an id of the hub" if local else "it is not an id of the hub"
         raise CheckpointError(f"{setting} is {name!r:.120}: {what}{way}")
     if not revision:
-        here = "no such folder here, and " if local else ""
+        here = "there is no such folder here, and " if local else ""
         raise CheckpointError(f"{setting} is {name!r:.120}: {here}as an id it is not pinned to a commit{way}")
     return Place(setting, repo_id=name, revision=revision, pin=pin)
 

@@ -38,6 +38,6 @@ def refuse_unused(name: object, folder: Path, files: Sequence[Path]) -> None:
     """Raise CheckpointError where nothing comes from the folder that `processor:` names: it would have no effect."""
     if all(path.parent != folder for path in files):
         raise CheckpointError(
-            f"model.processor is {name}, and the model has a processor and a tokenizer of its own: take the setting "
-            "out, or move these files away"
+            f"model.processor is {name}, but the model has a processor and a tokenizer of its own: remove the setting, "
+            "or move these files away"
         )

@@ -64,7 +64,7 @@ def _read(root: Path) -> Modules | None:
         raise CheckpointError(f"{path} lists no modules of sentence-transformers")
     found = [(_kind(module), str(module.get("path", "")).strip("/")) for module in listed] or [("nothing", "")]
     if outside := next((where for _, where in found if Path(where).name != where or where == ".."), None):
-        raise CheckpointError(f"{path} names {outside!r:.80}, which is no folder beside it: save the model again")
+        raise CheckpointError(f"{path} names {outside!r:.80}, which is not a folder beside it: save the model again")
     return Modules(root, *found[0], found[1:])
 
 
@@ -79,11 +79,11 @@ def model_folder(folder: Path) -> Path:
         return folder
     if (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} holds two models, one beside {MODULES} and one in {found.where}/, which that names: move one of "
-            "them away"
+            f"{folder} holds two models: one beside {MODULES}, and one in {found.where}/, which {MODULES} names. Move "
+            "one of them away"
         )
     if not found.model.is_dir():
-        raise CheckpointError(f"{folder} lacks {found.where}/, which {MODULES} names: fetch it again")
+        raise CheckpointError(f"{folder} lacks {found.where}/, which {MODULES} names: download it again")
     return found.model
 
 
@@ -107,8 +107,8 @@ def refuse_modules(folder: Path) -> None:
     kinds = [found.first, *(kind for kind, _ in found.behind)] if found.first not in FIRST_MODULES else behind
     if kinds:
         raise CheckpointError(
-            f"{folder} is of a sentence-transformers model with {' and '.join(kinds)} ({MODULES}), which would be left "
-            "out, and embeddings would be others: only a CLIP model with Dense and Normalize behind can be deployed"
+            f"{folder} is of a sentence-transformers model with {' and '.join(kinds)} ({MODULES}). They would be left "
+            "out, and embeddings would change: only a CLIP model followed by Dense and Normalize can be deployed"
         )
     _refuse_texts(found)
     _refuse_methods(found.model)
@@ -125,13 +125,13 @@ def _refuse_texts(found: Modules) -> None:
     prompts, name = settings.get("prompts"), str(settings.get("default_prompt_name"))
     if isinstance(prompts, dict) and prompts.get(name):
         raise CheckpointError(
-            f"{path} puts {prompts[name]!r:.60} before every text (default_prompt_name): the towers do not; set it to "
-            "null, and put that into your texts and templates"
+            f"{path} puts {prompts[name]!r:.60} before every text (default_prompt_name). The towers do not: set it to "
+            "null, and write it into your texts and templates"
         )
     if settings.get("truncate_dim"):
         raise CheckpointError(
-            f"{path} cuts embeddings to their first {settings['truncate_dim']!s:.20} values (truncate_dim): the towers "
-            "do not; set it to null, and cut where you search"
+            f"{path} cuts embeddings to their first {settings['truncate_dim']!s:.20} values (truncate_dim). The towers "
+            "do not: set it to null, and cut embeddings where you search"
         )
 
 
@@ -176,9 +176,9 @@ def refuse_other_texts(found: Modules, config: dict[str, Any]) -> None:
         )
     if str(config.get("model_type")).startswith("siglip") and padding != "max_length":
         raise CheckpointError(
-            f"{path} lets texts be padded to the longest of a batch, and this model was trained on texts padded to its "
-            'context: state "processing_kwargs": {"text": {"padding": "max_length"}} there, or, where it was trained '
-            f"otherwise, this version cannot deploy it; to deploy it as transformers reads it, take {MODULES} away"
+            f"{path} pads texts to the longest of a batch, and this model was trained on texts padded to its context: "
+            'write "processing_kwargs": {"text": {"padding": "max_length"}} there. If it was trained otherwise, this '
+            f"version cannot deploy it. To deploy it as transformers reads it, move {MODULES} away"
         )
 
 
@@ -189,7 +189,7 @@ def _items(settings: Any) -> list[tuple[str, Any]]:
 def _refuse_head(folder: Path) -> None:
     """Raise CheckpointError where a Dense head is no product of matrices, or not whole."""
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} lacks config.json, and {MODULES} names it as a Dense head: fetch it again")
+        raise CheckpointError(f"{folder} lacks config.json, and {MODULES} names it as a Dense head: download it again")
     settings = read_object(folder / "config.json")
     stated = str(settings.get("activation_function", "Tanh"))
     told = [f"the activation {stated.rpartition('.')[2]}"] if stated != IDENTITY else []
@@ -199,7 +199,7 @@ def _refuse_head(folder: Path) -> None:
     if told:
         raise CheckpointError(
             f"{folder} is a Dense head with {' and '.join(told)}, and only a plain product (bias=False, "
-            "activation_function=Identity) can become part of both projections: without it embeddings would be others"
+            "activation_function=Identity) can become part of both projections: this version cannot deploy it"
         )
 
 
@@ -213,7 +213,7 @@ def weights_of(head: Path) -> "Tensor":
     try:
         weights = load_file(head / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{head / WEIGHTS} is no safetensors file ({error}): fetch it again") from error
+        raise CheckpointError(f"{head / WEIGHTS} is not a safetensors file ({error}): download it again") from error
     if set(weights) != {"linear.weight"} or weights["linear.weight"].dim() != 2:
         held = ", ".join(sorted(weights)) or "nothing"
         raise CheckpointError(f"{head / WEIGHTS} holds {held}: a linear.weight is needed")
@@ -252,7 +252,7 @@ def fold(folder: Path, heads: list[Path], output: Path) -> str:
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if (difference := max(apart(expected, embed(load_model(output), inputs)))) > 1e-5:
         raise CheckpointError(
-            f"{folder} embeds otherwise with its Dense head in the projections (1 - cosine is {difference:.2g}): what "
-            "follows them in this model is not known here"
+            f"{folder} gives other embeddings with its Dense head in the projections (1 - cosine is {difference:.2g}): "
+            "this version does not know what follows them in this model"
         )
     return f"{len(heads)} Dense in the projections, {len(matrix)} values"

@@ -61,6 +61,8 @@ class Global:
 
 @dataclass
 class Module:
+    """A module of the archive, by its attributes: tensors, numbers and other modules. None of its code is run."""
+
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -143,12 +145,12 @@ def _opened(path: Path) -> Iterator[ZipFile]:
             yield archive
     except ForeignError as error:
         raise CheckpointError(
-            f"{path} is a TorchScript archive that {error}: weights need no such thing, so it is not read, and nothing "
-            "of it was run; fetch OpenAI's own, or, where you trust it, give its state_dict: "
+            f"{path} is a TorchScript archive that {error}. Weights need no such thing, so it is not read, and none of "
+            "it was run: download OpenAI's own file, or, if you trust this one, give its state_dict: "
             "`torch.save(torch.jit.load(path).state_dict(), 'weights.pt')`"
         ) from error
     except Exception as error:  # whatever zipfile and torch meet in a damaged file
-        raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)}): fetch it again") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)}): download it again") from error
 
 
 def _roots(archive: ZipFile) -> list[str]:

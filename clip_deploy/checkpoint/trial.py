@@ -30,6 +30,7 @@ def load_whole(folder: Path) -> "PreTrainedModel":
 
 
 def some(names: list[str]) -> str:
+    """The first of these names, and how many more there are, for a message."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 

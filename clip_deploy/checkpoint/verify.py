@@ -21,7 +21,7 @@ from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.errors import CheckpointError
 
 IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
-ELSEWHERE = "name the model that has it: `processor:` in the model's file in conf/model/, a folder or an id"
+ELSEWHERE = "name the model that has it with `processor:` in the model's file in conf/model/ (a folder or an id)"
 
 
 def verify(folder: Path) -> None:
@@ -48,12 +48,12 @@ def verify_model(folder: Path) -> None:
         kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise CheckpointError(
             f"{folder} holds weights that are quantised already (quantization_config: {kind!s:.40}): give the "
-            "checkpoint that they were made from, against which every form can be held; INT8 is made here"
+            "checkpoint that they were made from. INT8 is made here, and every target is compared with the original"
         )
     names = weight_names(folder)
     if missing := [name for name in names if not (folder / name).is_file()]:
         if len(names) > 1:
-            raise CheckpointError(f"{folder} lacks {missing[0]}, which {INDEX} names: fetch it again")
+            raise CheckpointError(f"{folder} lacks {missing[0]}, which {INDEX} names: download it again")
         raise CheckpointError(without_weights(str(folder), [path for path in folder.iterdir() if path.is_file()]))
     _verify_depth(folder, config, sum(_tensors(folder / name) for name in names if name != INDEX))
 
@@ -88,8 +88,8 @@ def verify_tokenizer(folder: Path, config: dict[str, Any]) -> None:
         unread = lacking == "spiece.model" and (folder / "tokenizer.json").is_file()
         way = ', or set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json to read tokenizer.json'
         raise CheckpointError(
-            f"{folder} lacks the vocabulary of its {kind}, without which all texts are read alike: missing is "
-            f"{lacking}; copy it from the model that this one was fine-tuned from, write it with "
+            f"{folder} lacks the vocabulary of its {kind}: {lacking} is missing, and without it all texts look the "
+            "same; copy it from the model that this one was fine-tuned from, write it with "
             f"`tokenizer.save_pretrained(folder)`{way if unread else ''}, or {ELSEWHERE}"
         )
 
@@ -150,7 +150,7 @@ def _tensors(path: Path) -> int:
         with safe_open(path, framework="numpy") as content:
             return len(content.keys())
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}): fetch it again") from error
+        raise CheckpointError(f"{path} is truncated, or not a safetensors file ({error}): download it again") from error
 
 
 def _verify_depth(folder: Path, config: dict[str, Any], tensors: int) -> None:
@@ -158,7 +158,7 @@ def _verify_depth(folder: Path, config: dict[str, Any], tensors: int) -> None:
     for place in (place for tower in TOWERS for place in _places(tower)):
         settings = config.get(place) or {}
         if not isinstance(settings, dict):
-            raise CheckpointError(f"{folder}/config.json: {place} is {settings!r:.60}: it must hold settings")
+            raise CheckpointError(f"{folder}/config.json: {place} is {settings!r:.60}: give a dictionary of settings")
         layers = settings.get("num_hidden_layers")
         if isinstance(layers, int | float) and layers > tensors:
             raise CheckpointError(
@@ -175,14 +175,10 @@ def without_weights(name: str, files: list[Path], wanted: str = WEIGHTS) -> str:
             f"safetensors.torch.save_file(state_dict, {wanted!r})" if of_open_clip else "model.save_pretrained(folder)"
         )
         return (
-            f"{name} has only pickled weights ({pickled[0]}), which can run code when loaded: where you "
-            f"trust it, load it once and `{way}`, or pin a revision with {wanted}"
+            f"{name} has only pickled weights ({pickled[0]}), which can run code when loaded: if you trust it, load it "
+            f"once and run `{way}`, or pin a revision with {wanted}"
         )
     other = sorted(file.name for file in files if file.suffix == ".safetensors")
-    also = (
-        f"; {', '.join(other[:3])} is none that {'open_clip' if of_open_clip else 'transformers'} reads"
-        if other
-        else ""
-    )
+    also = f"; {'open_clip' if of_open_clip else 'transformers'} does not read {', '.join(other[:3])}" if other else ""
     shards = "" if of_open_clip else f", or shards with {INDEX}"
     return f"{name} has no weights: a file {wanted} is needed{shards}{also}"

@@ -77,7 +77,7 @@ def _from_archive(
         raise CheckpointError(
             f"model.open_clip is {architecture!r:.60}, and {path} holds another architecture (a width of "
             f"{told['vision_cfg']['width']} and {told['text_cfg']['width']}, layers {told['vision_cfg']['layers']} and "
-            f"{told['text_cfg']['layers']}): set `open_clip: {OPENAI}`, for an archive tells its own"
+            f"{told['text_cfg']['layers']}): set `open_clip: {OPENAI}`, which takes the architecture from the archive"
         )
     activation = "GELU" if calls_gelu else "QuickGELU"
     return settings, weights, f"a TorchScript archive: {activation}, as its code says; weights in FP32"
@@ -90,9 +90,10 @@ def _from_state(
     state = _state(path)
     if architecture is None:
         raise CheckpointError(
-            f"{path} holds a state_dict, and weights do not tell QuickGELU from GELU: set in the model's file in "
-            f"conf/model/ `open_clip: {OPENAI}` where they were trained from OpenAI's, with QuickGELU, or `open_clip:` "
-            "with the architecture's name in open_clip; of a model of transformers, give its folder"
+            f"{path} holds a state_dict, and weights do not show whether the model uses QuickGELU or GELU. In the "
+            f"model's file in conf/model/, set `open_clip: {OPENAI}` if they were trained from OpenAI's weights "
+            "(QuickGELU), or set `open_clip:` to the architecture's name in open_clip. For a transformers model, give "
+            "its folder"
         )
     if named:
         return {"model_cfg": named, "preprocess_cfg": {}}, state, f"read as {architecture}"
@@ -116,12 +117,12 @@ def _unread(path: Path, error: Exception) -> str:
     """Why torch.load gives no weights, and the way out."""
     if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
-            f"{path} cannot be read without running code from it (its pickle names {named[1]:.80}): where you trust "
-            "it, load it with `torch.load(path, weights_only=False)` and save its weights alone, "
+            f"{path} cannot be read without running code from it (its pickle names {named[1]:.80}): if you trust it, "
+            "load it with `torch.load(path, weights_only=False)` and save its weights alone, "
             "`torch.save(model.state_dict(), path)` of a model, `torch.save({'state_dict': checkpoint['state_dict']}, "
             "path)` of a training checkpoint"
         )
-    return f"{path} is damaged or no file of torch.save ({one_line(error)}): {ACCEPTED}"
+    return f"{path} is damaged, or torch.save did not write it ({one_line(error)}): {ACCEPTED}"
 
 
 def _as_openai(path: Path, state: State, quick_gelu: bool) -> tuple[dict[str, Any], State]:

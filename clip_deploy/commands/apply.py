@@ -1,7 +1,7 @@
-"""Keep in FP32 what the diagnosis of a failed target names.
+"""Keep the nodes in FP32 that the diagnosis of a failed target names.
 
-It writes the nodes of reports/validate/<target>.json into the target's keep_fp32 in params.yaml, in the form in which
-`dvc exp run -S` writes that file; all else there stays as it is, comments included.
+It writes the nodes of reports/validate/<target>.json into the target's keep_fp32 in params.yaml. Everything else in
+that file stays as it is, comments included.
 
 example: clip-deploy apply ort-fp16 && dvc repro
 """
@@ -23,7 +23,7 @@ VALIDATION = Path("reports/validate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="one under optimize or quantize in params.yaml")
+    parser.add_argument("target", metavar="TARGET", help="a target under optimize or quantize in params.yaml")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -56,7 +56,7 @@ def _settings(params: Any, target: str) -> Any:
     known = {name: entry for section in SECTIONS for name, entry in (params.get(section) or {}).items()}
     if target not in known:
         raise ConfigError(
-            f"{target} is no target of {' or '.join(SECTIONS)} in params.yaml, which alone have keep_fp32: accepted "
-            f"are {', '.join(known) or 'none'}"
+            f"{target} is not a target under {' or '.join(SECTIONS)} in params.yaml, and only these have keep_fp32: "
+            f"accepted are {', '.join(known) or 'none'}"
         )
     return known[target]

@@ -1,4 +1,4 @@
-"""Put machines, or runs on one, side by side, as a Markdown table.
+"""Compare machines, or runs on one machine, in a Markdown table.
 
 What is compared is a reports folder, copied here from another machine, or reports/ of this repository at a git revision
 or in one of DVC's experiments.
@@ -15,7 +15,7 @@ from clip_deploy.report.compare import comparison, read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    said = "a folder as reports/, a git revision, or an experiment's name"
+    said = "a reports folder, a git revision, or the name of a DVC experiment"
     parser.add_argument("first", metavar="RUN", help=said)
     parser.add_argument("others", metavar="RUN", nargs="+", help=f"to compare with it: {said}")
 

@@ -1,11 +1,11 @@
-"""Choose the device: put its targets, and how each is built, into params.yaml.
+"""Choose the device: write its targets and their settings into params.yaml.
 
-DVC cannot look a list up by another setting's value, so all that goes with the device stands at the end of params.yaml,
-from the line `device:` on. This puts the lines of conf/devices/<device>.yaml there. Where you changed the present ones,
-it refuses until you say what shall become of them.
+The settings of a device stand at the end of params.yaml, from the line `device:` on, because DVC cannot choose a list
+by another setting. This command replaces them with the lines of conf/devices/<device>.yaml. If you changed the present
+lines, it stops until you give --keep or --discard.
 
 examples: clip-deploy device cuda
-          clip-deploy device cuda --keep       # what params.yaml has for the CPU goes into conf/devices/cpu.yaml first
+          clip-deploy device cuda --keep       # first saves the CPU's lines in conf/devices/cpu.yaml
           clip-deploy device cuda --discard
 """
 
@@ -24,8 +24,8 @@ DEVICES = CONF / "devices"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help="cpu or cuda, or another file of conf/devices/")
     edits = parser.add_mutually_exclusive_group()
-    edits.add_argument("--keep", action="store_true", help="put the present lines into conf/devices/ first")
-    edits.add_argument("--discard", action="store_true", help="give up what was changed in the present lines")
+    edits.add_argument("--keep", action="store_true", help="save the present lines in conf/devices/ first")
+    edits.add_argument("--discard", action="store_true", help="drop what was changed in the present lines")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -48,8 +48,8 @@ def choose(device: str, params: Path, devices: Path, keep: bool = False, discard
         return f"{params} is set for {device} already"
     if not saved and not keep and not discard:
         raise ConfigError(
-            f"{params} has lines for {present} that are not those of {devices / present}.yaml and would be lost: "
-            "--keep puts them there first, --discard gives them up"
+            f"{params} has lines for {present} that differ from {devices / present}.yaml and would be lost: --keep "
+            "saves them there first, --discard drops them"
         )
     kept = ""
     if not saved and keep:

@@ -1,9 +1,9 @@
-"""Hold a sample of live embeddings against the golden set's: has what is sent changed?
+"""Compare a sample of live embeddings with the golden set: has the input changed?
 
-Each sample is one of: a .npy of embeddings [rows, dimension]; a .npz with them under `images`, as
-artifacts/data/evaluation/reference.npz; a folder of .npy files, as ZeroShotClassifier.open(..., sample_folder=...)
-keeps them; Parquet with a column `embedding`, one file or a folder or URI of it, as `clip-deploy embed` writes it.
-Exit code 0: no drift; 3: drift.
+A sample is one of these: a .npy file of embeddings [rows, dimension]; a .npz file with them under `images`, for example
+artifacts/data/evaluation/reference.npz; a folder of .npy files, which ZeroShotClassifier.open(..., sample_folder=...)
+writes; Parquet with a column `embedding` (a file, a folder or a URI), which `clip-deploy embed` writes.
+Exit code 0: no drift. 3: drift.
 
 example: clip-deploy drift live artifacts/data/evaluation/reference.npz
 """
@@ -23,8 +23,8 @@ DRIFTED = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("live", metavar="LIVE", help="what a service embedded: 20 images and more, better 1,000")
-    parser.add_argument("golden", metavar="GOLDEN", help="what it is held against")
+    parser.add_argument("live", metavar="LIVE", help="what a service embedded: at least 20 images, better 1,000")
+    parser.add_argument("golden", metavar="GOLDEN", help="what to compare it with")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -68,7 +68,7 @@ def _parts(where: str, path: Path | None) -> list[np.ndarray]:
 
 def _whole(table: Any) -> np.ndarray:
     if "uint8" in str(table.schema.field("embedding").type):
-        raise ValueError("it holds signs alone, as `embed --dtype binary` keeps them: embed with another --dtype")
+        raise ValueError("it holds only signs (`embed --dtype binary`): embed with another --dtype")
     return read_vectors(table)
 
 

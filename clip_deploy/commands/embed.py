@@ -1,7 +1,7 @@
 """Write the embeddings of images as Parquet files.
 
-The same command goes on after a stop, and takes up what came, changed or went in a folder since. Exit code 3 says that
-all is done but some images could not be read.
+After a stop, the same command continues. It also takes up images that were added, changed or removed since. Exit code
+3: done, but some images could not be read.
 
 example: clip-deploy embed photos embeddings --dtype float16
 """
@@ -9,7 +9,7 @@ example: clip-deploy embed photos embeddings --dtype float16
 import argparse
 from functools import partial
 
-from clip_deploy.commands.opened import add_package_arguments, name_unreadable, open_package
+from clip_deploy.commands.opened import add_package_arguments, check_package, name_unreadable, open_package
 from clip_deploy.core.errors import DataError
 from clip_deploy.core.vectors import DTYPES
 from clip_deploy.inference.classifier import FEEDS
@@ -26,24 +26,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a folder of images, of Parquet or of tar files, one such file, or a URI (s3://, hf://...)",
     )
-    parser.add_argument("output", metavar="OUTPUT", help="a folder, which is made if need be, or a URI")
-    parser.add_argument("--id-column", help="names of rows in a Parquet source; default: id, or their numbers")
+    parser.add_argument("output", metavar="OUTPUT", help="a folder, which is made if it is not there, or a URI")
     parser.add_argument(
-        "--image-column", default="image", help="images' bytes in a Parquet source; default: %(default)s"
+        "--id-column", help="of a Parquet source, the column with the images' names; default: id, or else row numbers"
     )
-    parser.add_argument("--batch-size", type=int, help="images a call; default: what was fastest in the benchmark")
-    parser.add_argument("--part-size", type=int, default=10_000, help="images a file; default: %(default)s")
+    parser.add_argument(
+        "--image-column",
+        default="image",
+        help="of a Parquet source, the column with the images' bytes; default: %(default)s",
+    )
+    parser.add_argument("--batch-size", type=int, help="images in one call; default: the fastest in the benchmark")
+    parser.add_argument("--part-size", type=int, default=10_000, help="images in one output file; default: %(default)s")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="bits of each number: 32, 16, 8 or 1; default: %(default)s"
     )
     parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N numbers; default: all")
-    parser.add_argument("--gpus", metavar="GPUS", help="a process for each of these: all, or numbers as 0,1")
+    parser.add_argument(
+        "--gpus", metavar="GPUS", help="start a process for each of these GPUs: all, or numbers, for example 0,1"
+    )
     parser.add_argument(
         "--feed",
         choices=FEEDS,
         default="exact",
-        help="fast, gpu: JPEGs several times as fast on the CPU or the GPU, pixels about a grey level off (extras "
-        "`fast`, `fast-gpu`); default: %(default)s",
+        help="how JPEGs are read: fast (on the CPU) and gpu are several times as fast, with pixels about a grey level "
+        "off (extras `fast`, `fast-gpu`); default: %(default)s",
     )
     parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster: auto (this machine's), local, or host:port")
 
@@ -62,7 +68,9 @@ def run(given: argparse.Namespace) -> int:
 
 def _embedded(given: argparse.Namespace) -> Summary:
     if given.gpus is not None and given.ray is not None:
-        raise DataError("--gpus and --ray are both given: Ray's workers take a GPU each with --device cuda")
+        raise DataError(
+            "--gpus and --ray are both given: give one of them; with --ray and --device cuda each worker takes a GPU"
+        )
     settings = EmbedSettings(given.batch_size, given.part_size, given.dtype, given.dimensions)
     columns = Columns(given.id_column, given.image_column)
     source = open_source(given.source, settings.part_size, columns, shared=given.ray is not None)
@@ -71,11 +79,13 @@ def _embedded(given: argparse.Namespace) -> Summary:
     if given.ray is None:
         classifier = open_package(given, feed=given.feed, allow_spinning=False)
         return embed(classifier, source, given.output, settings, partial(make_here, classifier))
+    check_package(given.package)
     package = Shipped.read(given.package, given.device, given.threads, given.feed)
     return embed(package, source, given.output, settings, partial(make_on_ray, package, given.ray))
 
 
 def _on_gpus(given: argparse.Namespace, source: Source, settings: EmbedSettings) -> Summary:
     chosen = choose_gpus(given.gpus)
+    check_package(given.package)
     package = Opening.read(given.package, given.device or "cuda", given.threads, given.feed)
     return embed(package, source, given.output, settings, partial(make_on_gpus, package, chosen))

@@ -1,8 +1,8 @@
-"""Fail where a target of ci.required misses its gate, has no result or a stale one.
+"""Fail if a target of ci.required misses its gate, or if its result is missing or stale.
 
-It reads what `dvc repro` left, and prints target, quantity, value and limit of every miss, or the verdicts where there
-is none. The limits are those under `ci` in params.yaml and in conf/gates/. `dvc status -q` cannot say the last of these
-in CI: the stage probe always runs, so that it never ends with 0; --fresh can.
+It reads the results of `dvc repro`. For every miss it prints target, quantity, value and limit; if there is none, it
+prints the verdicts. The limits are those under `ci` in params.yaml and in conf/gates/. Use --fresh to find stale
+results in CI: `dvc status -q` never ends with 0 here, because the stage probe always runs.
 
 examples: clip-deploy gate --against HEAD~1
           clip-deploy gate --against origin/main --comment comment.md
@@ -32,6 +32,7 @@ from clip_deploy.report.ci_gate import (
     check_required,
     compare_revisions,
     in_folder,
+    other_weights,
     refusals,
     time_again,
     undecided,
@@ -40,6 +41,7 @@ from clip_deploy.report.ci_gate import (
 from clip_deploy.report.why import changed
 
 STATUS = [sys.executable, "-m", "dvc", "status", "--json"]
+OTHER_MODEL = "{revision} has another checkpoint than `model: {model}` here ({files}): two models are compared"
 REPORTS, BUILT = Path("reports"), Path("artifacts")
 
 
@@ -47,22 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="REVISION",
-        help="a git revision: fail too where a target lost more than ci.max_... since its reports",
+        help="a git revision: also fail if a target lost more than ci.max_... since then",
     )
     parser.add_argument(
         "--allow-uncompared",
         action="store_true",
-        help="what cannot be held against the revision (another machine, a new target) is a note, and no miss",
+        help="print a note, and do not fail, for what cannot be compared (another machine, a new target)",
     )
     parser.add_argument(
         "--comment",
         metavar="FILE",
         type=local_path,
-        help="write there, for a pull request, the verdict, what ships, and what moved beyond its interval",
+        help="write a comment for a pull request there: the verdict, what ships, and what moved beyond its interval",
     )
-    parser.add_argument("--page", metavar="URL", help="of report.html, for that comment")
+    parser.add_argument("--page", metavar="URL", help="the address of report.html, for that comment")
     parser.add_argument(
-        "--fresh", action="store_true", help="fail only where a result is stale, of any stage; no target is judged"
+        "--fresh", action="store_true", help="fail only if a result of any stage is stale; no target is checked"
     )
 
 
@@ -73,15 +75,17 @@ def run(given: argparse.Namespace) -> int:
         return _fresh(given, present)
     names, former = params.ci.required, None if given.against is None else at_revision(given.against, REPORTS)
     if given.comment and former is None:
-        raise DeployError("--comment says what moved since a revision: give it with --against")
+        raise DeployError("--comment says what changed since a revision: give --against too")
     check_required(names, params.targets)
     found = [stale(present), check_reports(names, present, load_choice(CONF, "gates", params.gates), BUILT)]
     notes: list[str] = []
     if former:
+        if weights := other_weights(present, former):
+            notes = [OTHER_MODEL.format(revision=given.against, model=params.model, files=", ".join(weights))]
         lost, uncompared = compare_revisions(names, present, former, params.ci)
         found.append(lost)
         if given.allow_uncompared:
-            notes = [f"{name}: {miss}" for name, missed in uncompared.items() for miss in missed]
+            notes += [f"{name}: {miss}" for name, missed in uncompared.items() for miss in missed]
         else:
             found.append(uncompared)
     is_open = not any(missed for part in found for missed in part.values())
@@ -91,7 +95,7 @@ def run(given: argparse.Namespace) -> int:
         write_text(given.comment, text)
     print("\n".join([*(f"note: {note}" for note in notes), said]))
     if not is_open:
-        raise DeployError(f"not all of the {len(names)} required targets can be defended")
+        raise DeployError(f"not all of the {len(names)} required targets pass: the table above says why")
     if spoiled := undecided(names, present):
         print(f"\nnote: timings of {', '.join(spoiled)} decide nothing: {time_again(spoiled)}")
     since = f", and none lost since {given.against}" if former else ""
@@ -101,7 +105,9 @@ def run(given: argparse.Namespace) -> int:
 
 def _fresh(given: argparse.Namespace, present: Reports) -> int:
     if given.against is not None or given.allow_uncompared or given.comment:
-        raise DeployError("--fresh judges nothing: give it without --against, --allow-uncompared and --comment")
+        raise DeployError(
+            "--fresh only looks for stale results: give it without --against, --allow-uncompared and --comment"
+        )
     found = stale(present)
     if names := [name for name, missed in found.items() if missed]:
         print(refusals([found]))

@@ -1,7 +1,7 @@
-"""Make an index of what `embed` wrote, which `search` takes in its place.
+"""Make an index of what `embed` wrote, for a faster `search`.
 
-A search reads a part of an index, and all of what `embed` wrote. It needs FAISS (pip install 'clip-deploy[index]').
-After another run of `embed`, make the index anew.
+A search reads only a part of an index, but all of what `embed` wrote. It needs FAISS (pip install
+'clip-deploy[index]'). After another run of `embed`, make the index again.
 
 example: clip-deploy index embeddings embeddings-index
 """
@@ -13,7 +13,7 @@ from clip_deploy.inference.index import build_index
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="what `embed` wrote: a folder of parts, or its URI")
-    parser.add_argument("output", help="a folder of this machine; an index that is there is replaced")
+    parser.add_argument("output", help="a folder on this machine; an index that is there is replaced")
 
 
 def run(given: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""Put a target, with all that a deployment needs, into one folder.
+"""Put a target and all that a deployment needs into one folder.
 
-The target must have passed its gate in the last `dvc repro`. It runs the pipeline's stage `package` as dvc.yaml has it,
-with another target and another folder.
+The target must have passed its gate in the last `dvc repro`. The command runs the pipeline's stage `package` with
+another target and another folder.
 
 example: clip-deploy package ort-fp16 --output build/package
 """
@@ -26,7 +26,11 @@ ADVICE = "reports/recommendation.json"  # on all targets
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="a row of the table, or `recommended`")
     parser.add_argument(
-        "--output", metavar="FOLDER", type=local_path, required=True, help="a package there is replaced"
+        "--output",
+        metavar="FOLDER",
+        type=local_path,
+        required=True,
+        help="the folder to write; a package that is there is replaced",
     )
 
 
@@ -42,7 +46,7 @@ def run(given: argparse.Namespace) -> int:
 def check_output(folder: Path) -> None:
     """Raises ConfigError where something else than a package would be replaced."""
     if folder.exists() and not (folder / INSIDE).is_file():
-        raise ConfigError(f"--output is {folder}, which is there and no package: give a new folder")
+        raise ConfigError(f"--output is {folder}, which exists and is not a package: give a new folder")
 
 
 def by_hand(command: str, settings: dict[str, str]) -> list[str]:

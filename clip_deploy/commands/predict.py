@@ -12,14 +12,14 @@ from clip_deploy.inference.classifier import check_count
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_package_arguments(parser)
-    parser.add_argument("image", metavar="IMAGE", type=local_path, help="a file that Pillow opens, as photo.jpg")
+    parser.add_argument("image", metavar="IMAGE", type=local_path, help="an image file, for example photo.jpg")
     parser.add_argument(
         "texts",
         metavar="TEXT",
         nargs="*",
-        help="what the image may show, as a person would say it; default: the package's classes, in its templates",
+        help="what the image may show, in plain words; default: the package's classes, in its templates",
     )
-    parser.add_argument("--top", type=int, default=5, help="how many are shown; default: %(default)s")
+    parser.add_argument("--top", type=int, default=5, help="how many to show; default: %(default)s")
 
 
 def run(given: argparse.Namespace) -> int:

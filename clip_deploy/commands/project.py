@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_deploy.core.errors import ConfigError, DeployError
+from clip_deploy.report.revisions import git
 
 PARAMS, CONF, PIPELINE = Path("params.yaml"), Path("conf"), Path("dvc.yaml")
 PROBED = ("reports/environment.json", "reports/inputs.json")  # those on the disk are the last run's
@@ -17,7 +18,14 @@ def check_project(*needed: Path) -> None:
     """Raises ConfigError where a file or folder of the project is not in the present one."""
     for path in needed:
         if not path.exists():
-            raise ConfigError(f"there is no {path} here: run it in the project's folder, a clone of its repository")
+            raise ConfigError(
+                f"there is no {path} here: run this command in the project's folder, a clone of its repository"
+            )
+
+
+def uncommitted() -> list[str]:
+    """Files that git tracks and that are not as HEAD has them."""
+    return [line[3:] for line in (git("status", "--porcelain", "-uno") or "").splitlines()]
 
 
 def probed() -> dict[str, Any]:

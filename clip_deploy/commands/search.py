@@ -1,6 +1,6 @@
 """Find the images that a text describes best.
 
-Exit code 3 says that some images could not be read and were left out.
+Exit code 3: done, but some images could not be read and were left out.
 
 example: clip-deploy search embeddings "a photo of a yellow star" --top 3
 """
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SOURCE", help="a folder of images, or what `embed` (a folder, part or URI) or `index` wrote"
     )
-    parser.add_argument("text", metavar="TEXT", help="what the images show, as a person would say it")
-    parser.add_argument("--top", type=int, default=10, help="how many are shown; default: %(default)s")
+    parser.add_argument("text", metavar="TEXT", help="what the images show, in plain words")
+    parser.add_argument("--top", type=int, default=10, help="how many to show; default: %(default)s")
 
 
 def run(given: argparse.Namespace) -> int:

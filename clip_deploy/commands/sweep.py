@@ -1,14 +1,14 @@
-"""Measure a target at the points of a grid of settings, or of a search, each as a DVC experiment.
+"""Measure a target over a grid of settings or by a search; each point is a DVC experiment.
 
-conf/sweep/NAME.yaml names the target and, for each parameter of params.yaml or conf/, its values. With `search` in it
-Optuna chooses the points, among listed values and ranges. reports/sweep.md and sweep.html have the points, the front
-and what each value does. What was measured is not run again: the same command goes on after a stop. A point that fails
-keeps its row and the reason; --again tries it once more.
+conf/sweep/NAME.yaml names the target, and lists the values of each parameter of params.yaml or conf/. If the file has
+`search`, Optuna chooses the points among the listed values and ranges. reports/sweep.md and sweep.html show the points,
+the Pareto front and the effect of each value. After a stop, the same command continues: it measures no point twice. A
+point that fails keeps its row with the reason; --again tries it again.
 
 examples: clip-deploy sweep int8
           clip-deploy sweep int8 --show        # the table of what was measured so far
-          clip-deploy sweep int8 --on slurm    # each point a job of the cluster, of which each has a machine
-          dvc exp apply int8-3f2a9c01          # its settings and results into the workspace
+          clip-deploy sweep int8 --on slurm    # each point is a job of the cluster
+          dvc exp apply int8-3f2a9c01          # takes a point's settings and results into params.yaml and reports/
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,8 @@ from typing import Any
 
 from dvc.utils.hydra import apply_overrides
 
-from clip_deploy.commands.project import CONF, PARAMS, PIPELINE, check_project
+from clip_deploy.commands.project import CONF, PARAMS, PIPELINE, check_project, uncommitted
+from clip_deploy.commands.sweep_leftovers import only_one
 from clip_deploy.commands.sweep_search import Chooser, Range, Search
 from clip_deploy.commands.sweep_workers import (
     ENGINES,
@@ -117,10 +119,10 @@ def _point(name: str, settings: dict[str, Any]) -> Point:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="of a file in conf/sweep/")
+    parser.add_argument("name", metavar="NAME", help="the name of a file in conf/sweep/, without .yaml")
     parser.add_argument("--show", action="store_true", help="run nothing: write and print what was measured so far")
     parser.add_argument("--all", action="store_true", help="print all columns, as reports/sweep.md has them")
-    parser.add_argument("--again", action="store_true", help="try points again that failed")
+    parser.add_argument("--again", action="store_true", help="try failed points again")
     parser.add_argument(
         "--jobs",
         "-j",
@@ -136,7 +138,10 @@ def run(given: argparse.Namespace) -> int:
     sweep = read_sweep(given.name)
     jobs = given.jobs if given.jobs is not None else _jobs(given.on, sweep)
     if jobs < 1 or (jobs > 1 and sweep.search):
-        raise DataError(f"--jobs is {jobs}: give 1 or more for a grid, and 1 for a search, which goes by results")
+        raise DataError(
+            f"--jobs is {jobs}: give 1 or more for a grid, and 1 for a search, which chooses each point by the results "
+            "before it"
+        )
     for point in sweep.samples(given.name) if sweep.search else sweep.points(given.name):
         try:
             check_point(point, sweep.target)
@@ -146,15 +151,16 @@ def run(given: argparse.Namespace) -> int:
         _check_measured(given.name)
     else:
         _check_clean()
-    measure = _Measuring(sweep.target, given.show, given.again)
-    if given.on and not given.show:
-        measure.begin_elsewhere(given.on, given.name, sweep.submitit)
-    if sweep.search:
-        found = list(_searched(given.name, sweep, measure))
-    else:
-        found = _grid(sweep.points(given.name), measure, jobs)
+    with nullcontext(()) if given.show else only_one(given.name) as lock:
+        measure = _Measuring(sweep.target, given.show, given.again, lock)
+        if given.on and not given.show:
+            measure.begin_elsewhere(given.on, given.name, sweep.submitit)
+        if sweep.search:
+            found = list(_searched(given.name, sweep, measure))
+        else:
+            found = _grid(sweep.points(given.name), measure, jobs)
     if given.show and not any(point.row or point.failed for point in found):
-        raise DeployError(f"no point of {given.name} was measured here: `clip-deploy sweep {given.name}` does it")
+        raise DeployError(f"no point of {given.name} was measured here: `clip-deploy sweep {given.name}` measures them")
     for path, text in zip(OUTPUTS, (as_markdown, as_page), strict=True):
         write_text(path, text(given.name, sweep.target, found))
     print(as_markdown(given.name, sweep.target, found) if given.all else shown(given.name, sweep.target, found))
@@ -196,6 +202,7 @@ def _searched(name: str, sweep: Sweep, measure: "_Measuring") -> Iterator[Point]
 
 
 def read_sweep(name: str) -> Sweep:
+    """conf/sweep/NAME.yaml. Raises ConfigError where there is none, or it holds anything else than a sweep."""
     path = find_choice(CONF, "sweep", name)
     found: Sweep = typed(Sweep, read_yaml(path), str(path))
     return found
@@ -242,9 +249,8 @@ def _written(value: Any) -> str:
 def _check_clean() -> None:
     """Each experiment begins at HEAD, with what is changed in the workspace: that would be in none's name."""
     if git("rev-parse", "HEAD") is None:
-        raise DeployError("there is no commit here, from which the experiments of a sweep begin: commit first")
-    lines = (git("status", "--porcelain", "-uno") or "").splitlines()
-    if changed := [line[3:] for line in lines if Path(line[3:]) not in OUTPUTS]:
+        raise DeployError("this repository has no commit, and the experiments of a sweep begin at one: commit first")
+    if changed := [path for path in uncommitted() if Path(path) not in OUTPUTS]:
         more = f" and {len(changed) - 1} files more are" if len(changed) > 1 else " is"
         raise DeployError(
             f"{changed[0]}{more} not committed: a sweep begins at a commit, so that its rows compare; "
@@ -257,8 +263,8 @@ def _check_measured(name: str) -> None:
     starts = [start for _, start in _experiments(f"{name}-*")]
     if starts and not any(state(start) == state("HEAD") for start in starts):
         raise DeployError(
-            f"no point of {name} was measured with what HEAD holds, and {len(starts)} at {starts[-1][:12]}: "
-            f"`git switch --detach {starts[-1][:12]}` shows those, without --show they are measured anew"
+            f"no point of {name} was measured at HEAD, and {len(starts)} at {starts[-1][:12]}: `git switch --detach "
+            f"{starts[-1][:12]}` shows those; without --show the sweep measures them here"
         )
 
 
@@ -269,6 +275,7 @@ class _Measuring:
     target: str
     show: bool
     again: bool
+    lock: tuple[int, ...] = ()  # descriptors that hold the sweep as long as one of its runs lives
     engine: Engine | None = None  # None: here
     source: str = ""  # what its jobs clone
     start: str = ""  # the commit that they check out
@@ -297,7 +304,7 @@ class _Measuring:
             return
         command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", point.name, *words]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              preexec_fn=die_with_parent)  # fmt: skip
+                              preexec_fn=die_with_parent, pass_fds=self.lock)  # fmt: skip
         _keep(point, None if done.returncode == 0 else last_error(done.stdout))
 
 

@@ -81,7 +81,7 @@ class Chooser:
     def __init__(self, parameters: Mapping[str, list[Any] | Range], search: Search, limits: RecommendConfig) -> None:
         """Raises UnavailableError without optuna."""
         if find_spec("optuna") is None:
-            raise UnavailableError("a search needs optuna: pip install 'clip-deploy[sweep]', or take `search` out")
+            raise UnavailableError("a search needs optuna: pip install 'clip-deploy[sweep]', or remove `search`")
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)

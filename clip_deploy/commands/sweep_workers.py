@@ -8,7 +8,6 @@ A job whose machine or process ends is given out again; nothing of it is there, 
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from typing import Any
 
 from dvc.repo import Repo
 
+from clip_deploy.commands.sweep_leftovers import job_folder
 from clip_deploy.core.errors import ConfigError, DataError, DeployError, UnavailableError, first_line
 from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.report.revisions import git
@@ -51,9 +51,9 @@ def measure(job: Job) -> str | None:
 
     Raises DeployError where the repository or the remote is out of reach.
     """
-    with tempfile.TemporaryDirectory(prefix="clip-deploy-") as folder:
-        checkout = Path(folder) / "checkout"
-        _run(["git", "clone", "--quiet", "--no-checkout", job.repository, str(checkout)], Path(folder))
+    with job_folder() as folder:
+        checkout = folder / "checkout"
+        _run(["git", "clone", "--quiet", "--no-checkout", job.repository, str(checkout)], folder)
         _run(["git", "checkout", "--quiet", "--detach", job.commit], checkout)
         if _run(["git", "ls-remote", "origin", place(job.commit, job.name)], checkout).stdout:
             return None  # a job before this one ended behind its work

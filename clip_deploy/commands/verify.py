@@ -1,6 +1,7 @@
-"""Hold a folder's files against its manifest: is it what was built and judged?
+"""Compare a folder's files with its manifest: is it what was built and checked?
 
-Exit code 0: every file is there and unchanged, and none was added; 1: each difference, or why it cannot be told.
+Exit code 0: every file is there and unchanged, and none was added. 1: there are differences, which it prints, or the
+folder could not be compared.
 
 example: clip-deploy verify artifacts/package
 """

@@ -1,8 +1,8 @@
-"""Say what `dvc repro` would run, and because of which change.
+"""Say what `dvc repro` would run, and why.
 
-Before a run: what is here against dvc.lock. After it, --since HEAD: dvc.lock against the last commit's. It names what
-changed, old -> new, then the stages that read it and those behind them; one of these runs only where the files that it
-waits for come out different.
+Before a run, it compares what is here with dvc.lock. After a run, --since HEAD compares dvc.lock with the last
+commit's. It prints what changed (old -> new), the stages that read it, and the stages after them. A later stage runs
+only if its input files come out different.
 
 examples: clip-deploy why ort-int8-static
           clip-deploy why --since HEAD
@@ -31,10 +31,8 @@ COMMAND = "the command in dvc.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "target", nargs="?", metavar="TARGET", help="a target or a stage; leaves out what does not concern it"
-    )
-    parser.add_argument("--since", metavar="REVISION", help="what ran since this git revision")
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="a target or a stage: show only what concerns it")
+    parser.add_argument("--since", metavar="REVISION", help="show what ran since this git revision")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -42,7 +40,7 @@ def run(given: argparse.Namespace) -> int:
     try:
         stages = since(Repo(), given.since) if given.since else pending(Repo())
     except LockError as error:
-        raise DeployError("a `dvc` command works in this project now: ask again when it has ended") from error
+        raise DeployError("a `dvc` command is running in this project: ask again when it has ended") from error
     except DvcException as error:
         raise DeployError(str(error)) from error
     print(explain(stages, given.target))
@@ -126,10 +124,12 @@ def within(files: dict[str, str]) -> dict[str, str]:
 
 @cache
 def uncommitted(folder: str) -> list[str]:
+    """Files below a folder that differ from the last commit's, as paths from here; git's untracked ones aside."""
     return (git("diff", "--name-only", "--relative", "HEAD", "--", folder) or "").splitlines()
 
 
 def differing(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
+    """By path, "modified" or "new", what `new` has in another version than `old`; both map paths to hashes."""
     return {path: "modified" if path in old else "new" for path in new if old.get(path) != new[path]}
 
 
@@ -151,4 +151,5 @@ def open_probed(stage: Stage, recorded: dict[str, str], now: dict[str, Any], rev
 
 
 def here(path: str) -> str:
+    """A file's text; empty where there is none."""
     return Path(path).read_text() if Path(path).is_file() else ""

@@ -34,12 +34,12 @@ class Target:
 
     Attributes:
         runtime: which module of clip_deploy.runtimes opens it.
-        precision: the gate's class, "fp32", "fp16" or "int8".
+        precision: the gate's class, "fp32", "fp16", "bf16", "fp8" or "int8".
         files: the files that a deployment ships, relative to the folder; their bytes are the target's size.
         build: how it was made (opset, fused nodes, quantisation settings...), for the report.
         unavailable: why it could not be built here, or None.
         failed: whether that is an error that nobody foresaw: its row says `fail`.
-        search: which nodes INT8 leaves in float and why (records.Search), where there was a budget.
+        search: which nodes INT8 or FP8 leaves in float and why (records.Search), where there was a budget.
         device: where it runs, "cpu" or "cuda".
         image_input: what its image tower takes: "pixel_values", or "images" (uint8 RGB) where it preprocesses itself.
         sha256: of each of `files` when it was built.
@@ -95,6 +95,7 @@ def read_target(folder: Path) -> Target:
 
 
 def write_target(folder: Path, target: Target) -> None:
+    """Write target.json, which read_target reads, into the target's folder."""
     write_text(folder / MANIFEST, json.dumps(plain(target), indent=2) + "\n")
 
 
@@ -135,8 +136,8 @@ def write_manifest(folder: Path) -> None:
 def _damaged(folder: Path, path: Path, known: str) -> DiskError:
     damaged = " ".join([str(folder), *map(str, _cached(path))])
     return DiskError(
-        f"{path} is not the file that was built (its hash is in {known}): the disk or DVC's cache damaged it; "
-        f"`rm -r {damaged}` and `dvc repro` build it anew"
+        f"{path} is not the file that was built (its hash is in {known}): the disk or DVC's cache damaged it; `rm -r "
+        f"{damaged}` and `dvc repro` build it again"
     )
 
 
@@ -171,8 +172,9 @@ def real_graph(path: Path) -> Iterator[Path]:
                 os.link(link.resolve(), Path(folder, link.name))
         except OSError as error:
             raise DiskError(
-                f"{weights} is a link out of its folder, which ONNX Runtime does not follow ({error.strerror}): "
-                f"`dvc unprotect {path.parent}` makes it a file; for all to come, `dvc config cache.type copy`"
+                f"{weights} is a link to a file outside its folder, and ONNX Runtime does not follow it "
+                f"({error.strerror}): `dvc unprotect {path.parent}` makes it a file; `dvc config cache.type copy` does "
+                "so for all later ones"
             ) from error
         yield Path(folder, path.name)
 

@@ -38,21 +38,28 @@ T = TypeVar("T")
 
 
 class Exporter(Enum):
+    """Who writes the ONNX graph."""
+
     auto = "auto"  # dynamo where it can write the opset, torchscript below
-    dynamo = "dynamo"
-    torchscript = "torchscript"
+    dynamo = "dynamo"  # by torch.export: opset 18 to 23
+    torchscript = "torchscript"  # by torch.jit.trace: opset 14 to 20
 
 
 class Precision(Enum):
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-    int8 = "int8"
+    """The numbers in which a target computes."""
+
+    fp32 = "fp32"  # float32
+    fp16 = "fp16"  # float16, which overflows above 65,504
+    bf16 = "bf16"  # bfloat16: the range of float32, with 8 bits of precision
+    fp8 = "fp8"  # E4M3 matmuls, the rest in fp16
+    int8 = "int8"  # integers of 8 bits, and float32 between them
 
 
 class Device(Enum):
-    cpu = "cpu"
-    cuda = "cuda"
+    """What targets run on."""
+
+    cpu = "cpu"  # this machine's cores
+    cuda = "cuda"  # an NVIDIA GPU
 
 
 class Provider(Enum):
@@ -64,39 +71,48 @@ class Provider(Enum):
 
 
 class Quantization(Enum):
-    dynamic = "dynamic"
-    static = "static"
-    weight_only = "weight_only"
+    """How INT8 treats activations; weights are quantised in each case."""
+
+    dynamic = "dynamic"  # their scale is found in each call
+    static = "static"  # their scale is found once, on the calibration set
+    weight_only = "weight_only"  # they stay in float32
 
 
 class Calibration(Enum):
-    minmax = "minmax"
-    entropy = "entropy"
-    percentile = "percentile"
+    """How static INT8 finds the range of an activation."""
+
+    minmax = "minmax"  # all that occurs on the calibration set
+    entropy = "entropy"  # the range that loses least information (Kullback-Leibler divergence)
+    percentile = "percentile"  # nearly all that occurs, without outliers
 
 
 class ReduceRange(Enum):
+    """Whether weights get 7 bits: 8 bits saturate on CPUs without VNNI."""
+
     auto = "auto"  # where the CPU lacks VNNI
-    always = "always"
-    never = "never"
+    always = "always"  # everywhere
+    never = "never"  # nowhere
 
 
 @dataclass
 class ModelConfig:
     """One checkpoint: a hub id, a local folder or file, or an architecture with seeded random weights."""
 
-    repo_id: str | None = None
-    revision: str | None = None  # a commit, so that the same name stays the same weights
-    path: str | None = None
-    base: str | None = None  # of an adapter: an id or a folder, where its adapter_config.json names another or none
-    base_revision: str | None = None  # a commit, where the base is an id
-    processor: str | None = None  # an id or a folder that processor and tokenizer come from where the model has none
-    processor_revision: str | None = None
-    open_clip: str | None = None  # the architecture's name there, or "openai", where `path` is a file of weights
-    architecture: dict[str, Any] | None = None  # a config.json; its tokenizer and processor come from `path`
-    seed: int = 0
-    trained: bool = True  # random weights are timed and compared, not judged by their accuracy
-    allow: list[str] = field(default_factory=list)  # codes of lint.py: errors that are meant so
+    repo_id: str | None = None  # an id of the Hugging Face hub, owner/name; give it or `path`
+    revision: str | None = None  # of `repo_id`: a commit, so that the same name stays the same weights
+    path: str | None = None  # a folder or a file on this disk; give it or `repo_id`
+    base: str | None = None  # of an adapter: a folder or an id; null: the one that adapter_config.json names
+    base_revision: str | None = None  # of a base on the hub: a commit
+    processor: str | None = None  # a folder or an id that lends processor and tokenizer; null: the model has its own
+    processor_revision: str | None = None  # of a processor on the hub: a commit
+    # if `path` is a file of weights: the name of its architecture in open_clip, or "openai"
+    open_clip: str | None = None
+    # a config.json of transformers, for random weights; tokenizer and processor come from `path`
+    architecture: dict[str, Any] | None = None
+    seed: int = 0  # of random weights
+    trained: bool = True  # false for random weights: they are timed and compared, not judged by their accuracy
+    # codes of findings that are intended and stop no run (reference page Errors)
+    allow: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.open_clip and (self.repo_id or not self.path):
@@ -116,27 +132,28 @@ class ModelConfig:
         others = [name for name in ("base", "base_revision", "processor") if getattr(self, name)]
         if self.architecture and others:
             raise ConfigError(
-                f"model.{others[0]} is set beside model.architecture, which has random weights: take it out"
+                f"model.{others[0]} is set beside model.architecture, which has random weights: remove it"
             )
         if self.open_clip and others:
-            raise ConfigError(f"model.{others[0]} is set beside model.open_clip, which needs none: take it out")
+            raise ConfigError(f"model.{others[0]} is set beside model.open_clip, which needs none: remove it")
 
 
 @dataclass
 class DataConfig:
     """Where evaluation and calibration samples come from, and how many of each."""
 
-    source: str = "shapes"
-    evaluation_samples: int = 960
-    calibration_samples: int = 96
+    source: str = "shapes"  # `shapes`, `image-folder`, `captions` or `hub`
+    evaluation_samples: int = 960  # images on which targets are judged; 8 or more
+    calibration_samples: int = 96  # other images, on which ranges of INT8 and FP16 are found; 1 or more
+    # prompts, each with one {} for the class; a class is the mean over all of them
     templates: list[str] = field(default_factory=list)
-    path: str | None = None  # image-folder: a folder; captions: a CSV
-    image_column: str = "image"
-    caption_column: str | None = None
-    label_column: str | None = None
-    dataset_id: str | None = None
-    revision: str | None = None
-    split: str = "test"
+    path: str | None = None  # image-folder: a folder with a sub-folder for each class; captions: a CSV file
+    image_column: str = "image"  # captions: the column with paths of images; hub: with images
+    caption_column: str | None = None  # captions, hub: the column with captions; null: none, and no retrieval
+    label_column: str | None = None  # captions, hub: the column with class names; null: none, and no zero-shot accuracy
+    dataset_id: str | None = None  # hub: an id of the Hugging Face hub, or a local folder that `datasets` can load
+    revision: str | None = None  # hub: a commit of the data set; null: the newest
+    split: str = "test"  # hub: the split of the data set
 
     SOURCES = ("shapes", "image-folder", "captions", "hub")
 
@@ -158,22 +175,23 @@ class DataConfig:
 class BenchmarkConfig:
     """How long and at which sizes a target is timed."""
 
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32])
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32])  # images, or texts, in one call; each 1 or more
     threads: int = 2  # of each process, for every library
     warmup: int = 5  # calls thrown away: allocators and thread pools settle
-    iterations: int = 500  # timed calls per tower and batch size, at most
-    seconds: float = 0.4  # time limit for them, each side; at least 5 rounds are run
-    power_s: float = 1.0  # on a GPU: how long its power is measured
-    sequence_length: int | None = None  # tokens; null: the model's whole context
-    image_size: list[int] = field(default_factory=lambda: [480, 640])  # height, width; for graphs that preprocess
-    timeout_s: float = 1800  # a timed process that is silent for longer hung: opening and compiling count
+    iterations: int = 500  # timed calls for each tower and batch size, at most
+    seconds: float = 0.4  # seconds of timed calls for each tower, batch size and side, unless 8 turns take longer
+    power_s: float = 1.0  # seconds in which a GPU encodes while its power is measured
+    sequence_length: int | None = None  # tokens of a text; null: the model's whole context
+    # height and width in pixels, for graphs that preprocess
+    image_size: list[int] = field(default_factory=lambda: [480, 640])
+    timeout_s: float = 1800  # seconds; a timed process that is silent for longer is ended: opening and compiling count
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError(f"benchmark.batch_sizes is {self.batch_sizes}: give one or more sizes of at least 1")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ConfigError(
-                f"benchmark.image_size is {self.image_size}: give height and width in pixels, as [480, 640]"
+                f"benchmark.image_size is {self.image_size}: give height and width in pixels, for example [480, 640]"
             )
         for name in ("threads", "iterations", "seconds", "power_s", "timeout_s"):
             if getattr(self, name) <= 0:
@@ -184,11 +202,11 @@ class BenchmarkConfig:
 class EndToEndConfig:
     """Which targets are timed from JPEG bytes, and how long; sizes, threads and warm-up are those of the benchmark."""
 
-    targets: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)  # names of targets, for example [ort-fp32]; empty: none
     images: int = 32  # distinct JPEGs, of benchmark.image_size
     workers: int | None = None  # threads that decode and preprocess; null: benchmark.threads
-    passes: int = 3  # the median is reported, with the slowest and the fastest
-    seconds: float = 0.2  # of one pass at one batch size
+    passes: int = 3  # over the JPEGs; the median is reported, with the slowest and the fastest
+    seconds: float = 0.2  # seconds of one pass at one batch size
 
     def __post_init__(self) -> None:
         if len(set(self.targets)) < len(self.targets):
@@ -205,8 +223,8 @@ class TritonConfig:
     """How Triton batches and how many copies of each model it runs."""
 
     max_batch: int = 32  # images in one call
-    max_texts: int = 256  # texts in one call, as the labels of one question
-    queue_delay_us: int = 200  # how long a request may wait for others to join it
+    max_texts: int = 256  # texts in one call, which are the labels of one question
+    queue_delay_us: int = 200  # microseconds that a request may wait for others to join it
     instances: int = 1  # copies of each tower
     threads: int = 2  # of each copy
     workers: int = 2  # processes that decode and preprocess images
@@ -223,9 +241,10 @@ class TritonConfig:
 class TritonCheckConfig:
     """Which server the repository is held against, and how it is loaded."""
 
-    environment: str = "build/triton-venv"  # made by `make triton-env`
+    environment: str = "build/triton-venv"  # the folder that `make triton-env` makes
+    # numbers of clients that ask at the same time, each 1 to 256
     concurrency: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
-    seconds: float = 0.5  # of one window at one concurrency; at least three windows are measured
+    seconds: float = 0.5  # seconds of one window at one concurrency, up to 60; at least three windows are measured
 
     def __post_init__(self) -> None:
         if not self.concurrency or not all(1 <= clients <= MAX_CLIENTS for clients in self.concurrency):
@@ -240,20 +259,23 @@ class TritonCheckConfig:
 class GateLimits:
     """What a target of one precision class must reach to be fit for use."""
 
-    min_cosine: float = 0.0  # lowest cosine of any row with the reference's, per tower
-    max_top1_drop: float = 100.0  # percentage points
+    min_cosine: float = 0.0  # lowest cosine of any row with torch-fp32's embedding, for each tower
+    max_top1_drop: float = 100.0  # percentage points of top-1
     max_flips: float = 100.0  # percent of the images whose answer changed
 
 
 @dataclass
 class GatesConfig:
-    fp32: GateLimits = field(default_factory=GateLimits)
-    fp16: GateLimits = field(default_factory=GateLimits)
-    bf16: GateLimits = field(default_factory=GateLimits)
-    int8: GateLimits = field(default_factory=GateLimits)
-    above_chance: bool = False  # all fail where the reference itself is in doubt (chance.doubts)
-    fusions: bool = False  # a target fails whose fusions missed an operation of the model
-    timeout_s: float = 1800  # a target whose check takes longer hung, and fails
+    """What targets must reach, by their precision."""
+
+    fp32: GateLimits = field(default_factory=GateLimits)  # limits of targets in fp32
+    fp16: GateLimits = field(default_factory=GateLimits)  # limits of targets in fp16
+    bf16: GateLimits = field(default_factory=GateLimits)  # limits of targets in bf16
+    fp8: GateLimits = field(default_factory=GateLimits)  # limits of targets in fp8
+    int8: GateLimits = field(default_factory=GateLimits)  # limits of targets in int8
+    above_chance: bool = False  # true: all targets fail if torch-fp32 itself is in doubt (no better than chance)
+    fusions: bool = False  # true: a target fails if its fusions missed an operation of the model
+    timeout_s: float = 1800  # seconds; a target whose check takes longer fails
 
     def __post_init__(self) -> None:
         if self.timeout_s <= 0:
@@ -264,11 +286,12 @@ class GatesConfig:
 class CiConfig:
     """Which targets `make gate` insists on, and what they may lose against another revision."""
 
-    required: list[str] = field(default_factory=list)
+    required: list[str] = field(default_factory=list)  # names of targets; each must pass
     max_top1_drop: float = 0.5  # percentage points of top-1
-    max_cosine_drop: float = 0.001  # of the lowest cosine, per tower
-    max_slow_down: float = 10.0  # percent between the intervals; of unchanged files timed twice, a fifth lies below
-    max_size_growth: float = 5.0  # percent
+    max_cosine_drop: float = 0.001  # of the lowest cosine, for each tower
+    # percent between the 95 % intervals; of unchanged files timed twice, a fifth lies below
+    max_slow_down: float = 10.0
+    max_size_growth: float = 5.0  # percent of the files' size
 
     def __post_init__(self) -> None:
         for name in ("max_top1_drop", "max_cosine_drop", "max_slow_down", "max_size_growth"):
@@ -282,13 +305,13 @@ class CiConfig:
 class RecommendConfig:
     """What a target must keep to be recommended, besides its gate; None: no limit."""
 
-    batch: int = 1  # one of benchmark.batch_sizes
-    max_top1_drop: float | None = 1.0  # percentage points
-    max_p95_ms: float | None = None  # of each tower at that batch
-    max_memory_mb: float | None = None  # on a GPU, of its memory
-    max_size_mb: float | None = None  # of both towers' files
-    device: Device | None = None
-    runtimes: list[str] | None = None  # those of artifact.RUNTIMES that may win
+    batch: int = 1  # images, or texts, in the call that counts; one of benchmark.batch_sizes
+    max_top1_drop: float | None = 1.0  # percentage points on the evaluation set, 0 to 100
+    max_p95_ms: float | None = None  # ms of a call, for each tower at that batch; a p95 needs 100 timed calls
+    max_memory_mb: float | None = None  # MB above an empty process; on a GPU, of its memory
+    max_size_mb: float | None = None  # MB of both towers' files
+    device: Device | None = None  # cpu or cuda; null: either
+    runtimes: list[str] | None = None  # those that may win, for example [ort, openvino]; null: all
 
     def __post_init__(self) -> None:
         if unknown := sorted({*(self.runtimes or [])} - {*RUNTIMES}):
@@ -308,12 +331,16 @@ class RecommendConfig:
 
 @dataclass
 class OnnxConfig:
-    opset: int = 18
-    exporter: Exporter = Exporter.auto
-    preprocess: bool = False  # vision.onnx takes uint8 RGB images of any size instead of pixel_values
-    normalize: bool = False  # embeddings of unit length
-    classifier: list[str] = field(default_factory=list)  # labels of a zero-shot head behind vision.onnx
-    template: str = "a photo of a {}"  # what the head's labels are put into
+    """How both towers are exported to ONNX."""
+
+    opset: int = 18  # 14 to 23, as far as the exporter writes it
+    exporter: Exporter = Exporter.auto  # auto, dynamo (opset 18 to 23) or torchscript (14 to 20)
+    # true: vision.onnx takes uint8 RGB images [batch, height, width, 3] of any size; opset 18 and up
+    preprocess: bool = False
+    normalize: bool = False  # true: embeddings of unit length
+    # labels of a zero-shot head: vision.onnx also gives their probabilities
+    classifier: list[str] = field(default_factory=list)
+    template: str = "a photo of a {}"  # what these labels are put into, in the place of {}
 
     def __post_init__(self) -> None:
         low, high = OPSETS[self.writer]
@@ -344,45 +371,31 @@ class OnnxConfig:
 
 @dataclass
 class TorchConfig:
-    precision: Precision = Precision.fp32
-    compile: bool = False  # torch.compile, and a CUDA graph for each shape
+    """The checkpoint itself, run by PyTorch in a precision."""
+
+    precision: Precision = Precision.fp32  # fp32, fp16 or bf16, of weights and computation
+    compile: bool = False  # true: torch.compile, and a CUDA graph for each shape
 
     def __post_init__(self) -> None:
-        if self.precision is Precision.int8:
-            raise ConfigError(
-                "export_torch: precision int8 is made by export_torchscript; accepted are fp32, fp16, bf16"
-            )
+        _check_precision("export_torch", self.precision, "fp32", "fp16", "bf16")
 
 
 @dataclass
 class TorchScriptConfig:
-    precision: Precision = Precision.fp32
+    """One target of torch.jit.trace."""
 
-
-@dataclass
-class OptimizeConfig:
-    source: str = EXPORTED
-    precision: Precision = Precision.fp32
-    skip_layer_norm: bool = False  # fuse it with the addition before; on the CPU that takes four times as long
-    provider: Provider = Provider.own  # tensorrt: the graph as it was exported, which TensorRT fuses by itself
-    keep_fp32: list[str] = field(default_factory=list)  # nodes, as "vision: MatMul_7"; `clip-deploy apply` writes them
+    precision: Precision = Precision.fp32  # of weights and computation; int8 is dynamic INT8 of every Linear
 
     def __post_init__(self) -> None:
-        _check_nodes("optimize", self.keep_fp32)
-        if self.keep_fp32 and self.precision is Precision.fp32:
-            raise ConfigError("optimize: keep_fp32 is for precision fp16 and bf16; with fp32 take it out")
-        if self.precision is Precision.int8:
-            raise ConfigError("optimize: precision int8 is made by `quantize`; accepted are fp32, fp16, bf16")
-        if self.precision is Precision.bf16 and self.provider is Provider.tensorrt:
-            raise ConfigError("optimize: precision bf16 is not for provider tensorrt; accepted are fp32, fp16")
+        _check_precision("export_torchscript", self.precision, "fp32", "fp16", "bf16", "int8")
 
 
 @dataclass
 class AccuracyBudget:
-    """What INT8 may cost on the calibration set."""
+    """What INT8 or FP8 may cost on the calibration set."""
 
-    max_top1_drop: float = 100.0  # percentage points
-    max_flips: float = 100.0  # percent of the images whose answer changes
+    max_top1_drop: float = 100.0  # percentage points of top-1, 0 to 100
+    max_flips: float = 100.0  # percent of the images whose answer changes, 0 to 100
 
     def __post_init__(self) -> None:
         for name in ("max_top1_drop", "max_flips"):
@@ -391,69 +404,116 @@ class AccuracyBudget:
 
 
 @dataclass
+class OptimizeConfig:
+    """One target with a fused graph."""
+
+    source: str = EXPORTED  # the target that it is made from: `onnx-fp32`, or one of `optimize` in fp32
+    precision: Precision = Precision.fp32  # fp32, fp16, bf16 or fp8, of weights and computation
+    skip_layer_norm: bool = False  # true: fuse it with the addition before it; on the CPU that takes four times as long
+    # what runs the graph; with tensorrt it is left as exported, since TensorRT fuses by itself
+    provider: Provider = Provider.own
+    # nodes that stay in FP32, such as "vision: MatMul_7"; `clip-deploy apply` writes them
+    keep_fp32: list[str] = field(default_factory=list)
+    accuracy_budget: AccuracyBudget | None = None  # fp8 only: what breaks it stays in fp16
+
+    def __post_init__(self) -> None:
+        _check_nodes("optimize", self.keep_fp32)
+        if self.keep_fp32 and self.precision is Precision.fp32:
+            raise ConfigError("optimize: keep_fp32 is for precision fp16, bf16 and fp8: remove it, or change it")
+        _check_precision("optimize", self.precision, "fp32", "fp16", "bf16", "fp8")
+        if self.precision is Precision.bf16 and self.provider is Provider.tensorrt:
+            raise ConfigError("optimize: precision bf16 is not for provider tensorrt; accepted are fp32, fp16")
+        if self.precision is Precision.fp8 and self.provider is not Provider.torch:
+            raise ConfigError(f"optimize: precision fp8 is for provider torch alone, not {self.provider.value}")
+        if self.accuracy_budget is not None and self.precision is not Precision.fp8:
+            raise ConfigError(f"optimize: accuracy_budget belongs to fp8, not to {self.precision.value}")
+
+
+@dataclass
 class QuantizeConfig:
-    source: str = EXPORTED
-    method: Quantization = Quantization.dynamic
-    per_channel: bool = True
-    reduce_range: ReduceRange = ReduceRange.auto
-    calibration: Calibration = Calibration.minmax  # static only
+    """One INT8 target of ONNX Runtime."""
+
+    source: str = EXPORTED  # the target that it is made from: `onnx-fp32`, or one of `optimize` in fp32
+    method: Quantization = Quantization.dynamic  # how activations are quantised
+    per_channel: bool = True  # true: a scale for each output channel of a weight; false: one for all
+    reduce_range: ReduceRange = ReduceRange.auto  # whether weights get 7 bits
+    calibration: Calibration = Calibration.minmax  # static only: how the range of an activation is found
     symmetric: bool = False  # static only: activations s8 around zero instead of u8 with a zero point
-    smooth_quant: float | None = None  # static only: share of the activations' range that moves into weights, 0 to 1
-    accuracy_budget: AccuracyBudget | None = None  # not with weight_only
-    keep_fp32: list[str] = field(default_factory=list)  # nodes, as "vision: MatMul_7"; `clip-deploy apply` writes them
+    # static only: share of the activations' range that moves into weights, above 0 and below 1
+    smooth_quant: float | None = None
+    accuracy_budget: AccuracyBudget | None = None  # not with weight_only: nodes stay in float until the budget is kept
+    # nodes that stay in FP32, such as "vision: MatMul_7"; `clip-deploy apply` writes them
+    keep_fp32: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _check_nodes("quantize", self.keep_fp32)
         if self.smooth_quant is not None and not 0 < self.smooth_quant < 1:
-            raise ConfigError(f"quantize: smooth_quant is {self.smooth_quant}: accepted are null and 0 to 1, as 0.5")
+            raise ConfigError(
+                f"quantize: smooth_quant is {self.smooth_quant}: accepted are null and 0 to 1, for example 0.5"
+            )
         if self.method is not Quantization.static and (self.symmetric or self.smooth_quant is not None):
             raise ConfigError(f"quantize: symmetric and smooth_quant belong to method static, not {self.method.value}")
         if self.method is Quantization.weight_only and self.accuracy_budget is not None:
-            raise ConfigError("quantize: accuracy_budget chooses nodes for dynamic and static, not for weight_only")
+            raise ConfigError(
+                "quantize: accuracy_budget is for method dynamic and static, not for weight_only: remove it"
+            )
+
+
+def _check_precision(section: str, precision: Precision, *accepted: str) -> None:
+    if precision.value not in accepted:
+        elsewhere = {"export_torch": "export_torchscript", "optimize": "quantize"}.get(section)
+        hint = f"; {elsewhere} makes int8" if elsewhere and precision is Precision.int8 else ""
+        raise ConfigError(f"{section}: precision is {precision.value}; accepted are {', '.join(accepted)}{hint}")
 
 
 def _check_nodes(section: str, names: list[str]) -> None:
     if bad := [name for name in names if not re.fullmatch(r"(vision|text): \S+", name)]:
         raise ConfigError(
-            f"{section}: keep_fp32 holds {bad[0]!r}: accepted are nodes of a tower, as 'vision: MatMul_7'"
+            f"{section}: keep_fp32 holds {bad[0]!r}: accepted are nodes of a tower, for example 'vision: MatMul_7'"
         )
 
 
 @dataclass
 class OpenVinoConfig:
-    precision: Precision = Precision.fp32
+    """One target of OpenVINO, for CPUs."""
+
+    precision: Precision = Precision.fp32  # fp32, bf16 or int8, of weights and computation
     accuracy_budget: AccuracyBudget | None = None  # int8 only, for each tower by itself
 
     def __post_init__(self) -> None:
         if self.precision is Precision.fp16:
             raise ConfigError("export_openvino: precision fp16 has no matmuls on a CPU; accepted are fp32, bf16, int8")
+        _check_precision("export_openvino", self.precision, "fp32", "bf16", "int8")
         if self.accuracy_budget is not None and self.precision is not Precision.int8:
             raise ConfigError(f"export_openvino: accuracy_budget belongs to int8, not to {self.precision.value}")
 
 
 @dataclass
 class AotiConfig:
-    precision: Precision = Precision.fp32
+    """One target of AOTInductor, compiled by a C++ compiler in half a minute and more."""
+
+    precision: Precision = Precision.fp32  # fp32, fp16 or bf16, of weights and computation
 
     def __post_init__(self) -> None:
-        if self.precision is Precision.int8:
-            raise ConfigError("export_aoti: precision is int8; accepted are fp32, fp16, bf16")
+        _check_precision("export_aoti", self.precision, "fp32", "fp16", "bf16")
 
 
 @dataclass
 class BuildEngineConfig:
-    precision: Precision = Precision.fp32
-    min_batch: int = 1
-    opt_batch: int = 8  # what kernels are chosen for
-    max_batch: int = 256  # an opened engine holds memory for it
+    """One TensorRT engine, for a GPU."""
+
+    precision: Precision = Precision.fp32  # fp32 or fp16, of weights and computation
+    min_batch: int = 1  # the smallest batch that it takes
+    opt_batch: int = 8  # the batch that kernels are chosen for
+    max_batch: int = 256  # the largest batch that it takes, and holds memory for
 
     def __post_init__(self) -> None:
-        if self.precision not in (Precision.fp32, Precision.fp16):
-            raise ConfigError(f"build_engine: precision is {self.precision.value}; accepted are fp32, fp16")
+        _check_precision("build_engine", self.precision, "fp32", "fp16")
         if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
             raise ConfigError(
                 f"build_engine: min_batch, opt_batch, max_batch are {self.min_batch}, {self.opt_batch}, "
-                f"{self.max_batch}: accepted are numbers from 1 that do not fall, as 1, 8, 256"
+                f"{self.max_batch}: accepted are numbers of 1 or more, none below the one before it, for example 1, 8, "
+                "256"
             )
 
 
@@ -461,26 +521,27 @@ class BuildEngineConfig:
 class Params:
     """All of params.yaml."""
 
-    model: str
-    data: str
-    benchmark: str
-    gates: str
-    onnx: OnnxConfig
-    device: Device
-    export_torch: dict[str, TorchConfig]
-    export_torchscript: dict[str, TorchScriptConfig]
-    export_aoti: dict[str, AotiConfig]
-    export_openvino: dict[str, OpenVinoConfig]
-    optimize: dict[str, OptimizeConfig]
-    quantize: dict[str, QuantizeConfig]
-    build_engine: dict[str, BuildEngineConfig]
-    targets: list[str]
-    end_to_end: EndToEndConfig
-    triton: TritonConfig
-    triton_check: TritonCheckConfig
-    seed: int = 0
+    model: str  # the checkpoint
+    data: str  # the images and captions
+    benchmark: str  # how long targets are timed
+    gates: str  # what targets must reach
+    onnx: OnnxConfig  # the export to ONNX
+    device: Device  # what targets run on; change it by `clip-deploy device`, with all that goes with it
+    export_torch: dict[str, TorchConfig]  # by name: the checkpoint itself in another precision
+    export_torchscript: dict[str, TorchScriptConfig]  # by name: targets of torch.jit.trace
+    export_aoti: dict[str, AotiConfig]  # by name: targets of AOTInductor
+    export_openvino: dict[str, OpenVinoConfig]  # by name: targets of OpenVINO
+    optimize: dict[str, OptimizeConfig]  # by name: fused graphs
+    quantize: dict[str, QuantizeConfig]  # by name: INT8 graphs of ONNX Runtime
+    build_engine: dict[str, BuildEngineConfig]  # by name: TensorRT engines
+    targets: list[str]  # names of the rows of the table, in its order; the first is torch-fp32
+    end_to_end: EndToEndConfig  # timing from JPEG bytes to embeddings
+    triton: TritonConfig  # the model repository
+    triton_check: TritonCheckConfig  # the check of that repository by a real server
+    seed: int = 0  # of every shuffle and resampling
+    # what must be kept to be recommended and packaged
     recommend: RecommendConfig = field(default_factory=RecommendConfig)
-    ci: CiConfig = field(default_factory=CiConfig)
+    ci: CiConfig = field(default_factory=CiConfig)  # what `make gate` checks
 
     def __post_init__(self) -> None:
         built = [getattr(self, section) for section in BUILDERS]
@@ -514,8 +575,8 @@ class Params:
             for name, settings in getattr(self, section).items():
                 if reason := _misplaced(section, settings, self.device):
                     raise ConfigError(
-                        f"device is {self.device.value} and {section}.{name} {reason}: take the target out, or change "
-                        "device and all that goes with it: `clip-deploy device cpu`, or `cuda`"
+                        f"device is {self.device.value} and {section}.{name} {reason}: remove the target, or change "
+                        "the device with `clip-deploy device cpu` or `clip-deploy device cuda`"
                     )
 
 
@@ -523,7 +584,8 @@ def _misplaced(section: str, settings: Any, device: Device) -> str | None:
     """Why a target has no place on the device."""
     if device is Device.cpu and section == "build_engine":
         return "is made for a GPU"
-    if device is Device.cpu and section == "optimize" and settings.provider is not Provider.own:
+    simulated = section == "optimize" and settings.precision is Precision.fp8  # so that a CPU can judge it
+    if device is Device.cpu and section == "optimize" and settings.provider is not Provider.own and not simulated:
         return f"has provider {settings.provider.value}, which runs on a GPU"
     if device is Device.cpu and section == "optimize" and settings.precision is Precision.bf16:
         return "is bf16, in which ONNX Runtime has matmuls on a GPU only"
@@ -576,13 +638,14 @@ def find_choice(conf: Path, group: str, name: str) -> Path:
 
 
 def read_yaml(path: Path) -> DictConfig:
+    """A file of settings. Raises ConfigError where it cannot be read, is not YAML, or holds no `key: value` lines."""
     try:
         _refuse_bomb(path)
         content = OmegaConf.load(path)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except RecursionError as error:
-        raise ConfigError(f"{path} is nested too deeply, or holds itself: write it out") from error
+        raise ConfigError(f"{path} is nested too deeply, or holds itself: write it without aliases") from error
     except (YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: not UTF-8, or a number without end
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, DictConfig):

@@ -105,6 +105,7 @@ def environment_record() -> dict[str, object]:
 
 
 def hardware() -> Hardware:
+    """The machine as it is now; memory in GB, rounded."""
     cpu, flags = _processor()
     return Hardware(
         system=f"{platform.system()} {platform.machine()}",

@@ -218,7 +218,9 @@ def check(settings: Preprocessing) -> None:
         raise UnavailableError(f"the fast feed needs {names}: pip install 'clip-deploy[fast]'")
     if settings.resample is not None and settings.resample not in FILTERS:
         name = Image.Resampling(settings.resample).name.lower()
-        raise UnavailableError(f"the fast feed has no filter {name}, with which this checkpoint resizes")
+        raise UnavailableError(
+            f"this checkpoint resizes with the filter {name}, which the fast feed lacks: take the feed exact"
+        )
 
 
 def is_refused(height: int, width: int) -> bool:

@@ -103,5 +103,5 @@ def _look(folder: Path, name: str, above: frozenset[tuple[int, int]], found: Lis
 
 def _skipped(path: Path, error: OSError) -> str:
     if path.is_symlink() and isinstance(error, FileNotFoundError):
-        return f"{path} is a link to {os.readlink(path)}, which does not exist: mend or remove it"
-    return f"{path} cannot be looked at ({error.strerror}): check its permissions, or remove it"
+        return f"{path} is a link to {os.readlink(path)}, which does not exist: repair or remove it"
+    return f"{path} cannot be read ({error.strerror}): check its permissions, or remove it"

@@ -47,7 +47,7 @@ def decode(content: bytes, name: str, ending: str | None = None, formats: tuple[
     Raises DataError naming what is none.
     """
     fault = None if content else "is empty: replace or remove it"
-    return _read(_Named(content, name), name, lambda: fault, ending, formats)
+    return _read(BytesIO(content), name, lambda: fault, ending, formats)
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,6 @@ def _jpeg_file(path: Path | str) -> bytes | None:
         os.close(file)
 
 
-class _Named(BytesIO):
-    """Bytes that Pillow's messages call by a name, and not by an address."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.called = name
-
-    def __repr__(self) -> str:
-        return repr(self.called)
-
-
 def _read(
     file: Path | BytesIO,
     name: Path | str,
@@ -119,8 +108,16 @@ def _read(
     except DataError as error:
         raise DataError(f"{name} {error}") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers meet
-        said = fault() or f"is no readable image ({error or type(error).__name__}): replace or remove it"
-        raise DataError(f"{name} {said}") from error
+        raise DataError(
+            f"{name} {fault() or f'is not a readable image ({_reason(error)}): replace or remove it'}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What Pillow or the system says, without the file's name, which Pillow's words for bytes lack."""
+    if isinstance(error, UnidentifiedImageError):
+        return "of no format that Pillow knows"
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
 def _opened(file: Path | BytesIO, ending: str | None, formats: tuple[str, ...] | None) -> Image.Image:
@@ -132,7 +129,7 @@ def _opened(file: Path | BytesIO, ending: str | None, formats: tuple[str, ...] |
         image = _heic(file)
     if ending is not None and _is_guessed(image.format) and _format_of(ending) != image.format:
         image.close()
-        raise DataError(f"is no readable image (of no known format; {image.format} goes by its ending): replace it")
+        raise DataError(f"is not a readable image (it may be {image.format}, and its name does not end so): replace it")
     return image
 
 

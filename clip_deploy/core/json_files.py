@@ -13,10 +13,12 @@ DIGITS = 5  # significant digits of a measured number
 
 
 def write_json(path: Path, record: Mapping[str, Any] | list[Any]) -> None:
+    """Write a record with its numbers rounded (rounded), whole or not at all. Raises DiskError."""
     write_text(path, json.dumps(rounded(record), indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises DeployError where it cannot be read or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

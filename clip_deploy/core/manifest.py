@@ -94,7 +94,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Any manifest as it stands. Raises DeployError where it is none of ours."""
     manifest: dict[str, Any] = read_json(path)
     if fault := _fault(manifest):
-        raise DeployError(f"{path} {fault}; make it anew with `dvc repro`")
+        raise DeployError(f"{path} {fault}; make it again with `dvc repro`")
     return manifest
 
 
@@ -113,7 +113,8 @@ def _fault(manifest: Any) -> str | None:
         "gates": _are(manifest.get("gates", {}), status=str),
         "towers": _are(manifest.get("towers", {}), target=str, sha256=str),
     }
-    return next((f"is none of ours, its {key} at least" for key, is_sound in sound.items() if not is_sound), None)
+    unsound = next((key for key, is_sound in sound.items() if not is_sound), None)
+    return unsound and f"is not a manifest of clip-deploy (its {unsound} is of another kind)"
 
 
 def _are(entries: Any, **types: Any) -> bool:

@@ -183,7 +183,7 @@ def embeddings(model: Any, method: str, **inputs: Any) -> Any:
         rows = getattr(model, method)(**inputs).pooler_output
     except AttributeError as error:  # of a tower without pooling, in a VisionTextDualEncoderModel
         raise CheckpointError(
-            f"{method} of {type(model).__name__} fails in transformers itself: {error}; take towers that pool"
+            f"{method} of {type(model).__name__} fails in transformers itself: {error}; give a model whose towers pool"
         ) from error
     if rows is not None and model.config.model_type in FIRST_TOKEN:
         rows = rows[:, 0]

@@ -19,7 +19,7 @@ FORMAT = 2  # of manifest.json
 LABELS, PREPROCESSOR, TOKENIZER = "labels.json", "preprocessor.json", "tokenizer.json"
 BEFORE = {"vision": PREPROCESSOR, "text": TOKENIZER}  # what makes a tower's inputs
 DEFAULT_BATCH = 32
-AGAIN = "package it anew with `dvc repro package`"
+AGAIN = "package it again with `dvc repro package`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,8 @@ class TextTower(Tower):
 
 @dataclass(frozen=True)
 class Towers:
+    """Both towers of a package, also by name."""
+
     vision: ImageTower
     text: TextTower
 
@@ -164,6 +166,7 @@ class Labels:
 
 
 def read_labels(folder: Path) -> Labels:
+    """labels.json: the classes and templates of a package. Raises ConfigError where it is of another version."""
     return read_record(Labels, folder / LABELS, AGAIN)
 
 
@@ -195,7 +198,8 @@ def read_package(folder: Path) -> Package:
     for tower in (package.encoder.towers[name] for name in TOWERS):
         if not tower.files or tower_hash(tower.files, package.files) != tower.sha256:
             raise DeployError(
-                f"{path} names {', '.join(tower.files) or 'no file'} for a tower, and none such with its hash: {AGAIN}"
+                f"{path} names {', '.join(tower.files) or 'no file'} for a tower, but has no such file with its hash: "
+                f"{AGAIN}"
             )
     return package
 
@@ -207,13 +211,13 @@ def _content(folder: Path, path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError) as error:
         fault = f"has no {INSIDE}" if folder.is_dir() else no_folder(folder)
         raise DeployError(
-            f"{folder} is no package (it {fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, as "
-            "artifacts/package"
+            f"{folder} is not a package (it {fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, "
+            "as artifacts/package"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise DeployError(f"{folder} is no package ({error}): `dvc repro package` writes one") from error
+        raise DeployError(f"{folder} is not a package ({error}): `dvc repro package` writes one") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DeployError(f"{path} has no format {FORMAT}, which this version reads: {AGAIN}")
+        raise DeployError(f"{path} is not of format {FORMAT}, which this version reads: {AGAIN}")
     if reason := content.get("unavailable"):
         raise EmptyPackageError(f"{folder} holds nothing to ship: {reason}", str(reason))
     return content
@@ -229,4 +233,4 @@ def _check_inside(path: Path, name: str) -> None:
 def _check_file(file: Path, judged: str) -> None:
     if not file.is_file() or sha256(file) != judged:
         what = "is not the file that was packaged" if file.is_file() else "is missing"
-        raise DiskError(f"{file} {what} (its hash is in {INSIDE}): package or copy it anew")
+        raise DiskError(f"{file} {what} (its hash is in {INSIDE}): package it again, or copy it again")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from clip_deploy.core.parsing import FLAT
 
+WIDE = 1.5  # an interval whose ends, or a p90 and a p50, that lie further apart, as a ratio, decide nothing
+
 Scalar = str | int | float | bool | None
 Fact = Scalar | list[str] | list[int] | dict[str, Scalar] | dict[str, dict[str, list[int]]]
 Facts = dict[str, Fact]  # how a target was made, for the report
@@ -229,6 +231,7 @@ class Timing:
         throughput_per_s: images or texts.
         speedup: over the reference, with its 95 % interval.
         gflop: the reference's work in a call.
+        queued_ms: of a call where the next is asked for before this one has ended; on a GPU only.
     """
 
     p50_ms: float
@@ -244,6 +247,12 @@ class Timing:
     speedup_high: float
     reference_p50_ms: float
     gflop: float | None = None
+    queued_ms: float | None = None
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the interval of the speed-up decides nothing: the machine was busy. So is NaN."""
+        return not self.speedup_high <= WIDE * self.speedup_low
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def _answer(sender: "Connection", function: Callable[..., Any], arguments: tuple
 
 
 def hung(timeout_s: float | None) -> str:
+    """What a message says of a process that gave no answer in time."""
     return f"no answer within {timeout_s:g} s: the process hung and was killed"
 
 
@@ -96,5 +97,5 @@ def ending(code: int) -> str:
     """How a process ended, from its exit code as subprocess gives it: below 0 by a signal."""
     if code >= 0:
         return f"ended with exit code {code}"
-    hint = ", as when memory runs out" if -code == signal.SIGKILL else ""
+    hint = ", which happens when memory runs out" if -code == signal.SIGKILL else ""
     return f"crashed with {signal.Signals(-code).name}{hint}"

@@ -53,7 +53,9 @@ def load(data: DataConfig, seed: int) -> Dataset:
         dataset = _split(samples, classes, data, seed)
     shared = set(dataset.hashes["evaluation"]) & set(dataset.hashes["calibration"])
     if shared:
-        raise DataError(f"{len(shared)} images stand in both the evaluation and the calibration set")
+        raise DataError(
+            f"{len(shared)} images are in both the evaluation and the calibration set: remove them from one"
+        )
     return dataset
 
 
@@ -160,7 +162,7 @@ def _captions(data: DataConfig) -> tuple[list[Sample], list[str]]:
     try:
         rows = pd.read_csv(table, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
-        raise DataError(f"{table} is no CSV file with a header: {error}") from error
+        raise DataError(f"{table} is not a CSV file with a header: {error}") from error
     _check_columns(str(table), data, list(rows.columns))
     captions: dict[Path, list[str]] = {}
     labels: dict[Path, str | None] = {}

@@ -190,7 +190,7 @@ def _check_unicode(texts: list[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"text {row + 1} of {len(texts)} is no valid Unicode: {text[:60]!r}") from error
+            raise DataError(f"text {row + 1} of {len(texts)} is not valid Unicode: {text[:60]!r}") from error
 
 
 def _write_pixels(samples: "list[Sample]", processor: "ProcessorMixin", dtype: np.dtype[Any], path: Path) -> None:
@@ -218,7 +218,7 @@ def load_prepared(folder: Path) -> Prepared:
             texts = dict(content)
         pixels = np.load(folder / "pixel_values.npy", mmap_mode="r")
     except OSError as error:
-        raise DataError(f"{folder} is no prepared set ({error}); run `dvc repro prepare`") from error
+        raise DataError(f"{folder} is not a prepared set ({error}); run `dvc repro prepare`") from error
     return Prepared(
         pixel_values=pixels,
         captions=Texts(texts["caption_ids"], texts["caption_mask"]),
@@ -247,4 +247,5 @@ def feeds(inputs: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.nda
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices of up to `size` rows that cover `count` rows in their order."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -128,4 +128,5 @@ def accuracy_cost(actual: Embeddings, reference: Embeddings, prepared: Prepared,
 
 
 def within_budget(loss: Loss, budget: AccuracyBudget) -> bool:
+    """Whether both the drop of top-1, in percentage points, and the flips, in percent, are within the budget."""
     return loss.top1_drop <= budget.max_top1_drop and loss.flips <= budget.max_flips

@@ -58,6 +58,7 @@ def encode_images(encoder: Encoder, inputs: np.ndarray | Images, batch: int = BA
 
 
 def encode_texts(encoder: Encoder, texts: Texts, batch: int = BATCH) -> np.ndarray:
+    """Embeddings [texts, width] in float32, encoded in batches; [0, 1] where there are no texts."""
     if not len(texts):
         return np.empty((0, 1), dtype=np.float32)
     parts = [
@@ -68,9 +69,11 @@ def encode_texts(encoder: Encoder, texts: Texts, batch: int = BATCH) -> np.ndarr
 
 
 def save_embeddings(embeddings: Embeddings, path: Path) -> None:
+    """Write them as .npz, which load_embeddings reads."""
     np.savez(path, images=embeddings.images, captions=embeddings.captions, prompts=embeddings.prompts)
 
 
 def load_embeddings(path: Path) -> Embeddings:
+    """What save_embeddings wrote: images, captions and prompts, each [rows, width] in float32."""
     with np.load(path) as content:
         return Embeddings(content["images"], content["captions"], content["prompts"])

@@ -64,7 +64,7 @@ def _left_out(dimension: int) -> list[str]:
     odd = [part for part in PARTS if dimension % part]
     signs = [dimension // part for part in PARTS if not dimension % part and dimension // part % BITS]
     return [
-        *(f"1/{part} of {dimension} dimensions is no whole number" for part in odd),
+        *(f"1/{part} of {dimension} dimensions is not a whole number" for part in odd),
         *(f"binary at {width} dimensions: signs fill bytes, {BITS} in each" for width in signs),
     ]
 

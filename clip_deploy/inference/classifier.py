@@ -50,6 +50,8 @@ Prepared = np.ndarray | Undecoded | DataError
 
 
 class Prediction(NamedTuple):
+    """A text and its probability, 0 to 1."""
+
     text: str
     probability: float
 
@@ -163,7 +165,7 @@ class ZeroShotClassifier:
         """
         names = self.labels.classes if texts is None else texts
         if texts is None and not names:
-            raise DataError("the package has no classes of its own: give texts")
+            raise DataError("the package has no classes of its own: give the texts to choose from")
         prompts = self.embed_texts(self.class_prompts() if texts is None else texts)
         targets = self.class_embeddings(prompts) if texts is None else prompts
         scores = self.probabilities(self.embed_images([image]) @ targets.T)[0]
@@ -171,7 +173,7 @@ class ZeroShotClassifier:
         return [Prediction(names[row], float(scores[row])) for row in order]
 
     def probabilities(self, cosines: np.ndarray) -> np.ndarray:
-        """Of cosines [images, texts], as the model itself scores them."""
+        """Probabilities [images, texts], 0 to 1, of cosines [images, texts], as the model itself scores them."""
         return self.scoring.probabilities(cosines)
 
     def embed_images(self, images: Sequence[Picture], batch_size: int | None = None) -> np.ndarray:
@@ -333,10 +335,11 @@ def check_count(name: str, value: int) -> None:
 def _check_list(images: object) -> None:
     """A string is a sequence too, of its letters."""
     if isinstance(images, str | bytes | Path | Image.Image):
-        raise DataError(f"images is a single one, {images!r:.80}: give a list of images")
+        raise DataError(f"images is a single image, {images!r:.80}: give a list of images")
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size` items, in their order, each made when it is asked for."""
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch

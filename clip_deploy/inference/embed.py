@@ -10,6 +10,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -49,12 +50,21 @@ OTHER_FILES = "another list of files, or files that were changed since"
 
 @dataclass
 class EmbedSettings:
-    """How images are embedded; a run goes on only with the settings that it began with."""
+    """How images are embedded; a run goes on only with the settings that it began with.
 
-    batch_size: int | None = None  # None: the package's best
-    part_size: int = 10_000  # images a part: what a kill costs at most
-    dtype: str = "float32"  # one of DTYPES
-    dimensions: int | None = None  # the first ones are kept, of unit length again; None: all
+    Attributes:
+        batch_size: images in one call; None for the package's best.
+        part_size: images in one part, which is what a kill costs at most.
+        dtype: "float32", "float16", "int8" or "binary" (vectors.DTYPES).
+        dimensions: numbers of an embedding that are kept, the first ones, at unit length again; None for all.
+
+    Raises DataError where a number is below 1 or the dtype is unknown.
+    """
+
+    batch_size: int | None = None
+    part_size: int = 10_000
+    dtype: str = "float32"
+    dimensions: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "part_size"):
@@ -114,7 +124,10 @@ Make = Callable[[EmbedJob, dict[int, Part], Callable[[int], object]], Iterable[H
 
 
 def embed_folder(classifier: ZeroShotClassifier, folder: Path, output: Path, settings: EmbedSettings) -> Summary:
-    """Embed all images under `folder` into `output`/part-00000.parquet and so on, as `embed` does."""
+    """Embed all images under `folder` into `output`/part-00000.parquet and so on, as `embed` does.
+
+    Raises DataError where the folder holds no images, and what `embed` raises.
+    """
     source = open_source(str(folder), settings.part_size)
     return embed(classifier, source, str(output), settings, partial(make_here, classifier))
 
@@ -188,7 +201,7 @@ def _present(output: str) -> list[int]:
     names = list_parts(output)
     numbers = [re.fullmatch(r"part-(\d{5,})\.parquet", name) for name in names]
     if strange := [name for name, number in zip(names, numbers, strict=True) if not number]:
-        raise DeployError(f"{shown(output)}/{strange[0]} is no part of `embed`: {WAY_OUT}")
+        raise DeployError(f"{shown(output)}/{strange[0]} was not written by `embed`: {WAY_OUT}")
     return [int(number[1]) for number in numbers if number]
 
 
@@ -297,7 +310,7 @@ def read_header(output: str, name: str, way_out: str = WAY_OUT) -> Header:
             found: Header = json.loads((part.metadata.metadata or {})[MADE_BY]) | {"rows": part.metadata.num_rows}
             return found
     except (OSError, ValueError, KeyError) as error:
-        raise DeployError(f"{shown(output)}/{name} is no whole part of `embed`: {way_out}") from error
+        raise DeployError(f"{shown(output)}/{name} is not a complete part of `embed`: {way_out}") from error
 
 
 def read_part(output: str, name: str, width: int) -> tuple[list[str], np.ndarray]:
@@ -310,6 +323,7 @@ def read_part(output: str, name: str, width: int) -> tuple[list[str], np.ndarray
 def make_here(
     classifier: ZeroShotClassifier, job: EmbedJob, missing: dict[int, Part], advance: Callable[[int], object]
 ) -> Iterator[Header]:
+    """Make the missing parts in this process, one after the other, and give the header of each that was written."""
     yield from make_parts(classifier, job, missing.items(), advance)
 
 
@@ -328,7 +342,8 @@ def make_parts(
 ) -> Iterator[Header]:
     """Embed and write parts; `advance` is told how many images are done. The same part has the same bytes.
 
-    The next part is begun before the last batches of one are done. No batch holds images of two parts.
+    The next part is begun before the last batches of one are done, and while the one before it is written. No batch
+    holds images of two parts.
 
     Raises DeployError where storage fails: the part is not written then.
     """
@@ -345,12 +360,18 @@ def make_parts(
             names.append([])
             yield []  # the part's end
 
-    for answers in classifier.embed_batches(batches()):
-        if batch := names.popleft():
-            begun[0].add(batch, answers)
-            advance(len(batch))
-        else:
-            yield begun.popleft().write(job)
+    writing: deque[Future[Header]] = deque()
+    with ThreadPoolExecutor(1) as writer:
+        for answers in classifier.embed_batches(batches()):
+            if batch := names.popleft():
+                begun[0].add(batch, answers)
+                advance(len(batch))
+                continue
+            writing.append(writer.submit(begun.popleft().write, job))
+            if len(writing) > 1:
+                yield writing.popleft().result()
+        while writing:
+            yield writing.popleft().result()
 
 
 @dataclass
@@ -372,7 +393,7 @@ class Making:
             if isinstance(embedding, DataError):
                 self.unreadable.append([name, printable(str(embedding))])
             elif printable(name) != name:
-                self.unreadable.append([name, f"{printable(name)} has a name that is no UTF-8: rename it"])
+                self.unreadable.append([name, f"{printable(name)} has a name that is not UTF-8: rename it"])
             else:
                 self.made.append((name, embedding))
 

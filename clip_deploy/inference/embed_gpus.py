@@ -58,9 +58,11 @@ def choose_gpus(asked: str) -> list[str]:
         return known
     chosen = asked.split(",")
     if len(set(chosen)) < len(chosen) or not all(number.isdigit() for number in chosen):
-        raise DataError(f"--gpus is {asked!r}: give all, or numbers with commas between them, as 0,1")
+        raise DataError(f"--gpus is {asked!r}: give all, or numbers with commas between them, for example 0,1")
     if missing := [number for number in chosen if int(number) >= len(known)]:
-        raise UnavailableError(f"--gpus names GPU {', '.join(missing)}, and there are {len(known)}, from 0 on")
+        raise UnavailableError(
+            f"--gpus names GPU {', '.join(missing)}, but this process has {len(known)} (numbered from 0)"
+        )
     return [known[int(number)] for number in chosen]
 
 
@@ -130,7 +132,7 @@ def _answer(connection: Connection, worker: Worker) -> Header | None:
         worker.process.join()
         when = f"while it made {PART.format(worker.parts[0])}" if worker.parts else "before it made a part"
         raise DeployError(
-            f"the process of GPU {worker.gpu} {ending(worker.process.exitcode or 0)} {when}: run again to go on"
+            f"the process of GPU {worker.gpu} {ending(worker.process.exitcode or 0)} {when}: run again to continue"
         ) from None
     if isinstance(answer, DeployError):
         raise answer

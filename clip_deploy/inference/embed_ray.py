@@ -123,7 +123,7 @@ class EmbedActor:
         if attempt > TRIES:
             raise DeployError(
                 f"{PART.format(number)} is given up: the process that made it died {TRIES} times, the last time as "
-                f"{last}; remove or replace what it cannot bear"
+                f"{last}; remove or replace the images that end it"
             )
         if attempt > 1:
             self._read_one_by_one(number, part)
@@ -172,7 +172,7 @@ def make_on_ray(
             advance(header["rows"] + len(header["unreadable"]))
             yield header
     except ray.exceptions.RayError as error:
-        raise DeployError(f"Ray gave up: {str(error).strip().splitlines()[-1]}; run again to go on") from error
+        raise DeployError(f"Ray gave up: {str(error).strip().splitlines()[-1]}; run again to continue") from error
     finally:
         ray.shutdown()
 
@@ -221,5 +221,5 @@ def load_ray() -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        raise DeployError("Ray is missing here: pip install 'clip-deploy[ray]'") from error
+        raise DeployError("Ray is not installed: pip install 'clip-deploy[ray]'") from error
     return ray

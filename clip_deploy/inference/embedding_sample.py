@@ -22,7 +22,9 @@ class EmbeddingSample:
     def __init__(self, folder: Path, share: float) -> None:
         """Raises DataError where `share` is not above 0 and at most 1."""
         if not 0 < share <= 1:
-            raise DataError(f"sample_share is {share}: give more than 0 and at most 1, as 0.01 for one in a hundred")
+            raise DataError(
+                f"sample_share is {share}: give more than 0 and at most 1, for example 0.01 for one in a hundred"
+            )
         self.folder, self.share = folder, share
         self.held: list[np.ndarray] = []
         self.random, self.lock = np.random.default_rng(), Lock()

@@ -112,7 +112,9 @@ def _opened(
         return open_encoder(folder, threads, device, towers, allow_spinning)
     except DeployError as error:
         if others := other_versions(package.requires):
-            raise UnavailableError(f"{error}; the package was judged with others than are here: {others}") from error
+            raise UnavailableError(
+                f"{error}; the package was checked with other versions than are installed here: {others}"
+            ) from error
         raise
 
 

@@ -34,7 +34,7 @@ MIN_ROWS = 10_000  # of an index with several cells
 SAMPLE = 50  # rows a cell, by which the cells are found
 PROBED = 8  # of so many cells one is searched; a text is far from all images, and its nearest lie in many cells
 GROUP = 1000  # paths that are read for one of them
-AGAIN = "make it anew with `clip-deploy index`"
+AGAIN = "make it again with `clip-deploy index`"
 
 
 @dataclass(frozen=True)
@@ -114,26 +114,28 @@ def _output(output: str) -> Path:
     """Raises DataError where something else would be lost."""
     folder = local(output)
     if folder is None:
-        raise DataError(f"{shown(output)} is on an object store: an index is mapped into memory, give a folder here")
+        raise DataError(
+            f"{shown(output)} is on an object store: an index is mapped into memory; give a folder on this machine"
+        )
     folder = Path(os.path.abspath(folder))
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_free and not is_index(folder):
-        raise DataError(f"{folder} is there and is no index: give another folder")
+        raise DataError(f"{folder} exists and is not an index: give another folder")
     return folder
 
 
 def _parts(source: str) -> Parts:
     if (folder := local(source)) and not folder.is_dir():
-        raise DataError(f"{folder} is no folder: give one that `clip-deploy embed` wrote")
+        raise DataError(f"{folder} is not a folder: give one that `clip-deploy embed` wrote")
     stamps = _stamps(source)
     headers = {name: read_header(source, name) for name in stamps}
     keys = "package", "dtype", "dimensions"
     made: list[dict[str, Any]] = [{key: header.get(key) for key in keys} for header in headers.values()]
     for name, other in zip(headers, made, strict=True):
         if None in other.values():
-            raise DeployError(f"{shown(source)}/{name} was made with an earlier version of clip-deploy: embed anew")
+            raise DeployError(f"{shown(source)}/{name} was made with an earlier version of clip-deploy: embed again")
         if other != made[0]:
-            raise DeployError(f"{shown(source)} holds parts of two packages or types, as {name}: embed anew")
+            raise DeployError(f"{shown(source)} holds parts of two packages or types, as {name}: embed again")
     rows = sum(header["rows"] for header in headers.values())
     if not rows:
         raise DataError(f"{shown(source)} holds no embeddings: give a folder that `clip-deploy embed` wrote")
@@ -191,6 +193,7 @@ def _fill(faiss: Any, index: Any, mean: np.ndarray, parts: Parts, paths: Path) -
 
 
 def is_index(folder: Path) -> bool:
+    """Whether a folder holds an index, be it whole or not, rather than parts of `embed`."""
     return any((folder / name).is_file() for name in (VECTORS, RECORD))
 
 
@@ -292,7 +295,7 @@ def open_embedded(folder: Path, packages: Container[str]) -> OpenIndex | OpenPar
 
 
 def _foreign(folder: Path) -> DeployError:
-    return DeployError(f"{folder} was made by another package: search with that one, or embed the images anew")
+    return DeployError(f"{folder} was made by another package: search with that one, or embed the images again")
 
 
 def _read_record(folder: Path) -> IndexRecord:
@@ -304,7 +307,7 @@ def _read_record(folder: Path) -> IndexRecord:
 
 
 def _damaged(folder: Path, reason: str) -> DeployError:
-    return DeployError(f"{folder} is no whole index ({reason}): {AGAIN}")
+    return DeployError(f"{folder} is not a complete index ({reason}): {AGAIN}")
 
 
 def _is_stale(folder: Path, record: IndexRecord) -> bool:
@@ -353,6 +356,7 @@ def _open_paths(folder: Path) -> Any:
 
 
 def load_faiss() -> Any:
+    """The module faiss. Raises DeployError with what pip must install where it is missing."""
     try:
         import faiss
     except ImportError as error:

@@ -20,6 +20,8 @@ Embedded = tuple[list[str], np.ndarray]  # paths, and float32 embeddings [images
 
 
 class Hit(NamedTuple):
+    """An image that was found: the cosine of its embedding with the text's, -1 to 1, and its path."""
+
     cosine: float
     path: str
 
@@ -99,10 +101,10 @@ def _read(classifier: ZeroShotClassifier, source: str, name: str) -> Embedded:
     header = read_header(source, name, SEARCHED)
     if header["package"] != classifier.fingerprint:
         raise DeployError(
-            f"{shown(source)}/{name} was made by another package: search with that one, or embed the images anew"
+            f"{shown(source)}/{name} was made by another package: search with that one, or embed the images again"
         )
     if "dimensions" not in header:
         raise DeployError(
-            f"{shown(source)}/{name} was made with an earlier version of clip-deploy: embed the images anew"
+            f"{shown(source)}/{name} was made with an earlier version of clip-deploy: embed the images again"
         )
     return read_part(source, name, header["dimensions"])

@@ -48,6 +48,8 @@ NAMES = Columns()
 
 
 class Rows(NamedTuple):
+    """Rows of one Parquet file."""
+
     path: str  # in its file system
     first: int
     last: int  # the first that is left out
@@ -178,7 +180,7 @@ class Shard(LocalFiles):
                     count += 1
                     yield f"{name}/{member}", Encoded(partial(bytes, content), f"{label}/{member}", Path(member).suffix)
             except (tarfile.TarError, EOFError) as error:
-                said = f"{label} is damaged behind its first {count:,} images ({error}): write it anew"
+                said = f"{label} is damaged after its first {count:,} images ({error}): write it again"
                 yield name, partial(_raise, DataError(said))
 
 
@@ -356,7 +358,7 @@ def _count_rows(where: str, columns: Columns, path: str) -> int:
     with storage_errors(path):
         if path.lower().endswith(ARROW):
             if not local(where):
-                raise DataError(f"{path}: Arrow files are read where they lie on a disk; give Parquet")
+                raise DataError(f"{path}: Arrow files can be read from a disk only: give Parquet here")
             schema, batches = _open_arrow(path)
             _check_columns(path, schema, columns)
             return sum(batch.num_rows for batch in batches)
@@ -469,12 +471,14 @@ def list_parts(output: str) -> list[str]:
 
 
 def remove_part(output: str, name: str) -> None:
+    """Delete a part of an output. Raises DeployError where the storage refuses."""
     files, base = locate(output)
     with storage_errors(f"{shown(output)}/{name}"):
         files.delete_file(f"{base}/{name}")
 
 
 def has_part(output: str, name: str) -> bool:
+    """Whether an output has that part. Raises DeployError where the storage cannot be asked."""
     files, base = locate(output)
     with storage_errors(shown(output)):
         found: bool = files.get_file_info(f"{base}/{name}").is_file
@@ -487,7 +491,7 @@ def check_output(output: str) -> None:
     for path in (folder, *folder.parents) if folder else ():
         if path.exists():
             if not path.is_dir():
-                raise DataError(f"{output} is no folder for the output, as {path} is a file: give a new folder")
+                raise DataError(f"{output} cannot be the output folder, because {path} is a file: give a new folder")
             return
 
 
@@ -502,7 +506,7 @@ def write_part(output: str, name: str, table: Any) -> None:
     """Write a Parquet file whole or not at all, also where two machines write the same one at once."""
     pyarrow, parquet = load_pyarrow()
     written = pyarrow.BufferOutputStream()
-    parquet.write_table(table, written)
+    parquet.write_table(table, written, use_dictionary=["path"])  # numbers hardly repeat
     folder = local(output)
     if not folder:
         files, base = locate(output)
@@ -537,7 +541,7 @@ def local(where: str) -> Path | None:
         return Path(unquote(rest))
     if scheme not in (*STORES, HUB):
         known = ", ".join((*STORES, HUB))
-        raise DataError(f"{shown(where)} begins with {scheme}: accepted are a path, and file, {known}")
+        raise DataError(f"{shown(where)} begins with {scheme}: accepted are a path, or a URI of file, {known}")
     return None
 
 
@@ -586,5 +590,5 @@ def load_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DeployError("Parquet needs pyarrow: pip install 'clip-deploy[s3]'") from error
+        raise DeployError("Parquet and object stores need pyarrow: pip install 'clip-deploy[parquet]'") from error
     return pyarrow, parquet

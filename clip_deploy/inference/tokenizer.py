@@ -56,8 +56,9 @@ def check_texts(texts: Sequence[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"text {row + 1} of {len(texts)} is no valid Unicode: {shown(text)}") from error
+            raise DataError(f"text {row + 1} of {len(texts)} is not valid Unicode: {shown(text)}") from error
 
 
 def shown(text: str) -> str:
+    """A text as messages show it: in quotes, and cut where it is long."""
     return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")

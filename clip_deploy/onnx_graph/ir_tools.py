@@ -19,6 +19,7 @@ def array(value: ir.Value | None) -> np.ndarray | None:
 
 
 def made_by(value: ir.Value | None) -> ir.Node | None:
+    """The node whose output a value is; None for inputs, initializers and no value."""
     return value.producer() if value is not None else None
 
 
@@ -29,4 +30,5 @@ def only_user(value: ir.Value, *kinds: str) -> ir.Node | None:
 
 
 def permutation(node: ir.Node) -> list[int] | None:
+    """The `perm` of a Transpose; None of any other node."""
     return list(node.attributes["perm"].as_ints()) if node.op_type == "Transpose" else None

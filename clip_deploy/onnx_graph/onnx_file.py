@@ -63,6 +63,7 @@ def save(model: ir.Model, path: Path) -> list[str]:
 
 
 def strip_metadata(model: ir.Model) -> None:
+    """Take out what exporters note of their own doing, in place: it differs between runs. LABELS stays."""
     for key in set(model.metadata_props) - {LABELS}:
         del model.metadata_props[key]
     for graph in model.graphs():
@@ -118,8 +119,19 @@ def opset_of(path: Path) -> int:
 
 
 def opset_in(model: onnx.ModelProto) -> int:
+    """The opset of ONNX's own operators that a model declares."""
     found: int = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     return found
+
+
+def raise_opset(model: ir.Model, opset: int) -> None:
+    """Declare at least this operator set, and the file format that belongs to it.
+
+    For operators that later versions give more types and change in no other way, as those of a fused tower are.
+    """
+    if model.opset_imports[""] < opset:
+        model.opset_imports[""] = opset
+    model.ir_version = max(model.ir_version, onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", model.opset_imports[""]])
 
 
 def describe(path: Path) -> Graph:
@@ -165,8 +177,8 @@ def kept_nodes(model: onnx.ModelProto, tower: str, keep_fp32: Sequence[str]) -> 
     names = [name.split(": ", 1)[1] for name in keep_fp32 if name.startswith(f"{tower}: ")]
     if lost := sorted(set(names) - {node.name for node in model.graph.node}):
         raise ConfigError(
-            f"keep_fp32 names {tower}: {lost[0]}, which the graph does not have (another opset or source numbers its "
-            "nodes anew): take keep_fp32 out; where the target then fails its gate, `clip-deploy apply` it again"
+            f"keep_fp32 names {tower}: {lost[0]}, which the graph does not have (another opset or source gives nodes "
+            "other numbers): remove keep_fp32; if the target then fails its gate, run `clip-deploy apply` again"
         )
     return names
 
@@ -207,6 +219,7 @@ def declare_floats(model: onnx.ModelProto, names: Iterable[str]) -> None:
 
 
 def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a whole model, weights included."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     return copy

@@ -52,7 +52,7 @@ def preprocessing_nodes(processor: "BaseImageProcessor", image_size: list[int]) 
     except UnavailableError as error:
         raise _unavailable(str(error)) from error
     if settings.max_patches:
-        raise _unavailable(f"{type(processor).__name__} cuts images in their proportions into patches")
+        raise _unavailable(f"{type(processor).__name__} cuts images into patches and keeps their proportions")
     pre_post = build_preprocessing(settings, image_size)
     _hold_against(processor, settings, image_size)
     return pre_post
@@ -244,7 +244,7 @@ def _hold_against(processor: "BaseImageProcessor", settings: Preprocessing, imag
                 expected.shape != actual.shape
                 or not np.abs(grey_levels(actual, expected, settings.scale)).mean() < CLOSE
             ):
-                raise _unavailable(f"{type(processor).__name__} does something else besides")
+                raise _unavailable(f"{type(processor).__name__} does something else too")
 
 
 def pixel_parity(path: Path, prepared: Prepared) -> PixelParity:

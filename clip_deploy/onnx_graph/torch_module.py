@@ -3,6 +3,9 @@
 Matmuls with their bias and activation become one step, and so do attention over a packed matmul and a sum with its
 normalisation: `operators` says what runs them. What an exporter computes of shapes is done on Python's integers,
 symbolic ones while torch.export traces, so that one program serves every batch.
+
+A matmul between DequantizeLinears of FP8 (E4M3) takes the FP8 values themselves, and their scales. What writes its
+input rounds it to FP8, where nothing else reads it.
 """
 
 from collections.abc import Callable
@@ -24,10 +27,13 @@ DTYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
     ir.DataType.INT32: torch.int32,
     ir.DataType.INT64: torch.int64,
     ir.DataType.BOOL: torch.bool,
 }
+FP8 = torch.float8_e4m3fn
+MAX_FP8 = 448.0  # the largest number of E4M3
 
 
 @dataclass
@@ -40,18 +46,44 @@ class Step:
 
 
 class Operators:
-    """What nearly all of a tower's time goes into, in PyTorch's own operators; `hidden` is [batch, tokens, width]."""
+    """What nearly all of a tower's time goes into, in PyTorch's own operators; `hidden` is [batch, tokens, width].
+
+    What takes `inverse` gives FP8 values where that is set: its result times `inverse`, rounded.
+    """
+
+    def quantise(self, hidden: Tensor, inverse: float) -> Tensor:
+        """FP8 values of hidden * inverse; beyond the largest FP8 number, that number."""
+        return (hidden.float() * inverse).clamp(-MAX_FP8, MAX_FP8).to(FP8)
 
     def linear(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, activation: "Activation | None" = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        *,
+        activation: "Activation | None" = None,
+        inverse: float | None = None,
     ) -> Tensor:
-        """hidden @ weight.T + bias, then the activation; weight is [out, in]."""
-        matmul = F.linear(hidden, weight, bias)
-        return matmul if activation is None else activation(matmul)
+        """hidden @ weight.T + bias, then the activation; weight is [out, in].
 
-    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+        FP8 values are multiplied by scale [out], which is in float32, and give float16.
+        """
+        if scale is None:
+            matmul = F.linear(hidden, weight, bias)
+        else:
+            matmul = F.linear(hidden.float(), weight.float()) * scale
+            matmul = (matmul if bias is None else matmul + bias).half()
+        found = matmul if activation is None else activation(matmul)
+        return found if inverse is None else self.quantise(found, inverse)
+
+    def attention(
+        self, packed: Tensor, heads: int, scale: float, causal: bool, *, inverse: float | None = None
+    ) -> Tensor:
         """Attention over queries, keys and values, [batch, tokens, 3 * width]; gives [batch, tokens, width]."""
-        return _multi_head_attention(*packed.chunk(3, -1), num_heads=heads, scale=scale, unidirectional=int(causal))
+        parts = packed.chunk(3, -1)
+        found = _multi_head_attention(*parts, num_heads=heads, scale=scale, unidirectional=int(causal))
+        return found if inverse is None else self.quantise(found, inverse)
 
     def skip_layer_norm(
         self,
@@ -62,25 +94,30 @@ class Operators:
         added: Tensor | None = None,
         *,
         epsilon: float,
+        inverse: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The sum of hidden, skip and `added` [width], layer-normalised, and the sum itself."""
+        """The sum of hidden, skip and `added` [width], layer-normalised, and the sum itself, which is never in FP8."""
         total = hidden + skip if added is None else hidden + added + skip
-        return F.layer_norm(total, weight.shape, weight, bias, epsilon), total
+        normalized = F.layer_norm(total, weight.shape, weight, bias, epsilon)
+        return normalized if inverse is None else self.quantise(normalized, inverse), total
 
     def linear_skip_layer_norm(
         self,
         hidden: Tensor,
         matrix: Tensor,
         addend: Tensor | None,
+        scale: Tensor | None,
         skip: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         added: Tensor | None = None,
         *,
         epsilon: float,
+        inverse: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`skip_layer_norm` of the matmul hidden @ matrix.T + addend."""
-        return self.skip_layer_norm(self.linear(hidden, matrix, addend), skip, weight, bias, added, epsilon=epsilon)
+        """`skip_layer_norm` of `linear`, hidden @ matrix.T + addend."""
+        matmul = self.linear(hidden, matrix, addend, scale)
+        return self.skip_layer_norm(matmul, skip, weight, bias, added, epsilon=epsilon, inverse=inverse)
 
     def patchify(self, pixels: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The image's patches of `size`, row by row: [batch, channels, height, width] to [batch, patches, values]."""
@@ -129,11 +166,15 @@ class GraphModule(nn.Module):  # type: ignore[misc]
         inputs = [value.name or "" if value is not None else "" for value in node.inputs]
         outputs = [value.name or "" for value in node.outputs]
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        weight = array(node.inputs[1]) if node.op_type == "MatMul" else None
+        weight = _weight(node)
         if node in self._folded:
             return
         if weight is not None and weight.ndim == 2:
             self._add_linear(node, weight)
+        elif node.op_type == "QuantizeLinear":
+            self._add_quantise(node)
+        elif node.op_type == "DequantizeLinear":
+            pass  # the matmuls behind it take the FP8 values
         elif node.op_type == "Constant":
             self._hold(outputs[0], attributes["value"].numpy())
         elif node.op_type == "Transpose" and (patchified := _patchify(node)):
@@ -169,9 +210,9 @@ class GraphModule(nn.Module):  # type: ignore[misc]
     def _add_linear(self, node: ir.Node, weight: np.ndarray) -> None:
         """A matmul with its bias, and with the activation that alone reads it."""
         bias, output = self._biases.get(node, (None, node.outputs[0]))
-        names = [
-            self._hold(f"{node.name}_{part}", held) for part, held in (("w", weight.T), ("b", bias)) if held is not None
-        ]
+        hidden, scale = _fp8_operands(node) or (node.inputs[0], None)
+        held = {"w": weight.T, "b": bias, "s": scale}
+        names = ["" if array is None else self._hold(f"{node.name}_{part}", array) for part, array in held.items()]
         call: Callable[..., Tensor] = self.operators.linear
         users = [use.node for use in output.uses()]
         if len(users) == 1 and users[0].op_type in ACTIVATIONS and len(users[0].inputs) == 1:
@@ -179,7 +220,21 @@ class GraphModule(nn.Module):  # type: ignore[misc]
             call = partial(call, activation=Activation(users[0].op_type, **settings))
             output = users[0].outputs[0]
             self._folded.add(users[0])
-        self.steps.append(Step(call, [node.inputs[0].name, *names], [output.name or ""]))
+        self.steps.append(Step(call, [hidden.name or "", *names], [output.name or ""]))
+
+    def _add_quantise(self, node: ir.Node) -> None:
+        """Rounding to FP8: by what writes the values where nothing else reads them, else by itself."""
+        source, output, inverse = node.inputs[0], node.outputs[0].name or "", 1 / _scalar(node.inputs[1])
+        writer = next((step for step in self.steps if step.outputs[0] == source.name), None)
+        if writer is not None and len(source.uses()) == 1 and _base(writer.call) in self._quantising():
+            writer.call, writer.outputs[0] = partial(writer.call, inverse=inverse), output
+        else:
+            self.steps.append(Step(partial(self.operators.quantise, inverse=inverse), [source.name or ""], [output]))
+
+    def _quantising(self) -> list[Callable[..., Any]]:
+        """The operators that can write FP8."""
+        own = self.operators
+        return [own.linear, own.attention, own.skip_layer_norm, own.linear_skip_layer_norm]
 
     def _add_skip_layer_norm(self, node: ir.Node, inputs: list[str], outputs: list[str]) -> None:
         """A sum that is normalised, with the matmul that it alone reads."""
@@ -189,7 +244,7 @@ class GraphModule(nn.Module):  # type: ignore[misc]
             if value is not None and value.name in matmuls and len(value.uses()) == 1:
                 matmul = matmuls[value.name]
                 self.steps.remove(matmul)
-                inputs = [*matmul.inputs, *[""] * (3 - len(matmul.inputs)), inputs[1 - summand], *inputs[2:]]
+                inputs = [*matmul.inputs, inputs[1 - summand], *inputs[2:]]
                 call = partial(self.operators.linear_skip_layer_norm, epsilon=epsilon)
                 break
         else:
@@ -225,7 +280,13 @@ class GraphModule(nn.Module):  # type: ignore[misc]
         return name
 
 
+def _base(call: Callable[..., Any]) -> Callable[..., Any]:
+    return call.func if isinstance(call, partial) else call
+
+
 def _tensor(content: np.ndarray) -> Tensor:
+    if content.dtype == ml_dtypes.float8_e4m3fn:
+        return torch.from_numpy(np.array(content.view(np.uint8), order="C")).view(FP8)
     if content.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(content.astype(np.float32, order="C")).bfloat16()
     return torch.from_numpy(np.array(content, order="C"))
@@ -289,8 +350,36 @@ def _patchify(transpose: ir.Node) -> tuple[ir.Value, tuple[int, int], ir.Node, t
 
 
 def _is_linear(node: ir.Node) -> bool:
-    weight = array(node.inputs[1]) if node.op_type == "MatMul" else None
+    weight = _weight(node)
     return weight is not None and weight.ndim == 2 and len(node.outputs[0].uses()) == 1
+
+
+def _weight(node: ir.Node) -> np.ndarray | None:
+    """A matmul's weight [in, out], in FP8 where it is dequantised."""
+    if node.op_type != "MatMul":
+        return None
+    maker = node.inputs[1].producer()
+    return array(node.inputs[1] if maker is None or maker.op_type != "DequantizeLinear" else maker.inputs[0])
+
+
+def _fp8_operands(node: ir.Node) -> tuple[ir.Value, np.ndarray] | None:
+    """Of a matmul between two DequantizeLinears: its FP8 input, and the scale of each output, float32 [out]."""
+    makers = [value.producer() for value in node.inputs]
+    if any(maker is None or maker.op_type != "DequantizeLinear" for maker in makers):
+        return None
+    hidden, weight = makers
+    return hidden.inputs[0], _scalar(hidden.inputs[1]) * _constant(weight.inputs[1]).astype(np.float32)
+
+
+def _scalar(value: ir.Value) -> float:
+    return float(_constant(value))
+
+
+def _constant(value: ir.Value) -> np.ndarray:
+    found = array(value)
+    if found is None:
+        raise UnavailableError(f"the graph computes {value.name}, a scale, which is not known here")
+    return found
 
 
 def _multi_head_attention(

@@ -36,7 +36,7 @@ def comment(
     Args:
         said: the gate's table.
         former, revision: what it is held against, and how that is called.
-        notes: what could not be compared.
+        notes: what could not be compared, and whether the model is another.
         page: the address of report.html.
     """
     rows, plots = moved(reports, former, limits), redrawn(reports, former)
@@ -57,7 +57,7 @@ def comment(
 
 def _folded(notes: Sequence[str]) -> str:
     lines = "\n".join(f"- {note}" for note in notes)
-    return f"<details><summary>Not compared ({len(notes)})</summary>\n\n{lines}\n\n</details>"
+    return f"<details><summary>To know ({len(notes)})</summary>\n\n{lines}\n\n</details>"
 
 
 def _shipped(reports: Reports, former: Reports, revision: str) -> str:

@@ -101,6 +101,7 @@ class Result:
 
 
 def in_folder(folder: Path) -> Reports:
+    """The reports of a folder, as they are now."""
     return Reports(lambda name: read_json(folder / name) if (folder / name).exists() else None, f"{folder}/{{}}")
 
 
@@ -113,12 +114,13 @@ def at_revision(revision: str, folder: Path) -> Reports:
         try:
             return None if text is None else json.loads(text)
         except ValueError as error:
-            raise DeployError(f"{folder / name} is no JSON at {revision} ({error}): name another revision") from error
+            raise DeployError(f"{folder / name} is not JSON at {revision} ({error}): name another revision") from error
 
     return Reports(read, f"{folder}/{{}} at {revision}", "name another revision")
 
 
 def read_result(target: str, reports: Reports) -> Result:
+    """What reports have of a target. Raises ConfigError where a file is of another version."""
     return Result(
         reports.read(Validation, f"validate/{target}.json"), reports.read(Benchmark, f"benchmark/{target}.json")
     )
@@ -143,6 +145,7 @@ def check_reports(names: list[str], reports: Reports, gates: GatesConfig, built:
 
 
 def check_target(target: str, reports: Reports, gates: GatesConfig, built: Path) -> list[GateFailure]:
+    """All misses of one required target: its gate, its timings, its files in `built`, and the report on it."""
     result = read_result(target, reports)
     if result.checked is None:
         return [GateFailure("validation", "no result", AGAIN)]
@@ -268,6 +271,15 @@ def compare_revisions(names: list[str], reports: Reports, former: Reports, limit
     return lost, uncompared
 
 
+def other_weights(reports: Reports, former: Reports) -> list[str]:
+    """Files of the checkpoint's weights that are not those of the former revision; none where either is unknown."""
+    now, before = (read_result(REFERENCE, each).checked for each in (reports, former))
+    if not now or not before or not now.files or not before.files:
+        return []
+    names = sorted(now.files.keys() | before.files.keys())  # the JSON beside them also changes with a library
+    return [name for name in names if not name.endswith(".json") and now.files.get(name) != before.files.get(name)]
+
+
 def _undecided(name: str, spoiled: dict[str, list[str]], before: dict[str, list[str]]) -> Iterator[GateFailure]:
     """The timings of a target that decide nothing, now or at the former revision."""
     if where := spoiled.get(name):
@@ -278,10 +290,12 @@ def _undecided(name: str, spoiled: dict[str, list[str]], before: dict[str, list[
 
 
 def time_again(spoiled: dict[str, list[str]]) -> str:
+    """The way out for targets whose timings decide nothing: one command for all of them."""
     return f"time again on a quiet machine: {again(spoiled)}"
 
 
 def hardware_of(reports: Reports) -> dict[str, Any]:
+    """The machine of a report as why.changed compares it; {"hardware": None} where it is unknown."""
     found = reports.environment()
     return {"hardware": plain(found.hardware) if found else None}
 
@@ -355,10 +369,12 @@ def _slower(now: Result, before: Result, limits: CiConfig, left_out: set[str]) -
 
 
 def p50_interval(timing: Timing) -> str:
+    """The p50 in ms with its 95 % interval, for a message."""
     return f"{timing.p50_ms:.3g} [{timing.p50_low_ms:.3g}, {timing.p50_high_ms:.3g}]"
 
 
 def speedup_interval(timing: Timing) -> str:
+    """The speed-up over torch-fp32 with its 95 % interval, for a message."""
     return f"{timing.speedup:.2f} [{timing.speedup_low:.2f}, {timing.speedup_high:.2f}]"
 
 

@@ -58,7 +58,7 @@ def _run(name: str, read: Callable[[str], str | None], named: Callable[[str], st
         except ValueError as error:
             raise DeployError(f"cannot read {named(file)} ({error}); {GIVE}") from error
         if not accepts(found):
-            raise DeployError(f"{named(file)} is JSON of another kind; {GIVE}")
+            raise DeployError(f"{named(file)} is not the JSON that `dvc repro` writes; {GIVE}")
         return found
 
     metrics, environment = content("targets.json", _is_metrics), content("environment.json", _is_environment)

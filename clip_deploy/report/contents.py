@@ -45,6 +45,8 @@ Block = str | Table | Figure  # a str is a paragraph, a list or a heading of Mar
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the report: its title, and its blocks of text, tables and plots in their order."""
+
     title: str
     blocks: list[Block]
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from clip_deploy.core.config import REFERENCE
-from clip_deploy.core.records import Timing
+from clip_deploy.core.records import WIDE, Timing
 
-WIDE = 1.5  # an interval whose ends, or a p90 and a p50, that lie further apart, as a ratio, decide nothing
 DRIFT = 2.0  # of the reference between the rows of a run: frequencies and neighbours move latencies by less
 BETWEEN_RUNS = 1.06  # of p50 on a GPU, 95 % within: reports/hardware/nvidia-h200/between_runs.md
 
@@ -79,8 +78,6 @@ def _quickest(rows: dict[str, Timings]) -> dict[tuple[str, int], float]:
 
 def _judged(timing: Timing, own: Timings, quickest_ms: float, batch: int, on_gpu: bool) -> Judged:
     low, high = widened(timing, self_spread(own, batch if on_gpu else 1))
-    unstable = not (high <= WIDE * low and timing.reference_p50_ms < DRIFT * quickest_ms)  # so is NaN
-    undecided = not (timing.p90_ms or 0.0) <= WIDE * timing.p50_ms if on_gpu else unstable
     aside = BETWEEN_RUNS**0.5 if on_gpu else 1.0  # so that two rows within it overlap
     wide = replace(
         timing,
@@ -89,6 +86,8 @@ def _judged(timing: Timing, own: Timings, quickest_ms: float, batch: int, on_gpu
         p50_low_ms=timing.p50_low_ms / aside,
         p50_high_ms=timing.p50_high_ms * aside,
     )
+    unstable = wide.is_wide or not timing.reference_p50_ms < DRIFT * quickest_ms  # so is NaN
+    undecided = not (timing.p90_ms or 0.0) <= WIDE * timing.p50_ms if on_gpu else unstable
     return Judged(**vars(wide), unstable=unstable, undecided=undecided)
 
 

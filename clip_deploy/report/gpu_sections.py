@@ -31,6 +31,29 @@ def gpu_usage(report: Report) -> Section | None:
     return Section("On the GPU", [said, _usage(ran)]) if (ran := _ran(report)) else None
 
 
+def gpu_queued(report: Report) -> Section | None:
+    """A call with a wait behind it, beside calls that are asked for without one."""
+    if not (rows := [row for row in _ran(report) if any(_queued(row))]):
+        return None
+    said = (
+        "Milliseconds of a call: with a wait for the GPU after each (p50, as all other tables have it) / of calls that "
+        "are asked for back to back, with one wait at the end. They differ by what a launch takes: take the first for "
+        "one request at a time, the second for a queue that is never empty."
+    )
+    sizes = [(tower, batch) for tower, batches in rows[0].timings.items() for batch in batches]
+    head = ["Target", *(f"{tower} @{batch}" for tower, batch in sizes)]
+    body = [[f"`{row.target}`", *(_both_ways(row.timing(*size)) for size in sizes)] for row in rows]
+    return Section("Single calls and back to back", [said, Table(head, body)])
+
+
+def _queued(row: Row) -> list[float | None]:
+    return [timing.queued_ms for sizes in row.timings.values() for timing in sizes.values()]
+
+
+def _both_ways(timing: Judged | None) -> str:
+    return f"{number(timing.p50_ms)} / {number(timing.queued_ms)}" if timing else MISSING
+
+
 def gpu_duels(report: Report) -> Section | None:
     """Our fastest row beside the compilers', for each tower and batch size."""
     if not (ran := _ran(report)):

@@ -203,6 +203,7 @@ def _single(fit: list[Row], batch: int) -> str:
 
 
 def pace(row: Row, tower: str, batch: int) -> Pace:
+    """What decides between rows at a batch size: a share of the reference's time on a CPU, ms on a GPU."""
     timing = row.timing(tower, batch)
     assert timing is not None  # refusal refuses rows without it
     return pace_of(timing, row.device == "cuda")
@@ -337,6 +338,7 @@ class Shipping:
 
 
 def shown(advice: Recommendation, rows: Sequence[Row]) -> Shipping:
+    """The recommendation as the report shows it."""
     return Shipping(facts(advice, rows), advice.losers, advice.front, advice.ship, advice.limits.batch)
 
 

@@ -21,12 +21,12 @@ def commit_of(revision: str) -> str:
         return named[0]
     if named:
         raise DeployError(
-            f"{len(named)} experiments are called {revision!r}, one at each of as many commits: give one's own commit, "
-            "which `dvc exp list --all --sha-only` prints"
+            f"{len(named)} experiments are called {revision!r}: give the commit of one, which `dvc exp list --all "
+            "--sha-only` prints"
         )
     raise DeployError(
-        f"git knows no revision {revision!r} here, and DVC no experiment of that name: give one, as HEAD~1, main or "
-        "v1.0 (in a shallow clone, fetch it first), or a name in `dvc exp list --all`"
+        f"git knows no revision {revision!r} here, and DVC no experiment of that name: give a revision, for example "
+        "HEAD~1, main or v1.0 (in a shallow clone, fetch it first), or a name of `dvc exp list --all`"
     )
 
 

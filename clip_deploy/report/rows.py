@@ -90,6 +90,7 @@ def read_rows(targets: list[str], validation: Path, benchmark: Path) -> list[Row
 
 
 def row_of(target: str, checked: Validation, timed: Benchmark, timings: JudgedTimings) -> Row:
+    """What validate and benchmark say of a target, as a row of the table. Checked, but not timed, is a failure."""
     status, reasons, found = checked.status, checked.reasons, checked.measured
     if status != "unavailable" and timed.status == "unavailable":
         status, reasons = "fail", [*reasons, f"not timed: {timed.reason}"]

@@ -12,7 +12,7 @@ from clip_deploy.core.records import EndToEnd, FeedTiming, Limit, Recall, Stored
 from clip_deploy.report.contents import Block, Key, Report, Section, Table
 from clip_deploy.report.decisive import BETWEEN_RUNS, Judged, again, pace, undecided
 from clip_deploy.report.figures import accuracy_figure, sensitivity_figure, speed_figure, throughput_figure
-from clip_deploy.report.gpu_sections import gpu_duels, gpu_tutorial, gpu_usage
+from clip_deploy.report.gpu_sections import gpu_duels, gpu_queued, gpu_tutorial, gpu_usage
 from clip_deploy.report.recommend import Shipping
 from clip_deploy.report.rows import Row, best_throughput
 from clip_deploy.report.serving_section import serving_section
@@ -591,6 +591,7 @@ SECTIONS: Sequence[Callable[[Report], Section | None]] = (
     flow_section,
     batch_section,
     gpu_usage,
+    gpu_queued,
     gpu_duels,
     gpu_tutorial,
     serving_section,

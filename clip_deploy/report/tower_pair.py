@@ -11,7 +11,7 @@ from clip_deploy.evaluate.gates import check_gate, gate_of
 from clip_deploy.evaluate.tower_pair import measure_pair
 from clip_deploy.report.rows import Row
 
-COARSENESS = ("fp32", "fp16", "bf16", "int8")  # a pair is held to the gate of its coarser target
+COARSENESS = ("fp32", "fp16", "bf16", "fp8", "int8")  # a pair is held to the gate of its coarser target
 
 
 def pair_row(vision: Row, text: Row, built: Path, evaluation: Path, gates: GatesConfig) -> Row:

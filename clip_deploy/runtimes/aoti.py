@@ -11,6 +11,8 @@ from clip_deploy.runtimes import pytorch
 
 
 class Encoder(pytorch.Encoder):
+    """AOTInductor's compiled towers (.pt2), which run without Python; CUDA graphs on a GPU."""
+
     graphs = True
 
     def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:

@@ -18,9 +18,9 @@ from clip_deploy.runtimes import kernels
 from clip_deploy.runtimes.choices import Choices
 
 MIN_QUERIES = 16  # a block of queries that the tensor cores take
-FEW_ROWS = 256  # of a matmul, which then has too few large tiles for all multiprocessors
 MANY_ROWS = 1024  # of a matmul, which then needs no parts of its depth to fill them
-MAX_TOKENS = 128  # tokens that our attention takes; longer sequences go to PyTorch's kernels
+MAX_TOKENS = 1024  # tokens that our attention takes; longer sequences go to PyTorch's kernels
+FEW_TOKENS = 128  # up to here PyTorch's kernels are slower, and not tried
 HEADS = (16, 32, 64, 128)  # widths of a head that the tensor cores take
 CALLS, TRIES = 8, 9  # of each way that is timed: calls in a CUDA graph, and replays, whose median counts
 
@@ -32,25 +32,41 @@ class TunedOperators(Operators):
         self.fastest: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by operator and shapes
         self.choices = Choices(*_valid_for())
 
+    def quantise(self, hidden: Tensor, inverse: float) -> Tensor:
+        return kernels.quantise(hidden, inverse)
+
     def linear(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        *,
+        activation: Activation | None = None,
+        inverse: float | None = None,
     ) -> Tensor:
         if hidden.dtype is torch.float32 or hidden.shape[-1] % 8 or weight.shape[0] % 8:
-            return super().linear(hidden, weight, bias, activation)
+            return super().linear(hidden, weight, bias, scale, activation=activation, inverse=inverse)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        key = ("linear", flat.shape, weight.shape, bias is None, activation, hidden.dtype)
-        output = self._choose(key, _linear_candidates(len(flat), activation), flat, weight, bias, activation)
+        key = ("linear", flat.shape, weight.shape, bias is None, activation, hidden.dtype, inverse is None)
+        ways = _linear_candidates(len(flat), activation, scale is not None)
+        output = self._choose(key, ways, flat, weight, bias, scale, activation, inverse)
         return output.view(*hidden.shape[:-1], weight.shape[0])
 
-    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+    def attention(
+        self, packed: Tensor, heads: int, scale: float, causal: bool, *, inverse: float | None = None
+    ) -> Tensor:
         _, tokens, width = packed.shape
         head = width // 3 // heads
         if packed.dtype is torch.float32 or tokens > MAX_TOKENS or head not in HEADS:
-            return super().attention(packed, heads, scale, causal)
+            return super().attention(packed, heads, scale, causal, inverse=inverse)
         fit = [blocks for blocks in kernels.QUERIES if blocks[0] <= max(MIN_QUERIES, 2 * tokens)]
-        ways = [partial(kernels.attention, blocks=blocks) for blocks in fit]
-        key = ("attention", packed.shape, heads, causal)
-        return self._choose(key, ways, packed, heads, scale or head**-0.5, causal)
+        ways: list[Callable[..., Tensor]] = [partial(kernels.attention, blocks=blocks) for blocks in fit]
+        if tokens > FEW_TOKENS:
+            library: Callable[..., Tensor] = super().attention
+            ways.insert(0, partial(_library_attention, library))
+        key = ("attention", packed.shape, heads, causal, inverse is None)
+        return self._choose(key, ways, packed, heads, scale or head**-0.5, causal, inverse)
 
     def skip_layer_norm(
         self,
@@ -61,32 +77,38 @@ class TunedOperators(Operators):
         added: Tensor | None = None,
         *,
         epsilon: float,
+        inverse: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         if not hidden.is_contiguous() or not skip.is_contiguous() or hidden.shape != skip.shape:
-            return super().skip_layer_norm(hidden, skip, weight, bias, added, epsilon=epsilon)
-        return kernels.skip_layer_norm(hidden, skip, weight, bias, added, epsilon)
+            return super().skip_layer_norm(hidden, skip, weight, bias, added, epsilon=epsilon, inverse=inverse)
+        return kernels.skip_layer_norm(hidden, skip, weight, bias, added, epsilon, inverse)
 
     def linear_skip_layer_norm(
         self,
         hidden: Tensor,
         matrix: Tensor,
         addend: Tensor | None,
+        scale: Tensor | None,
         skip: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         added: Tensor | None = None,
         *,
         epsilon: float,
+        inverse: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        one_by_one = partial(super().linear_skip_layer_norm, epsilon=epsilon)
-        (wide, deep), count = matrix.shape, hidden.numel() // hidden.shape[-1]
-        fit = [(tiles, parts) for tiles, parts in kernels.SPLIT if deep % (tiles.k * parts) == 0]
+        one_by_one = partial(super().linear_skip_layer_norm, epsilon=epsilon, inverse=inverse)
+        given = (hidden, matrix, addend, scale, skip, weight, bias, added)
         both = addend is not None and added is not None
-        if hidden.dtype is torch.float32 or wide % 8 or count > MANY_ROWS or both or not skip.is_contiguous():
-            return one_by_one(hidden, matrix, addend, skip, weight, bias, added)
-        ways = [one_by_one, *(partial(_in_parts, epsilon=epsilon, tiles=tiles, parts=parts) for tiles, parts in fit)]
-        key = ("sum", count, matrix.shape, addend is None, added is None, hidden.dtype)
-        found: tuple[Tensor, Tensor] = self._choose(key, ways, hidden, matrix, addend, skip, weight, bias, added)
+        if hidden.dtype is torch.float32 or len(matrix) % 8 or both or not skip.is_contiguous():
+            return one_by_one(*given)
+        count = hidden.numel() // hidden.shape[-1]
+        ways: list[Callable[..., Any]] = [
+            one_by_one,
+            *_sum_candidates(count, matrix, scale is not None, epsilon, inverse),
+        ]
+        key = ("sum", count, matrix.shape, addend is None, added is None, hidden.dtype, inverse is None)
+        found: tuple[Tensor, Tensor] = self._choose(key, ways, *given)
         return found
 
     def patchify(self, pixels: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -131,24 +153,67 @@ def median_ms(way: Callable[..., Any], given: tuple[Any, ...]) -> float:
     return found
 
 
-def _in_parts(
+def _library_attention(
+    library: Callable[..., Tensor], packed: Tensor, heads: int, scale: float, causal: bool, inverse: float | None
+) -> Tensor:
+    attended = library(packed, heads, scale, causal)
+    return attended if inverse is None else kernels.quantise(attended, inverse)
+
+
+def _sum_candidates(
+    count: int, matrix: Tensor, fp8: bool, epsilon: float, inverse: float | None
+) -> list[Callable[..., tuple[Tensor, Tensor]]]:
+    """Ways to a matmul's sum with what is skipped, besides one after the other."""
+    depth, wider = matrix.shape[1], 2 if fp8 else 1
+    fit = [(tiles, parts) for tiles, parts in kernels.SPLIT if depth % (wider * tiles.k * parts) == 0]
+    ways: list[Callable[..., tuple[Tensor, Tensor]]] = [_fp8_by_cublas] if fp8 else []
+    if count <= MANY_ROWS:
+        ways += [partial(_in_parts, tiles=tiles, parts=parts) for tiles, parts in fit]
+    return [partial(way, epsilon=epsilon, inverse=inverse) for way in ways]
+
+
+def _fp8_by_cublas(
     hidden: Tensor,
     matrix: Tensor,
     addend: Tensor | None,
+    scale: Tensor,
     skip: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     added: Tensor | None,
     *,
     epsilon: float,
+    inverse: float | None,
+) -> tuple[Tensor, Tensor]:
+    held = addend if added is None else added
+    return kernels.fp8_linear_skip_layer_norm(hidden, matrix, scale, skip, weight, bias, held, epsilon, inverse)
+
+
+def _in_parts(
+    hidden: Tensor,
+    matrix: Tensor,
+    addend: Tensor | None,
+    scale: Tensor | None,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    *,
+    epsilon: float,
+    inverse: float | None,
     tiles: kernels.Tiles,
     parts: int,
 ) -> tuple[Tensor, Tensor]:
     held = addend if added is None else added
-    return kernels.linear_skip_layer_norm(hidden, matrix, skip, weight, bias, held, epsilon, tiles, parts)
+    return kernels.linear_skip_layer_norm(
+        hidden, matrix, scale, skip, weight, bias, held, epsilon, inverse, tiles, parts
+    )
 
 
-def _linear_candidates(hidden: int, activation: Activation | None) -> list[Callable[..., Tensor]]:
+def _linear_candidates(rows: int, activation: Activation | None, fp8: bool) -> list[Callable[..., Tensor]]:
     """cuBLAS is taken unasked where there are many rows and nothing to fuse."""
-    tiles = kernels.SMALL if hidden <= FEW_ROWS else kernels.LARGE if activation else ()
-    return [kernels.cublas_linear, *(partial(kernels.triton_linear, tiles=item) for item in tiles)]
+    tiles = (
+        kernels.SMALL if rows <= kernels.FEW_ROWS else kernels.LARGE_FP8 if fp8 else kernels.LARGE if activation else ()
+    )
+    library = [kernels.cublas_linear, *([kernels.cublas_fp8_linear] if fp8 else [])]
+    return [*library, *(partial(kernels.triton_linear, tiles=item) for item in tiles)]

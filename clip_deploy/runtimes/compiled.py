@@ -17,6 +17,8 @@ MAX_SHAPES = 64  # dynamo gives up at 8
 
 
 class Encoder(eager.Encoder):
+    """The checkpoint's own towers, by torch.compile for each shape; CUDA graphs on a GPU."""
+
     graphs = True
 
     def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:

@@ -18,6 +18,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Encoder(pytorch.Encoder):
+    """The checkpoint's own towers, run by PyTorch in the target's precision."""
+
     def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:
         torch.backends.cudnn.allow_tf32 = False  # so that convolutions are as exact as matmuls are by default
         model, dtype = self.prepare(load_model(folder)).to(target.device), DTYPES[target.precision]

@@ -4,11 +4,15 @@ An encoder's matmuls are short (a width of 512 to 1,024), so what stands between
 takes long beside them. One kernel multiplies, adds the bias and applies the activation; one attends straight from the
 packed matmul; one adds the skip connection and normalises; one cuts an image into patches.
 
+Matmuls take FP8 (E4M3) too, at twice the rate of FP16 from Ada and Hopper on. What writes a matmul's input rounds it to
+FP8 as it writes: QUANTISED, with `inverse`, one over the scale.
+
 Kernels of a few microseconds follow one another faster where the next is started while the last one runs and waits for
-it on the GPU (programmatic dependent launch, from Hopper on: DEPENDENT). Each waits before it touches memory.
+it on the GPU (programmatic dependent launch, from Hopper on: DEPENDENT). Each waits before it touches what another
+kernel writes; a matmul of few rows asks for its weights before that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,20 +21,31 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clip_deploy.onnx_graph.torch_module import Activation
+from clip_deploy.onnx_graph.torch_module import FP8, MAX_FP8, Activation
 
 LOG2_E = 1.4426950408889634
+LIMIT = tl.constexpr(MAX_FP8)
 
 
 @triton.jit
-def _activated(x, alpha, KIND: tl.constexpr):
+def _sigmoid(x, APPROXIMATE: tl.constexpr):
+    """Exact to 2^-12 where APPROXIMATE: one instruction of the slow kind instead of two, enough for FP8."""
+    if APPROXIMATE:
+        half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], tl.float32, True, 1)
+        return 0.5 + 0.5 * half
+    return tl.sigmoid(x)
+
+
+@triton.jit
+def _activated(x, alpha, KIND: tl.constexpr, APPROXIMATE: tl.constexpr):
     if KIND == "QuickGelu":
-        x = x * tl.sigmoid(alpha * x)
+        x = x * _sigmoid(alpha * x, APPROXIMATE)
     elif KIND == "tanh":
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        x = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), APPROXIMATE)
     elif KIND == "erf":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     return x
@@ -44,18 +59,51 @@ def _take_turn(DEPENDENT: tl.constexpr):
         gdc_launch_dependents()
 
 
+@triton.jit
+def _rounded(x, inverse, output, QUANTISED: tl.constexpr):
+    """x as `output` holds it: times `inverse` in FP8, where numbers beyond the largest become it."""
+    if QUANTISED:
+        x = tl.minimum(tl.maximum(x * inverse, -LIMIT), LIMIT)
+    return x.to(output.dtype.element_ty)
+
+
+@triton.jit
+def _fetch(weights, row, rows, start, SIZE: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr):
+    """Ask for LINES lines of the L2 cache, from byte `start` on, of BLOCK rows of SIZE bytes each."""
+    row = tl.minimum(row + tl.arange(0, BLOCK), rows - 1).to(tl.int64)
+    line = tl.minimum(start + tl.arange(0, LINES) * 128, SIZE - 1)
+    places = weights.to(tl.int64) + row[:, None] * SIZE + line[None, :]
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], tl.int32, False, 1)
+
+
+@triton.jit
+def _place(tile, down, across, GROUP: tl.constexpr):
+    """Row and column of a tile: those that share weights are taken together."""
+    first = tile // (GROUP * across) * GROUP
+    height = tl.minimum(down - first, GROUP)
+    return first + tile % (GROUP * across) % height, tile % (GROUP * across) // height
+
+
 @triton.jit(do_not_specialize=["M"])
 def _matmul(
     hidden,
     weight,
     output,
     bias,
+    scale,
     M,
     N,
     K,
     alpha,
+    inverse,
+    weights,
+    SIZE: tl.constexpr,
+    LINES: tl.constexpr,
     KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -63,28 +111,36 @@ def _matmul(
     PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """output [M, N] = activation(hidden [M, K] @ weight [N, K].T + bias), by programs that take tile after tile.
+    """output [M, N] = activation(hidden [M, K] @ weight [N, K].T * scale + bias), each program tile after tile.
 
     Where K is cut into PARTS, the sums over each stand below one another, in rows of whole tiles.
+    Where LINES is set, `weights`, rows of SIZE bytes, are asked for at once: so many lines of the cache each.
     """
-    _take_turn(DEPENDENT)
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    if LINES:
+        _, column = _place(tl.program_id(0) % (down * across), down, across, GROUP)
+        start = tl.program_id(0) // (down * across) * (SIZE // PARTS)
+        _fetch(weights, column * BLOCK_N, N, start, SIZE, BLOCK_N, LINES)
+    _take_turn(DEPENDENT)
     steps = tl.cdiv(K, BLOCK_K * PARTS)
     for item in tl.range(tl.program_id(0), down * across * PARTS, tl.num_programs(0), flatten=True):
         part, tile = item // (down * across), item % (down * across)
-        first = tile // (GROUP * across) * GROUP  # tiles that share weights are taken together
-        height = tl.minimum(down - first, GROUP)
-        row = (first + tile % (GROUP * across) % height) * BLOCK_M
-        column = tile % (GROUP * across) // height * BLOCK_N
+        row, column = _place(tile, down, across, GROUP)
+        row, column = row * BLOCK_M, column * BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(steps):
             left = hidden.load([row, (part * steps + step) * BLOCK_K])
             right = weight.load([column, (part * steps + step) * BLOCK_K])
             total = tl.dot(left, right.T, total)
+        columns = column + tl.arange(0, BLOCK_N)
+        if HAS_SCALE:
+            total *= tl.load(scale + columns, mask=columns < N, other=0.0)[None, :]
         if HAS_BIAS:
-            columns = column + tl.arange(0, BLOCK_N)
             total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        output.store([part * down * BLOCK_M + row, column], _activated(total, alpha, KIND).to(output.dtype))
+        total = _activated(total, alpha, KIND, APPROXIMATE)
+        if QUANTISED:
+            total = tl.minimum(tl.maximum(total * inverse, -LIMIT), LIMIT)
+        output.store([part * down * BLOCK_M + row, column], total.to(output.dtype))
 
 
 @triton.jit
@@ -112,12 +168,32 @@ def _patchify(
 
 
 @triton.jit
-def _activate(values, count, alpha, KIND: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _activate(
+    values,
+    output,
+    scale,
+    bias,
+    width,
+    count,
+    alpha,
+    inverse,
+    KIND: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """What is left to do of a matmul's values [rows, width]: scale, bias, activation, rounding."""
     _take_turn(DEPENDENT)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     x = tl.load(values + places, mask=inside).to(tl.float32)
-    tl.store(values + places, _activated(x, alpha, KIND).to(values.dtype.element_ty), mask=inside)
+    if HAS_SCALE:
+        x *= tl.load(scale + places % width, mask=inside, other=0.0)
+    if HAS_BIAS:
+        x += tl.load(bias + places % width, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output + places, _rounded(_activated(x, alpha, KIND, False), inverse, output, QUANTISED), mask=inside)
 
 
 @triton.jit
@@ -126,9 +202,11 @@ def _attention(
     output,
     tokens,
     scale,
+    inverse,
     HEADS: tl.constexpr,
     HEAD: tl.constexpr,
     CAUSAL: tl.constexpr,
+    QUANTISED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -163,7 +241,8 @@ def _attention(
         highest = above
     output += batch * tokens * width
     place = output + query[:, None] * width + columns[None, :]
-    tl.store(place, (total / weights[:, None]).to(output.dtype.element_ty), mask=query[:, None] < tokens)
+    found = _rounded(total / weights[:, None], inverse, output, QUANTISED)
+    tl.store(place, found, mask=query[:, None] < tokens)
 
 
 @triton.jit
@@ -175,16 +254,23 @@ def _skip_layer_norm(
     shift,
     normalized,
     total,
+    ratios,
     width,
     apart,
     epsilon,
+    inverse,
     PARTS: tl.constexpr,
+    HAS_RATIOS: tl.constexpr,
     HAS_ADDED: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
+    QUANTISED: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One row: the sum of the PARTS of `hidden`, `apart` from each other, of skip and of what is added, normalised."""
+    """One row: the sum of the PARTS of `hidden`, `apart` from each other, of skip and of what is added, normalised.
+
+    `hidden` is multiplied by `ratios` [width] first.
+    """
     _take_turn(DEPENDENT)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -192,6 +278,8 @@ def _skip_layer_norm(
     x = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         x += tl.load(hidden + part * apart + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RATIOS:
+        x *= tl.load(ratios + columns, mask=inside, other=0.0)
     x += tl.load(skip + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_ADDED:
         x += tl.load(added + columns, mask=inside, other=0.0).to(tl.float32)
@@ -201,7 +289,7 @@ def _skip_layer_norm(
     x *= tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_SHIFT:
         x += tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normalized + place, x.to(normalized.dtype.element_ty), mask=inside)
+    tl.store(normalized + place, _rounded(x, inverse, normalized, QUANTISED), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -226,49 +314,157 @@ LARGE = (
     Tiles(64, 256, 64, 4, 4),
     Tiles(64, 128, 64, 3, 4, 2),
 )
+LARGE_FP8 = (*LARGE, Tiles(128, 128, 64, 3, 8, 2), Tiles(64, 256, 64, 2, 4, 2))
 SMALL = (Tiles(64, 128, 64, 4, 4), Tiles(64, 64, 128, 4, 4), Tiles(64, 32, 128, 5, 4), Tiles(64, 16, 128, 6, 4))
 SPLIT = [(tiles, parts) for tiles in SMALL[:3] for parts in (2, 4)]  # a matmul's depth, split in parts
 GROUP = 8  # rows of tiles that are taken together
+FEW_ROWS = 256  # of a matmul: its time is that of reading the weights
 QUERIES = (
     (16, 64, 1),
     (32, 32, 2),
     (32, 128, 4),
+    (64, 32, 4),
     (64, 64, 4),
     (128, 128, 8),
     (128, 64, 4),
 )  # block of queries, of keys, warps
 
 
-def cublas_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
-    """cuBLAS, and a pass for the activation behind it."""
-    if activation is not None and _form(activation) == "tanh" and bias is not None:
+def cublas_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    activation: Activation | None,
+    inverse: float | None,
+) -> Tensor:
+    """cuBLAS, and a pass behind it for what it does not do itself."""
+    if scale is not None:
+        return _cublas_fp8(hidden, weight, bias, scale, activation, inverse)
+    if activation is not None and _form(activation) == "tanh" and bias is not None and inverse is None:
         return torch._addmm_activation(bias, hidden, weight.T, use_gelu=True)
     output = F.linear(hidden, weight, bias)
-    if activation is not None:
-        block = 2048
-        grid = (triton.cdiv(output.numel(), block),)
-        _activate[grid](output, output.numel(), activation.alpha, _form(activation), block, **_launch())
+    if activation is None and inverse is None:
+        return output
+    return _pass(output, None, None, activation, inverse)
+
+
+def _cublas_fp8(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    activation: Activation | None,
+    inverse: float | None,
+) -> Tensor:
+    """cuBLAS multiplies by one scale, a pass behind it by those of each output."""
+    sums, ratios = cublas_fp8_sums(hidden, weight, scale)
+    return _pass(sums, ratios, bias, activation, inverse)
+
+
+def cublas_fp8_sums(hidden: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The FP8 matmul with the largest of the scales, in float16, and the ratio [out] that each output lacks."""
+    largest, ratios, one = _split(scale)
+    sums = torch._scaled_mm(hidden, weight.T, one, largest, out_dtype=torch.float16, use_fast_accum=True)
+    return sums, ratios
+
+
+_SPLITS = WeakTensorKeyDictionary()  # of scales, made in the first call: a CUDA graph need not make them again
+
+
+def _split(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of the scales, all as ratios to it, and a one."""
+    if scale not in _SPLITS:
+        largest = scale.max()
+        _SPLITS[scale] = (largest, scale / largest, torch.ones_like(largest))
+    found: tuple[Tensor, Tensor, Tensor] = _SPLITS[scale]
+    return found
+
+
+@cache
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(count, 1, device=device)
+
+
+def cublas_fp8_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    activation: Activation | None,
+    inverse: float | None,
+) -> Tensor:
+    """cuBLAS with a scale for each row and output; a pass behind it where there is more to do."""
+    assert scale is not None
+    rows = _ones(len(hidden), hidden.device)
+    output = torch._scaled_mm(
+        hidden, weight.T, rows, scale[None, :], bias=bias, out_dtype=torch.float16, use_fast_accum=True
+    )
+    return output if activation is None and inverse is None else _pass(output, None, None, activation, inverse)
+
+
+def _pass(
+    values: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation | None,
+    inverse: float | None,
+) -> Tensor:
+    """A pass over a matmul's values, [rows, width]; in place unless they become FP8."""
+    output = values if inverse is None else torch.empty_like(values, dtype=FP8)
+    block = 2048
+    _activate[(triton.cdiv(values.numel(), block),)](
+        values,
+        output,
+        scale,
+        bias,
+        values.shape[-1],
+        values.numel(),
+        activation.alpha if activation else 1.0,
+        inverse or 1.0,
+        _form(activation),
+        scale is not None,
+        bias is not None,
+        inverse is not None,
+        block,
+        **_launch(),
+    )
     return output
 
 
+def quantise(hidden: Tensor, inverse: float) -> Tensor:
+    """FP8 values of hidden * inverse."""
+    return _pass(hidden.contiguous(), None, None, None, inverse)
+
+
 def triton_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None, tiles: Tiles
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    activation: Activation | None,
+    inverse: float | None,
+    tiles: Tiles,
 ) -> Tensor:
-    """One kernel for matmul, bias and activation."""
-    output = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
-    return _launch_matmul(hidden, weight, bias, activation, tiles, output)
+    """One kernel for matmul, scale, bias, activation and rounding."""
+    dtype = FP8 if inverse is not None else hidden.dtype if scale is None else torch.float16
+    output = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
+    return _launch_matmul(hidden, weight, bias, scale, activation, inverse, tiles, output)
 
 
 def _launch_matmul(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    scale: Tensor | None,
     activation: Activation | None,
+    inverse: float | None,
     tiles: Tiles,
     output: Tensor,
     parts: int = 1,
 ) -> Tensor:
     (count, depth), width = hidden.shape, len(weight)
+    tiles = tiles if hidden.dtype is not FP8 else replace(tiles, k=2 * tiles.k)  # as many bytes
     items = triton.cdiv(count, tiles.m) * triton.cdiv(width, tiles.n) * parts
     programs = min(tiles.together * _multiprocessors(), items)
     _matmul[(programs,)](
@@ -276,12 +472,19 @@ def _launch_matmul(
         TensorDescriptor.from_tensor(weight, [tiles.n, tiles.k]),
         TensorDescriptor.from_tensor(output, [tiles.m, tiles.n]),
         bias,
+        scale,
         count,
         width,
         depth,
         activation.alpha if activation else 1.0,
+        inverse or 1.0,
+        weight,
+        *_lines(weight, count, parts),
         _form(activation),
         bias is not None,
+        scale is not None,
+        inverse is not None,
+        inverse is not None and hidden.is_cuda,
         tiles.m,
         tiles.n,
         tiles.k,
@@ -292,6 +495,13 @@ def _launch_matmul(
         **_launch(),
     )
     return output
+
+
+def _lines(weight: Tensor, rows: int, parts: int) -> tuple[int, int]:
+    """Bytes of a row of weights, and lines of the cache of a part; 0 lines where they are not asked for ahead."""
+    size = weight.shape[1] * weight.element_size()
+    ahead = rows <= FEW_ROWS and _launch()["DEPENDENT"]
+    return size, triton.next_power_of_2(triton.cdiv(size, 128 * parts)) if ahead else 0
 
 
 def _form(activation: Activation | None) -> str:
@@ -312,19 +522,52 @@ def _multiprocessors() -> int:
     return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 4
 
 
-def attention(packed: Tensor, heads: int, scale: float, causal: bool, blocks: tuple[int, int, int]) -> Tensor:
+def attention(
+    packed: Tensor,
+    heads: int,
+    scale: float,
+    causal: bool,
+    inverse: float | None = None,
+    *,
+    blocks: tuple[int, int, int],
+) -> Tensor:
+    """Attention of all heads at once, as torch.nn.functional.scaled_dot_product_attention.
+
+    Args:
+        packed: [batch, tokens, 3 * width]: queries, keys and values.
+        scale: of products of queries with keys.
+        causal: whether a token attends to those before it alone.
+        inverse: one over the scale of an output in FP8; None for an output in packed's dtype.
+        blocks: queries and keys of one program, and its warps.
+
+    Returns [batch, tokens, width] in packed's dtype, or in FP8.
+    """
     batch, tokens, width = packed.shape
-    output = torch.empty(batch, tokens, width // 3, dtype=packed.dtype, device=packed.device)
+    dtype = packed.dtype if inverse is None else FP8
+    output = torch.empty(batch, tokens, width // 3, dtype=dtype, device=packed.device)
     queries, keys, warps = blocks
     grid = (triton.cdiv(tokens, queries), batch * heads)
     head = width // 3 // heads
     _attention[grid](
-        packed, output, tokens, scale * LOG2_E, heads, head, causal, queries, keys, num_warps=warps, **_launch()
+        packed,
+        output,
+        tokens,
+        scale * LOG2_E,
+        inverse or 1.0,
+        heads,
+        head,
+        causal,
+        inverse is not None,
+        queries,
+        keys,
+        num_warps=warps,
+        **_launch(),
     )
     return output
 
 
 def patchify(pixels: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Pixels [images, channels, height, width] as patches [images, patches, channels * tall * wide] in `dtype`."""
     images, channels, height, width = pixels.shape
     tall, wide = size
     count, long = height // tall * (width // wide), channels * tall * wide
@@ -339,11 +582,13 @@ def patchify(pixels: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tenso
 def linear_skip_layer_norm(
     hidden: Tensor,
     weight: Tensor,
+    scale: Tensor | None,
     skip: Tensor,
     gain: Tensor,
     shift: Tensor | None,
     added: Tensor | None,
     epsilon: float,
+    inverse: float | None,
     tiles: Tiles,
     parts: int,
 ) -> tuple[Tensor, Tensor]:
@@ -351,8 +596,24 @@ def linear_skip_layer_norm(
     flat = hidden.reshape(-1, hidden.shape[-1])
     height = triton.cdiv(len(flat), tiles.m) * tiles.m
     sums = torch.empty(parts * height, len(weight), dtype=torch.float32, device=hidden.device)
-    _launch_matmul(flat, weight, None, None, tiles, sums, parts)
-    return skip_layer_norm(sums, skip, gain, shift, added, epsilon, parts)
+    _launch_matmul(flat, weight, None, scale, None, None, tiles, sums, parts)
+    return skip_layer_norm(sums, skip, gain, shift, added, epsilon, inverse, parts)
+
+
+def fp8_linear_skip_layer_norm(
+    hidden: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    skip: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    added: Tensor | None,
+    epsilon: float,
+    inverse: float | None,
+) -> tuple[Tensor, Tensor]:
+    """cuBLAS with one scale; what normalises multiplies by the ratios of each output's."""
+    sums, ratios = cublas_fp8_sums(hidden.reshape(-1, hidden.shape[-1]), weight, scale)
+    return skip_layer_norm(sums, skip, gain, shift, added, epsilon, inverse, ratios=ratios)
 
 
 def skip_layer_norm(
@@ -362,11 +623,13 @@ def skip_layer_norm(
     bias: Tensor | None,
     added: Tensor | None,
     epsilon: float,
+    inverse: float | None = None,
     parts: int = 1,
+    ratios: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The normalised sum, and the sum; where `hidden` is `parts` below one another, of all of them."""
     width = skip.shape[-1]
-    normalized, total = torch.empty_like(skip), torch.empty_like(skip)
+    normalized, total = torch.empty_like(skip, dtype=skip.dtype if inverse is None else FP8), torch.empty_like(skip)
     _skip_layer_norm[(skip.numel() // width,)](
         hidden,
         skip,
@@ -375,12 +638,16 @@ def skip_layer_norm(
         bias,
         normalized,
         total,
+        ratios,
         width,
         hidden.numel() // parts,
         epsilon,
+        inverse or 1.0,
         parts,
+        ratios is not None,
         added is not None,
         bias is not None,
+        inverse is not None,
         triton.next_power_of_2(width),
         num_warps=4,
         **_launch(),

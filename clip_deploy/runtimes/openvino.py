@@ -14,6 +14,8 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}  # left to itself the plugin takes bf16 
 
 
 class Encoder:
+    """Graphs of OpenVINO on a CPU. `threads` is of each tower; None leaves it to OpenVINO."""
+
     image_input = "pixel_values"
 
     def __init__(self, folder: Path, target: Target, threads: int | None, towers: Sequence[str] = TOWERS) -> None:

@@ -27,6 +27,8 @@ ProviderOptions = tuple[str, dict[str, str]]
 
 
 class Encoder:
+    """Graphs of ONNX Runtime, on the CPU or by CUDA. `threads` is of each tower; None leaves it to ONNX Runtime."""
+
     provider = CUDA  # what must run the nodes on a GPU
 
     def __init__(

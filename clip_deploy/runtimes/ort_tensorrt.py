@@ -22,6 +22,8 @@ INSTALL = "pip install tensorrt, or onnxruntime-ep-nv-tensorrt-rtx-cu13"
 
 
 class Encoder(ort.Encoder):
+    """Graphs of ONNX Runtime by TensorRT, which builds an engine for each shape as it is opened."""
+
     def __init__(self, folder: Path, target: Target, threads: int | None, towers: Sequence[str] = TOWERS) -> None:
         self.devices = find_devices()
         if self.devices:

@@ -15,6 +15,8 @@ from clip_deploy.runtimes.tensorrt_library import is_rtx, load_tensorrt, log_of,
 
 
 class Encoder(pytorch.Encoder):
+    """TensorRT's engines, which run on the GPU and the version of TensorRT that they were built with."""
+
     graphs = True
 
     def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:

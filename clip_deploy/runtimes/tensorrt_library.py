@@ -23,6 +23,7 @@ def load_tensorrt() -> Any:
 
 
 def is_rtx(library: Any) -> bool:
+    """Whether it is TensorRT-RTX rather than TensorRT."""
     return "rtx" in library.__name__
 
 

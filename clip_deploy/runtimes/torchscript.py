@@ -10,5 +10,7 @@ from clip_deploy.runtimes import pytorch
 
 
 class Encoder(pytorch.Encoder):
+    """Towers of TorchScript (.pt), whose code is in the file."""
+
     def load(self, folder: Path, target: Target, towers: Sequence[str]) -> dict[str, pytorch.Tower]:
         return {tower: torch.jit.load(folder / f"{tower}.pt", map_location=target.device).eval() for tower in towers}

@@ -45,6 +45,7 @@ ENDPOINTS = ("/v2/health/live", "/v2/health/ready", *(f"/v2/models/{model}/ready
 
 
 def main(folder: Path) -> None:
+    """Ask the server what ClientJob says, and leave the answers as .npz and JSON in `folder`."""
     job = ClientJob.read(folder)
     from clip_deploy.serving.faults import provoke
 

@@ -90,6 +90,7 @@ def asked(job: ClientJob) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def answers_as_before(job: ClientJob, expected: tuple[np.ndarray, np.ndarray | None]) -> bool:
+    """Whether the server is ready, and answers an image and a question as it did before the fault."""
     try:
         ready = Client(job, "http").inner.is_model_ready("clip_zero_shot")
         (image, answer), (image_before, before) = asked(job), expected
@@ -117,48 +118,59 @@ VISION = "/v2/models/clip_vision/infer"
 
 
 def no_json(job: ClientJob) -> str:
+    """Send a body that is not JSON."""
     return post(job, VISION, b"{")
 
 
 def lying_header(job: ClientJob) -> str:
+    """Announce a gigabyte of JSON in a header, and send two bytes."""
     return post(job, VISION, b"{}", {"Inference-Header-Content-Length": "1000000000"})
 
 
 def unknown_model(job: ClientJob) -> str:
+    """Ask a model that is not there."""
     return post(job, "/v2/models/none/infer", b"{}")
 
 
 def wrong_type(job: ClientJob) -> str:
+    """Send images in float64."""
     return vision(job, job.batches("images")[0][:1].astype(np.float64))
 
 
 def wrong_shape(job: ClientJob) -> str:
+    """Send images of one channel."""
     return vision(job, job.batches("images")[0][:1, :1])
 
 
 def wide_batch(job: ClientJob) -> str:
+    """Send one image more than the largest batch."""
     image = job.batches("images")[0][:1]
     return vision(job, np.repeat(image, job.max_batch + 1, axis=0))
 
 
 def vision(job: ClientJob, images: np.ndarray) -> str:
+    """Ask the image tower, and say what shape came."""
     found = embed_images(Client(job, "http"), job, images)
     return f"answered: {list(found.shape)}"
 
 
 def large_body(job: ClientJob) -> str:
+    """Send LARGE_BYTES of JSON that does not end."""
     return post(job, VISION, b'{"inputs": "' + b"x" * LARGE_BYTES)
 
 
 def unknown_token(job: ClientJob) -> str:
+    """Send token ids beyond the vocabulary."""
     return text_of(job, 10**9)
 
 
 def negative_token(job: ClientJob) -> str:
+    """Send negative token ids."""
     return text_of(job, -1)
 
 
 def text_of(job: ClientJob, token: int) -> str:
+    """Ask the text tower about a text of one token id alone, and say what shape came."""
     inputs = {name: job.batches(name)[0][:1].copy() for name in job.text_inputs}
     inputs["input_ids"][:] = token
     found = Client(job, "grpc").infer("clip_text", inputs).as_numpy("text_embeds")
@@ -166,26 +178,32 @@ def text_of(job: ClientJob, token: int) -> str:
 
 
 def long_text(job: ClientJob) -> str:
+    """Send a text of a megabyte."""
     return zero_shot(job, file(job), [b"red " * 250_000, b"blue"])
 
 
 def no_text(job: ClientJob) -> str:
+    """Ask a question without texts."""
     return zero_shot(job, file(job), [])
 
 
 def empty_text(job: ClientJob) -> str:
+    """Send a text of one blank."""
     return zero_shot(job, file(job), [b"red", b" "])
 
 
 def not_utf8(job: ClientJob) -> str:
+    """Send a text that is not UTF-8."""
     return zero_shot(job, file(job), [b"\xff\xfe"])
 
 
 def no_image(job: ClientJob) -> str:
+    """Send a file that is no image."""
     return zero_shot(job, b"no image", [b"red"])
 
 
 def truncated_image(job: ClientJob) -> str:
+    """Send a file without its end."""
     return zero_shot(job, file(job)[:-200], [b"red"])
 
 
@@ -206,23 +224,28 @@ def many_mistakes(job: ClientJob) -> str:
 
 
 def large_file(job: ClientJob) -> str:
+    """Send a file of 25 MB."""
     return zero_shot(job, file(job) + bytes(25_000_000), [b"red"])
 
 
 def bomb(job: ClientJob) -> str:
+    """Send a small file of BOMB_SIDE x BOMB_SIDE pixels."""
     return zero_shot(job, png(BOMB_SIDE, BOMB_SIDE), [b"red"])
 
 
 def thin_image(job: ClientJob) -> str:
+    """Send an image one pixel wide and THIN_LENGTH long."""
     return zero_shot(job, png(1, THIN_LENGTH), [b"red"])
 
 
 def file(job: ClientJob) -> bytes:
+    """A JPEG file that the server can read."""
     found: bytes = job.inputs["files"][0][: job.inputs["lengths"][0]].tobytes()
     return found
 
 
 def zero_shot(job: ClientJob, content: bytes, texts: list[bytes]) -> str:
+    """Ask which text describes a file best, and say what probabilities came."""
     inputs = {
         "encoded": np.array([[content]], dtype=object),
         "texts": np.array(texts, dtype=object).reshape(-1, 1),
@@ -270,6 +293,7 @@ def half_a_request(job: ClientJob) -> str:
 
 
 def idle_connections(job: ClientJob) -> str:
+    """Open IDLE connections and close them without a word."""
     held = [socket.create_connection(("127.0.0.1", job.ports["http"]), timeout=TIMEOUT_S) for _ in range(IDLE)]
     for connection in held:
         connection.close()
@@ -277,6 +301,7 @@ def idle_connections(job: ClientJob) -> str:
 
 
 def noise_on_grpc(job: ClientJob) -> str:
+    """Send random bytes to the gRPC port."""
     with socket.create_connection(("127.0.0.1", job.ports["grpc"]), timeout=TIMEOUT_S) as connection:
         connection.sendall(np.random.default_rng(0).bytes(4096))
         connection.recv(4096)

@@ -50,6 +50,12 @@ def image_batches(prepared: Prepared, settings: Preprocessing | None, size: int)
 
 
 def darkened(images: np.ndarray, settings: Preprocessing | None) -> np.ndarray:
+    """The images with a share DARK of their light, as a camera that failed would send them.
+
+    Args:
+        images: what the image tower takes: uint8 [batch, height, width, 3], or pixel_values [batch, 3, height, width].
+        settings: how pixel_values are made of grey levels; None for uint8.
+    """
     levels = (grey_levels(images, settings) * DARK).astype(np.uint8)
     if settings is None:
         return levels
@@ -59,6 +65,7 @@ def darkened(images: np.ndarray, settings: Preprocessing | None) -> np.ndarray:
 
 
 def file_inputs(images: np.ndarray, settings: Preprocessing | None) -> dict[str, np.ndarray]:
+    """The first FILES images as JPEG files, padded with zeros: `files` uint8 [files, bytes] and their `lengths`."""
     files = [jpeg(levels) for levels in grey_levels(images[:FILES], settings)]
     lengths = np.array([len(file) for file in files])
     padded = np.zeros((len(files), lengths.max()), dtype=np.uint8)

@@ -112,6 +112,7 @@ def _last(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def encoded(request: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A request as perf_analyzer's JSON has it: by input, its bytes in base64 and its shape."""
     return {
         name: {"content": {"b64": base64.b64encode(raw(array)).decode()}, "shape": list(array.shape)}
         for name, array in request.items()

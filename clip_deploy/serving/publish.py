@@ -95,7 +95,7 @@ def _check_whole(new: Path) -> None:
     files, within = read_manifest(new.parent / INSIDE).get("files", {}), f"{new.name}/"
     inside = {name.removeprefix(within): facts for name, facts in files.items() if name.startswith(within)}
     if found := differences(new, inside):
-        raise DeployError(f"{new}/{found[0]} (by manifest.json beside it): lay it out anew with `dvc repro`")
+        raise DeployError(f"{new}/{found[0]} (by manifest.json beside it): build it again with `dvc repro`")
     versions(new)
 
 
@@ -138,7 +138,9 @@ def load(url: str | None, models: tuple[str, ...]) -> None:
         except urllib.error.HTTPError as error:
             raise DeployError(f"the server refuses {model}: {_said(error.read())}") from error
         except (OSError, ValueError) as error:
-            raise DeployError(f"no server answers at {url} ({error}): give its address, as http://host:8000") from error
+            raise DeployError(
+                f"no server answers at {url} ({error}): give its address, for example http://host:8000"
+            ) from error
 
 
 def _said(body: bytes) -> str:

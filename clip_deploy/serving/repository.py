@@ -153,6 +153,7 @@ def check_inputs(encoder: DualEncoder) -> None:
 
 
 def described(tower: Tower, preferred: list[int]) -> ServedTower:
+    """What the manifest says of a tower: its target, hash and preferred batch sizes."""
     return ServedTower(tower.target, tower.sha256, preferred)
 
 
@@ -259,6 +260,7 @@ def tower_config(
 
 
 def tower_inputs(tower: str, encoder: DualEncoder) -> list[Message]:
+    """The inputs of a tower's model, in config.pbtxt's words, with shapes without the batch."""
     if tower == "text":
         return [_tensor(name, "TYPE_INT64", [-1]) for name in encoder.towers.text.inputs]
     name = encoder.towers.vision.image_input
@@ -320,6 +322,7 @@ def preprocess_config(encoder: DualEncoder, settings: TritonConfig) -> Message:
 
 
 def tokenize_config(settings: TritonConfig) -> Message:
+    """config.pbtxt of clip_tokenize: texts to token ids."""
     return {
         "name": "clip_tokenize",
         "backend": "python",
@@ -345,6 +348,7 @@ def score_config(encoder: DualEncoder) -> Message:
 
 
 def zero_shot_config(encoder: DualEncoder) -> Message:
+    """config.pbtxt of the ensemble clip_zero_shot: files of images and texts to probabilities."""
     image = encoder.towers.vision.image_input
     tokens = {name: name for name in encoder.towers.text.inputs}
     passed = {name: f"passed_{name}" for name in tokens}

@@ -175,6 +175,7 @@ def _start(repository: Path, environment: Environment, log: Path) -> Server:
 
 
 def command(repository: Path, environment: Environment, ports: dict[str, int]) -> list[str]:
+    """The command line of a server on this machine alone. `ports` is by protocol: http, grpc, metrics."""
     given = [
         str(environment.triton / "bin" / "tritonserver"),
         f"--model-repository={repository.absolute()}",
@@ -195,6 +196,7 @@ def start_guard(region: str) -> subprocess.Popen[bytes]:
 
 
 def watch(guard: subprocess.Popen[bytes], server: subprocess.Popen[bytes]) -> None:
+    """Let `guard` kill the server, and all that it started, as soon as this process ends."""
     assert guard.stdin is not None  # it is piped
     guard.stdin.write(f"{server.pid}\n".encode())
     guard.stdin.flush()
@@ -261,6 +263,7 @@ def load_model(server: Server, model: str, config: dict[str, Any]) -> None:
 
 
 def answers(port: int, path: str) -> bool:
+    """Whether a path of the server answers with 200 within 5 s."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
             found: bool = answer.status == 200

@@ -141,7 +141,7 @@ def _check(target: Target, built: Path, record: Validation, gates: GatesConfig, 
         raise UnavailableError(f"{built.name} takes no single row: set build_engine.{built.name}.min_batch to 1")
     for name, judged in record.files.items():
         if not (built / name).is_file() or sha256(built / name) != judged:
-            raise DeployError(f"{built / name} is not the file that was judged: run `dvc repro`")
+            raise DeployError(f"{built / name} is not the file that was checked: run `dvc repro`")
 
 
 def _fill(

@@ -44,11 +44,13 @@ class Client:
 
 
 def embed_images(client: Client, job: ClientJob, images: np.ndarray) -> np.ndarray:
+    """Image embeddings [images, width] of what the image tower takes."""
     found: np.ndarray = client.infer("clip_vision", {job.image_input: images}).as_numpy("image_embeds")
     return found
 
 
 def embed_texts(client: Client, job: ClientJob, batch: int) -> np.ndarray:
+    """Text embeddings [texts, width] of one batch of the job."""
     inputs = {name: job.batches(name)[batch] for name in job.text_inputs}
     found: np.ndarray = client.infer("clip_text", inputs).as_numpy("text_embeds")
     return found
@@ -64,6 +66,7 @@ def ask(client: Client, job: ClientJob, row: int) -> np.ndarray:
 
 
 def together(calls: list[Callable[[], None]]) -> None:
+    """Make all calls at once, each in a thread, and wait for them."""
     threads = [threading.Thread(target=call) for call in calls]
     for thread in threads:
         thread.start()
@@ -77,6 +80,7 @@ def question(client: Client, job: ClientJob) -> np.ndarray | None:
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """Of two vectors [width]; -1 to 1."""
     return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
 
 

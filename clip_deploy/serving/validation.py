@@ -202,6 +202,7 @@ def parities(answers: dict[str, np.ndarray], offline: dict[str, np.ndarray]) -> 
 
 
 def agreement(actual: np.ndarray, expected: np.ndarray) -> Agreement:
+    """The server's probabilities [files, texts] beside the package's own."""
     return Agreement(
         files=len(actual),
         same_answer_percent=100 * float((actual.argmax(axis=1) == expected.argmax(axis=1)).mean()),

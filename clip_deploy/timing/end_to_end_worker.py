@@ -70,6 +70,7 @@ class FeedJob:
 
 
 def main() -> None:
+    """Measure the feed that stdin names (a pickle), and print what was found as one line of JSON."""
     die_with_parent()
     answers = answer_stream()
     try:

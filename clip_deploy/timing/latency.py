@@ -32,6 +32,7 @@ ROUND_MS = 20.0  # each side's turn lasts about so long
 LONG_MS = 100.0  # a call so long warms the caches for itself; a turn of shorter ones begins with one not counted
 MIN_ROUNDS = 8  # turns of each side; with fewer than 6, no interval covers 95 % (speedup_interval)
 MIN_BLOCKS = 10  # of turns, where there are so many: fewer are longer, and less alike, but find less
+QUEUES, MIN_QUEUED = 5, 4  # turns of calls without a wait, and calls of one
 BEYOND = 5  # a percentile is stated where at least so many calls lie beyond it
 CONFIDENCE = 0.95
 PROGRAM = (sys.executable, "-m", "clip_deploy.timing.latency_worker")
@@ -101,6 +102,7 @@ def _measure_towers(
 
 
 def shape_request(tower: str, batch: int, described: Target, settings: BenchmarkConfig) -> dict[str, Any]:
+    """What a worker is asked to prepare before it is timed: one tower at one batch size, as latency_worker reads it."""
     return {
         "tower": tower,
         "batch": batch,
@@ -139,9 +141,11 @@ def _power(
 def measure_one(
     target: "LatencyWorker", other: "LatencyWorker", request: dict[str, Any], settings: BenchmarkConfig
 ) -> Timing:
+    """Time one tower at one batch size: the target's turns and the reference's alternate, each of about ROUND_MS."""
     for worker in (target, other):
         worker.ask(request)
-    gflop = other.ask({"flop": True})["flop"] / 1e9 if request["device"] == "cuda" else None
+    on_gpu = request["device"] == "cuda"
+    gflop = other.ask({"flop": True})["flop"] / 1e9 if on_gpu else None
     calls = {worker: calls_per_turn(worker, settings.warmup) for worker in (target, other)}
     turns: dict[LatencyWorker, list[list[float]]] = {target: [], other: []}
     started = monotonic()
@@ -153,7 +157,14 @@ def measure_one(
         count = sum(map(len, turns[target]))
         over = monotonic() - started > 2 * settings.seconds or count >= settings.iterations
         if over and len(turns[target]) >= MIN_ROUNDS:
-            return replace(summarize(turns[target], turns[other], request["batch"]), gflop=gflop)
+            queued = _queued_ms(target, calls[target]) if on_gpu else None
+            return replace(summarize(turns[target], turns[other], request["batch"]), gflop=gflop, queued_ms=queued)
+
+
+def _queued_ms(worker: "LatencyWorker", calls: int) -> float:
+    """Milliseconds of a call that need not wait for the one before: the median of QUEUES turns."""
+    found: float = median(worker.ask({"queued": max(MIN_QUEUED, calls)})["ms"] for _ in range(QUEUES))
+    return found
 
 
 def calls_per_turn(worker: "LatencyWorker", warmup: int) -> int:

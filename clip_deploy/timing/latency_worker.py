@@ -5,6 +5,7 @@
 Reads one JSON request a line from standard input and answers with one JSON line on standard output:
     {"tower": "vision", "batch": 8...}  take inputs of this shape from now on (latency.shape_request says what else)
     {"calls": 5}                        run so often and answer the milliseconds of each call
+    {"queued": 50}                      ask for so many without a wait and answer the milliseconds of one; GPUs only
     {"rows": true}                      run once and answer the embeddings
     {"seconds": 1.0}                    run for so long and answer the number of calls
     {"flop": true}                      count the call's floating-point operations; PyTorch only
@@ -18,6 +19,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -47,6 +49,7 @@ EMPTY = peak_bytes()
 
 
 def main() -> None:
+    """Open the target that the command line names, and answer requests on stdin until it ends."""
     from clip_deploy.runtimes import open_encoder
 
     serve(open_encoder, prepare_call)
@@ -72,6 +75,8 @@ def serve(
             return {"ready": True}
         if "calls" in request:
             return {"ms": [timed(call, perf_counter) for _ in range(request["calls"])]}
+        if "queued" in request:
+            return {"ms": cast("DeviceCall", call).queued_ms(request["queued"], perf_counter)}
         if "rows" in request:
             return {"rows": call().tolist()}
         if "seconds" in request:
@@ -128,18 +133,29 @@ def prepare_call(encoder: "Encoder", request: dict[str, Any]) -> Callable[[], ob
         texts = ids, np.ones_like(ids)
         arrays, encode = list(text_feed(encoder.text_inputs, *texts).values()), partial(encoder.encode_texts, *texts)
     if request.get("device", "cpu") == "cuda":
-        return _on_device(cast("DeviceEncoder", encoder), request["tower"], arrays)
+        device_encoder = cast("DeviceEncoder", encoder)
+        return DeviceCall(device_encoder.bind(request["tower"], arrays), device_encoder.wait)
     return encode
 
 
-def _on_device(encoder: "DeviceEncoder", tower: str, arrays: list[Any]) -> Callable[[], None]:
-    call = encoder.bind(tower, arrays)
+@dataclass
+class DeviceCall:
+    """A call on inputs that lie on the GPU already; it ends when the GPU has done its work."""
 
-    def run() -> None:
-        call()
-        encoder.wait()
+    ask: Callable[[], object]
+    wait: Callable[[], None]
 
-    return run
+    def __call__(self) -> None:
+        self.ask()
+        self.wait()
+
+    def queued_ms(self, calls: int, clock: Callable[[], float]) -> float:
+        """Milliseconds of one of `calls` that are asked for one after the other, with one wait behind the last."""
+        start = clock()
+        for _ in range(calls):
+            self.ask()
+        self.wait()
+        return 1000 * (clock() - start) / calls
 
 
 def repeated(call: Callable[[], object], seconds: float) -> int:
@@ -152,6 +168,7 @@ def repeated(call: Callable[[], object], seconds: float) -> int:
 
 
 def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    """How long a call takes, in ms; `clock` is in seconds."""
     start = clock()
     call()
     return 1000 * (clock() - start)

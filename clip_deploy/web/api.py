@@ -40,6 +40,8 @@ JSON_SHOWN = 60  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Text:
+    """A text of a request, as it was sent."""
+
     text: str
 
 
@@ -135,6 +137,7 @@ def parse_embeddings(body: Mapping[str, Any], max_items: int) -> Embeddings:
 
 
 def parse_zero_shot(body: Mapping[str, Any], max_items: int) -> ZeroShot:
+    """The body of /v1/zero-shot. Raises RequestError (400, 413) that names the field."""
     _check_fields(body, {"model", "image", "labels", "template"})
     labels, template = body.get("labels"), body.get("template")
     if labels is not None:
@@ -145,8 +148,8 @@ def parse_zero_shot(body: Mapping[str, Any], max_items: int) -> ZeroShot:
             raise bad("template is given without labels: the package's own labels have templates", "template")
         if not isinstance(template, str) or "{}" not in template or len(template) > MAX_TEXT:
             raise bad(
-                f"template is {_shown(template)}: give a text with {{}} in the place of a label, as "
-                "'a photo of a {}'",
+                f"template is {_shown(template)}: give a text with {{}} in the place of a label, for example 'a photo "
+                "of a {}'",
                 "template",
             )
     return ZeroShot(_model(body), _picture(_field(body, "image"), "image"), labels, template)
@@ -171,6 +174,7 @@ def parse_rank(body: Mapping[str, Any], max_items: int) -> Rank:
 
 
 def parse_search(body: Mapping[str, Any]) -> Search:
+    """The body of /v1/search. Raises RequestError (400) that names the field."""
     _check_fields(body, {"model", "text", "image", "count"})
     if ("text" in body) == ("image" in body):
         raise bad("give either text or image, to search by it", "text")
@@ -307,7 +311,7 @@ def _field(body: Mapping[str, Any], name: str) -> Any:
 
 def _check_fields(body: Mapping[str, Any], known: Iterable[str]) -> None:
     if unknown := sorted(set(body) - set(known)):
-        raise bad(f"{unknown[0]} is no field of this request: it has {', '.join(sorted(known))}", unknown[0])
+        raise bad(f"{unknown[0]} is not a field of this request: accepted are {', '.join(sorted(known))}", unknown[0])
 
 
 def _check_list(given: Any, param: str, most: int, accepted: str = "a list of one or more") -> None:
@@ -321,8 +325,8 @@ def _no_json(body: bytes, error: Exception) -> str:
     try:
         body.decode()
     except UnicodeDecodeError as wrong:
-        return f"the body is no UTF-8 (byte {wrong.start:,}): JSON is sent as UTF-8"
-    return f"the body is no JSON ({error})"
+        return f"the body is not UTF-8 (byte {wrong.start:,}): JSON is sent as UTF-8"
+    return f"the body is not JSON ({error})"
 
 
 def _shown(value: Any) -> str:

@@ -62,6 +62,8 @@ class Job:
 
 
 class Row(NamedTuple):
+    """One text or image that waits for its batch."""
+
     job: Job
     number: int
     value: Any

@@ -10,6 +10,8 @@ CLOSES = re.compile(rb"\r\nconnection: *close\r\n", re.IGNORECASE)
 
 
 class Answer(NamedTuple):
+    """An HTTP status and the body that came with it."""
+
     status: int
     body: bytes
 

@@ -72,7 +72,7 @@ class Fetcher:
             url = urlsplit(picture.source)
             host, port, named = url.hostname, url.port, url.username
         except ValueError as error:
-            raise _refusal(picture, f"is no URL ({error})") from error
+            raise _refusal(picture, f"is not a URL ({error})") from error
         if url.scheme != "https" or port not in (None, PORT) or named is not None:
             raise _refusal(picture, "images are fetched by https alone, from its own port and without a password")
         if host not in self.hosts:
@@ -160,6 +160,7 @@ class Budget:
 
 
 def is_url(source: str) -> bool:
+    """Whether an image is given by its address, and not as base64 or a data URI."""
     return not source.startswith("data:") and "://" in source[:16]
 
 

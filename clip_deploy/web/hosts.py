@@ -33,7 +33,7 @@ class NamedHosts:
         if scope["type"] == "http":
             host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
             if not self.is_known(host):
-                said = f"{host[:100]!r} is no name of this server: ask it by its address, or give it --allow-host"
+                said = f"{host[:100]!r} is not a name of this server: use its address, or start it with --allow-host"
                 self.observe(OTHER, 421, 0.0)
                 await refused(RequestError(421, said, None, "unknown_host"))(scope, receive, send)
                 return
@@ -52,12 +52,13 @@ def check_hosts(option: str, names: Sequence[str]) -> None:
     for name in names:
         if not is_address(name) and not HOST.fullmatch(name):
             raise DataError(
-                f"{option} {name!r} is no name of a host: give the name alone, as images.example.com, without scheme, "
-                "port or path"
+                f"{option} {name!r} is not a host name: give the name alone, for example images.example.com, without "
+                "scheme, port or path"
             )
 
 
 def is_address(name: str) -> bool:
+    """Whether a name is an IPv4 or IPv6 address."""
     try:
         ip_address(name)
     except ValueError:

@@ -53,8 +53,9 @@ def _read(path: Path) -> list[str]:
     for number, key in keys.items():
         if not KEY.fullmatch(key):
             raise DataError(
-                f"--api-key-file {path}: line {number} is no key: write one a line, of 8 or more letters, digits and "
-                "signs of ASCII without spaces (`openssl rand -hex 32`), and comments on lines that begin with #"
+                f"--api-key-file {path}: line {number} is not a key: write one key a line, of 8 or more ASCII letters, "
+                "digits and signs without spaces (`openssl rand -hex 32` makes one); lines that begin with # are "
+                "comments"
             )
     if not keys:
         raise DataError(f"--api-key-file {path} holds no key: write one a line")

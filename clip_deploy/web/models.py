@@ -223,7 +223,7 @@ def image_bytes(picture: Picture) -> bytes:
     try:
         return binascii.a2b_base64("".join(source.split()), strict_mode=True)  # in lines, as mail has it
     except ValueError as error:
-        raise bad(f"{param} is no base64 ({error}): give an image as {IMAGE}", param, "invalid_image") from error
+        raise bad(f"{param} is not base64 ({error}): give an image as {IMAGE}", param, "invalid_image") from error
 
 
 def base64_of(row: np.ndarray) -> str:
@@ -251,7 +251,7 @@ class Models:
 
     def _add(self, served: Served) -> None:
         if served.id in self.by_name:
-            raise DeployError(f"{served.id} is given twice: name them, as NAME:VERSION=FOLDER")
+            raise DeployError(f"{served.id} is given twice: give each its own name, as in NAME:VERSION=FOLDER")
         self.served.append(served)
         self.by_name[served.id] = served
         self.by_name.setdefault(served.name, served)
@@ -313,7 +313,7 @@ def _open(name: str, version: str, folder: str, settings: Settings, metrics: Met
 def check_folder(folder: str) -> None:
     """Raises DeployError with the way out for folders that often stand for a package."""
     if reason := _no_package(Path(folder)):
-        raise DeployError(f"{folder} is no package: {reason}")
+        raise DeployError(f"{folder} is not a package: {reason}")
 
 
 def _no_package(folder: Path) -> str | None:

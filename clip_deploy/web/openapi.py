@@ -30,7 +30,7 @@ STATUS = {
     "408": "the request did not come in time",
     "413": "too large: too many bytes, texts or images",
     "415": "the content type is not application/json, or the body is compressed",
-    "421": "another name than the server answers to, as of a page that poses as it (--allow-host)",
+    "421": "the Host header is not a name of this server (--allow-host)",
     "429": "too much waits already: try again after Retry-After seconds",
     "503": "the answer took too long, or the server is about to stop",
 }
@@ -63,9 +63,8 @@ def _get(summary: str, kind: str = "application/json") -> dict[str, Any]:
 def _embeddings(items: str) -> dict[str, Any]:
     return _post(
         "Embeddings of texts and images",
-        "As OpenAI's clients send it, with images besides; also as Jina's ({image: ...} items), infinity's (modality) "
-        "and vLLM's (messages with image_url) clients do. Embeddings have unit length. A text beyond the context is "
-        "cut.",
+        "OpenAI's API, with images too. Jina's items ({image: ...}), infinity's modality and vLLM's messages with "
+        "image_url work as well. Embeddings have unit length. A text beyond the context is cut.",
         {
             "input": {
                 "oneOf": [{"type": "string"}, {"type": "array", "items": ITEM, "minItems": 1}],

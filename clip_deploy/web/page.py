@@ -41,4 +41,5 @@ HEADERS = {
 
 
 async def page(request: Request) -> Response:
+    """The page at /, the same for all."""
     return HTMLResponse(PAGE, headers=HEADERS)

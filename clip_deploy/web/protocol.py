@@ -76,7 +76,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(RequestError(400, "this is no HTTP/1.1 request", None, "invalid_http"))
+        self._refuse(RequestError(400, "this is not an HTTP/1.1 request", None, "invalid_http"))
 
     def _abort_if_unread(self) -> None:
         if self.transport.get_write_buffer_size():

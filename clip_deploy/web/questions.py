@@ -370,6 +370,7 @@ def post(path: str, body: dict[str, Any]) -> bytes:
 
 
 def raw_post(path: str, body: bytes, kind: str = "application/json") -> bytes:
+    """A whole POST as its bytes."""
     return _head(path, len(body), kind) + body
 
 

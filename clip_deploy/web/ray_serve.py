@@ -43,6 +43,8 @@ class Ingress(NamedHosts):
 
 
 class Replica:
+    """A replica of Ray Serve with an application of its own."""
+
     async def check_health(self) -> None:
         """Ray calls it on the event loop that answers: a replica in which that hangs is replaced."""
 
@@ -84,7 +86,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     """Raises DataError where there is no such argument, or its value will not do."""
     known = [name for name in Settings.__dataclass_fields__ if name not in RAYS_OWN]
     if unknown := [name for name in given if name not in known]:
-        raise DataError(f"{', '.join(unknown)} is no argument: accepted are {', '.join(known)}")
+        raise DataError(f"{', '.join(unknown)} is not an argument: accepted are {', '.join(known)}")
     values = {name: [value] if name in LISTS and isinstance(value, str) else value for name, value in given.items()}
     try:
         settings = TypeAdapter(Settings).validate_python(values)

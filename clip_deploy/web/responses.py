@@ -16,4 +16,5 @@ def answered(content: Any) -> Response:
 
 
 def refused(error: RequestError) -> Response:
+    """A refusal as OpenAI's clients read it: {"error": {message, type, param, code}}."""
     return Response(orjson.dumps(error.body), error.status, error.headers, JSON)

@@ -83,7 +83,7 @@ class Searched:
     async def picture(self, version: str, row: int) -> bytes:
         """A JPEG. Raises RequestError where the index has no such row, or its file will not do."""
         if self.root is None or version != self.version or not 0 <= row < self.rows:
-            raise RequestError(404, "there is no such picture: search anew")
+            raise RequestError(404, "there is no such picture: search again")
         if row not in self.drawn:
             (name,) = await self.searches(lambda: self.embedded.paths(np.array([row])))
             self.drawn[row] = await self.drawings(lambda: small(self.root, name))  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def _opened(folder: Path, served: Mapping[str, Served]) -> OpenIndex | OpenParts
             raise
         raise DeployError(
             f"{folder} was made by another package, {known.asked[:VERSION]}, than those that are served "
-            f"({', '.join(each[:VERSION] for each in served)}): serve that one, or embed the images anew"
+            f"({', '.join(each[:VERSION] for each in served)}): serve that one, or embed the images again"
         ) from error
 
 
@@ -179,4 +179,4 @@ def _read(content: bytes, name: str, ending: str) -> Image.Image:
             image.draft("RGB", (2 * SIDE, 2 * SIDE))  # decoded at an eighth to a half of its size
             return rgb(image, turn=True)
     except Exception as error:  # as decode does
-        raise DataError(f"{name} is no readable image ({error})") from error
+        raise DataError(f"{name} is not a readable image ({error})") from error

@@ -51,6 +51,7 @@ def serve(settings: Settings) -> int:
 
 
 def uvicorn_config(settings: Settings, app: "App") -> uvicorn.Config:
+    """How uvicorn runs an application: bounded requests, and without access log, proxy headers and WebSockets."""
     from clip_deploy.web.protocol import BoundedProtocol
 
     return uvicorn.Config(
@@ -179,8 +180,8 @@ def _warn(settings: Settings) -> None:
         warn_if_readable(settings.api_key_file)
     elif not is_local(settings.host):
         warnings.warn(
-            f"--host {settings.host} lets everyone who reaches this machine ask without a key: give --api-key-file, or "
-            "a proxy in front",
+            f"--host {settings.host} lets everyone who reaches this machine use the server without a key: give "
+            "--api-key-file, or put a proxy in front",
             stacklevel=2,
         )
 

@@ -64,7 +64,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.images and not self.index:
-            raise DataError("--images is given without --index: give what `clip-deploy embed` made of that folder too")
+            raise DataError(
+                "--images is given without --index: give --index too, which is what `clip-deploy embed` wrote of that "
+                "folder"
+            )
         for name, least in LEAST.items():
             value, most = getattr(self, name), MOST.get(name)
             if not least <= value <= (most or sys.float_info.max):  # NaN is within no bounds

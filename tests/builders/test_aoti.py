@@ -54,7 +54,7 @@ def test_without_a_compiler_the_row_is_unavailable(onnx_target, sets, tmp_path):
             folder, lambda output: export_aoti(onnx_target, Precision.fp32, calibration, output), Target("aoti", "fp32")
         )
     reason = read_target(folder).unavailable
-    assert reason.startswith("AOTInductor does not compile a C++ file: ")
+    assert reason.startswith("AOTInductor cannot compile a C++ file: ")
     assert [path.name for path in folder.iterdir()] == ["target.json"]
 
 
@@ -66,6 +66,6 @@ def test_a_compiler_that_links_its_library_into_the_package_is_refused(onnx_targ
     wrapped.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n')
     wrapped.chmod(0o755)
     calibration = load_prepared(sets / "calibration")
-    reason = r"static-g\+\+ links libstdc\+\+ statically, .*: name another compiler in CXX"
+    reason = r"static-g\+\+ links libstdc\+\+ statically\. .*: name another compiler in CXX"
     with config.patch({"cpp.cxx": (str(wrapped),)}), pytest.raises(UnavailableError, match=reason):
         export_aoti(onnx_target, Precision.fp32, calibration, tmp_path)

@@ -99,8 +99,8 @@ LOW = plain({"vision": parity(0.5), "text": {**plain(parity()), "cosine_min": No
         ({"zero_shot": plain(zero_shot(top1_drop=3.0))}, r"top-1 drop 3.00 points > 1.0 \(gates.fp32.max_top1_drop\)"),
         ({"flips": None}, r"flips nan % > 1.0 \(gates.fp32.max_flips\)"),
         ({"shapes": {}, "parity": {}}, "gate pass, and not all was measured"),
-        ({"files": {"vision.onnx": "0"}}, r"vision.onnx is not the file that was judged .*: run `dvc repro`"),
-        ({"files": {}}, r"text.onnx is not the file that was judged .*: run `dvc repro`"),
+        ({"files": {"vision.onnx": "0"}}, r"vision.onnx is not the file that was checked .*: run `dvc repro`"),
+        ({"files": {}}, r"text.onnx is not the file that was checked .*: run `dvc repro`"),
     ],
 )
 def test_what_did_not_pass_its_gate_as_it_is_now_is_refused_whatever_was_recommended(sources, tmp_path, change, said):
@@ -124,7 +124,7 @@ def test_no_limit_is_said_to_be_kept_that_was_not_checked(sources, tmp_path):
 
 
 def test_an_unknown_target_is_named_with_the_known_ones(sources, tmp_path):
-    with pytest.raises(DeployError, match=r"target is .ort-fp31.: the report knows .*onnx-fp32"):
+    with pytest.raises(DeployError, match=r"target is .ort-fp31.: accepted are .*onnx-fp32"):
         write_package(advice(sources.built), "ort-fp31", sources, GatesConfig(), RUN, tmp_path)
 
 
@@ -212,7 +212,7 @@ def test_a_pair_that_did_not_pass_together_is_refused(fused, sources, tmp_path):
     failed = {"towers": towers, "precision": "fp32", "status": "fail", "reasons": ["flips"]}
     for pairs in ({}, {"ort-fp32 with onnx-fp32": failed}):
         known = advice(sources.built, ship=towers, pairs=pairs)
-        with pytest.raises(DeployError, match="ort-fp32 with onnx-fp32 did not pass together"):
+        with pytest.raises(DeployError, match="ort-fp32 with onnx-fp32 failed their gate together"):
             write_package(known, "recommended", sources, GatesConfig(), RUN, tmp_path)
 
 

@@ -28,7 +28,7 @@ def library():
     except UnavailableError as error:
         pytest.skip(str(error))
     if not is_rtx(found) and not tensorrt_library.gpus():
-        pytest.skip("TensorRT builds engines on an NVIDIA GPU only")
+        pytest.skip("TensorRT builds engines only on a machine with an NVIDIA GPU")
     return found
 
 
@@ -156,7 +156,7 @@ def test_what_stands_around_the_towers_is_left_out(library, checkpoint, engine, 
 
 def test_operators_that_tensorrt_does_not_know_are_named(library, fused, engine):
     reason = read_target(engine(fused)).unavailable
-    assert reason.startswith("TensorRT does not read the vision tower: ")
+    assert reason.startswith("TensorRT cannot read the vision tower: ")
     assert "\n" not in reason
 
 
@@ -204,7 +204,7 @@ def test_an_engine_built_without_a_gpu_is_built_anew_where_there_is_one(engine, 
 
 def test_tensorrt_itself_builds_on_a_gpu_only(engine, fake, see):
     see()
-    assert read_target(engine()).unavailable.startswith("TensorRT builds engines on an NVIDIA GPU only")
+    assert read_target(engine()).unavailable.startswith("TensorRT builds engines only on a machine with an NVIDIA GPU")
 
 
 def test_what_tensorrt_timed_is_kept_for_the_same_gpu_driver_and_version(engine, fake, see, tmp_path):

@@ -162,7 +162,7 @@ def test_the_processor_is_the_adapters_own_where_it_has_one(lora, tmp_path):
 def test_a_base_by_id_comes_from_the_hubs_cache_at_its_revision(lora, hub_cache, tmp_path):
     change(lora, base_model_name_or_path="someone/clip")
     cached(hub_cache, "someone/clip", TINY)
-    assert "is 'someone/clip': no such folder here, and as an id it is not pinned to a commit" in refused(lora)
+    assert "is 'someone/clip': there is no such folder here, and as an id it is not pinned to a commit" in refused(lora)
     target = merged(lora, tmp_path / "torch-fp32", base_revision=COMMIT)
     assert target.model.checkpoint.parts["base"].repo_id == "someone/clip"
     assert target.model.checkpoint.parts["base"].revision == COMMIT
@@ -174,7 +174,8 @@ def test_a_base_by_id_comes_from_the_hubs_cache_at_its_revision(lora, hub_cache,
     )
     change(lora, base_model_name_or_path="/home/someone/clip", revision=None)
     said = refused(lora)
-    assert "the adapter's base is '/home/someone/clip': no such folder here, and no id of the hub; set `base:`" in said
+    expected = "there is no such folder here, and it is not an id of the hub; set `base:`"
+    assert f"the adapter's base is '/home/someone/clip': {expected}" in said
     settings = {"base": "someone/clip", "base_revision": COMMIT}
     assert merged(lora, tmp_path / "named", **settings).model.checkpoint.parts["base"] == again.parts["base"]
 
@@ -222,7 +223,7 @@ def test_without_peft_nothing_is_fetched_and_the_way_out_is_told(tmp_path, monke
         json.dumps({"peft_type": "LORA", "r": 4, "base_model_name_or_path": "x"})
     )
     said = refused(folder)
-    assert "the library peft merges into its base: install it with `.venv/bin/pip install '.[peft]'`" in said
+    assert "The library peft merges it into its base: install peft with `.venv/bin/pip install '.[peft]'`" in said
     kinds("16: an adapter, and no peft", "has no config.json: give a folder in Hugging Face layout", said)
 
 
@@ -234,7 +235,7 @@ def test_rank_0_is_refused(lora):
 def test_an_adapter_that_was_not_trained_is_refused(peft, tmp_path, kinds):
     adapter(peft, tmp_path / "given", **{**LORA, "init_lora_weights": True})
     said = refused(tmp_path / "given")
-    assert "changes nothing in its base: all that it adds is zero, as before training" in said
+    assert "changes nothing in its base. All that it adds is zero, as before training" in said
     kinds("16: an adapter as before training", "has no config.json: give a folder in Hugging Face layout", said)
 
 
@@ -242,7 +243,7 @@ def test_an_adapter_without_weights_is_refused(lora):
     save_file({}, lora / "adapter_model.safetensors")
     assert "holds no weights" in refused(lora)
     (lora / "adapter_model.safetensors").write_bytes(b"12")
-    assert "is truncated or no safetensors file" in refused(lora)
+    assert "is truncated, or not a safetensors file" in refused(lora)
     (lora / "adapter_model.safetensors").unlink()
     assert "belong in adapter_model.safetensors, and it is missing" in refused(lora)
     (lora / "adapter_model.bin").write_bytes(b"")
@@ -258,7 +259,9 @@ def test_an_adapter_whose_weights_are_empty_is_refused(lora):
 def test_a_base_that_is_nowhere_is_refused(lora):
     change(lora, base_model_name_or_path=None)
     assert "names no base (base_model_name_or_path is None): set `base:` in the model's file" in refused(lora)
-    assert "model.base is 'no where': no such folder here, and no id of the hub" in refused(lora, base="no where")
+    assert "model.base is 'no where': there is no such folder here, and it is not an id of the hub" in refused(
+        lora, base="no where"
+    )
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-this-name/clip", "../" * 2000, "a\x00b"])
@@ -280,7 +283,7 @@ def test_an_adapter_of_another_base_is_refused(peft, lora, siglip, tmp_path, kin
     (other / "model.safetensors").unlink()
     CLIPModel(CLIPConfig(text_config=text, vision_config={**SMALL_VISION, **wide})).save_pretrained(other)
     said = refused(lora, base=str(other))
-    assert "cannot be merged into its base, which may be another than it was trained on" in said
+    assert "cannot be merged into its base. Perhaps it was trained on another base" in said
     assert "size mismatch" in said
     kinds("16: an adapter of another base", "has no config.json: give a folder in Hugging Face layout", said)
     assert "does not fit its base: no place for " in refused(lora, base=str(shallow(other)))
@@ -339,7 +342,7 @@ def test_repeated_layers_are_refused(lora):
 def test_a_layer_that_peft_wraps_and_its_module_does_not_call_is_never_merged_wrongly(peft, siglip, tmp_path):
     """SigLIP pools with PyTorch's own attention, which takes the weights of its out_proj and does not call it."""
     adapter(peft, tmp_path / "given", base=siglip.parent, **{**LORA, "target_modules": ["out_proj"]})
-    assert "embeds otherwise when merged (1 - cosine is " in refused(tmp_path / "given")
+    assert "gives other embeddings once it is merged (1 - cosine is " in refused(tmp_path / "given")
 
 
 def test_a_base_that_is_not_whole_or_holds_more_is_refused(lora, tmp_path):
@@ -354,7 +357,7 @@ def test_a_base_that_is_not_whole_or_holds_more_is_refused(lora, tmp_path):
 
 
 def test_a_base_that_is_an_adapter_itself_is_refused(lora):
-    assert "holds an adapter (adapter_config.json and adapter_model.safetensors), and no model" in refused(
+    assert "holds an adapter (adapter_config.json and adapter_model.safetensors) and no model" in refused(
         lora, base=str(lora)
     )
 
@@ -367,7 +370,7 @@ def test_messages_name_the_users_folder(lora):
 
 def test_a_base_for_a_model_that_is_no_adapter_is_refused(tmp_path):
     folder = shutil.copytree(TINY, tmp_path / "clip")
-    assert "holds no adapter (adapter_config.json): take it out" in refused(folder, base=str(TINY))
+    assert "holds no adapter (adapter_config.json): remove `base`" in refused(folder, base=str(TINY))
 
 
 def test_random_weights_take_no_base():

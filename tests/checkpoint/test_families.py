@@ -74,7 +74,7 @@ NO_DUAL_ENCODER = (
     "only dual encoders (CLIP, SigLIP, Chinese-CLIP, ALIGN...) have an image tower and a text tower to deploy"
 )
 REFUSED = {
-    "Blip2Model": "is a Blip2Model, whose texts are read by a language model, which gives a row for each token and no "
+    "Blip2Model": "is a Blip2Model, whose texts go through a language model. That gives a vector for each token and no "
     "embedding: only models with a text tower can be deployed (CLIP, SigLIP...)",
 }
 OF_NO_IMAGES = {  # get_text_features, and no get_image_features
@@ -355,7 +355,7 @@ def test_a_text_tower_without_pooling_is_refused_in_one_line(tmp_path, found, mo
     towers = {**OTHERWISE["vision-text-dual-encoder"], "text_config": {**sizes, **words}}
     monkeypatch.setitem(OTHERWISE, "vision-text-dual-encoder", towers)
     saved(found["VisionTextDualEncoderModel"], tmp_path / "checkpoint")
-    said = "get_text_features of VisionTextDualEncoderModel fails in transformers itself: .*; take towers that pool"
+    said = "get_text_features of VisionTextDualEncoderModel fails in transformers itself: .*; give a model whose tow"
     with pytest.raises(CheckpointError, match=said):
         taken(tmp_path / "checkpoint")
 

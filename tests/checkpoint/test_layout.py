@@ -74,10 +74,8 @@ def refused(folder):
 def test_an_adapter_beside_its_base_is_refused_whatever_is_installed(folder, kinds):
     adapter(folder)
     said = refused(folder)
-    assert (
-        "an adapter (adapter_config.json and adapter_model.safetensors) beside a whole model, and nothing tells" in said
-    )
-    assert f"move these files to a folder of their own, and give that as the path with `base: {folder}`" in said
+    assert "an adapter (adapter_config.json and adapter_model.safetensors) beside a whole model. Nothing shows" in said
+    assert f"move these files to a folder of their own, and set `path` to that folder and `base: {folder}`" in said
     kinds(
         "03: an adapter beside its base", "the base deployed, the adapter ignored: cosine 0.247 image, 0.781 text", said
     )
@@ -90,7 +88,7 @@ def test_adapter_weights_without_their_settings_are_refused_too(folder):
 
 def test_what_stands_behind_a_sentence_transformers_model_is_not_dropped(folder):
     modules(folder, TRANSFORMER, "sentence_transformers.models.LSTM")
-    assert "is of a sentence-transformers model with LSTM (modules.json), which would be left out" in refused(folder)
+    assert "is of a sentence-transformers model with LSTM (modules.json). They would be left out" in refused(folder)
 
 
 def test_a_sentence_transformers_model_without_a_head_is_taken(folder):
@@ -120,10 +118,10 @@ def test_modules_that_are_none_are_refused(folder, content):
     ("files", "said"),
     [
         ({"model_index.json": {}, "text_encoder/config.json": {}}, "is a diffusers pipeline"),
-        ({"checkpoint-1000/config.json": {}}, "has no config.json, and below it checkpoint-1000 has"),
-        ({"snapshots/0123/config.json": {}}, "has no config.json, and below it snapshots/0123 has"),
-        ({"epoch_32.pt": {}}, "has no config.json, and epoch_32.pt: a training checkpoint or state_dict"),
-        ({"notes.md": {}}, "has no config.json, and holds notes.md: give a folder as transformers' save_pretrained"),
+        ({"checkpoint-1000/config.json": {}}, "has no config.json, but checkpoint-1000 below it has one"),
+        ({"snapshots/0123/config.json": {}}, "has no config.json, but snapshots/0123 below it has one"),
+        ({"epoch_32.pt": {}}, "has no config.json, and epoch_32.pt: a training checkpoint or a state_dict"),
+        ({"notes.md": {}}, "has no config.json, and holds notes.md: give a folder that transformers' save_pretrained"),
         ({}, "has no config.json, and holds nothing: give a folder"),
     ],
 )
@@ -140,7 +138,7 @@ def test_an_open_clip_folder_without_its_library_is_one_message(tmp_path, monkey
     put(folder, "open_clip_config.json", {"model_cfg": {"vision_cfg": {}, "text_cfg": {}}})
     put(folder, "open_clip_model.safetensors", {})
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    assert "is read with open_clip_torch, which cannot be imported" in (said := refused(folder))
+    assert "needs the library open_clip_torch, which cannot be imported" in (said := refused(folder))
     assert "pip install 'clip-deploy[open-clip]'" in said
 
 

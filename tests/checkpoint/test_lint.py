@@ -170,7 +170,7 @@ ERRORS = [
         "the tokenizer has 587 tokens; expected nearly vocab_size, 2000. It is not the tokenizer of this model",
     ),
     (tokenizer(of_few_words), "vocabulary-size", "the tokenizer has 7 tokens; expected nearly vocab_size, 587"),
-    (tokenizer(of_few_words), "unknown-words", "of 8 texts in six languages more than half are '<|endoftext|>'"),
+    (tokenizer(of_few_words), "unknown-words", "of 8 texts in six languages are '<|endoftext|>'"),
     (tokenizer(all_alike), "alike", "get one and the same embedding, for the tokenizer gives them the same ids"),
     (tokenizer(without_the_beginning), "bos-missing", "texts begin with 'a</w>'; expected '<|startoftext|>', as every"),
     (tokenizer(with_capitals), "lower-case", "'A Photo of a RED Circle' and its lower case get other tokens"),
@@ -203,9 +203,9 @@ WARNINGS = [
     (
         text(eos_token_id=2, bos_token_id=0, pad_token_id=1),
         "eos-token",
-        "Right here, where that ends every text",
+        "That is right here, as it ends every text",
     ),
-    (text(pad_token_id=1), "pad-token", "a server that pads by config.json sends other ids"),
+    (text(pad_token_id=1), "pad-token", "A server that pads by config.json sends other ids"),
     (
         tokens(do_lower_case=False),
         "tokenizer-setting",
@@ -231,7 +231,7 @@ WARNINGS = [
     (both(NAMED_OPENCLIP, text(hidden_act="gelu_new"), vision(hidden_act="gelu")), "hidden-act", "nearly the same"),
     (pictures(size={"height": 48, "width": 48}, do_center_crop=False), "crop", "or their proportions, unlike in"),
     (pictures(resample=2), "interpolation", "images are resized bilinear; expected bicubic"),
-    (reweigh(halved), "weights-dtype", "cosines say nothing of what rounding has cost"),
+    (reweigh(halved), "weights-dtype", "cosines do not show what rounding has cost"),
     (reweigh(half_halved), "weights-dtype", "stored in F16 and F32"),
     (reweigh(lambda w: w.update({"head.weight": np.zeros(3, np.float32)})), "unused-weights", "is left out"),
 ]
@@ -373,7 +373,7 @@ def test_a_vocabulary_of_one_language_is_a_warning_where_it_is_not_english(chine
     (folder / "vocab.txt").write_text("\n".join(listed) + "\n")
     (finding,) = [finding for finding in findings(folder, trained=False) if finding.code == "unknown-words"]
     assert finding.severity == "warning"
-    assert finding.found == "of the tokens of an English text 100% are '[UNK]'"
+    assert finding.found == "100% of the tokens of an English text are '[UNK]'"
 
 
 def test_chinese_clip_is_clean_but_for_its_padding(chinese_clip):
@@ -468,8 +468,8 @@ def test_released_checkpoints_have_no_error(name, tmp_path, request):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"image_mean": [0.5, 0.5, None]}, "makes NaN or infinity: mend image_mean and image_std"),
-        ({"image_std": [0.5, 0.5, 0.0]}, "makes NaN or infinity: mend image_mean and image_std"),
+        ({"image_mean": [0.5, 0.5, None]}, "makes NaN or infinity: correct image_mean and image_std"),
+        ({"image_std": [0.5, 0.5, 0.0]}, "makes NaN or infinity: correct image_mean and image_std"),
         ({"crop_size": {"height": 0, "width": 48}}, r"makes pixel_values of shape \[3, 0, 48\]"),
     ],
 )

@@ -178,6 +178,6 @@ def test_it_is_fed_by_pillow_and_by_the_fast_feed_alone(naflex, forms, naflex_se
 
 
 def test_a_graph_does_not_preprocess_it(naflex, tmp_path):
-    said = "onnx.preprocess: Siglip2ImageProcessorPil cuts images in their proportions into patches; a graph can"
+    said = "onnx.preprocess: Siglip2ImageProcessorPil cuts images into patches and keeps their proportions; a graph can"
     with pytest.raises(UnavailableError, match=re.escape(said)):
         export_onnx(naflex, OnnxConfig(preprocess=True), tmp_path)

@@ -377,11 +377,11 @@ def test_the_linter_runs_what_makes_sense_and_finds_what_is_missing(folders, tmp
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"vision_cfg": {"timm_model_name": "hf-hub:a/b"}}, "only architectures that timm holds are built"),
+        ({"vision_cfg": {"timm_model_name": "hf-hub:a/b"}}, "only architectures of timm can be built"),
         ({"text_cfg": {"tokenizer_mode": "clips"}}, "its tokenizer works in mode 'clips'"),
         ({"text_cfg": {"hf_tokenizer_name": "a/b"}}, "lacks its tokenizer, 'a/b' (hf_tokenizer_name)"),
         ({"text_cfg": None}, "lacks model_cfg with vision_cfg and text_cfg"),
-        ({"vision_cfg": {**SMALL_IMAGES, "colour": 1}}, "open_clip_config.json is none that open_clip builds"),
+        ({"vision_cfg": {**SMALL_IMAGES, "colour": 1}}, "open_clip cannot build the model of open_clip_config.json"),
     ],
 )
 def test_what_cannot_be_deployed_is_refused_with_the_way_out(change, said, folders, tmp_path):
@@ -440,12 +440,12 @@ def test_its_configuration_is_taken_from_the_hub_and_kept(tmp_path, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     settings = ModelConfig(path=str(path), trained=False)
     said = (
-        f"lacks the configuration of its text tower, '{WORDS}' of transformers (hf_model_name), and it comes neither "
-        "from the hub nor from its cache"
+        f"lacks the configuration of its text tower, '{WORDS}' of transformers (hf_model_name), and neither the hub "
+        "nor its cache has it"
     )
     with pytest.raises(CheckpointError, match=re.escape(said)) as error:
         fetch(settings, tmp_path)
-    assert str(error.value).endswith("or put that model's config.json beside as text_config.json")
+    assert str(error.value).endswith("or copy that model's config.json into the folder as text_config.json")
     cached(cache, WORDS, given)
     (cache / "models--someone--words" / "refs").mkdir()
     (cache / "models--someone--words" / "refs" / "main").write_text(COMMIT)
@@ -479,7 +479,7 @@ def test_a_text_tower_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "checkpoint"
     save_with_text_tower("roberta", path)
     (path / "text_config.json").write_text('{"model_type": "mt5"}')
-    said = f"its text tower, '{WORDS}' (hf_model_name), is a 'mt5' of transformers: of these only bert, m2m_100"
+    said = f"its text tower, '{WORDS}' (hf_model_name), is a 'mt5' of transformers: accepted are bert, m2m_100"
     with pytest.raises(CheckpointError, match=re.escape(said)):
         fetch(ModelConfig(path=str(path)), tmp_path)
 

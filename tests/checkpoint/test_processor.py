@@ -55,10 +55,10 @@ def test_a_folder_without_processor_is_told_of_it(bare, kinds):
     assert (
         "has no preprocessor_config.json: save the processor with `processor.save_pretrained(folder)`, or name" in said
     )
-    assert "`processor:` in the model's file in conf/model/, a folder or an id" in said
+    assert "`processor:` in the model's file in conf/model/ (a folder or an id)" in said
     shutil.copyfile(TINY / IMAGES[0], bare / IMAGES[0])
     assert "lacks the vocabulary of its CLIPTokenizer" in refused(bare)
-    assert "or name the model that has it: `processor:`" in refused(bare)
+    assert "or name the model that has it with `processor:`" in refused(bare)
     kinds("01: a fine-tuned folder without processor", "refused: save the processor", said)
 
 
@@ -92,7 +92,10 @@ def test_a_processor_by_id_is_of_a_pinned_revision(bare, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     cached(tmp_path / "cache", "someone/clip", TINY)
     said = refused(bare, processor="someone/clip")
-    assert "model.processor is 'someone/clip': no such folder here, and as an id it is not pinned to a commit" in said
+    assert (
+        "model.processor is 'someone/clip': there is no such folder here, and as an id it is not pinned to a commit"
+        in said
+    )
     target = fetched(bare, tmp_path / "torch-fp32", processor="someone/clip", processor_revision=COMMIT)
     found = target.model.checkpoint.parts["processor"]
     assert (found.repo_id, found.revision) == ("someone/clip", COMMIT)
@@ -102,7 +105,7 @@ def test_a_processor_by_id_is_of_a_pinned_revision(bare, tmp_path, monkeypatch):
 def test_a_processor_that_is_not_needed_is_refused(tmp_path):
     folder = shutil.copytree(TINY, tmp_path / "whole")
     said = refused(folder, processor=str(TINY))
-    assert f"model.processor is {TINY}, and the model has a processor and a tokenizer of its own: take the" in said
+    assert f"model.processor is {TINY}, but the model has a processor and a tokenizer of its own: remove the" in said
 
 
 def test_a_processor_that_is_not_there_is_named(bare, tmp_path):
@@ -111,7 +114,7 @@ def test_a_processor_that_is_not_there_is_named(bare, tmp_path):
     assert f"{other} has no preprocessor_config.json" in refused(bare, processor=str(other))
     shutil.copyfile(TINY / IMAGES[0], other / IMAGES[0])
     assert f"{other} lacks the vocabulary of its CLIPTokenizer" in refused(bare, processor=str(other))
-    assert "no such folder here, and no id of the hub" in refused(bare, processor="/no/where")
+    assert "there is no such folder here, and it is not an id of the hub" in refused(bare, processor="/no/where")
 
 
 def test_a_tokenizer_of_another_model_is_found_by_the_linter(bare, siglip, tmp_path):
@@ -126,7 +129,7 @@ def test_a_processor_at_a_revision_that_can_move_is_refused(bare, tmp_path, monk
     (tmp_path / "cache" / "models--someone--clip" / "refs" / "main").write_text(COMMIT)
     said = refused(bare, processor="someone/clip", processor_revision="main")
     assert said.startswith(
-        "model.processor_revision is main, a name that can move to other weights: someone/clip is at "
+        "model.processor_revision is main, a name that can move to other weights. someone/clip is now at "
     )
     assert said.endswith(f"set `processor_revision: {COMMIT}` in the model's file in conf/model/")
 

@@ -131,7 +131,7 @@ def test_a_dense_head_that_is_no_product_is_refused(settings, said, library, tmp
 def test_a_dense_head_that_is_not_whole_is_refused(library, tmp_path):
     saved(library, tmp_path / "given", dense(library))
     (tmp_path / "given" / "1_Dense" / "model.safetensors").write_bytes(b"12")
-    assert "is no safetensors file" in refused(tmp_path / "given")
+    assert "is not a safetensors file" in refused(tmp_path / "given")
     (tmp_path / "given" / "1_Dense" / "model.safetensors").unlink()
     assert "lacks model.safetensors: load the model once with sentence-transformers" in refused(tmp_path / "given")
     (tmp_path / "given" / "1_Dense" / "config.json").unlink()
@@ -161,7 +161,7 @@ def test_a_siglip_is_taken_where_texts_are_padded_as_it_was_trained(library, sig
     model = library.SentenceTransformer(str(siglip.parent), device="cpu")
     model.save(str(tmp_path / "given"))
     path = tmp_path / "given" / "sentence_bert_config.json"
-    assert f"{path} lets texts be padded to the longest of a batch" in refused(tmp_path / "given")
+    assert f"{path} pads texts to the longest of a batch" in refused(tmp_path / "given")
     change(path, processing_kwargs={"text": {"padding": "max_length", "max_length": 8}})
     assert "states processing_kwargs text.max_length: only text.padding is known" in refused(tmp_path / "given")
     change(path, processing_kwargs={"text": {"padding": "max_length"}})
@@ -191,7 +191,7 @@ def test_the_layout_before_5_4_embeds_as_sentence_transformers_does(library, tmp
 def test_two_models_in_one_folder_are_refused(tmp_path):
     folder = put(tmp_path / "given", [(CLIP, "0_CLIPModel")])
     shutil.copyfile(TINY / "config.json", folder / "config.json")
-    assert "holds two models, one beside modules.json and one in 0_CLIPModel/" in refused(folder)
+    assert "holds two models: one beside modules.json, and one in 0_CLIPModel/" in refused(folder)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def refused(path):
     said = str(error.value)
     assert len(said.splitlines()) == 1
     assert said.startswith(str(path))
-    assert "fetch" in said
+    assert "download" in said
     return said
 
 

@@ -169,9 +169,8 @@ def test_a_state_dict_in_openais_layout_gives_open_clips_own_embeddings(name, pr
     own = open_clip.create_model(architecture.stem, pretrained=str(plain), force_quick_gelu=True).eval()
     assert farthest(target, own) < 1e-5
     assert farthest(taken(plain, tmp_path / "again", open_clip="openai"), own) < 1e-5
-    assert "do not tell QuickGELU from GELU: set in the model's file in conf/model/ `open_clip: openai`" in refused(
-        plain, tmp_path
-    )
+    said = refused(plain, tmp_path)
+    assert "uses QuickGELU or GELU. In the model's file in conf/model/, set `open_clip: openai`" in said
 
 
 def test_the_tokens_are_open_clips_own(archives, tmp_path):
@@ -191,8 +190,8 @@ def test_an_archive_that_would_run_code_is_refused_and_runs_nothing(archives, tm
                 name, b"cposix\nsystem\n(X\t\0\0\0touch rantR." if name == "vit/data.pkl" else given.read(name)
             )
     said = refused(path, tmp_path)
-    assert "that names 'posix.system' in its data.pkl: weights need no such thing, so it is not read" in said
-    assert "nothing of it was run; fetch OpenAI's own, or, where you trust it" in said
+    assert "that names 'posix.system' in its data.pkl. Weights need no such thing, so it is not read" in said
+    assert "none of it was run: download OpenAI's own file, or, if you trust this one" in said
     assert [file.name for file in tmp_path.iterdir()] == ["ill.pt"]
 
 
@@ -200,7 +199,7 @@ def test_an_archive_that_would_run_code_is_refused_and_runs_nothing(archives, tm
 def test_a_torn_archive_is_refused(left, archives, tmp_path):
     path, whole = tmp_path / "torn.pt", archives("vit").read_bytes()
     path.write_bytes(whole[: int(len(whole) * left)])
-    assert "is truncated or damaged (File is not a zip file): fetch it again" in refused(path, tmp_path)
+    assert "is truncated or damaged (File is not a zip file): download it again" in refused(path, tmp_path)
 
 
 def test_what_is_no_file_of_weights_is_refused_with_the_way_out(archives, tmp_path):
@@ -214,7 +213,7 @@ def test_what_is_no_file_of_weights_is_refused_with_the_way_out(archives, tmp_pa
     torch.save([1], path)
     assert "holds no state_dict: accepted are OpenAI's archives" in refused(path, tmp_path)
     path.write_bytes(b"hello" * 100)
-    assert "is damaged or no file of torch.save" in refused(path, tmp_path)
+    assert "is damaged, or torch.save did not write it" in refused(path, tmp_path)
     state = torch.jit.load(archives("vit")).state_dict()
     layer = "transformer.resblocks.0.mlp.c_fc.weight"
     torch.save({**state, layer: torch.zeros(256, 128)}, path)
@@ -223,4 +222,4 @@ def test_what_is_no_file_of_weights_is_refused_with_the_way_out(archives, tmp_pa
     assert "of 'head.weight' it has (2,), and needs none" in refused(path, tmp_path, open_clip="openai")
     said = refused(archives("vit"), tmp_path, processor="someone/else", processor_revision="0" * 40)
     assert "model.processor is set" in said
-    assert "which needs none: take it out" in said
+    assert "is one file of weights and needs none: remove it" in said

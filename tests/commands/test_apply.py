@@ -63,10 +63,12 @@ def test_settings_written_by_hand_are_understood(copy, written):
 def test_what_cannot_be_applied_is_said_and_changes_nothing(copy):
     with pytest.raises(ConfigError, match="names no nodes to keep in FP32: no layer is named: why"):
         put(copy, "ort-fp16", notes=["no layer is named: why"])
-    with pytest.raises(ConfigError, match="nothing is no target of optimize or quantize"):  # whatever was validated
+    with pytest.raises(
+        ConfigError, match="nothing is not a target under optimize or quantize"
+    ):  # whatever was validated
         apply("nothing", copy / "params.yaml", copy / "none")
     with pytest.raises(
-        ConfigError, match=r"torch-int8 is no target of optimize .* accepted are ort-fp32, ort-fp16, ort-int8-"
+        ConfigError, match=r"torch-int8 is not a target under optimize .* accepted are ort-fp32, ort-fp16, ort-int8-"
     ):
         put(copy, "torch-int8", *NODES)
     assert (copy / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()

@@ -12,7 +12,7 @@ from support.project import ROOT
 from clip_deploy import __main__ as command
 from clip_deploy.__main__ import COMMANDS, LIGHT, main, parsed, parsers
 
-SHARED = {"__init__", "opened", "paths", "project", "sweep_search", "sweep_workers"}
+SHARED = {"__init__", "opened", "paths", "project", "sweep_leftovers", "sweep_search", "sweep_workers"}
 
 
 def test_each_module_is_a_command_and_its_help_begins_with_the_line_in_the_list():
@@ -110,6 +110,7 @@ def test_wrong_usage_ends_with_exit_code_2(words, capsys):
     [
         (["why"], "params.yaml"),
         (["gate"], "params.yaml"),
+        (["merge", "main"], "params.yaml"),
         (["apply", "ort-fp16"], "params.yaml"),
         (["package", "ort-fp16", "--output", "out"], "params.yaml"),
         (["device", "cuda"], "params.yaml"),
@@ -119,7 +120,7 @@ def test_what_needs_the_project_says_so_elsewhere(words, lacks, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert main(words) == 1
     assert capsys.readouterr().err == (
-        f"error: there is no {lacks} here: run it in the project's folder, a clone of its repository\n"
+        f"error: there is no {lacks} here: run this command in the project's folder, a clone of its repository\n"
     )
     assert not list(tmp_path.iterdir())
 
@@ -177,5 +178,5 @@ def test_why_beside_a_dvc_command_that_runs_is_one_line(here, monkeypatch, capsy
     monkeypatch.setattr(why, "Repo", lambda: None)
     monkeypatch.setattr(why, "pending", pending)
     assert main(["why"]) == 1
-    said = "error: a `dvc` command works in this project now: ask again when it has ended\n"
+    said = "error: a `dvc` command is running in this project: ask again when it has ended\n"
     assert capsys.readouterr().err == said

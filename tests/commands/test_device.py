@@ -53,8 +53,8 @@ def test_edits_are_not_lost_without_a_word(edited, capsys):
     before = files(edited)
     assert main(["device", "cuda"]) == 1
     assert capsys.readouterr().err == (
-        "error: params.yaml has lines for cpu that are not those of conf/devices/cpu.yaml and would be lost: "
-        "--keep puts them there first, --discard gives them up\n"
+        "error: params.yaml has lines for cpu that differ from conf/devices/cpu.yaml and would be lost: "
+        "--keep saves them there first, --discard drops them\n"
     )
     assert files(edited) == before
 

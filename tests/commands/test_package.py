@@ -17,7 +17,7 @@ def test_the_stages_own_words_stay_but_those_that_are_given():
 
 def test_a_folder_that_is_no_package_is_not_replaced(tmp_path):
     check_output(tmp_path / "new")
-    with pytest.raises(ConfigError, match="is there and no package: give a new folder"):
+    with pytest.raises(ConfigError, match="exists and is not a package: give a new folder"):
         check_output(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     check_output(tmp_path)

@@ -1,20 +1,24 @@
 """Sweeps: settings that are none are refused before any point is built, and a stop costs nothing that was measured."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from support.browser import PLACES, look, needs_chromium
 from support.project import ROOT
 from support.sweeps import measured, point
 
 from clip_deploy.__main__ import main
 from clip_deploy.commands.sweep import Sweep, check_point, overrides, read_sweep
+from clip_deploy.commands.sweep_leftovers import only_one, remove_leftovers
 from clip_deploy.commands.sweep_search import Chooser, Range, Search
 from clip_deploy.core.config import RecommendConfig
-from clip_deploy.core.errors import UnavailableError
+from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.report.figures import Axis, parallel_figure
 from clip_deploy.report.sweep import Point, as_markdown, as_page, best, effect, shown
 
@@ -144,7 +148,7 @@ def test_points_of_another_commit_are_named_and_their_table_is_kept(here, capsys
 def test_what_is_not_committed_is_named(here, capsys):
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
     assert main(["sweep", "opsets"]) == 1
-    assert "there is no commit here" in capsys.readouterr().err
+    assert "this repository has no commit" in capsys.readouterr().err
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "Start"]):
         subprocess.run([*git, *words], check=True)
     (here / "params.yaml").write_text((here / "params.yaml").read_text() + "# mine\n")
@@ -191,6 +195,25 @@ def test_a_terminal_shows_few_columns_and_the_page_all_that_was_drawn():
     assert text.count("<svg") == 2
     assert "slow: opset 18.0, image ms 2.00" in text  # what a screen reader says of a line
     assert "<code>dvc exp apply fast</code>: opset 20, calibration minmax" in text
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_of_the_page_is_cut_off_or_covered_at_a_phones_width(width, tmp_path):
+    settings = [(opset, kind, share) for opset in (18, 20) for kind in ("minmax", "entropy") for share in range(1, 7)]
+    points = [
+        point(f"mine-{number:08}", 2 + number % 7, size=4 + opset / 10, drop=share / 9,
+              **{"onnx.opset": opset, "quantize.a.calibration": kind, "quantize.a.smooth_quant": share / 7})
+        for number, (opset, kind, share) in enumerate(settings)
+    ]  # fmt: skip
+    found, console = look(as_page("mine", "ort-int8-static", points), tmp_path, width, f"{PLACES} return places;")
+    assert console == []
+    assert found["wide"] <= found["inner"] == width
+    assert found["texts"] > 20
+    assert found["cut"] == []
+    assert set(found["covered"]) <= {
+        "calibration on smooth_quant"
+    }  # names of axes, whose boxes meet as they are turned
 
 
 def test_settings_whose_names_end_alike_are_told_apart():
@@ -276,6 +299,61 @@ def test_an_effect_is_a_mean_with_an_interval():
     assert effect([0.1, 0.2, -0.3, 1e-6], geometric=False).startswith("0.00 [")
 
 
+def copies(project):
+    """DVC's copies of the project, by the experiments that run in them."""
+    facts = [json.loads(path.read_text()) for path in project.glob(".dvc/tmp/exps/standalone/run/*/*.run")]
+    return {fact["name"]: Path(fact["root_dir"]) for fact in facts if Path(fact["root_dir"]).is_dir()}
+
+
+def leave(project, name, number=1):
+    """A copy as a killed run of that name leaves it."""
+    standalone = project / ".dvc" / "tmp" / "exps" / "standalone"
+    (standalone / f"tmp{number}").mkdir(parents=True)
+    (standalone / "run" / f"{number}").mkdir(parents=True)
+    facts = {"name": name, "root_dir": str(standalone / f"tmp{number}")}
+    (standalone / "run" / f"{number}" / f"{number}.run").write_text(json.dumps(facts))
+    return standalone / f"tmp{number}"
+
+
+def test_only_copies_of_killed_runs_of_the_same_sweep_are_removed(here, capsys):
+    names = ["mine-0123abcd", "mine-2-0123abcd", "mine-by-hand", "other-0123abcd", None]
+    for number, name in enumerate(names):
+        leave(here, name, number)
+    (here / "elsewhere").mkdir()
+    leave(here, "mine-4567abcd", 10)
+    facts = here / ".dvc/tmp/exps/standalone/run/10/10.run"
+    facts.write_text(json.dumps({"name": "mine-4567abcd", "root_dir": str(here / "elsewhere")}))
+    (facts.parent / "half.run").write_text('{"name": "mine-45')
+    with only_one("mine"):
+        assert capsys.readouterr().out == "removed what a killed run left: .dvc/tmp/exps/standalone/tmp0\n"
+    facts.with_name("half.run").unlink()
+    assert set(copies(here)) == {*names[1:], "mine-4567abcd"}
+
+
+def test_a_copy_in_which_a_process_works_stays(here):
+    copy = leave(here, "mine-0123abcd")
+    with subprocess.Popen(["sleep", "60"], cwd=copy) as process:
+        remove_leftovers("mine")
+        process.kill()
+    assert copy.is_dir()
+    remove_leftovers("mine")
+    assert not copy.exists()
+
+
+def test_what_a_sweep_started_holds_it_as_long_as_it_lives(here):
+    copy = leave(here, "mine-0123abcd")
+    with only_one("other"), only_one("mine") as lock:
+        left = subprocess.Popen(["sleep", "60"], pass_fds=lock)
+    again = leave(here, "mine-0123abcd", 2)
+    with pytest.raises(DeployError, match="another sweep mine runs in this project"), only_one("mine"):
+        pass
+    assert (copy.exists(), again.exists()) == (False, True)
+    left.kill()
+    left.wait()
+    with only_one("mine"):
+        assert not again.exists()
+
+
 MINE = """\
 target: ort-fp16
 parameters:
@@ -293,15 +371,20 @@ def test_a_sweep_that_is_killed_goes_on_and_a_point_that_fails_keeps_its_reason(
     environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
     running = subprocess.Popen(command, cwd=project.path, env=environment, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    first = measured(project)
-    while not (first := measured(project)):
+    while not copies(project.path):
         assert running.poll() is None
-        time.sleep(0.2)
+        time.sleep(0.1)
+    assert "error: another sweep mine runs in this project" in project.run(*command, check=False).stderr
+    while not ((first := measured(project)) and any(name not in first[0] for name in copies(project.path))):
+        assert running.poll() is None
+        time.sleep(0.1)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     done = project.run(*command, "--jobs", "2", check=False)
     assert done.returncode == 1
     assert done.stdout.count(": there already") == 1
+    assert done.stdout.count("removed what a killed run left: .dvc/tmp/exps/standalone/tmp") == 1
+    assert copies(project.path) == {}
     assert measured(project) == first  # and not measured anew
     assert "2 of 3 points failed: mine-" in done.stderr
     text = (project.path / "reports" / "sweep.md").read_text()

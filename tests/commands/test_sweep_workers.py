@@ -4,17 +4,23 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
+from support.project import ROOT, Project
 from support.sweeps import measured, point
 
 from clip_deploy.__main__ import main
 from clip_deploy.commands import sweep_workers
+from clip_deploy.commands.sweep_leftovers import job_folder
 from clip_deploy.commands.sweep_workers import Job, answered, last_error, measure, open_engine, place
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
+from clip_deploy.core.manifest import verify
 from clip_deploy.report.sweep import as_markdown, shown
 
 JOB = Job("/a", "ab" * 20, "mine-1", ("-S", "seed=1"))
@@ -77,6 +83,19 @@ def test_a_point_that_was_pushed_already_is_not_measured_again(tmp_path):
     assert measure(job) is None
 
 
+def test_only_folders_of_jobs_that_ended_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    for name in ("tmp/clip-deploy-job-killed/checkout", "tmp/clip-deploy-jobs", "mine"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "tmp" / "clip-deploy-job-link").symlink_to(tmp_path / "mine")
+    with job_folder() as first, job_folder() as second:
+        left = {path.name for path in (tmp_path / "tmp").iterdir()}
+        assert left == {first.name, second.name, "clip-deploy-jobs", "clip-deploy-job-link"}
+        assert first != second
+    assert (tmp_path / "mine").is_dir()
+    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {"clip-deploy-jobs", "clip-deploy-job-link"}
+
+
 def test_the_reason_is_the_stages_own_or_the_last_line():
     assert last_error("a\nerror: seed is -1\nERROR: failed to reproduce\n") == "seed is -1"
     assert last_error("a\nERROR: failed to reproduce\n\n") == "ERROR: failed to reproduce"
@@ -101,48 +120,84 @@ def test_points_of_two_machines_are_compared_among_their_own_alone():
 
 
 MINE = """\
-target: ort-fp16
+target: ort-int8-dynamic
 parameters:
+  quantize.ort-int8-dynamic.per_channel: [false]
   conf/benchmark/quick.yaml:warmup: [1, 2]
 """
+# In every Python process: a line for each stage.
+NOTE = """
+import os, sys
+if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):
+    with open(os.environ["STAGES_RAN"], "a") as ran:
+        print(sys.orig_argv[2].removeprefix("stages."), file=ran)
+"""
+DVC_S3, RAY = ROOT / "build" / "dvc-s3", ROOT / "build" / "ray"  # `make test` puts them there
 
 
-def shared(built, folder):
-    """A project with a sweep, and a DVC remote that has all that was built."""
-    project = built.copy(folder / "project")
-    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE)
-    (folder / "store").mkdir()
-    project.run("dvc", "remote", "add", "-d", "store", str(folder / "store"))
-    project.run("git", "add", "-A")
-    project.run("git", "commit", "-q", "-m", "Add a sweep and a remote")
-    project.run("dvc", "push", "-q", "--run-cache")
-    return project
+@pytest.fixture(params=["submitit and a folder", "Ray and an object store"])
+def cluster(request, tmp_path, monkeypatch):
+    """What --on takes, and the address of a DVC remote, in an environment that has the libraries of both."""
+    (tmp_path / "sitecustomize.py").write_text(NOTE)
+    monkeypatch.setenv("STAGES_RAN", str(tmp_path / "stages"))
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = "local", str(tmp_path / "store")
+    if request.param != "submitit and a folder":
+        for needed in (DVC_S3, RAY):
+            if not (needed / "ready").is_file():
+                pytest.skip(f"no {needed.name}: make build/{needed.name}/ready")
+        path += [str(DVC_S3), str(RAY)]
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        found = "ray:local", f"s3://{request.getfixturevalue('bucket').base_path}store"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    return found
 
 
 @pytest.mark.slow
-def test_a_job_that_is_killed_runs_again_and_the_sweep_ends_whole(built, tmp_path):
-    project = shared(built, tmp_path)
-    command = [sys.executable, "-m", "clip_deploy", "sweep", "mine", "--on", "local"]
+def test_a_job_that_is_killed_runs_again_and_what_jobs_built_comes_through_the_remote(built, cluster, tmp_path):
+    engine, store = cluster
+    project = built.copy(tmp_path / "project")
+    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE)
+    project.run("dvc", "remote", "add", "-d", "store", store)
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "Add a sweep and a remote")
+    project.run("dvc", "push", "-q", "--run-cache")
+    command = [sys.executable, "-m", "clip_deploy", "sweep", "mine", "--on", engine]
     environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
     running = subprocess.Popen(command, cwd=project.path, env=environment, stdout=subprocess.PIPE, text=True)
-    os.kill(_worker(project.path, running), signal.SIGKILL)
+    os.kill(_worker(running), signal.SIGKILL)
     output, _ = running.communicate()
     assert running.returncode == 0
     assert "2 points: 2 measured, 0 failed." in output
     assert len(measured(project)) == 2
+    assert set((tmp_path / "stages").read_text().split()) == {"probe", "quantize", "validate", "benchmark"}
     assert project.run(*command).stdout.count(": there already") == 2
-    assert "1 of 2 points failed" not in output
+    name = measured(project)[0].rpartition("/")[2]
+
+    table = project.run("env", "COLUMNS=160", "dvc", "exp", "show", "--only-changed", "--no-pager").stdout
+    assert all(word in table for word in (".per_channel ", " warmup ", f"[{name}]"))
+    assert "…" not in table  # which stands where a column is too wide
+    assert len(project.run("dvc", "exp", "diff", "HEAD", name).stdout.splitlines()) < 25
+
+    project.run("git", "clone", "-q", str(project.path), str(tmp_path / "clone"))
+    there = Project(tmp_path / "clone")  # with a cache of its own, in which nothing is
+    there.run("dvc", "pull")
+    pulled = verify(there.path / "artifacts" / "ort-int8-dynamic")
+    there.run("dvc", "exp", "pull", "origin", name)
+    there.run("dvc", "exp", "apply", name)
+    applied = verify(there.path / "artifacts" / "ort-int8-dynamic")
+    assert pulled[1] == applied[1] == []
+    assert pulled[0]["files"] != applied[0]["files"]
+    assert "per_channel: false" in (there.path / "params.yaml").read_text()
 
 
-def _worker(project, running):
-    """The process that measures the first point, once it has begun."""
+def _worker(running):
+    """The process that measures a point, once its run has begun: by its child, `dvc exp run`."""
     while True:
         assert running.poll() is None
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = path.read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"submitit.core._submit" in words and str(project / ".dvc").encode() in words[-2]:
-                return int(path.parent.name)
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                is_run = process.cmdline()[1:5] == ["-m", "dvc", "exp", "run"]
+                if is_run and process.environ().get("STAGES_RAN") == os.environ["STAGES_RAN"]:
+                    return process.ppid()
         time.sleep(0.05)

@@ -144,7 +144,7 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
             "method: dynamic\n    symmetric: true\n",
             r"symmetric and smooth_quant belong to method static",
         ),
-        ("method: dynamic\n", "method: weight_only\n", r"accuracy_budget chooses nodes for dynamic and static"),
+        ("method: dynamic\n", "method: weight_only\n", r"accuracy_budget is for method dynamic and static"),
         (
             "method: static ",
             "method: static\n    smooth_quant: 2 ",
@@ -160,7 +160,11 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
         ("  - ort-fp32\n", "  - onnx-fp32\n", r"ci\.required lists a name twice: torch-fp32"),
         ("  batch: 1 ", "  batch: 4 ", r"recommend\.batch is 4, and benchmark standard times 1, 8, 32: give one"),
         ("max_size_mb:\n", "max_size_mb: 0\n", r"recommend\.max_size_mb is 0\.0: give more than 0, or null"),
-        ("precision: fp16}", "precision: int8}", r"int8 is made by `quantize`; accepted are fp32, fp16, bf16"),
+        (
+            "precision: fp16}",
+            "precision: int8}",
+            r"precision is int8; accepted are fp32, fp16, bf16, fp8; quantize makes int8",
+        ),
         ("precision: fp16}", "precision: bf16}", r"ort-fp16 is bf16, in which ONNX Runtime has matmuls on a GPU only"),
         (
             "precision: fp16}",

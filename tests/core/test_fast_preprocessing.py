@@ -146,5 +146,5 @@ def test_a_missing_library_is_named_with_the_way_out(monkeypatch):
 
 
 def test_a_filter_that_the_resizer_lacks_is_refused():
-    with pytest.raises(UnavailableError, match="has no filter hamming, with which this checkpoint resizes"):
+    with pytest.raises(UnavailableError, match="this checkpoint resizes with the filter hamming"):
         check(Preprocessing({"shortest_edge": 48}, None, 5, **LEVELS))

@@ -47,9 +47,9 @@ def test_what_cannot_be_looked_at_is_named_with_why(tmp_path):
     (folder / "nowhere").symlink_to(tmp_path / "none")
     (folder / "itself").symlink_to("itself")
     assert walk(folder).skipped == {
-        "itself": f"{folder}/itself cannot be looked at (Too many levels of symbolic links): check its permissions, "
+        "itself": f"{folder}/itself cannot be read (Too many levels of symbolic links): check its permissions, "
         "or remove it",
-        "nowhere": f"{folder}/nowhere is a link to {tmp_path}/none, which does not exist: mend or remove it",
+        "nowhere": f"{folder}/nowhere is a link to {tmp_path}/none, which does not exist: repair or remove it",
     }
     with pytest.raises(DataError, match=r"none cannot be listed \(No such file or directory\)"):
         walk(tmp_path / "none")

@@ -133,7 +133,7 @@ def test_a_format_that_no_first_bytes_tell_goes_by_its_ending(tmp_path):
     assert np.array_equal(np.asarray(read_image(path.rename(tmp_path / "image.TGA"))), np.asarray(SCENE))
     other = (tmp_path / "image.TGA").rename(tmp_path / "image.dat")
     with pytest.raises(
-        DataError, match=r"image\.dat is no readable image \(of no known format; TGA goes by its ending"
+        DataError, match=r"image\.dat is not a readable image \(it may be TGA, and its name does not end so\)"
     ):
         read_image(other)
     assert np.array_equal(
@@ -179,9 +179,11 @@ def written(tmp_path, content):
 
 
 REFUSED = {
-    "is no readable image (image file is truncated": damaged,
+    "is not a readable image (image file is truncated": damaged,
     "is empty: replace or remove it": lambda folder: written(folder, b""),
-    "is no readable image (cannot identify image file": lambda folder: written(folder, b"<html>not found</html>"),
+    "is not a readable image (of no format that Pillow knows): replace or remove it": lambda folder: written(
+        folder, b"<html>not found</html>"
+    ),
     "is 1 x 1,000,000 pixels: a side may be at most 500 times the other; crop it": lambda folder: saved(
         folder, Image.new("1", (1, 1_000_000))
     ),
@@ -196,6 +198,7 @@ def test_what_is_no_image_is_named(tmp_path, said):
     with pytest.raises(DataError) as caught:
         read_image(path)
     assert f"{path} {said}" in str(caught.value)
+    assert str(caught.value).count(path.name) == 1
 
 
 @pytest.mark.parametrize("most", [4000, 1000])  # Pillow itself warns of the first and refuses the second

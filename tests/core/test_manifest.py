@@ -92,10 +92,13 @@ def test_a_manifest_leads_nowhere_else(target, capsys):
     ("content", "reason"),
     [
         (None, "has no manifest, neither package.manifest.json beside it nor manifest.json inside"),
-        ("[]", "manifest.json names no files; make it anew with `dvc repro`"),
+        ("[]", "manifest.json names no files; make it again with `dvc repro`"),
         ('{"files": {"a": 3}}', "manifest.json names no files; "),
         ('{"files": {}}', "manifest.json names no files; "),
-        ('{"unavailable": 3}', "manifest.json is none of ours, its unavailable at least; make it anew"),
+        (
+            '{"unavailable": 3}',
+            "manifest.json is not a manifest of clip-deploy (its unavailable is of another kind); make it again",
+        ),
         ("[" * 100_000, "manifest.json (maximum recursion depth exceeded"),
         ('{"files"', "manifest.json (Expecting"),
     ],

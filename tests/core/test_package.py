@@ -61,7 +61,7 @@ def test_a_fingerprint_is_of_the_files_that_make_embeddings(package, copy, chang
     [
         (
             {"dimension": ...},
-            r"of another version of clip-deploy \(it lacks dimension\): package it anew",
+            r"of another version of clip-deploy \(it lacks dimension\): package it again",
         ),
         ({"towers__vision__image_input": ...}, "it lacks towers.vision.image_input"),
         ({"activation": 3}, "activation is 3, not str"),
@@ -74,12 +74,12 @@ def test_a_fingerprint_is_of_the_files_that_make_embeddings(package, copy, chang
         ({"files__/etc/passwd": {"sha256": "0", "bytes": 1}}, "names '/etc/passwd', which lies outside of"),
         (
             {"towers__text__files": ["../text.onnx"]},
-            r"names \.\./text\.onnx for a tower, and none such with its hash",
+            r"names \.\./text\.onnx for a tower, but has no such file with its hash",
         ),
-        ({"towers__text__sha256": "0"}, "names onnx-fp32/text.onnx for a tower, and none such with its hash"),
-        ({"files__onnx-fp32/text.onnx": ...}, "names onnx-fp32/text.onnx for a tower, and none such with its"),
+        ({"towers__text__sha256": "0"}, "names onnx-fp32/text.onnx for a tower, but has no such file with its hash"),
+        ({"files__onnx-fp32/text.onnx": ...}, "names onnx-fp32/text.onnx for a tower, but has no such file with its"),
         ({"towers__text__files": []}, "names no file for a tower"),
-        ({"format": 1}, "has no format 2, which this version reads"),
+        ({"format": 1}, "is not of format 2, which this version reads"),
     ],
 )
 def test_a_manifest_that_is_none_of_ours_is_refused_by_what_is_wrong(copy, change, changed, said):
@@ -90,7 +90,7 @@ def test_a_manifest_that_is_none_of_ours_is_refused_by_what_is_wrong(copy, chang
 
 def test_a_manifest_of_brackets_alone_is_no_package(tmp_path):
     (tmp_path / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(DeployError, match="is no package"):
+    with pytest.raises(DeployError, match="is not a package"):
         read_package(tmp_path)
 
 

@@ -30,7 +30,7 @@ def die_by(number):
 def test_a_crash_is_named():
     with pytest.raises(CrashError, match=r"the process crashed with SIGSEGV$"):
         call_in_child(die_by, signal.SIGSEGV)
-    with pytest.raises(CrashError, match="crashed with SIGKILL, as when memory runs out"):
+    with pytest.raises(CrashError, match="crashed with SIGKILL, which happens when memory runs out"):
         call_in_child(die_by, signal.SIGKILL)
     with pytest.raises(CrashError, match="ended with exit code 3"):
         call_in_child(os._exit, 3)

@@ -82,7 +82,7 @@ def test_images_count_by_their_content_whatever_their_names(folder, kinds):
         now=f"{len(labels)} images, none lost",
     )
     (folder / "shoe" / "page").write_text("<html>")
-    with pytest.raises(DataError, match=r"1 of 28 images cannot be read: \S*shoe/page is no readable image"):
+    with pytest.raises(DataError, match=r"1 of 28 images cannot be read: \S*shoe/page is not a readable image"):
         load(data, 0)
 
 
@@ -116,7 +116,7 @@ def test_all_unreadable_images_are_named_at_once_with_their_count(folder, kinds)
         load(data, 0)
     said = str(caught.value)
     assert said.startswith("3 of 20 images cannot be read: ")
-    assert [f"t-shirt/{number}.png is no readable image" in said for number in (0, 2, 4, 6)] == [True] * 3 + [False]
+    assert [f"t-shirt/{number}.png is not a readable image" in said for number in (0, 2, 4, 6)] == [True] * 3 + [False]
     assert "\n" not in said
     for number in range(12):
         (folder / "t-shirt" / f"page{number:02}.jpg").write_text("<html>")
@@ -142,7 +142,7 @@ def test_unreadable_images_of_a_hub_dataset_are_named_by_their_rows(folder):
         broken = folder / "ankle_boot" / f"{number}.png"
         broken.write_bytes(broken.read_bytes()[:200])
     data = DataConfig(source="hub", dataset_id=str(folder), split="train", label_column="label", **COUNTS)
-    with pytest.raises(DataError, match=r"^2 of 20 images cannot be read: .*ankle_boot/1\.png is no readable image"):
+    with pytest.raises(DataError, match=r"^2 of 20 images cannot be read: .*ankle_boot/1\.png is not a readable image"):
         load(data, 0)
 
 
@@ -168,14 +168,14 @@ def test_a_hub_dataset_of_parquet_is_read_upright_and_its_bad_rows_are_named(tmp
 
     assert load(written("good"), 0).evaluation[0].open().size == (20, 30)
     rows[7]["bytes"] = rows[7]["bytes"][:300]
-    with pytest.raises(DataError, match=r"^1 of 20 images cannot be read: the image in row 7 is no readable image"):
+    with pytest.raises(DataError, match=r"^1 of 20 images cannot be read: the image in row 7 is not a readable image"):
         load(written("bad"), 0)
 
 
 def test_an_unreadable_image_is_named(folder):
     broken = folder / "t-shirt" / "0.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"0\.png is no readable image"):
+    with pytest.raises(DataError, match=r"0\.png is not a readable image"):
         load(DataConfig(source="image-folder", path=str(folder)), 0)
 
 

@@ -96,7 +96,7 @@ def test_what_cannot_be_stored_is_left_out_with_the_reason():
         *((3, dtype) for dtype in ("float32", "float16", "int8")),
     ]
     assert found.left_out == [
-        "1/8 of 12 dimensions is no whole number",
+        "1/8 of 12 dimensions is not a whole number",
         "binary at 12 dimensions: signs fill bytes, 8 in each",
         "binary at 6 dimensions: signs fill bytes, 8 in each",
         "binary at 3 dimensions: signs fill bytes, 8 in each",

@@ -153,7 +153,9 @@ def eat_memory(folder):
 
 FAULTS = {
     "the process crashed with SIGTERM": lambda folder: os.kill(os.getpid(), signal.SIGTERM),
-    "the process crashed with SIGKILL, as when memory runs out": lambda folder: os.kill(os.getpid(), signal.SIGKILL),
+    "the process crashed with SIGKILL, which happens when memory runs out": lambda folder: os.kill(
+        os.getpid(), signal.SIGKILL
+    ),
     "no answer within 2 s: the process hung and was killed": lambda folder: time.sleep(600),
     "MemoryError: memory ran out": eat_memory,
 }

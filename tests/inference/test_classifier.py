@@ -94,7 +94,7 @@ def test_a_text_that_was_seen_is_not_encoded_again(package, tmp_path):
 
 def test_an_image_that_cannot_be_read_is_named(classifier, tmp_path):
     (tmp_path / "page.png").write_text("<html>")
-    with pytest.raises(DataError, match=r"page.png is no readable image"):
+    with pytest.raises(DataError, match=r"page.png is not a readable image"):
         classifier.embed_images([IMAGES[0], tmp_path / "page.png"])
     good, bad = classifier.embed_each([IMAGES[0], tmp_path / "page.png"])
     assert good.shape == (64,)
@@ -117,9 +117,9 @@ def test_a_batch_of_nothing_is_refused(classifier, batch_size):
 
 @pytest.mark.parametrize("image", ["a.png", Path("a.png"), IMAGES[0]])
 def test_one_image_is_no_list_of_images(classifier, image):
-    with pytest.raises(DataError, match=r"images is a single one, .*: give a list of images"):
+    with pytest.raises(DataError, match=r"images is a single image, .*: give a list of images"):
         classifier.embed_images(image)
-    with pytest.raises(DataError, match=r"images is a single one"):
+    with pytest.raises(DataError, match=r"images is a single image"):
         next(classifier.embed_each(image))
 
 
@@ -171,7 +171,9 @@ def test_through_the_fast_feed_what_cannot_be_read_is_named_in_the_same_words(cl
     files += [Encoded(partial(bytes, content), f"row {name}") for name, content in broken.items()]
     said = [[str(error) for error in opened.embed_each(files)] for opened in (fast, classifier)]
     assert said[0] == said[1]
-    assert "half.jpg is no readable image (image file is truncated" in said[0][1 + files.index(tmp_path / "empty.jpg")]
+    assert (
+        "half.jpg is not a readable image (image file is truncated" in said[0][1 + files.index(tmp_path / "empty.jpg")]
+    )
     assert len(said[0]) == 10
 
 
@@ -227,9 +229,9 @@ def test_a_file_that_is_not_the_one_that_was_judged_is_refused(copy):
     ("manifest", "said"),
     [
         ('{"format": 2, "unavailable": "no target passes"}', "holds nothing to ship: no target passes"),
-        ('{"format": 1}', "has no format 2, which this version reads"),
-        ("[]", "has no format 2"),
-        ("{", "is no package"),
+        ('{"format": 1}', "is not of format 2, which this version reads"),
+        ("[]", "is not of format 2"),
+        ("{", "is not a package"),
     ],
 )
 def test_what_is_no_package_is_refused(tmp_path, manifest, said):
@@ -274,7 +276,7 @@ def test_siglip_gives_each_text_a_probability_of_its_own_and_reads_capitals_as_s
     expected = expected_logits(siglip, IMAGES[:1], lower, padding="max_length", max_length=16).sigmoid()[0].numpy()
     found = dict(classifier.predict(IMAGES[0], texts))
     assert np.allclose([found[text] for text in texts], expected, atol=1e-5)
-    with pytest.raises(DataError, match="no classes of its own: give texts"):
+    with pytest.raises(DataError, match="no classes of its own: give the texts"):
         classifier.predict(IMAGES[0])
 
 
@@ -321,6 +323,15 @@ def test_four_libraries_are_all_that_the_wheel_asks_for(wheel):
     assert direct == {"numpy", "onnxruntime", "pillow", "tokenizers"}
 
 
+def test_the_wheel_holds_every_file_of_the_library_and_the_licence(wheel):
+    library = ROOT / "clip_deploy"
+    files = {path.relative_to(ROOT).as_posix() for path in library.rglob("*") if path.is_file()}
+    with zipfile.ZipFile(wheel) as file:
+        held = {name for name in file.namelist() if ".dist-info/" not in name}
+        assert any(name.endswith("/licenses/LICENSE") for name in file.namelist())
+    assert held == {name for name in files if "/__pycache__/" not in name}
+
+
 @pytest.mark.slow
 def test_the_wheel_alone_opens_a_package_where_torch_and_transformers_never_were(package, wheel, tmp_path):
     venv.create(tmp_path / "venv")
@@ -341,7 +352,7 @@ def test_the_wheel_alone_opens_a_package_where_torch_and_transformers_never_were
     predicted = run("predict", pictures / "scene.png", "--package", package, "--top", 1)
     assert predicted.stdout.endswith(f"  {SCENES[0][1].label}\n"), predicted.stderr
     embedded = run("embed", pictures, tmp_path / "out", "--package", package)
-    assert embedded.stderr == "error: Parquet needs pyarrow: pip install 'clip-deploy[s3]'\n"
+    assert embedded.stderr == "error: Parquet and object stores need pyarrow: pip install 'clip-deploy[parquet]'\n"
     found = run("search", pictures, "a red circle", "--package", package)
     assert found.stdout.endswith("  scene.png\n")
     assert run("verify", package).returncode == 0

@@ -63,7 +63,7 @@ def test_every_readable_image_has_its_embedding_and_every_other_is_named(classif
     assert len(done.unreadable) == 2
     assert "is empty" in done.unreadable[0]
     assert "13 " in done.unreadable[1]
-    assert "is no readable image" in done.unreadable[1]
+    assert "is not a readable image" in done.unreadable[1]
     found = rows(tmp_path)
     names = [name for name in list_images(folder).files if not name.startswith(("04", "sub/13"))]
     assert list(found) == names
@@ -173,7 +173,7 @@ def test_another_package_other_files_and_damaged_parts_are_refused(classifier, f
     with pytest.raises(DeployError, match="made with another list of files, or files that were changed since: give an"):
         embed_folder(classifier, tmp_path / "other", tmp_path, SMALL)
     (tmp_path / "part-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DeployError, match=r"part-00001.parquet is no whole part of `embed`"):
+    with pytest.raises(DeployError, match=r"part-00001.parquet is not a complete part of `embed`"):
         embed_folder(classifier, folder, tmp_path, SMALL)
 
 
@@ -326,7 +326,7 @@ def test_a_table_that_changed_is_refused_as_are_parts_of_an_earlier_version(clas
     ):
         embed_folder(classifier, images, output, SMALL)
     (output / "part-x.parquet").write_bytes(b"")
-    with pytest.raises(DeployError, match=r"part-x.parquet is no part of `embed`"):
+    with pytest.raises(DeployError, match=r"part-x.parquet was not written by `embed`"):
         embed_folder(classifier, images, output, SMALL)
 
 
@@ -377,7 +377,7 @@ def test_linked_folders_are_embedded_and_what_cannot_be_listed_is_named(classifi
         source = open_source(str(root / "images"), 10)
         assert list(source.files) == ["a.png", "linked/c.png", "linked/deep/d.png"]
         assert list(source.skipped.values()) == [
-            f"{root}/images/closed cannot be looked at (Permission denied): check its permissions, or remove it"
+            f"{root}/images/closed cannot be read (Permission denied): check its permissions, or remove it"
         ]
         if os.getuid() == 0:
             os.seteuid(0)
@@ -446,7 +446,7 @@ def test_parts_of_an_earlier_version_are_refused(classifier, folder, tmp_path):
     parquet.write_table(table.replace_schema_metadata({b"clip_deploy": json.dumps(header)}), part)
     with pytest.raises(DeployError, match="made with an earlier version of clip-deploy: give another output folder"):
         embed_folder(classifier, folder, tmp_path, SMALL)
-    with pytest.raises(DeployError, match="made with an earlier version of clip-deploy: embed the images anew"):
+    with pytest.raises(DeployError, match="made with an earlier version of clip-deploy: embed the images again"):
         search(classifier, tmp_path, "a red circle", 1)
 
 
@@ -481,7 +481,7 @@ def test_a_search_leaves_out_what_cannot_be_read_and_names_it(package, classifie
     assert printed.out.count("\n") == 1
     linked, said = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
     assert "away is a link to" in linked
-    assert "page.png is no readable image" in said
+    assert "page.png is not a readable image" in said
 
 
 def test_a_search_of_nothing_but_unreadable_images_finds_nothing_and_says_so(package, classifier, tmp_path, capsys):
@@ -514,7 +514,7 @@ def test_a_name_that_is_no_text_is_reported_and_not_fatal(classifier, tmp_path):
     os.rename(tmp_path / "good.png", os.fsencode(tmp_path) + b"/bad\xff.png")
     image.save(tmp_path / "good.png")
     done = embed_folder(classifier, tmp_path, tmp_path / "out", SMALL)
-    assert done.unreadable == ["bad?.png has a name that is no UTF-8: rename it"]
+    assert done.unreadable == ["bad?.png has a name that is not UTF-8: rename it"]
     assert list(rows(tmp_path / "out")) == ["good.png"]
 
 
@@ -538,7 +538,7 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
         (["predict", "none.png", "a cat"], 1, "error: none.png does not exist"),
         (["predict", "none.png", ""], 1, "error: text 1 of 1 is ''"),
         (["predict", "empty", "a cat"], 1, "error: empty is a folder: give an image file"),
-        (["predict", "https://a.b/c.jpg", "a cat"], 1, "error: https://a.b/c.jpg is an address: accepted is a path"),
+        (["predict", "https://a.b/c.jpg", "a cat"], 1, "error: https://a.b/c.jpg is an address: give a path"),
         (["predict", "none.png", "--cache", "note.txt"], 1, "error: --cache is note.txt, a file: give a folder"),
         (["search", "none", "a cat"], 1, "error: none does not exist: give a folder of images, or what `embed` ("),
         (["search", "note.txt", "a cat"], 1, "error: note.txt is a file: give a folder of images, or what"),
@@ -546,12 +546,16 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
         (
             ["search", "other.parquet", "a cat"],
             1,
-            "error: ./other.parquet is no whole part of `embed`: give a folder of",
+            "error: ./other.parquet is not a complete part of `embed`: give a folder of",
         ),
         (["embed", "none", "out"], 1, "error: none does not exist: give a folder of images, of Parquet or of tar"),
         (["embed", "note.txt", "out"], 1, "error: note.txt is a file: give a folder of images, of Parquet or of tar"),
-        (["embed", "images", "note.txt"], 1, "error: note.txt is no folder for the output, as note.txt is a file"),
-        (["embed", "images", "note.txt/a"], 1, "error: note.txt/a is no folder for the output, as note.txt is a file"),
+        (["embed", "images", "note.txt"], 1, "error: note.txt cannot be the output folder, because note.txt is a file"),
+        (
+            ["embed", "images", "note.txt/a"],
+            1,
+            "error: note.txt/a cannot be the output folder, because note.txt is a file",
+        ),
         (["search", "none", "a cat", "--top", "0"], 1, "error: top is 0"),
         (["predict", "none.png", "--top", "0"], 1, "error: top is 0: give 1 or more"),
         (["predict", "none.png", "a cat", "--top", "-1"], 1, "error: top is -1: give 1 or more"),
@@ -584,14 +588,14 @@ def test_what_is_no_package_is_named_with_what_is_one(folder, fault, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert main(["predict", "a.png", "a cat", "--package", folder]) == 1
     assert capsys.readouterr().err == (
-        f"error: {folder} is no package ({fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, as "
-        "artifacts/package\n"
+        f"error: {folder} is not a package ({fault}): give the folder that `dvc repro` or `clip-deploy package` wrote, "
+        "as artifacts/package\n"
     )
 
 
 def test_a_package_that_is_not_there_is_named_with_the_option_for_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    said = "give its folder, which `dvc repro` or `clip-deploy package` wrote, with --package\n"
+    said = "give the folder that `dvc repro` or `clip-deploy package` wrote, with --package\n"
     for given, folder in (([], "artifacts/package"), (["--package", "none"], "none")):
         assert main(["predict", "a.png", "a cat", *given]) == 1
         assert capsys.readouterr().err == f"error: there is no package {folder}: {said}"

@@ -67,7 +67,7 @@ def test_a_process_that_is_killed_is_named_and_the_next_run_goes_on(package, ima
 
 
 def test_what_a_process_cannot_open_is_said_once(package, images, tmp_path):
-    with pytest.raises(DeployError, match=r"is no package"):
+    with pytest.raises(DeployError, match=r"is not a package"):
         on_two(package, images, tmp_path / "out", replace(Opening.read(package, "cpu", 1), folder=tmp_path))
 
 
@@ -75,7 +75,7 @@ def test_gpus_are_chosen_among_those_that_are_visible(monkeypatch):
     monkeypatch.setattr(embed_gpus, "gpus", lambda: ["H200", "H200", "H200"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert (choose_gpus("all"), choose_gpus("0,2")) == (["0", "1", "2"], ["0", "2"])
-    with pytest.raises(UnavailableError, match="names GPU 3, and there are 3, from 0 on"):
+    with pytest.raises(UnavailableError, match=r"names GPU 3, but this process has 3 \(numbered from 0\)"):
         choose_gpus("1,3")
     for wrong in ("", "0,0", "one", "0;1"):
         with pytest.raises(DataError, match=r"--gpus is .*: give all, or numbers with commas"):

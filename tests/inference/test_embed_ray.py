@@ -202,7 +202,7 @@ def test_without_ray_the_way_to_it_is_named(package, few, tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "ray", None)
     words = ["embed", str(few), str(tmp_path / "out"), "--package", str(package), "--ray", "auto"]
     assert main(words) == 1
-    assert capsys.readouterr().err == "error: Ray is missing here: pip install 'clip-deploy[ray]'\n"
+    assert capsys.readouterr().err == "error: Ray is not installed: pip install 'clip-deploy[ray]'\n"
 
 
 class DeathError(BaseException):

@@ -157,7 +157,7 @@ def test_an_index_that_is_older_than_its_parts_says_so(tmp_path):
     shutil.move(tmp_path / "index", tmp_path / "moved")  # beside them still
     search_index(tmp_path / "moved", "ours", rows[0], 1)
     write(tmp_path / "parts", 1, rows[20:], first=20)
-    with pytest.warns(UserWarning, match="moved is older than its parts, which changed since: make it anew with"):
+    with pytest.warns(UserWarning, match="moved is older than its parts, which changed since: make it again with"):
         assert search_index(tmp_path / "moved", "ours", rows[30], 1)[0][1] != "00030.png"
     build_index(str(tmp_path / "parts"), str(tmp_path / "moved"))
     assert search_index(tmp_path / "moved", "ours", rows[30], 1)[0][1] == "00030.png"
@@ -177,7 +177,7 @@ def test_an_index_of_another_packages_embeddings_is_refused(classifier, tmp_path
 
 def test_parts_that_do_not_belong_together_and_nothing_are_refused(tmp_path):
     rows = random(10)
-    with pytest.raises(DataError, match="parts is no folder: give one that `clip-deploy embed` wrote"):
+    with pytest.raises(DataError, match="parts is not a folder: give one that `clip-deploy embed` wrote"):
         build_index(str(tmp_path / "parts"), str(tmp_path / "index"))
     write(tmp_path / "parts", 0, rows[:0])
     with pytest.raises(DataError, match="parts holds no embeddings"):
@@ -186,7 +186,7 @@ def test_parts_that_do_not_belong_together_and_nothing_are_refused(tmp_path):
     with pytest.raises(DataError, match="empty holds no embeddings"):
         build_index(str(tmp_path / "empty"), str(tmp_path / "index"))
     write(tmp_path / "parts", 1, rows, package="theirs")
-    with pytest.raises(DeployError, match=r"two packages or types, as part-00001.parquet: embed anew"):
+    with pytest.raises(DeployError, match=r"two packages or types, as part-00001.parquet: embed again"):
         build_index(str(tmp_path / "parts"), str(tmp_path / "index"))
     write(tmp_path / "parts", 1, rows, dimensions=None)
     with pytest.raises(DeployError, match=r"part-00001.parquet was made with an earlier version"):
@@ -196,10 +196,10 @@ def test_parts_that_do_not_belong_together_and_nothing_are_refused(tmp_path):
 
 def test_nothing_but_an_index_is_replaced(tmp_path):
     write(tmp_path / "parts", 0, random(10))
-    with pytest.raises(DataError, match="parts is there and is no index: give another folder"):
+    with pytest.raises(DataError, match="parts exists and is not an index: give another folder"):
         build_index(str(tmp_path / "parts"), str(tmp_path / "parts"))
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(DataError, match="file is there and is no index"):
+    with pytest.raises(DataError, match="file exists and is not an index"):
         build_index(str(tmp_path / "parts"), str(tmp_path / "file"))
     with pytest.raises(DataError, match="s3://bucket/index is on an object store: an index is mapped into memory"):
         build_index(str(tmp_path / "parts"), "s3://bucket/index")
@@ -235,7 +235,9 @@ def test_a_damaged_index_is_one_message(tmp_path, name, damage):
     path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else os.urandom(len(whole)))
     if damage == "gone":
         path.unlink()
-    with pytest.raises(DeployError, match=r"index is no whole index \(.*\): make it anew with `clip-deploy index`$"):
+    with pytest.raises(
+        DeployError, match=r"index is not a complete index \(.*\): make it again with `clip-deploy index`$"
+    ):
         search_index(tmp_path / "index", "ours", rows[0], 1)
 
 
@@ -262,7 +264,7 @@ def test_an_index_of_another_version_is_named(tmp_path):
     build_index(str(tmp_path / "parts"), str(tmp_path / "index"))
     path = tmp_path / "index/vectors.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": "graph"}))
-    with pytest.raises(DeployError, match=r"of another version .*unknown entry kind\): make it anew with"):
+    with pytest.raises(DeployError, match=r"of another version .*unknown entry kind\): make it again with"):
         search_index(tmp_path / "index", "ours", random(1)[0], 1)
 
 

@@ -59,7 +59,7 @@ def test_a_sentencepiece_model_of_another_kind_is_not_packaged(siglip, tmp_path)
     processor, model = load_processor(siglip), read_target(siglip).model
     (tmp_path / "spiece.model").write_bytes(sentencepiece_model("bpe"))
     processor.tokenizer = SiglipTokenizer(str(tmp_path / "spiece.model"), model_max_length=16)
-    with pytest.raises(UnavailableError, match="is no Unigram model: only a tokenizer"):
+    with pytest.raises(UnavailableError, match="is not a Unigram model, and cannot be packaged"):
         write_tokenizer(processor, model, tmp_path / "tokenizer.json")
 
 
@@ -68,7 +68,7 @@ def test_siglip_is_read_from_its_tokenizer_json_where_that_is_asked_for(siglip, 
     folder = shutil.copytree(siglip, tmp_path / "siglip")
     write_tokenizer(processor, model, folder / "tokenizer.json")
     (folder / "spiece.model").unlink()
-    with pytest.raises(CheckpointError, match=r'missing is spiece\.model; .*"tokenizer_class": "PreTrainedTok'):
+    with pytest.raises(CheckpointError, match=r'spiece\.model is missing, .*"tokenizer_class": "PreTrainedTok'):
         verify(folder)
     stated = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(stated))
@@ -134,7 +134,7 @@ def test_a_text_that_fits_is_no_warning(tokens):
         (["a", " "], r"text 2 of 2 is ' ': give words"),
         ("a red circle", "texts is one string, 'a red circle': give a list of strings"),
         ([None], "text 1 of 1 is None"),
-        (["\udcff"], "text 1 of 1 is no valid Unicode"),
+        (["\udcff"], "text 1 of 1 is not valid Unicode"),
     ],
 )
 def test_texts_that_say_nothing_are_refused(texts, said):

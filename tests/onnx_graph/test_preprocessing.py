@@ -135,7 +135,7 @@ def test_a_processor_that_does_more_than_its_options_say_is_refused():
         def resize(self, image, *args, **kwargs):
             return super().resize(image, *args, **kwargs)[..., ::-1]
 
-    with pytest.raises(UnavailableError, match="Mirrored does something else besides"):
+    with pytest.raises(UnavailableError, match="Mirrored does something else too"):
         preprocessing_nodes(Mirrored(), [224, 224])
 
 

@@ -102,7 +102,7 @@ def test_the_comment_says_it_all_in_one():
         "| table |", False, present, former, "main", CiConfig(), ["machine: unlike"], "https://ci/report.html"
     )
     assert text.startswith(f"{MARK}\n\n## clip-deploy: the gate is **shut**\n\n| table |\n\n<details>")
-    assert "<details><summary>Not compared (1)</summary>\n\n- machine: unlike\n\n</details>" in text
+    assert "<details><summary>To know (1)</summary>\n\n- machine: unlike\n\n</details>" in text
     assert f"`ort-int8`; at main it was `{TARGET}`. [The report](https://ci/report.html)." in text
     assert (
         f"| Target | Quantity | main | now |\n| --- | --- | ---: | ---: |\n| `{TARGET}` | size, MB | 2.00 | 1.00 |"
@@ -131,7 +131,7 @@ def test_two_revisions_are_measured_on_one_machine_and_commented_on(built, tmp_p
     done = project.run("bash", ".ci/pull-request", "HEAD~1", "comment.md", "https://ci/run", check=False)
     text = (project.path / "comment.md").read_text()
     assert done.returncode == 1
-    assert done.stderr.endswith("error: not all of the 4 required targets can be defended\n")
+    assert done.stderr.endswith("error: not all of the 4 required targets pass: the table above says why\n")
     assert text.startswith(f"{MARK}\n\n## clip-deploy: the gate is **shut**")
     assert "| `ort-fp16` | size, MB | " in text
     assert "### Beyond its interval since HEAD~1" in text

@@ -15,7 +15,7 @@ from support.records import HARDWARE, advised, parity, timing
 from clip_deploy.__main__ import main
 from clip_deploy.commands.gate import in_words
 from clip_deploy.core.artifact import hashes, write_manifest
-from clip_deploy.core.config import CiConfig, GateLimits, GatesConfig
+from clip_deploy.core.config import REFERENCE, CiConfig, GateLimits, GatesConfig
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.files import sha256
 from clip_deploy.core.json_files import rounded
@@ -30,6 +30,7 @@ from clip_deploy.report.ci_gate import (
     check_reports,
     check_required,
     compare_revisions,
+    other_weights,
     refusals,
     undecided,
     verdicts,
@@ -543,6 +544,17 @@ def test_a_batch_size_that_is_not_timed_any_more_is_a_miss_of_its_own(sound):
     assert gone == ([], [f"timings not compared: not timed any more: text, batch 1 {MEANT}"])
 
 
+def test_a_revision_of_another_checkpoint_is_known_by_its_weights(sound):
+    def reports(**files):
+        return Reports({f"validate/{REFERENCE}.json": sound | {"files": files}}.get)
+
+    now = reports(**{"config.json": "1", "model.safetensors": "a"})
+    assert other_weights(now, reports(**{"config.json": "2", "model.safetensors": "a"})) == []
+    assert other_weights(now, reports(**{"model.safetensors": "b"})) == ["model.safetensors"]
+    assert other_weights(now, reports(**{"a.safetensors": "a"})) == ["a.safetensors", "model.safetensors"]
+    assert other_weights(now, Reports({}.get)) == other_weights(reports(), now) == []
+
+
 def test_a_revision_without_results_is_refused(sound):
     with pytest.raises(DeployError, match="has no result of any required target"):
         compare_revisions([TARGET], Reports(reports_of(sound).get), Reports({}.get), CiConfig())
@@ -569,7 +581,8 @@ def test_former_reports_are_read_from_git(repository):
 @pytest.mark.parametrize("revision", ["HEAD~1", "no-such-branch", "--all", ""])
 def test_a_revision_that_git_does_not_know_is_named(repository, revision):
     with pytest.raises(
-        DeployError, match=f"git knows no revision '{revision}' here, and DVC no experiment of that name: give"
+        DeployError,
+        match=f"git knows no revision '{revision}' here, and DVC no experiment of that name: give a revision",
     ):
         at_revision(revision, repository)
 
@@ -663,11 +676,19 @@ def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes, 
     assert code == 0
     assert out.startswith("note: machine: timings not compared, another machine: hardware.cores: 9")
     project.run("git", "reset", "-q", "HEAD~1")
+    sha = json.loads((project.path / "reports/validate/torch-fp32.json").read_text())["files"]["model.safetensors"]
+    project.edit("reports/validate/torch-fp32.json", sha, "0" * 64)
+    project.run("git", "commit", "-q", "-a", "-m", "Of another checkpoint")
+    project.edit("reports/validate/torch-fp32.json", "0" * 64, sha)
+    code, out, _ = gate("--against", "HEAD")
+    assert code == 0
+    assert out.startswith("note: HEAD has another checkpoint than `model: tiny-shapes` here (model.safetensors): two")
+    project.run("git", "reset", "-q", "HEAD~1")
     seed_regression(project, "ort-fp16")
     code, out, err = gate("--against", "HEAD")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
     assert code == 1
-    assert err.startswith("error: not all of the 8 required targets can be defended")
+    assert err.startswith("error: not all of the 8 required targets pass: the table above says why")
     rows = [row for row in rows if row[1] != "timings"]  # the tests may keep the machine busy
     assert {target for target, *_ in rows} == {"`ort-fp16`"}
     limits = [limit for _, quantity, _, limit in rows if quantity == "vision: cosine"]

@@ -136,8 +136,11 @@ def test_runs_are_folders_revisions_and_experiments(repository, capsys):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("no-such", "git knows no revision 'no-such' here, and DVC no experiment of that name: give one, as HEAD~1"),
-        ("twice", "2 experiments are called 'twice', one at each of as many commits: give one's own commit, which"),
+        (
+            "no-such",
+            "git knows no revision 'no-such' here, and DVC no experiment of that name: give a revision, for example",
+        ),
+        ("twice", "2 experiments are called 'twice': give the commit of one, which"),
         ("EXEC_HEAD", "git knows no revision 'EXEC_HEAD' here, and DVC no experiment"),
         ("HEAD:reports", "git knows no revision 'HEAD:reports' here"),
         ("--all", "git knows no revision '--all' here"),
@@ -197,7 +200,7 @@ def test_broken_json_is_named(a, b, tmp_path, capsys):
 )
 def test_json_of_another_kind_is_refused(a, b, tmp_path, name, content, capsys):
     (tmp_path / "b" / name).write_text(content)
-    assert refused(capsys, a, b) == (1, f"error: {b}/{name} is JSON of another kind; {GIVE}")
+    assert refused(capsys, a, b) == (1, f"error: {b}/{name} is not the JSON that `dvc repro` writes; {GIVE}")
 
 
 def test_the_shipped_report_can_be_compared_without_torch():

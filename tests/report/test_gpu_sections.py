@@ -85,3 +85,11 @@ def test_on_a_gpu_the_fastest_row_has_the_lowest_latency():
 def test_without_a_row_on_a_gpu_there_is_no_section():
     for row in (Row(target="torch-fp32", status="pass"), Row(target="torch-fp16", status="unavailable", device="cuda")):
         assert [build(Report("title", [row])) for build in (gpu_usage, gpu_duels, gpu_tutorial)] == [None] * 3
+
+
+def test_a_call_with_a_wait_stands_beside_calls_without_one():
+    queued = {tower: {1: replace(TIMING, queued_ms=0.25)} for tower in ("vision", "text")}
+    lines = written([replace(row("torch-fused-fp16"), timings=queued), row("torch-fp16")])
+    assert "| Target | vision @1 | text @1 |" in lines
+    assert "| `torch-fused-fp16` | 0.500 / 0.250 | 0.500 / 0.250 |" in lines
+    assert not any("@1 |" in line for line in written([row("torch-fp16")]))

@@ -97,7 +97,7 @@ def test_what_embed_writes_is_a_sample(package, tmp_path, capsys):
     assert main(["drift", f"file://{tmp_path}/noise-out", golden]) == 3
     embed_folder(classifier, tmp_path / "live", tmp_path / "signs", EmbedSettings(8, 40, "binary"))
     assert main(["drift", str(tmp_path / "signs"), golden]) == 1
-    assert "it holds signs alone, as `embed --dtype binary` keeps them" in capsys.readouterr().err
+    assert "it holds only signs (`embed --dtype binary`)" in capsys.readouterr().err
     assert main(["drift", str(tmp_path / "noise-out" / "part-00000.parquet"), golden]) == 1
     assert "live embeddings have shape [16, 64]: give at least 20 rows" in capsys.readouterr().err
 

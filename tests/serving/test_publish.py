@@ -147,7 +147,7 @@ def test_a_damaged_repository_is_refused(new, served):
 @pytest.mark.parametrize("content", ["[]", '{"files": {"a": 3}}'])
 def test_a_repository_whose_manifest_names_no_files_is_refused(new, served, content):
     (new.parent / "manifest.json").write_text(content)
-    with pytest.raises(DeployError, match=r"manifest\.json names no files; make it anew with `dvc repro`"):
+    with pytest.raises(DeployError, match=r"manifest\.json names no files; make it again with `dvc repro`"):
         publish(new, served)
 
 
@@ -157,10 +157,13 @@ def test_a_repository_whose_manifest_names_no_files_is_refused(new, served, cont
         (["none", "served"], "none does not exist: give artifacts/triton/onnxruntime or artifacts/triton/python"),
         (["note.txt", "served"], "note.txt is a file: give artifacts/triton/onnxruntime or artifacts/triton/python"),
         (["served", "served"], "served has no manifest.json beside it: give artifacts/triton/onnxruntime or"),
-        (["https://a.b/c", "served"], "https://a.b/c is an address: accepted is a path on this machine"),
+        (["https://a.b/c", "served"], "https://a.b/c is an address: give a path on this machine"),
         (["new/python", "none"], "none does not exist: give a copy of artifacts/triton/onnxruntime or"),
         (["new/python", "note.txt"], "note.txt is a file: give a copy of artifacts/triton/onnxruntime or"),
-        (["new/python", "served", "localhost:8000"], "the server's address is localhost:8000: give it as http://"),
+        (
+            ["new/python", "served", "localhost:8000"],
+            "the server's address is localhost:8000: give it in full, for example http://",
+        ),
         (["--withdraw", "two", "served"], "served has version 1: two cannot be taken out of it"),
     ],
 )

@@ -106,7 +106,7 @@ def test_what_the_backend_cannot_serve_keeps_its_reason(write, changed, said):
 
 
 def test_an_engine_that_was_not_judged_is_refused(write, tmp_path):
-    with pytest.raises(DeployError, match=r"vision\.engine is not the file that was judged"):
+    with pytest.raises(DeployError, match=r"vision\.engine is not the file that was checked"):
         write(files={"text.engine": hashlib.sha256(b"text").hexdigest(), "vision.engine": "0"})
     assert not (tmp_path / "triton").exists()
 

@@ -19,6 +19,19 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium that d
 WINDOW = """<!doctype html><title></title>
 <iframe style="border: 0; width: {width}px; height: 2000px" srcdoc="{page}"></iframe>"""
 
+# A script's beginning: which texts of drawings lie outside of them or on each other, and how wide the page is.
+PLACES = """
+  const texts = [...document.querySelectorAll("svg text")].filter(text => text.textContent.trim());
+  const box = node => node.getBoundingClientRect();
+  const outside = (a, b) => a.left < b.left || a.right > b.right || a.top < b.top || a.bottom > b.bottom;
+  const meet = (a, b) => a.left + 1 < b.right && b.left + 1 < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom;
+  const covered = texts.flatMap((one, index) => texts.slice(index + 1)
+    .filter(other => one.ownerSVGElement === other.ownerSVGElement && meet(box(one), box(other)))
+    .map(other => one.textContent + " on " + other.textContent));
+  const cut = texts.filter(text => outside(box(text), box(text.ownerSVGElement))).map(text => text.textContent);
+  const places = {cut, covered, texts: texts.length, inner: innerWidth, wide: document.documentElement.scrollWidth};
+"""
+
 
 def look(page, folder, width, script):
     """What `script` returns inside the page, which is `width` pixels wide, and what came onto its console.

@@ -17,6 +17,7 @@ from clip_deploy.timing.latency import (
     speedup_interval,
     summarize,
 )
+from clip_deploy.timing.latency_worker import DeviceCall
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_a_target_that_cannot_run_is_unavailable_not_an_error(checkpoint, tmp_pa
 READY = "print('{}', flush=True); input()"  # open, and has read one request
 ENDINGS = {
     "os.kill(os.getpid(), 11)": "the process crashed with SIGSEGV",
-    "os.kill(os.getpid(), 9)": "the process crashed with SIGKILL, as when memory runs out",
+    "os.kill(os.getpid(), 9)": "the process crashed with SIGKILL, which happens when memory runs out",
     "os.write(1, b'{'); os._exit(3)": "the process ended with exit code 3",
     "time.sleep(600)": "no answer within 2 s: the process hung and was killed",
 }
@@ -208,3 +209,10 @@ def test_wrong_settings_are_refused():
         BenchmarkConfig(threads=0)
     with pytest.raises(ConfigError, match=r"benchmark\.timeout_s is 0: it must be above 0"):
         BenchmarkConfig(timeout_s=0)
+
+
+def test_calls_that_are_queued_are_waited_for_once():
+    done, clock = [], iter([1.0, 1.5])
+    call = DeviceCall(lambda: done.append("asked"), lambda: done.append("waited"))
+    assert call.queued_ms(5, lambda: next(clock)) == 100.0
+    assert done == ["asked"] * 5 + ["waited"]

@@ -111,5 +111,5 @@ def test_other_words_with_a_url_are_a_text(text):
 
 @pytest.mark.parametrize("name", ["image", "messages"])
 def test_a_field_of_another_request_is_refused(name):
-    with pytest.raises(RequestError, match=f"{name} is no field of this request"):
+    with pytest.raises(RequestError, match=f"{name} is not a field of this request"):
         parse_rank({"query": "a", "documents": ["b"], name: "c"}, 4)

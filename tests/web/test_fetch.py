@@ -62,8 +62,8 @@ def fetched(*urls, hosts=(HOST,), max_held=10_000):
         (f"https://user:word@{HOST}/a.png", "without a password"),
         (f"https://{HOST}.evil.com/", "is not among those"),
         (f"https://evil.com#@{HOST}/", "is not among those"),
-        (f"https://{HOST}:99999/", "is no URL"),
-        ("https://[::1/", "is no URL"),
+        (f"https://{HOST}:99999/", "is not a URL"),
+        ("https://[::1/", "is not a URL"),
     ],
 )
 def test_urls_that_are_not_to_be_fetched_are_refused_before_anything_is_resolved(monkeypatch, url, said):

@@ -61,4 +61,4 @@ def test_what_the_gpu_leaves_and_nobody_reads_is_refused_alone(served):
     found = asked(served, [FILES[0], torn, b"\xff\xd8\xff none", FILES[1]])
     assert [isinstance(answer, RequestError) for answer in found] == [False, True, True, False]
     assert (found[1].status, found[1].param, found[1].code) == (400, "input[1]", "invalid_image")
-    assert str(found[1]).startswith("input[1] is no readable image")
+    assert str(found[1]).startswith("input[1] is not a readable image")

@@ -182,7 +182,7 @@ def test_what_is_no_http_is_refused(held):
     with held() as busy, busy.server.send(b"\x16\x03\x01 hello\r\n\r\n") as connection:
         answer = connection.recv(1000)
         assert answer.startswith(b"HTTP/1.1 400 ")
-        assert b"this is no HTTP/1.1 request" in answer
+        assert b"this is not an HTTP/1.1 request" in answer
 
 
 def test_answers_that_nobody_reads_are_given_up(held, monkeypatch):

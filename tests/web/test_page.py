@@ -244,7 +244,7 @@ def test_what_goes_wrong_is_a_sentence_and_what_is_right_again_ends_it(opened, f
     opened.write("#labels", "star")
     opened.write("#template", "a photo")
     opened.press("Enter", **ENTER)
-    said = "Template is \"a photo\": give a text with {} in the place of a label, as 'a photo of a {}'."
+    said = "Template is \"a photo\": give a text with {} in the place of a label, for example 'a photo of a {}'."
     assert opened.wait("document.querySelector('#classify-error').innerText") == said
     assert opened.console.pop().startswith("Failed to load resource")  # the browser's own word on a 400
 

@@ -143,8 +143,8 @@ def test_a_replica_that_is_killed_makes_no_answer_wrong_and_loses_none(server, p
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["packages=none"], "none is no package (it does not exist): give the folder that `dvc repro` or"),
-        (["package=none"], "package is no argument: accepted are packages, device, threads, "),
+        (["packages=none"], "none is not a package (it does not exist): give the folder that `dvc repro` or"),
+        (["package=none"], "package is not an argument: accepted are packages, device, threads, "),
         (["threads=two"], "threads is 'two': Input should be a valid integer"),
     ],
 )

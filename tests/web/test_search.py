@@ -149,8 +149,8 @@ def test_a_page_of_another_name_reads_neither_names_nor_pictures(server):
         ({"text": " "}, 'text is " ": give words'),
         ({"text": "a", "count": 0}, "count is 0: give a whole number of 1 or more"),
         ({"text": "a", "count": 1001}, "count is 1,001: at most 1,000 are found in one request"),
-        ({"image": "no base64!"}, "image is no base64"),
-        ({"text": "a", "folder": "/etc"}, "folder is no field of this request"),
+        ({"image": "no base64!"}, "image is not base64"),
+        ({"text": "a", "folder": "/etc"}, "folder is not a field of this request"),
     ],
 )
 def test_a_search_that_makes_no_sense_is_refused(server, body, said):
@@ -206,7 +206,7 @@ def test_what_is_no_index_of_these_packages_is_refused(classifier, folder, tmp_p
         Searched(folder / name, folder / "images", ours).close()
     with pytest.raises(DataError, match=r"images holds no embeddings: give a folder that `clip-deploy embed` wrote"):
         Searched(folder / "images", None, ours)
-    with pytest.raises(DataError, match=r"nothing is no folder|nothing does not exist"):
+    with pytest.raises(DataError, match=r"nothing is not a folder|nothing does not exist"):
         Searched(tmp_path / "nothing", None, ours)
     (tmp_path / "00.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"--images .* has no file 00.png, as .*index calls it: .* leave --images out"):
@@ -217,7 +217,7 @@ def test_what_is_no_index_of_these_packages_is_refused(classifier, folder, tmp_p
 
 def test_the_command_says_what_is_wrong_with_an_index(package, folder, tmp_path, capsys):
     assert main(["serve", str(package), "--images", str(tmp_path)]) == 1
-    assert "--images is given without --index: give what `clip-deploy embed` made" in capsys.readouterr().err
+    assert "--images is given without --index: give --index too" in capsys.readouterr().err
     assert main(["serve", str(package), "--index", "s3://bucket/index"]) == 1
     assert "s3://bucket/index is an address" in capsys.readouterr().err
 

@@ -87,7 +87,7 @@ def test_a_file_without_keys_is_refused(tmp_path):
 def test_a_line_that_is_no_key_is_named_and_not_shown(tmp_path, line):
     keys = tmp_path / "keys"
     keys.write_text(f"# alice\nsk-00000000\n{line}\n")
-    with pytest.raises(DataError, match=r"keys: line 3 is no key") as caught:
+    with pytest.raises(DataError, match=r"keys: line 3 is not a key") as caught:
         Keys(keys)
     assert line not in str(caught.value)
 
@@ -282,8 +282,8 @@ def test_it_is_ready_soon(package):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "nowhere is no package"),
-        (["a=nowhere"], "nowhere is no package"),
+        (["nowhere"], "nowhere is not a package"),
+        (["a=nowhere"], "nowhere is not a package"),
         (["=nowhere"], "'=nowhere' names no package: give FOLDER, NAME=FOLDER or NAME:VERSION=FOLDER"),
         (["a:=nowhere"], "'a:=nowhere' names no package"),
         (["a:1:2=nowhere"], "'a:1:2=nowhere' names no package"),
@@ -291,9 +291,9 @@ def test_it_is_ready_soon(package):
         (["--max-items", "0"], "--max-items is 0: give 1 or more"),
         (["--port", "65536"], "--port is 65536: give 0 to 65,535"),
         (["--host", "x..y"], "cannot listen at x..y port 0"),
-        (["--allow-host", "http://x/"], "--allow-host 'http://x/' is no name of a host"),
-        (["--allow-image-host", "https://x.com/"], "--allow-image-host 'https://x.com/' is no name of a host"),
-        (["--allow-image-host", "x.com:443"], "--allow-image-host 'x.com:443' is no name of a host"),
+        (["--allow-host", "http://x/"], "--allow-host 'http://x/' is not a host name"),
+        (["--allow-image-host", "https://x.com/"], "--allow-image-host 'https://x.com/' is not a host name"),
+        (["--allow-image-host", "x.com:443"], "--allow-image-host 'x.com:443' is not a host name"),
         (["--api-key-file", "nowhere"], "--api-key-file nowhere cannot be read"),
     ],
 )
@@ -336,7 +336,7 @@ def test_an_open_address_without_keys_is_warned_of(package):
     with serving(package, "--host", "0.0.0.0") as server:
         assert server.get("/health/live", host="any.example.com")[0] == 200
         assert server.stop() == 0
-        assert "warning: --host 0.0.0.0 lets everyone who reaches this machine ask" in server.process.stderr.read()
+        assert "warning: --host 0.0.0.0 lets everyone who reaches this machine use" in server.process.stderr.read()
 
 
 def test_the_fast_feed_gives_the_fast_feeds_embeddings(package, tmp_path):

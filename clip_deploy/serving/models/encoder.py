@@ -19,6 +19,8 @@ ENTRY_BYTES = 400  # of the cache, around an embedding's float32 numbers
 
 
 class TritonPythonModel:
+    """A tower of the package by the code that runs its row in the table: arrays [batch, ...] to embeddings."""
+
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.inputs = [given["name"] for given in config["input"]]

@@ -37,6 +37,8 @@ class RefusedError(ValueError):
 
 
 class TritonPythonModel:
+    """Files of images, of one size in a request, to what the image tower takes."""
+
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.output, *self.tokens = [output["name"] for output in config["output"]]

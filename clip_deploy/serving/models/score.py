@@ -9,6 +9,8 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
+    """Embeddings of images [images, width] and texts [texts, width] to probabilities [images, texts]."""
+
     def initialize(self, args: dict[str, str]) -> None:
         settings = json.loads(
             (Path(args["model_repository"]) / args["model_version"] / "settings.json").read_text(encoding="utf-8")
@@ -29,6 +31,7 @@ class TritonPythonModel:
 
 
 def normalized(rows: np.ndarray) -> np.ndarray:
+    """Rows of unit length."""
     found: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     return found
 

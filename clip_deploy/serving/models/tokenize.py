@@ -12,6 +12,8 @@ STEP = 8  # lengths are rounded up to a multiple of it: requests of one length c
 
 
 class TritonPythonModel:
+    """Texts [texts, 1] to token ids and their mask [texts, tokens], by the package's tokenizer.json."""
+
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"]) / args["model_version"]
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
