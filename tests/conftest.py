@@ -1,10 +1,13 @@
 """The built-in checkpoint, small sets and targets made once, and a temporary copy of the whole project."""
 
+import getpass
+import hashlib
 import os
 import pkgutil
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from functools import wraps
 from pathlib import Path
@@ -20,6 +23,7 @@ from support.targets import packed, prepare
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ["DVC_NO_ANALYTICS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers' threads would spin on each other's cores
 if not shutil.which("nvidia-smi"):
     os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run in Triton's interpreter; read when triton is imported
     sys.path.append(str(ROOT / "build" / "language"))  # `make test` puts triton there
@@ -111,8 +115,22 @@ UNTRACED = (
     "torch.onnx.export",
     "torch.export.export",
     "torch.jit.trace",
+    "torch._inductor.aoti_compile_and_package",
+    "transformers.AutoModel.from_pretrained",
+    "transformers.AutoProcessor.from_pretrained",
+    "transformers.AutoTokenizer.from_pretrained",
+    "hydra._internal.hydra.Hydra.compose_config",
+    "yaml.compose",
+    "omegaconf.OmegaConf.load",
+    "omegaconf.OmegaConf.create",
+    "omegaconf.OmegaConf.merge",
+    "omegaconf.OmegaConf.structured",
+    "omegaconf.OmegaConf.to_container",
+    "dvc.repo.Repo.status",
     "onnx_ir.load",
     "onnx_ir.save",
+    "clip_deploy.builders.quantize.quantize_dynamic",
+    "clip_deploy.builders.quantize.quantize_static",
     "clip_deploy.rewrites.fusion.fold_constants",
     "clip_deploy.rewrites.fusion.simplify",
 )
@@ -136,9 +154,41 @@ def libraries_without_coverage():
     """A tracer doubles the time of what calls itself a million times, and measures nothing there."""
     with pytest.MonkeyPatch.context() as patch:
         if sys.gettrace():
-            for name in UNTRACED:
-                patch.setattr(name, untraced(pkgutil.resolve_name(name)))
+            found = untraced(lambda: {name: pkgutil.resolve_name(name) for name in UNTRACED})()  # imports them
+            for name, function in found.items():
+                patch.setattr(name, untraced(function))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_turns(tmp_path_factory):
+    """Another temporary folder than the other workers' (core/turns.py): a stage would wait where they time theirs.
+
+    Its name is short, for Ray makes sockets below it. What PyTorch compiled is still everybody's.
+    """
+    tmp_path_factory.getbasetemp()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id):
+    """shared(name, make): a path that `make(path)` fills once for all of pytest-xdist's workers; none may change it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base if worker_id == "master" else base.parent
+
+    def path(name, make):
+        made = folder / name
+        made.parent.mkdir(exist_ok=True)
+        with FileLock(f"{made}.lock"):
+            if not made.exists():
+                make(made)
+        return made
+
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -154,8 +204,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def siglip(tmp_path_factory):
-    return models.siglip(tmp_path_factory.mktemp("siglip"))
+def siglip(shared):
+    return shared("siglip/torch-fp32", lambda folder: models.siglip(folder.parent))
 
 
 @pytest.fixture(scope="session")
@@ -164,8 +214,8 @@ def siglip2(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def chinese_clip(tmp_path_factory):
-    return models.chinese_clip(tmp_path_factory.mktemp("chinese-clip"))
+def chinese_clip(shared):
+    return shared("chinese-clip/torch-fp32", lambda folder: models.chinese_clip(folder.parent))
 
 
 @pytest.fixture(scope="module", params=["checkpoint", "siglip", "chinese_clip"])
@@ -191,33 +241,29 @@ def naflex_sets(naflex, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def onnx_target(checkpoint):
-    """The built-in model exported at opset 18."""
-    from clip_deploy.builders.onnx_export import export_onnx
-    from clip_deploy.core.artifact import Target, build
-    from clip_deploy.core.config import OnnxConfig
-
+def onnx_target(checkpoint, onnx_of):
+    """The built-in model exported at opset 18, beside its checkpoint."""
     folder = checkpoint.parent / "onnx-fp32"
-    build(folder, lambda output: export_onnx(checkpoint, OnnxConfig(), output), Target("ort", "fp32"))
+    shutil.copytree(onnx_of(checkpoint), folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def onnx_of(checkpoint, onnx_target, tmp_path_factory):
-    """onnx_of(checkpoint, opset): a checkpoint's export, which is made once and left as it is."""
+def onnx_of(shared):
+    """onnx_of(checkpoint, opset, ...): a checkpoint's export by these settings, made once and left as it is."""
     from clip_deploy.builders.onnx_export import export_onnx
     from clip_deploy.core.artifact import Target, build
     from clip_deploy.core.config import OnnxConfig
+    from clip_deploy.core.environment import fingerprint
 
-    made = {(checkpoint, 18): onnx_target}
+    def export(source, opset=18, **more):
+        settings = OnnxConfig(opset=opset, **more)
 
-    def export(source, opset=18):
-        if (source, opset) not in made:
-            folder = tmp_path_factory.mktemp("onnx") / "onnx-fp32"
-            settings = OnnxConfig(opset=opset)
+        def make(folder):
             build(folder, lambda output: export_onnx(source, settings, output), Target("ort", "fp32"))
-            made[source, opset] = folder
-        return made[source, opset]
+
+        key = hashlib.sha256(f"{fingerprint(source)} {settings}".encode()).hexdigest()[:16]
+        return shared(f"{key}/onnx-fp32", make)
 
     return export
 
@@ -261,18 +307,17 @@ def project(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory, worker_id):
+def built(shared, tmp_path_factory):
     """A copy in which the whole pipeline has run once and been committed. Tests take their own copy of it."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "built"  # one for all of pytest-xdist's workers
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            project = new_project(tmp_path_factory.mktemp("building") / "project")
-            project.repro()
-            project.run("git", "add", "-A")
-            project.run("git", "commit", "-q", "-m", "Reproduce")
-            project.path.rename(folder)
-    return Project(folder)
+
+    def make(folder):
+        project = new_project(tmp_path_factory.mktemp("building") / "project")
+        project.repro()
+        project.run("git", "add", "-A")
+        project.run("git", "commit", "-q", "-m", "Reproduce")
+        project.path.rename(folder)
+
+    return Project(shared("built", make))
 
 
 MOTO = ROOT / "build" / "moto"  # `make test` puts moto there

@@ -376,7 +376,7 @@ def test_a_runtime_that_breaks_takes_its_own_row_only(built, tmp_path, outcomes)
         (project.path / f"clip_deploy/runtimes/{runtime}.py").write_text(RUNTIME.format(fault=fault))
         project.edit(f"artifacts/{VICTIMS[name]}/target.json", '"runtime": "ort"', f'"runtime": "{runtime}"')
     project.edit("conf/gates/standard.yaml", "fp32: {", "timeout_s: 20\nfp32: {")
-    project.edit("conf/benchmark/quick.yaml", "threads: 2", "threads: 2\ntimeout_s: 20")
+    project.edit("conf/benchmark/quick.yaml", "threads: 1", "threads: 1\ntimeout_s: 20")
     rows = [*VICTIMS.values(), "ort-fp32"]
     stages = [f"{stage}@{row}" for row in rows for stage in ("validate", "benchmark")]
     project.run("dvc", "repro", "-s", *stages, "recommend", "report")

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from clip_deploy.builders import openvino as openvino_export
-from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.openvino import export_openvino
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import AccuracyBudget, GateLimits, GatesConfig, OnnxConfig, OpenVinoConfig, Precision
+from clip_deploy.core.config import AccuracyBudget, GateLimits, GatesConfig, OpenVinoConfig, Precision
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import validate
@@ -105,11 +104,9 @@ def test_every_family_gives_what_its_onnx_graphs_give(convert, family, onnx_of):
         assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_what_stands_around_the_towers_is_left_out(convert, checkpoint, sets, tmp_path):
+def test_what_stands_around_the_towers_is_left_out(convert, checkpoint, onnx_of, sets):
     pytest.importorskip("openvino")
-    source = tmp_path / "onnx-fp32"
-    settings = OnnxConfig(preprocess=True, normalize=True, classifier=["a red circle", "a blue square"])
-    build(source, lambda folder: export_onnx(checkpoint, settings, folder), Target("ort", "fp32"))
+    source = onnx_of(checkpoint, preprocess=True, normalize=True, classifier=["a red circle", "a blue square"])
     record = check(convert(source=source), sets)
     assert record.status == "pass", record.reasons
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from clip_deploy.builders import tensorrt
-from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.tensorrt import build_engine, shapes_of
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import BuildEngineConfig, GateLimits, GatesConfig, OnnxConfig, Precision
+from clip_deploy.core.config import BuildEngineConfig, GateLimits, GatesConfig, Precision
 from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import validate
@@ -149,10 +148,8 @@ def test_attention_of_opset_23_is_built_in_both_precisions(library, checkpoint, 
     assert read_target(engine(onnx_of(checkpoint, 23), precision=precision)).unavailable is None
 
 
-def test_what_stands_around_the_towers_is_left_out(library, checkpoint, engine, tmp_path):
-    source = tmp_path / "onnx-fp32"
-    settings = OnnxConfig(preprocess=True, normalize=True, classifier=["a red circle", "a blue square"])
-    build(source, lambda folder: export_onnx(checkpoint, settings, folder), Target("ort", "fp32"))
+def test_what_stands_around_the_towers_is_left_out(library, checkpoint, engine, onnx_of):
+    source = onnx_of(checkpoint, preprocess=True, normalize=True, classifier=["a red circle", "a blue square"])
     target = read_target(engine(source, precision=Precision.fp16))
     assert (target.unavailable, target.image_input, target.model.classifier) == (None, "pixel_values", None)
 

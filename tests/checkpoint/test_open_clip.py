@@ -166,11 +166,10 @@ QUICKLY = ("eva", "pe-core")  # by the TorchScript exporter; test_plain_modules.
 
 
 @pytest.mark.parametrize("name", ["vit-quickgelu", "siglip", "resnet", "coca", "mobileclip", "eva", "pe-core"])
-def test_a_graph_of_open_clips_towers_has_all_operations_fused(name, targets, tmp_path):
+def test_a_graph_of_open_clips_towers_has_all_operations_fused(name, targets, onnx_of, tmp_path):
     target, own = targets(name)
-    onnx, fused = tmp_path / "onnx-fp32", tmp_path / "ort-fp32"
-    settings = OnnxConfig(exporter=Exporter.torchscript if name in QUICKLY else Exporter.auto)
-    build(onnx, lambda output: export_onnx(target, settings, output), None)
+    onnx = onnx_of(target, exporter=Exporter.torchscript if name in QUICKLY else Exporter.auto)
+    fused = tmp_path / "ort-fp32"
     build(fused, lambda output: optimize(onnx, OptimizeConfig(), None, output), None)
     built = read_target(fused).build
     left = {"coca": {"early_pooling"}}.get(name, set())  # it pools by attention, and its own token stands behind texts
@@ -198,10 +197,9 @@ def test_torchscript_gives_open_clips_own_embeddings(name, targets, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])
-def test_compiled_and_static_int8_forms_give_open_clips_own_embeddings(name, targets, tmp_path):
+def test_compiled_and_static_int8_forms_give_open_clips_own_embeddings(name, targets, onnx_of, tmp_path):
     target, own = targets(name)
-    onnx, fused, calibration = (tmp_path / folder for folder in ("onnx-fp32", "ort-fp32", "calibration"))
-    build(onnx, lambda output: export_onnx(target, OnnxConfig(), output), None)
+    onnx, fused, calibration = onnx_of(target), tmp_path / "ort-fp32", tmp_path / "calibration"
     build(fused, lambda output: optimize(onnx, OptimizeConfig(), None, output), None)
     calibration.mkdir()
     data = load_data(DataConfig(evaluation_samples=8, calibration_samples=8), 0)
@@ -320,18 +318,17 @@ def test_tokens_of_a_tokenizer_of_transformers_are_open_clips_own(clean, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])
-def test_a_packages_probabilities_are_open_clips_own(name, targets, tmp_path):
+def test_a_packages_probabilities_are_open_clips_own(name, targets, onnx_of, tmp_path):
     """A softmax, and where the model has a bias a sigmoid; pictures and texts go in as a user has them."""
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     target, own = targets(name)
-    built, sets = tmp_path / "built", tmp_path / "sets"
-    build(built / "onnx-fp32", lambda output: export_onnx(target, OnnxConfig(), output), None)
+    sets = tmp_path / "sets"
     sets.mkdir()
     prepare(target, sets, evaluation_samples=8, calibration_samples=1, templates=["a {}"])
     (tmp_path / "package").mkdir()
-    classifier = ZeroShotClassifier.open(packed(built / "onnx-fp32", sets, tmp_path / "package"), device="cpu")
+    classifier = ZeroShotClassifier.open(packed(onnx_of(target), sets, tmp_path / "package"), device="cpu")
     texts = ["a red circle", "TWO blue Squares", "\u201ccaf\u00e9\u201d"]
     picture, _ = scenes.render("test", 0, 0)
     given = {found.text: found.probability for found in classifier.predict(picture, texts)}

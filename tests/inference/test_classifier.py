@@ -334,9 +334,8 @@ def test_the_wheel_holds_every_file_of_the_library_and_the_licence(wheel):
 
 @pytest.mark.slow
 def test_the_wheel_alone_opens_a_package_where_torch_and_transformers_never_were(package, wheel, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    install = [python, "-m", "pip", "install", "--quiet", wheel]
+    venv.create(tmp_path / "venv")
+    install = [sys.executable, "-m", "pip", "--python", tmp_path / "venv" / "bin" / "python", "install", "-q", wheel]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no package index: {done.stderr.strip().splitlines()[-1]}")

@@ -6,7 +6,6 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
 from clip_deploy.builders.fused import optimize
-from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.quantize import quantize
 from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import Target, build, read_target
@@ -45,15 +44,9 @@ GATES = GatesConfig(
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoint, tmp_path_factory):
+def whole(checkpoint, onnx_of):
     """The built-in model exported with its preprocessing."""
-    return exported(checkpoint, tmp_path_factory.mktemp("whole") / "onnx-fp32")
-
-
-def exported(checkpoint, folder, **settings):
-    settings = OnnxConfig(**{"preprocess": True, **settings})
-    build(folder, lambda output: export_onnx(checkpoint, settings, output), Target("ort", "fp32"))
-    return folder
+    return onnx_of(checkpoint, preprocess=True)
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +145,11 @@ def test_old_opsets_are_refused_with_the_way_out():
 
 
 @pytest.mark.parametrize("settings", [{"opset": 18, "exporter": "torchscript"}, {"opset": 21}])
-def test_any_exporter_and_opset_from_18_on_will_do(siglip, tmp_path, settings):
+def test_any_exporter_and_opset_from_18_on_will_do(siglip, onnx_of, settings):
     from clip_deploy.core.config import Exporter
 
     exporter = Exporter(settings.get("exporter", "auto"))
-    folder = exported(siglip, tmp_path / "onnx", opset=settings["opset"], exporter=exporter)
+    folder = onnx_of(siglip, settings["opset"], exporter=exporter, preprocess=True)
     onnx_file.check(folder / "vision.onnx")
     assert onnx_file.describe(folder / "vision.onnx").inputs == {"images": ["batch", "height", "width", 3]}
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 70, 3), dtype=np.uint8)

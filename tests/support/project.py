@@ -1,15 +1,43 @@
 """This repository, and a temporary copy of it in which the pipeline runs."""
 
+import atexit
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "assets" / "tiny-shapes"
+PYTHONPATH = os.environ.get("PYTHONPATH", "")  # as no test has changed it yet
+
+
+@cache
+def programs() -> str:
+    """PATH of `python` and `dvc`: on Linux those of warm.py, whose process ends with this one."""
+    installed = Path(sys.executable).parent
+    if sys.platform != "linux":
+        return str(installed)
+    folder = Path(tempfile.mkdtemp())
+    warm, address = str(ROOT / "tests" / "support" / "warm.py"), str(folder / "socket")
+    for name in ("python", "dvc"):
+        words = shlex.join([sys.executable, "-IS", warm, "ask", address, PYTHONPATH, name])
+        (folder / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        (folder / name).chmod(0o755)
+    server = subprocess.Popen(
+        [sys.executable, warm, "serve", address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+    )
+    atexit.register(server.communicate)
+    assert server.stdout.readline() == b"ready\n"
+    return f"{folder}{os.pathsep}{installed}"
 
 
 @dataclass
@@ -19,10 +47,9 @@ class Project:
     path: Path
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
-        bin_folder = str(Path(sys.executable).parent)
         environment = {
             **os.environ,
-            "PATH": bin_folder + os.pathsep + os.environ["PATH"],
+            "PATH": programs() + os.pathsep + os.environ["PATH"],
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_AUTHOR_NAME": "test",
             "GIT_AUTHOR_EMAIL": "test@example.com",
@@ -30,6 +57,8 @@ class Project:
             "GIT_COMMITTER_EMAIL": "test@example.com",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
+        if command[0] == sys.executable:
+            command = ("python", *command[1:])  # which may be warm
         done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, env=environment, check=False)
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
@@ -77,6 +106,7 @@ def new_project(path: Path) -> Project:
     project.edit("conf/data/shapes.yaml", "calibration_samples: 96", "calibration_samples: 16")
     project.edit("params.yaml", "benchmark: standard", "benchmark: quick")
     project.edit("conf/benchmark/quick.yaml", "- 1\n- 8\n", "- 1\n")
+    project.edit("conf/benchmark/quick.yaml", "threads: 2", "threads: 1")
     project.run("git", "init", "-q", "-b", "main")
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "Start")

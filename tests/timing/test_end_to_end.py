@@ -12,10 +12,9 @@ from support.fast_feed import need_fast_feed
 from support.open_clip import need_torchvision
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import Target, build
-from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, GateLimits, GatesConfig, OnnxConfig
+from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, GateLimits, GatesConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.core.records import EndToEnd, FeedTiming, Measured, Parity, ZeroShot
 from clip_deploy.data.preprocessed import load_prepared
@@ -321,10 +320,8 @@ def test_a_process_that_fails_or_dies_is_reported_with_its_reason(job, monkeypat
     assert run_feed(job) == dead
 
 
-def test_a_graph_that_preprocesses_is_fed_with_decoded_images(checkpoint, sets, tmp_path):
-    folder = tmp_path / "onnx-fp32"
-    settings = OnnxConfig(preprocess=True)
-    build(folder, lambda output: export_onnx(checkpoint, settings, output), Target("ort", "fp32"))
+def test_a_graph_that_preprocesses_is_fed_with_decoded_images(checkpoint, onnx_of, sets):
+    folder = onnx_of(checkpoint, preprocess=True)
     record = measure_feeds(folder, checkpoint, load_prepared(sets / "evaluation"), BENCHMARK, SETTINGS, STRICT, seed=0)
     assert list(record.feeds) == ["graph"]
     assert record.feeds["graph"].status == "measured"
