@@ -168,6 +168,7 @@ def own_turns(tmp_path_factory):
     """
     tmp_path_factory.getbasetemp()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        Path(folder).chmod(0o755)  # tests become another user
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)

@@ -207,6 +207,6 @@ def test_a_node_that_the_graph_has_not_is_refused(onnx_target, sets, tmp_path):
         )
     with pytest.raises(ConfigError, match="keep_fp32 holds 'MatMul_9': accepted are nodes of a tower"):
         QuantizeConfig(keep_fp32=["MatMul_9"])
-    with pytest.raises(ConfigError, match="keep_fp32 is for precision fp16 and bf16"):
+    with pytest.raises(ConfigError, match="keep_fp32 is for precision fp16, bf16 and fp8"):
         OptimizeConfig(keep_fp32=["vision: MatMul_9"])
     assert json.loads((tmp_path / "onnx-fp32" / "target.json").read_text())["precision"] == "fp32"

@@ -18,14 +18,15 @@ from clip_deploy.inference.embed_ray import TRIES, Attempts, EmbedActor, Shipped
 from clip_deploy.inference.storage import open_source
 
 IMAGES, PART_SIZE = 240, 8
-# In every process of the cluster: a decoder that crashes on an image.
+# In every process of the cluster: a decoder that crashes on an image that ends so.
 CRASH = """
 import os, signal
 from PIL import Image
 whole = Image.open
 
 def opened(file, *more, **named):
-    return os.kill(os.getpid(), signal.SIGKILL) if "crash" in repr(file) else whole(file, *more, **named)
+    content = file.getvalue() if hasattr(file, "getvalue") else b""
+    return os.kill(os.getpid(), signal.SIGKILL) if content.endswith(b"crash") else whole(file, *more, **named)
 
 Image.open = opened
 """
@@ -84,7 +85,8 @@ def contents(output):
 
 @pytest.mark.slow
 def test_an_image_that_ends_its_process_is_named_and_not_tried_for_ever(cluster, package, few, tmp_path):
-    (few / "2.png").rename(few / "crash.png")
+    content = (few / "2.png").rename(few / "crash.png").read_bytes()
+    (few / "crash.png").write_bytes(content + b"crash")
     process = subprocess.run(
         words(package, few, tmp_path / "out", "--ray", cluster.address, "--part-size", "3"),
         cwd=ROOT,

@@ -126,6 +126,7 @@ def timing(p50_ms, speedup):
             speedup_high=speedup * 1.05,
             reference_p50_ms=6.0,
             gflop=0.1,
+            queued_ms=p50_ms * 0.9,
         )
     )
 
