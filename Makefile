@@ -142,7 +142,7 @@ $(COUNTS): build/%.json:
 	python -m pytest tests/$*.py --reliability $@
 
 kinds: $(VENV)/ready ## show what comes of each kind of wrong model; writes reports/kinds.md
-	python -m pytest --kinds reports/kinds.md
+	python -m pytest tests --kinds reports/kinds.md
 
 layouts: $(VENV)/ready $(PEFT)/ready $(OPEN_CLIP)/ready ## hold every layout of a checkpoint against its own library; writes reports/layouts.md
 	HF_HUB_OFFLINE=1 PYTHONPATH=.:tests python -m support.layouts reports/layouts.md
