@@ -63,6 +63,8 @@ def _closed(folder: Path, target: Target) -> str | None:
     source = target.source
     if any(not (folder / f"{tower}.onnx").is_file() for tower in EMBEDS):
         return f"no layer is named: a {target.runtime} target gives no outputs but its last"
+    if target.precision == "fp8":
+        return "no layer is named: a lower accuracy_budget keeps more of its matmuls in fp16"
     if source is None:
         return "no layer is named: it was exported from PyTorch itself, whose inner outputs have other names"
     if not all((folder.parent / source / f"{tower}.onnx").is_file() for tower in EMBEDS):

@@ -1,5 +1,7 @@
 """FP8 is judged without a GPU: the graph that is built is held against ONNX Runtime's own reading of it."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -11,7 +13,15 @@ from clip_deploy.builders import fp8
 from clip_deploy.builders.fused import optimize
 from clip_deploy.builders.sensitivity import rounded_to_fp8
 from clip_deploy.core.artifact import Target, build, read_target
-from clip_deploy.core.config import AccuracyBudget, OptimizeConfig, Precision, Provider, load_choice, load_params
+from clip_deploy.core.config import (
+    AccuracyBudget,
+    GateLimits,
+    OptimizeConfig,
+    Precision,
+    Provider,
+    load_choice,
+    load_params,
+)
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import load_prepared
@@ -140,6 +150,14 @@ def test_fp8_may_be_judged_on_a_cpu(tmp_path):
     params = tmp_path / "params.yaml"
     params.write_text(text.replace(line, line + added))
     assert load_params(params, ROOT / "conf").optimize["torch-fused-fp8"].precision is Precision.fp8
+
+
+def test_a_target_that_misses_its_gate_names_the_way_out(target, sets):
+    limits = replace(load_choice(ROOT / "conf", "gates", "standard"), fp8=GateLimits(min_cosine=0.99999))
+    folder = sets / "evaluation"
+    record = validate(target, load_prepared(folder), folder / "reference.npz", limits, 0)
+    assert record.status == "fail"
+    assert record.diagnosis.notes == ["no layer is named: a lower accuracy_budget keeps more of its matmuls in fp16"]
 
 
 def test_the_target_passes_its_check_and_names_the_opset_that_knows_fp8(target, sets):
