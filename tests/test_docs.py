@@ -34,7 +34,21 @@ BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:clip-deploy|make|dvc|python -m) [^`\n]+)`")
 PLACEHOLDER = re.compile(r"\b(?:COMMAND|STAGE|NAME)\b(?!=)|…")
 # Programs that are not ours, of which nothing is checked.
-OTHERS = {"cat", "cp", "curl", "docker", "git", "grep", "head", "kubectl", "mkdir", "openssl", "serve", "source"}
+OTHERS = {
+    "cat",
+    "cp",
+    "curl",
+    "docker",
+    "git",
+    "grep",
+    "head",
+    "kubectl",
+    "mkdir",
+    "openssl",
+    "printf",
+    "serve",
+    "source",
+}
 
 
 def by_name(path):
