@@ -391,4 +391,18 @@ def _caveats(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
         said.append("The weights are random: max_top1_drop was not applied, accuracy is the lowest cosine.")
     elif any(not row.zero_shot for row in passed):
         said.append("The evaluation set has no classes: max_top1_drop was not applied, accuracy is the lowest cosine.")
+    else:
+        said += _too_few_images(advice, passed)
     return said
+
+
+def _too_few_images(advice: Recommendation, passed: Sequence[Row]) -> list[str]:
+    """Of what ships: a top-1 drop whose interval reaches beyond the limit that it keeps."""
+    limit, ships = advice.limits.max_top1_drop, set(advice.ship.values())
+    found = {row.target: row.zero_shot for row in passed if row.target in ships and row.zero_shot}
+    return [
+        f"The evaluation set is too small to tell whether {name} keeps max_top1_drop {limit:g}: it drops "
+        f"{drop.top1_drop:.2f} points [{drop.top1_drop_low:.2f}, {drop.top1_drop_high:.2f}]. More images narrow that."
+        for name, drop in found.items()
+        if limit is not None and drop.top1_drop_high > limit
+    ]

@@ -218,6 +218,20 @@ def test_where_speeds_cannot_be_told_apart_the_closest_to_the_reference_ships_an
     assert not any(fact.startswith("Where speeds") for fact in shown(small, rows).facts)
 
 
+def test_a_drop_that_may_lie_beyond_its_limit_is_said_of_what_ships():
+    wide = {"zero_shot": zero_shot(top1_drop=0.0, top1_drop_low=-5.56, top1_drop_high=5.56)}
+    rows = [row("ort-fp32", 3.0, 3.0, **wide), row("onnx-fp32", 1.0, 1.0, **wide)]
+    advice = recommend(rows, RecommendConfig(max_top1_drop=0.5))
+    assert [fact for fact in shown(advice, rows).facts if "too small" in fact] == [
+        "The evaluation set is too small to tell whether ort-fp32 keeps max_top1_drop 0.5: it drops 0.00 points "
+        "[-5.56, 5.56]. More images narrow that."
+    ]
+    sure = [row("ort-fp32", 3.0, 3.0)]
+    assert not any(
+        "too small" in fact for fact in shown(recommend(sure, RecommendConfig(max_top1_drop=0.5)), sure).facts
+    )
+
+
 def test_of_targets_that_are_alike_in_all_the_faster_ships():
     rows = [row("onnx-fp32", 2.99, 3.0, size_mb=300.0), row("ort-fp32", 3.01, 3.0, size_mb=303.0)]
     advice = recommend(rows, RecommendConfig())
