@@ -75,7 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the folder that was embedded, to show the images that a search finds",
     )
-    bounds = parser.add_argument_group("limits")
+    _add_limits(parser.add_argument_group("limits"))
+
+
+def _add_limits(bounds: argparse._ArgumentGroup) -> None:
     for name, kind, said in (
         ("max_items", int, "texts and images of one request"),
         ("max_body_mb", float, "MB of a request"),
