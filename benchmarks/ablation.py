@@ -3,7 +3,7 @@
     python -m benchmarks.ablation source=artifacts/torch-fused-fp16 output=reports/hardware/nvidia-h200/ablation.md
 
 Each choice is timed in ROUNDS turns beside the target as it ships, every turn a replay from a CUDA graph
-(tuning.median_ms), the eager calls aside.
+(autotune.median_ms), the eager calls aside.
 """
 
 import sys
@@ -41,10 +41,8 @@ CALLS = 20  # of a turn without a CUDA graph
 class PyTorchAttention(TunedOperators):
     """Our kernels, but PyTorch's attention over queries, keys and values copied apart."""
 
-    def attention(
-        self, packed: Tensor, heads: int, scale: float, causal: bool, *, inverse: float | None = None
-    ) -> Tensor:
-        return Operators.attention(self, packed, heads, scale, causal, inverse=inverse)
+    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool, inverse: float | None = None) -> Tensor:
+        return Operators.attention(self, packed, heads, scale, causal, inverse)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels output=reports/hardware/nvidia-h200/kernels.md
 
-Each time is a call's on the GPU, replayed from a CUDA graph, on inputs that its cache may hold (tuning.median_ms).
+Each time is a call's on the GPU, replayed from a CUDA graph, on inputs that its cache may hold (autotune.median_ms).
 """
 
 import sys

@@ -8,7 +8,7 @@ A matmul between DequantizeLinears of FP8 (E4M3) takes the FP8 values themselves
 input rounds it to FP8, where nothing else reads it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ DTYPES = {
     ir.DataType.BOOL: torch.bool,
 }
 FP8 = torch.float8_e4m3fn
-MAX_FP8 = 448.0  # the largest number of E4M3
+MAX_FP8 = torch.finfo(FP8).max
 
 
 @dataclass
@@ -77,12 +77,28 @@ class Operators:
         found = matmul if activation is None else activation(matmul)
         return found if inverse is None else self.quantise(found, inverse)
 
-    def attention(
-        self, packed: Tensor, heads: int, scale: float, causal: bool, *, inverse: float | None = None
-    ) -> Tensor:
+    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool, inverse: float | None = None) -> Tensor:
         """Attention over queries, keys and values, [batch, tokens, 3 * width]; gives [batch, tokens, width]."""
         parts = packed.chunk(3, -1)
         found = _multi_head_attention(*parts, num_heads=heads, scale=scale, unidirectional=int(causal))
+        return found if inverse is None else self.quantise(found, inverse)
+
+    def pooled_attention(
+        self,
+        query: Tensor,
+        packed: Tensor,
+        mask: Tensor | None = None,
+        *,
+        heads: int,
+        scale: float,
+        inverse: float | None = None,
+    ) -> Tensor:
+        """Attention of few queries [batch, count, width] to keys and values, [batch, tokens, 2 * width].
+
+        `mask`: int32 [batch, tokens], 0 where a token is not seen.
+        """
+        keys, values = packed.chunk(2, -1)
+        found = _multi_head_attention(query, keys, values, None, mask, num_heads=heads, scale=scale)
         return found if inverse is None else self.quantise(found, inverse)
 
     def skip_layer_norm(
@@ -96,7 +112,10 @@ class Operators:
         epsilon: float,
         inverse: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The sum of hidden, skip and `added` [width], layer-normalised, and the sum itself, which is never in FP8."""
+        """The sum of hidden, skip and `added` [width], layer-normalised, and the sum itself, which is never in FP8.
+
+        `skip` may be that of one row of the batch, [1, tokens, width], for all.
+        """
         total = hidden + skip if added is None else hidden + added + skip
         normalized = F.layer_norm(total, weight.shape, weight, bias, epsilon)
         return normalized if inverse is None else self.quantise(normalized, inverse), total
@@ -189,13 +208,20 @@ class GraphModule(nn.Module):  # type: ignore[misc]
             call = partial(self.operators.attention, heads=heads, scale=scale, causal=bool(causal))
             self.steps.append(Step(call, inputs[:1], [attention.outputs[0].name or ""]))
             self._folded.add(attention)
+        elif node.op_type == "MultiHeadAttention" and (packed := self._keys_of(node)):
+            heads, scale = attributes["num_heads"], attributes.get("scale", 0.0)
+            call = partial(self.operators.pooled_attention, heads=heads, scale=scale)
+            self.steps.append(Step(call, [inputs[0], packed, *inputs[4:5]], outputs))
         elif node.op_type == "MultiHeadAttention":
             if node in self._biases:  # its matmuls add them
                 inputs[3] = ""
             self.steps.append(Step(partial(_multi_head_attention, **attributes), inputs, outputs))
         elif node.op_type == "SkipLayerNormalization":
             total = outputs[3] if len(outputs) > 3 else ""
-            self._add_skip_layer_norm(node, inputs, [outputs[0], total or f"{outputs[0]}_total"])
+            made = [outputs[0], total or f"{outputs[0]}_total"]
+            self._add_skip_layer_norm(node, node.inputs[:2], inputs[2:], made)
+        elif node.op_type == "LayerNormalization" and (add := self._sum_of(node)):
+            self._add_skip_layer_norm(node, add.inputs, inputs[1:], [outputs[0], inputs[0]])
         elif node.op_type == "Shape" and (cast := node.inputs[0].producer()) and cast.op_type == "Cast":
             self.steps.append(Step(partial(_shape, **attributes), [cast.inputs[0].name or ""], outputs))
         elif node.op_type == "Cast":
@@ -234,22 +260,42 @@ class GraphModule(nn.Module):  # type: ignore[misc]
     def _quantising(self) -> list[Callable[..., Any]]:
         """The operators that can write FP8."""
         own = self.operators
-        return [own.linear, own.attention, own.skip_layer_norm, own.linear_skip_layer_norm]
+        return [
+            own.linear,
+            own.attention,
+            own.pooled_attention,
+            own.skip_layer_norm,
+            own.linear_skip_layer_norm,
+        ]
 
-    def _add_skip_layer_norm(self, node: ir.Node, inputs: list[str], outputs: list[str]) -> None:
+    def _add_skip_layer_norm(
+        self, node: ir.Node, summands: Sequence[ir.Value], inputs: list[str], outputs: list[str]
+    ) -> None:
         """A sum that is normalised, with the matmul that it alone reads."""
         epsilon = node.attributes.get_float("epsilon", 1e-5)
         matmuls = {step.outputs[0]: step for step in self.steps if step.call == self.operators.linear}
-        for summand, value in enumerate(node.inputs[:2]):
-            if value is not None and value.name in matmuls and len(value.uses()) == 1:
+        first, second = (value.name or "" for value in summands)
+        given, call = [first, second, *inputs], partial(self.operators.skip_layer_norm, epsilon=epsilon)
+        for value, other in zip(summands, (second, first), strict=True):
+            if value.name in matmuls and len(value.uses()) == 1:
                 matmul = matmuls[value.name]
                 self.steps.remove(matmul)
-                inputs = [*matmul.inputs, inputs[1 - summand], *inputs[2:]]
+                given = [*matmul.inputs, other, *inputs]
                 call = partial(self.operators.linear_skip_layer_norm, epsilon=epsilon)
                 break
-        else:
-            call = partial(self.operators.skip_layer_norm, epsilon=epsilon)
-        self.steps.append(Step(call, inputs, outputs))
+        self.steps.append(Step(call, given, outputs))
+
+    def _sum_of(self, normalization: ir.Node) -> ir.Node | None:
+        """The addition that LayerNormalization is the first to read; its step is left out."""
+        total, last = normalization.inputs[0], normalization.attributes.get_int("axis", -1) == -1
+        add = total.producer()
+        step = next((step for step in self.steps if step.outputs == [total.name]), None)
+        if add is None or add.op_type != "Add" or add in self._folded or step is None or not last:
+            return None
+        if any(total.name in other.inputs for other in self.steps):
+            return None
+        self.steps.remove(step)
+        return add
 
     def _drop_unread(self) -> None:
         """Leave out steps whose outputs no other reads: a shape needs no cast, a fused step not its parts."""
@@ -259,6 +305,15 @@ class GraphModule(nn.Module):  # type: ignore[misc]
                 kept.append(step)
                 read |= set(step.inputs) - {""}
         self.steps = kept[::-1]
+
+    def _keys_of(self, attention: ir.Node) -> str | None:
+        """Keys and values in one, where an attention with another query takes both parts of a packed matmul."""
+        query, keys, values = (value.producer() for value in attention.inputs[:3])
+        plain = len(attention.inputs) < 6 and not attention.attributes.get_int("unidirectional", 0)
+        if attention not in self._biases or keys is None or keys is not values or query is keys or not plain:
+            return None
+        whole = keys.op_type == "Split" and list(keys.outputs) == list(attention.inputs[1:3])
+        return keys.inputs[0].name if whole else None
 
     def _packed_by(self, split: ir.Node) -> ir.Node | None:
         """The attention that takes all three parts of a packed matmul, with no mask but the order of tokens."""
@@ -411,7 +466,10 @@ def _multi_head_attention(
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value if isinstance(value, np.ndarray) else value.to(dtype)
+    """Of integers to integers none is needed: they are token ids, masks and places."""
+    integers = (torch.int32, torch.int64)
+    same = isinstance(value, np.ndarray) or (value.dtype in integers and dtype in integers)
+    return value if same else value.to(dtype)
 
 
 def _shape(tensor: Tensor, start: int = 0, end: int | None = None) -> np.ndarray:
@@ -424,6 +482,9 @@ def _gather(source: Any, index: Any, axis: int = 0) -> Any:
     if isinstance(index, np.ndarray):
         if index.ndim == 0:
             return source.select(axis, int(index))
+        if len(index) == 1:
+            place = int(index[0]) % source.shape[axis]
+            return source.narrow(axis, place, 1).contiguous()  # no copy where the batch is 1
         return torch.stack([source.select(axis, int(row)) for row in index], axis)
     return F.embedding(index, source) if axis == 0 else torch.index_select(source, axis, index)
 

@@ -30,8 +30,12 @@ def pool_early(model: ir.Model) -> bool:
     row = moved.pooled(pooling.inputs[0])
     if row is None:
         return False
+    pooled, users = pooling.outputs[0], [use.node for use in pooling.outputs[0].uses()]
+    if len(users) == 1 and users[0].op_type == "LayerNormalization":  # in front of the squeeze it can be fused
+        row = moved.insert("LayerNormalization", [row, *users[0].inputs[1:]], like=users[0])
+        pooled = users[0].outputs[0]
     squeezed = moved.insert("Squeeze", [row, moved.constant(np.array([1]))])
-    ir.convenience.replace_all_uses_with(pooling.outputs[0], squeezed)
+    ir.convenience.replace_all_uses_with(pooled, squeezed)
     return True
 
 

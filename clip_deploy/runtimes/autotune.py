@@ -23,6 +23,7 @@ MAX_TOKENS = 1024  # tokens that our attention takes; longer sequences go to PyT
 FEW_TOKENS = 128  # up to here PyTorch's kernels are slower, and not tried
 HEADS = (16, 32, 64, 128)  # widths of a head that the tensor cores take
 CALLS, TRIES = 8, 9  # of each way that is timed: calls in a CUDA graph, and replays, whose median counts
+MAX_LAYERS = 128  # whose weights are read in turn
 
 
 class TunedOperators(Operators):
@@ -49,24 +50,36 @@ class TunedOperators(Operators):
             return super().linear(hidden, weight, bias, scale, activation=activation, inverse=inverse)
         flat = hidden.reshape(-1, hidden.shape[-1])
         key = ("linear", flat.shape, weight.shape, bias is None, activation, hidden.dtype, inverse is None)
-        ways = _linear_candidates(len(flat), activation, scale is not None)
+        ways = _linear_candidates(len(flat), flat.shape[1], activation, scale is not None)
         output = self._choose(key, ways, flat, weight, bias, scale, activation, inverse)
         return output.view(*hidden.shape[:-1], weight.shape[0])
 
-    def attention(
-        self, packed: Tensor, heads: int, scale: float, causal: bool, *, inverse: float | None = None
-    ) -> Tensor:
+    def attention(self, packed: Tensor, heads: int, scale: float, causal: bool, inverse: float | None = None) -> Tensor:
         _, tokens, width = packed.shape
         head = width // 3 // heads
         if packed.dtype is torch.float32 or tokens > MAX_TOKENS or head not in HEADS:
-            return super().attention(packed, heads, scale, causal, inverse=inverse)
+            return super().attention(packed, heads, scale, causal, inverse)
         fit = [blocks for blocks in kernels.QUERIES if blocks[0] <= max(MIN_QUERIES, 2 * tokens)]
         ways: list[Callable[..., Tensor]] = [partial(kernels.attention, blocks=blocks) for blocks in fit]
         if tokens > FEW_TOKENS:
-            library: Callable[..., Tensor] = super().attention
-            ways.insert(0, partial(_library_attention, library))
+            ways.insert(0, super().attention)
         key = ("attention", packed.shape, heads, causal, inverse is None)
         return self._choose(key, ways, packed, heads, scale or head**-0.5, causal, inverse)
+
+    def pooled_attention(
+        self,
+        query: Tensor,
+        packed: Tensor,
+        mask: Tensor | None = None,
+        *,
+        heads: int,
+        scale: float,
+        inverse: float | None = None,
+    ) -> Tensor:
+        head, given = query.shape[-1] // heads, [query, packed, *([] if mask is None else [mask])]
+        if query.dtype is torch.float32 or head not in HEADS or not all(tensor.is_contiguous() for tensor in given):
+            return super().pooled_attention(query, packed, mask, heads=heads, scale=scale, inverse=inverse)
+        return kernels.pooled_attention(query, packed, mask, heads, scale or head**-0.5, inverse)
 
     def skip_layer_norm(
         self,
@@ -79,7 +92,10 @@ class TunedOperators(Operators):
         epsilon: float,
         inverse: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not hidden.is_contiguous() or not skip.is_contiguous() or hidden.shape != skip.shape:
+        if skip.numel() > hidden.numel():
+            hidden, skip = skip, hidden
+        alike = skip.shape[-2:] == hidden.shape[-2:] and skip.numel() in (hidden.numel(), hidden[:1].numel())
+        if not hidden.is_contiguous() or not skip.is_contiguous() or not alike:
             return super().skip_layer_norm(hidden, skip, weight, bias, added, epsilon=epsilon, inverse=inverse)
         return kernels.skip_layer_norm(hidden, skip, weight, bias, added, epsilon, inverse)
 
@@ -100,7 +116,8 @@ class TunedOperators(Operators):
         one_by_one = partial(super().linear_skip_layer_norm, epsilon=epsilon, inverse=inverse)
         given = (hidden, matrix, addend, scale, skip, weight, bias, added)
         both = addend is not None and added is not None
-        if hidden.dtype is torch.float32 or len(matrix) % 8 or both or not skip.is_contiguous():
+        alike = skip.shape[:-1] == hidden.shape[:-1] and skip.is_contiguous()
+        if hidden.dtype is torch.float32 or len(matrix) % 8 or both or not alike:
             return one_by_one(*given)
         count = hidden.numel() // hidden.shape[-1]
         ways: list[Callable[..., Any]] = [
@@ -119,7 +136,8 @@ class TunedOperators(Operators):
         if key not in self.fastest:
             known = self.choices.get(repr(key))
             if known is None or not 0 <= known < len(ways):
-                times = [median_ms(way, given) for way in ways]
+                others = other_layers(given)
+                times = [median_ms(way, given, others) for way in ways]
                 known = self.choices.settle(repr(key), times.index(min(times)))
             self.fastest[key] = ways[known % len(ways)]
         return self.fastest[key](*given)
@@ -132,40 +150,51 @@ def _valid_for() -> list[str]:
     return [gpu, torch.__version__, str(torch.version.cuda), triton.__version__, *sources]
 
 
-def median_ms(way: Callable[..., Any], given: tuple[Any, ...]) -> float:
-    """Milliseconds of a call on the GPU, replayed from a CUDA graph; infinite where it needs more than this GPU has."""
+def other_layers(given: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """What calls for other layers are given, so many that the L2 cache holds the weights of none.
+
+    Where rows are few, to read the weights is what takes the time. All tensors but the first count as weights.
+    """
+    size = sum(item.numel() * item.element_size() for item in given[1:] if isinstance(item, Tensor))
+    if not size or not given[0].is_cuda or given[0].numel() > kernels.FEW_ROWS * given[0].shape[-1]:
+        return []
+    count = min(MAX_LAYERS, triton.cdiv(torch.cuda.get_device_properties().L2_cache_size, size))
+    return [
+        (given[0], *(item.clone() if isinstance(item, Tensor) else item for item in given[1:])) for _ in range(count)
+    ]
+
+
+def median_ms(way: Callable[..., Any], given: tuple[Any, ...], others: Sequence[tuple[Any, ...]] = ()) -> float:
+    """Milliseconds of a call on the GPU, replayed from a CUDA graph; infinite where it needs more than this GPU has.
+
+    `others`: what other calls of the graph are given.
+    """
+    calls = [given, *others] * max(1, CALLS // (1 + len(others)))
     try:
-        way(*given)
+        for inputs in calls[: 1 + len(others)]:
+            way(*inputs)
     except triton.runtime.errors.OutOfResources:
         return float("inf")
     torch.cuda.synchronize()
     graph, marks = torch.cuda.CUDAGraph(), [torch.cuda.Event(enable_timing=True) for _ in range(TRIES + 1)]
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(CALLS):
-            way(*given)
+        for inputs in calls:
+            way(*inputs)
     graph.replay()
     marks[0].record()
     for mark in marks[1:]:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    found: float = sorted(start.elapsed_time(end) for start, end in pairwise(marks))[TRIES // 2] / CALLS
+    found: float = sorted(start.elapsed_time(end) for start, end in pairwise(marks))[TRIES // 2] / len(calls)
     return found
-
-
-def _library_attention(
-    library: Callable[..., Tensor], packed: Tensor, heads: int, scale: float, causal: bool, inverse: float | None
-) -> Tensor:
-    attended = library(packed, heads, scale, causal)
-    return attended if inverse is None else kernels.quantise(attended, inverse)
 
 
 def _sum_candidates(
     count: int, matrix: Tensor, fp8: bool, epsilon: float, inverse: float | None
 ) -> list[Callable[..., tuple[Tensor, Tensor]]]:
     """Ways to a matmul's sum with what is skipped, besides one after the other."""
-    depth, wider = matrix.shape[1], 2 if fp8 else 1
-    fit = [(tiles, parts) for tiles, parts in kernels.SPLIT if depth % (wider * tiles.k * parts) == 0]
+    fit = [(tiles, parts) for tiles, parts in kernels.SPLIT if tiles.divides(matrix.shape[1], fp8, parts)]
     ways: list[Callable[..., tuple[Tensor, Tensor]]] = [_fp8_by_cublas] if fp8 else []
     if count <= MANY_ROWS:
         ways += [partial(_in_parts, tiles=tiles, parts=parts) for tiles, parts in fit]
@@ -210,10 +239,14 @@ def _in_parts(
     )
 
 
-def _linear_candidates(rows: int, activation: Activation | None, fp8: bool) -> list[Callable[..., Tensor]]:
+def _linear_candidates(rows: int, depth: int, activation: Activation | None, fp8: bool) -> list[Callable[..., Tensor]]:
     """cuBLAS is taken unasked where there are many rows and nothing to fuse."""
-    tiles = (
-        kernels.SMALL if rows <= kernels.FEW_ROWS else kernels.LARGE_FP8 if fp8 else kernels.LARGE if activation else ()
-    )
+    tiles: tuple[kernels.Tiles, ...] = ()
+    if rows <= kernels.FEW_ROWS:
+        tiles = (*kernels.SMALL, *(item for item in kernels.FEW if item.divides(depth, fp8)))
+    elif fp8:
+        tiles = kernels.LARGE_FP8
+    elif activation:
+        tiles = kernels.LARGE
     library = [kernels.cublas_linear, *([kernels.cublas_fp8_linear] if fp8 else [])]
     return [*library, *(partial(kernels.triton_linear, tiles=item) for item in tiles)]

@@ -68,12 +68,18 @@ def _rounded(x, inverse, output, QUANTISED: tl.constexpr):
 
 
 @triton.jit
+def _ask_for(places):
+    """Have the lines of the L2 cache at these places read, and do not wait for them."""
+    places = places.to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], tl.int32, False, 1)
+
+
+@triton.jit
 def _fetch(weights, row, rows, start, SIZE: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr):
     """Ask for LINES lines of the L2 cache, from byte `start` on, of BLOCK rows of SIZE bytes each."""
     row = tl.minimum(row + tl.arange(0, BLOCK), rows - 1).to(tl.int64)
     line = tl.minimum(start + tl.arange(0, LINES) * 128, SIZE - 1)
-    places = weights.to(tl.int64) + row[:, None] * SIZE + line[None, :]
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], tl.int32, False, 1)
+    _ask_for(weights.to(tl.int64) + row[:, None] * SIZE + line[None, :])
 
 
 @triton.jit
@@ -121,6 +127,11 @@ def _matmul(
         _, column = _place(tl.program_id(0) % (down * across), down, across, GROUP)
         start = tl.program_id(0) // (down * across) * (SIZE // PARTS)
         _fetch(weights, column * BLOCK_N, N, start, SIZE, BLOCK_N, LINES)
+        first = tl.minimum(column * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+        if HAS_BIAS:
+            _ask_for(bias + first)
+        if HAS_SCALE:
+            _ask_for(scale + first)
     _take_turn(DEPENDENT)
     steps = tl.cdiv(K, BLOCK_K * PARTS)
     for item in tl.range(tl.program_id(0), down * across * PARTS, tl.num_programs(0), flatten=True):
@@ -141,6 +152,60 @@ def _matmul(
         if QUANTISED:
             total = tl.minimum(tl.maximum(total * inverse, -LIMIT), LIMIT)
         output.store([part * down * BLOCK_M + row, column], total.to(output.dtype))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _matmul_of_few(
+    hidden,
+    weight,
+    output,
+    bias,
+    scale,
+    M,
+    N,
+    K,
+    alpha,
+    inverse,
+    SIZE: tl.constexpr,
+    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """As _matmul, a tile for each program, without descriptors: to fetch those takes long where a kernel is short."""
+    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    part, tile = tl.program_id(0) // (down * across), tl.program_id(0) % (down * across)
+    column, row = tile % across * BLOCK_N, tile // across * BLOCK_M
+    columns, rows, places = column + tl.arange(0, BLOCK_N), row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    inside, held = rows[:, None] < M, columns < N
+    if LINES:
+        _fetch(weight, column, N, part * (SIZE // PARTS), SIZE, BLOCK_N, LINES)
+    if HAS_SCALE:
+        ratio = tl.load(scale + columns, mask=held, other=0.0)
+    if HAS_BIAS:
+        more = tl.load(bias + columns, mask=held, other=0.0).to(tl.float32)
+    _take_turn(DEPENDENT)
+    start = part * (K // PARTS)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(start, start + K // PARTS, BLOCK_K):
+        place = tl.multiple_of(step, BLOCK_K) + places[None, :]
+        left = tl.load(hidden + rows[:, None] * K + place, mask=inside, other=0.0)
+        right = tl.load(weight + columns[:, None] * K + place, mask=held[:, None], other=0.0)
+        total = tl.dot(left, right.T, total)
+    if HAS_SCALE:
+        total *= ratio[None, :]
+    if HAS_BIAS:
+        total += more[None, :]
+    total = _activated(total, alpha, KIND, APPROXIMATE)
+    output += (part * down * BLOCK_M + rows[:, None]) * N + columns[None, :]
+    tl.store(output, _rounded(total, inverse, output, QUANTISED), mask=inside & held[None, :])
 
 
 @triton.jit
@@ -197,52 +262,105 @@ def _activate(
 
 
 @triton.jit
-def _attention(
-    packed,
-    output,
+def _attended(
+    queries,
+    keys,
+    mask,
+    begin,
+    columns,
+    count,
     tokens,
+    query_stride,
+    key_stride,
+    scale,
+    WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One head's attention for BLOCK_Q queries from `begin` on, in float32; softmax is taken block by block of keys.
+
+    A row holds keys, and values WIDTH behind them; `columns` are the head's.
+    """
+    query = begin + tl.arange(0, BLOCK_Q)
+    q = tl.load(queries + query[:, None] * query_stride + columns[None, :], mask=query[:, None] < count, other=0.0)
+    highest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    weights = tl.zeros((BLOCK_Q,), tl.float32)
+    total = tl.zeros((BLOCK_Q, columns.shape[0]), tl.float32)
+    end = tokens
+    if CAUSAL:
+        end = tl.minimum(tokens, begin + BLOCK_Q)
+    for start in range(0, end, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        place = keys + key[:, None] * key_stride + columns[None, :]
+        k = tl.load(place, mask=key[:, None] < tokens, other=0.0)
+        v = tl.load(place + WIDTH, mask=key[:, None] < tokens, other=0.0)
+        seen = key[None, :] < tokens
+        if CAUSAL:
+            seen = seen & (key[None, :] <= query[:, None])
+        if HAS_MASK:
+            seen = seen & (tl.load(mask + key, mask=key < tokens, other=0) != 0)[None, :]
+        scores = tl.where(seen, tl.dot(q, k.T) * scale, -float("inf"))
+        above = tl.maximum(highest, tl.max(scores, 1))
+        top = above
+        if HAS_MASK:  # a block may be masked as a whole
+            top = tl.where(above == -float("inf"), 0.0, above)
+        shrink, shares = tl.exp2(highest - top), tl.exp2(scores - top[:, None])
+        weights = weights * shrink + tl.sum(shares, 1)
+        total = tl.dot(shares.to(v.dtype), v, total * shrink[:, None])
+        highest = above
+    return total / weights[:, None]
+
+
+@triton.jit
+def _attention(
+    queries,
+    keys,
+    mask,
+    output,
+    count,
+    tokens,
+    query_stride,
+    key_stride,
     scale,
     inverse,
     HEADS: tl.constexpr,
     HEAD: tl.constexpr,
     CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     QUANTISED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One head of one row's attention for BLOCK_Q queries; softmax is taken over the keys block by block."""
+    """One head of one row's attention for BLOCK_Q queries."""
     _take_turn(DEPENDENT)
     batch, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
     width: tl.constexpr = HEADS * HEAD
     columns = head * HEAD + tl.arange(0, HEAD)
+    if HAS_MASK:
+        mask += batch * tokens
+    found = _attended(
+        queries + batch * count * query_stride,
+        keys + batch * tokens * key_stride,
+        mask,
+        tl.program_id(0) * BLOCK_Q,
+        columns,
+        count,
+        tokens,
+        query_stride,
+        key_stride,
+        scale,
+        width,
+        CAUSAL,
+        HAS_MASK,
+        BLOCK_Q,
+        BLOCK_K,
+    )
     query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    packed += batch * tokens * 3 * width
-    q = tl.load(packed + query[:, None] * (3 * width) + columns[None, :], mask=query[:, None] < tokens, other=0.0)
-    highest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
-    weights = tl.zeros((BLOCK_Q,), tl.float32)
-    total = tl.zeros((BLOCK_Q, HEAD), tl.float32)
-    end = tokens
-    if CAUSAL:
-        end = tl.minimum(tokens, (tl.program_id(0) + 1) * BLOCK_Q)
-    for start in range(0, end, BLOCK_K):
-        key = start + tl.arange(0, BLOCK_K)
-        place = packed + key[:, None] * (3 * width) + columns[None, :]
-        k = tl.load(place + width, mask=key[:, None] < tokens, other=0.0)
-        v = tl.load(place + 2 * width, mask=key[:, None] < tokens, other=0.0)
-        seen = key[None, :] < tokens
-        if CAUSAL:
-            seen = seen & (key[None, :] <= query[:, None])
-        scores = tl.where(seen, tl.dot(q, k.T) * scale, -float("inf"))
-        above = tl.maximum(highest, tl.max(scores, 1))
-        shrink, shares = tl.exp2(highest - above), tl.exp2(scores - above[:, None])
-        weights = weights * shrink + tl.sum(shares, 1)
-        total = tl.dot(shares.to(v.dtype), v, total * shrink[:, None])
-        highest = above
-    output += batch * tokens * width
-    place = output + query[:, None] * width + columns[None, :]
-    found = _rounded(total / weights[:, None], inverse, output, QUANTISED)
-    tl.store(place, found, mask=query[:, None] < tokens)
+    place = output + (batch * count + query[:, None]) * width + columns[None, :]
+    tl.store(place, _rounded(found, inverse, output, QUANTISED), mask=query[:, None] < count)
 
 
 @triton.jit
@@ -255,6 +373,7 @@ def _skip_layer_norm(
     normalized,
     total,
     ratios,
+    skips,
     width,
     apart,
     epsilon,
@@ -269,26 +388,34 @@ def _skip_layer_norm(
 ):
     """One row: the sum of the PARTS of `hidden`, `apart` from each other, of skip and of what is added, normalised.
 
-    `hidden` is multiplied by `ratios` [width] first.
+    `hidden` is multiplied by `ratios` [width] first. `skip` begins anew after `skips` rows.
     """
-    _take_turn(DEPENDENT)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    place = tl.program_id(0).to(tl.int64) * width + columns
+    row = tl.program_id(0).to(tl.int64)
+    place = row * width + columns
+    stretch = tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)  # no kernel writes these: no need to wait
+    if HAS_SHIFT:
+        move = tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ADDED:
+        more = tl.load(added + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RATIOS:
+        ratio = tl.load(ratios + columns, mask=inside, other=0.0)
+    _take_turn(DEPENDENT)
     x = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         x += tl.load(hidden + part * apart + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_RATIOS:
-        x *= tl.load(ratios + columns, mask=inside, other=0.0)
-    x += tl.load(skip + place, mask=inside, other=0.0).to(tl.float32)
+        x *= ratio
+    x += tl.load(skip + row % skips * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_ADDED:
-        x += tl.load(added + columns, mask=inside, other=0.0).to(tl.float32)
+        x += more
     tl.store(total + place, x.to(total.dtype.element_ty), mask=inside)
     x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
     x *= tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
-    x *= tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
+    x *= stretch
     if HAS_SHIFT:
-        x += tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
+        x += move
     tl.store(normalized + place, _rounded(x, inverse, normalized, QUANTISED), mask=inside)
 
 
@@ -302,9 +429,15 @@ class Tiles:
     stages: int
     warps: int
     together: int = 1  # programs on a multiprocessor
+    descriptors: bool = True  # tiles are copied by the GPU's engine for that
 
     def __str__(self) -> str:
-        return f"{self.m} x {self.n} x {self.k}, {self.stages} stages, {self.warps} warps, {self.together} together"
+        shown = f"{self.m} x {self.n} x {self.k}, {self.stages} stages, {self.warps} warps, {self.together} together"
+        return shown if self.descriptors else f"{shown}, no descriptors"
+
+    def divides(self, depth: int, fp8: bool, parts: int = 1) -> bool:
+        """Whether a matmul of this depth, split in parts, is whole steps; in FP8 a step is twice as deep."""
+        return depth % ((2 if fp8 else 1) * self.k * parts) == 0
 
 
 LARGE = (
@@ -316,7 +449,12 @@ LARGE = (
 )
 LARGE_FP8 = (*LARGE, Tiles(128, 128, 64, 3, 8, 2), Tiles(64, 256, 64, 2, 4, 2))
 SMALL = (Tiles(64, 128, 64, 4, 4), Tiles(64, 64, 128, 4, 4), Tiles(64, 32, 128, 5, 4), Tiles(64, 16, 128, 6, 4))
-SPLIT = [(tiles, parts) for tiles in SMALL[:3] for parts in (2, 4)]  # a matmul's depth, split in parts
+FEW = (
+    Tiles(64, 32, 128, 5, 4, descriptors=False),
+    Tiles(64, 32, 128, 3, 4, descriptors=False),
+    Tiles(64, 16, 128, 6, 4, descriptors=False),
+)
+SPLIT = [(tiles, parts) for tiles in (*SMALL[1:3], *FEW[:2]) for parts in (2, 4)]  # a matmul's depth, split in parts
 GROUP = 8  # rows of tiles that are taken together
 FEW_ROWS = 256  # of a matmul: its time is that of reading the weights
 QUERIES = (
@@ -328,6 +466,7 @@ QUERIES = (
     (128, 128, 8),
     (128, 64, 4),
 )  # block of queries, of keys, warps
+FEW_QUERIES = (16, 64, 4)  # the same, of one query or a few
 
 
 def cublas_linear(
@@ -338,28 +477,16 @@ def cublas_linear(
     activation: Activation | None,
     inverse: float | None,
 ) -> Tensor:
-    """cuBLAS, and a pass behind it for what it does not do itself."""
+    """cuBLAS, and a pass behind it for what it does not do itself: in FP8 it multiplies by one scale."""
     if scale is not None:
-        return _cublas_fp8(hidden, weight, bias, scale, activation, inverse)
+        sums, ratios = cublas_fp8_sums(hidden, weight, scale)
+        return _pass(sums, ratios, bias, activation, inverse)
     if activation is not None and _form(activation) == "tanh" and bias is not None and inverse is None:
         return torch._addmm_activation(bias, hidden, weight.T, use_gelu=True)
     output = F.linear(hidden, weight, bias)
     if activation is None and inverse is None:
         return output
     return _pass(output, None, None, activation, inverse)
-
-
-def _cublas_fp8(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    activation: Activation | None,
-    inverse: float | None,
-) -> Tensor:
-    """cuBLAS multiplies by one scale, a pass behind it by those of each output."""
-    sums, ratios = cublas_fp8_sums(hidden, weight, scale)
-    return _pass(sums, ratios, bias, activation, inverse)
 
 
 def cublas_fp8_sums(hidden: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -466,34 +593,27 @@ def _launch_matmul(
     (count, depth), width = hidden.shape, len(weight)
     tiles = tiles if hidden.dtype is not FP8 else replace(tiles, k=2 * tiles.k)  # as many bytes
     items = triton.cdiv(count, tiles.m) * triton.cdiv(width, tiles.n) * parts
-    programs = min(tiles.together * _multiprocessors(), items)
-    _matmul[(programs,)](
-        TensorDescriptor.from_tensor(hidden, [tiles.m, tiles.k]),
-        TensorDescriptor.from_tensor(weight, [tiles.n, tiles.k]),
-        TensorDescriptor.from_tensor(output, [tiles.m, tiles.n]),
-        bias,
-        scale,
-        count,
-        width,
-        depth,
-        activation.alpha if activation else 1.0,
-        inverse or 1.0,
-        weight,
+    values = (bias, scale, count, width, depth, activation.alpha if activation else 1.0, inverse or 1.0)
+    kind = (
         *_lines(weight, count, parts),
         _form(activation),
         bias is not None,
         scale is not None,
         inverse is not None,
         inverse is not None and hidden.is_cuda,
-        tiles.m,
-        tiles.n,
-        tiles.k,
-        GROUP,
-        parts,
-        num_stages=tiles.stages,
-        num_warps=tiles.warps,
-        **_launch(),
     )
+    blocks = (tiles.m, tiles.n, tiles.k)
+    settings = {"num_stages": tiles.stages, "num_warps": tiles.warps, **_launch()}
+    if tiles.descriptors:
+        described = (
+            TensorDescriptor.from_tensor(hidden, [tiles.m, tiles.k]),
+            TensorDescriptor.from_tensor(weight, [tiles.n, tiles.k]),
+            TensorDescriptor.from_tensor(output, [tiles.m, tiles.n]),
+        )
+        programs = min(tiles.together * _multiprocessors(), items)
+        _matmul[(programs,)](*described, *values, weight, *kind, *blocks, GROUP, parts, **settings)
+    else:
+        _matmul_of_few[(items,)](hidden, weight, output, *values, *kind, *blocks, parts, **settings)
     return output
 
 
@@ -542,24 +662,53 @@ def attention(
 
     Returns [batch, tokens, width] in packed's dtype, or in FP8.
     """
-    batch, tokens, width = packed.shape
-    dtype = packed.dtype if inverse is None else FP8
-    output = torch.empty(batch, tokens, width // 3, dtype=dtype, device=packed.device)
-    queries, keys, warps = blocks
-    grid = (triton.cdiv(tokens, queries), batch * heads)
-    head = width // 3 // heads
-    _attention[grid](
-        packed,
+    width = packed.shape[-1] // 3
+    return _launch_attention(packed, packed[..., width:], None, width, heads, scale, causal, inverse, blocks)
+
+
+def pooled_attention(
+    queries: Tensor, keys: Tensor, mask: Tensor | None, heads: int, scale: float, inverse: float | None = None
+) -> Tensor:
+    """Attention of few queries [batch, count, width] to keys and values, [batch, tokens, 2 * width].
+
+    `mask`: int32 [batch, tokens], 0 where a token is not seen; one at least is. Returns [batch, count, width] in the
+    queries' dtype, or in FP8.
+    """
+    return _launch_attention(queries, keys, mask, queries.shape[-1], heads, scale, False, inverse, FEW_QUERIES)
+
+
+def _launch_attention(
+    queries: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    width: int,
+    heads: int,
+    scale: float,
+    causal: bool,
+    inverse: float | None,
+    blocks: tuple[int, int, int],
+) -> Tensor:
+    (batch, count, query_stride), tokens, key_stride = queries.shape, keys.shape[1], keys.stride(1)
+    output = torch.empty(batch, count, width, dtype=queries.dtype if inverse is None else FP8, device=queries.device)
+    block, keys_of_block, warps = blocks
+    _attention[(triton.cdiv(count, block), batch * heads)](
+        queries,
+        keys,
+        mask,
         output,
+        count,
         tokens,
+        query_stride,
+        key_stride,
         scale * LOG2_E,
         inverse or 1.0,
         heads,
-        head,
+        width // heads,
         causal,
+        mask is not None,
         inverse is not None,
-        queries,
-        keys,
+        block,
+        keys_of_block,
         num_warps=warps,
         **_launch(),
     )
@@ -627,10 +776,14 @@ def skip_layer_norm(
     parts: int = 1,
     ratios: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The normalised sum, and the sum; where `hidden` is `parts` below one another, of all of them."""
+    """The normalised sum, and the sum; where `hidden` is `parts` below one another, of all of them.
+
+    `skip` may be one row's of a batch, [1, tokens, width], where `hidden` is no part.
+    """
     width = skip.shape[-1]
-    normalized, total = torch.empty_like(skip, dtype=skip.dtype if inverse is None else FP8), torch.empty_like(skip)
-    _skip_layer_norm[(skip.numel() // width,)](
+    like = hidden if parts == 1 and ratios is None else skip
+    normalized, total = torch.empty_like(like, dtype=skip.dtype if inverse is None else FP8), torch.empty_like(like)
+    _skip_layer_norm[(like.numel() // width,)](
         hidden,
         skip,
         added,
@@ -639,6 +792,7 @@ def skip_layer_norm(
         normalized,
         total,
         ratios,
+        skip.numel() // width,
         width,
         hidden.numel() // parts,
         epsilon,
