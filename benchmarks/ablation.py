@@ -14,6 +14,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import ModuleType
+from uuid import uuid4
 
 import onnx_ir as ir
 import torch
@@ -29,8 +31,9 @@ from clip_deploy.core.model import Model, image_feed, random_images
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.onnx_graph.torch_module import GraphModule, Operators
 from clip_deploy.report.tables import number, table
-from clip_deploy.runtimes import kernels
+from clip_deploy.runtimes import autotune, kernels
 from clip_deploy.runtimes.autotune import TunedOperators, median_ms
+from clip_deploy.runtimes.choices import Choices
 
 BATCHES = (1, 8, 32, 256)
 ROUNDS = 3
@@ -45,24 +48,35 @@ class PyTorchAttention(TunedOperators):
         return Operators.attention(self, packed, heads, scale, causal, inverse)
 
 
-@contextmanager
-def one_after_another() -> Iterator[None]:
-    """Without programmatic dependent launch: a kernel begins when the one before has ended."""
-    before, kernels._launch = kernels._launch, lambda: {"DEPENDENT": False}  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        kernels._launch = before
+class PyTorchPooling(TunedOperators):
+    """Our kernels, but PyTorch's attention of the one token that the last layer computes."""
+
+    pooled_attention = Operators.pooled_attention
+
+
+def tuned_anew() -> TunedOperators:
+    """Our kernels, of which none was chosen before: what can be chosen is changed."""
+    operators = TunedOperators()
+    operators.choices = Choices(str(uuid4()))
+    return operators
 
 
 @contextmanager
-def weights_as_they_are_read() -> Iterator[None]:
-    """A matmul of few rows asks for no weights while the kernel before it runs."""
-    before, kernels._lines = kernels._lines, lambda weight, rows, parts: (weight.shape[1] * weight.element_size(), 0)
+def instead(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        kernels._lines = before
+        setattr(module, name, before)
+
+
+@contextmanager
+def descriptors_alone() -> Iterator[None]:
+    """Every matmul of ours copies its tiles by descriptors."""
+    split = [way for way in kernels.SPLIT if way[0].descriptors]
+    with instead(kernels, "FEW", ()), instead(kernels, "SPLIT", split):
+        yield
 
 
 @contextmanager
@@ -88,8 +102,16 @@ class Choice:
 SHIPPED = Choice("as shipped")
 CHOICES = (
     Choice("no CUDA graph", graph=False),
-    Choice("no programmatic dependent launch", within=one_after_another),
-    Choice("no weights asked for ahead", within=weights_as_they_are_read),
+    Choice(
+        "no programmatic dependent launch", within=partial(instead, kernels, "_launch", lambda: {"DEPENDENT": False})
+    ),
+    Choice(
+        "no weights asked for ahead",
+        within=partial(instead, kernels, "_lines", lambda weight, rows, parts: (weight[0].nbytes, 0)),
+    ),
+    Choice("few rows: descriptors alone", tuned_anew, descriptors_alone),
+    Choice("few rows: tuned on warm weights", tuned_anew, partial(instead, autotune, "other_layers", lambda given: [])),
+    Choice("PyTorch's pooled attention", PyTorchPooling),
     Choice("PyTorch's operators alone", operators=Operators),
     Choice("PyTorch's flash attention", PyTorchAttention, partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)),
     Choice("cuDNN's attention", PyTorchAttention, partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),
