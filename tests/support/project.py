@@ -40,6 +40,11 @@ def programs() -> str:
     return f"{folder}{os.pathsep}{installed}"
 
 
+def warm_python() -> str:
+    """A `python` whose stages, commands and programs in -c start with their libraries imported."""
+    return f"{programs().partition(os.pathsep)[0]}/python"
+
+
 @dataclass
 class Project:
     """A copy of this repository with its own git and DVC, three rows less, small sets and short timings."""
