@@ -1,4 +1,4 @@
-"""`python` and `dvc` whose libraries are imported once: each command is a fork of a process that has them.
+"""`python`, `dvc` and `clip-deploy` with their libraries imported once: each command is a fork of a process that has them.
 
     warm.py serve SOCKET                  import them, and fork for whoever asks, until standard input ends
     warm.py ask SOCKET PYTHONPATH python -m stages...   be that fork to the caller: its streams, folder, variables, end
@@ -175,7 +175,7 @@ def end(program: Callable[[], None]) -> NoReturn:
 
 
 def ask(address: str, server_path: str, name: str, *given: str) -> NoReturn:
-    words = ["-m", "dvc", *given] if name == "dvc" else list(given[given[:1] == ("-u",) :])
+    words = list(given[given[:1] == ("-u",) :]) if name == "python" else ["-m", name.replace("-", "_"), *given]
     is_ours = words[:1] == ["-m"] and words[1].startswith(FORKED) and words[2:3] != ["serve"]  # which heeds signals
     forked = is_ours or words[:1] == ["-c"]
     if not forked or not is_warm(os.environ.get("PYTHONPATH", ""), server_path, os.getcwd()):
