@@ -1,4 +1,4 @@
-"""`python`, `dvc` and `clip-deploy` with their libraries imported once: each command is a fork of a process that has them.
+"""`python`, `dvc` and `clip-deploy` that have their libraries: each command is a fork of a process that imported them.
 
     warm.py serve SOCKET                  import them, and fork for whoever asks, until standard input ends
     warm.py ask SOCKET PYTHONPATH python -m stages...   be that fork to the caller: its streams, folder, variables, end
