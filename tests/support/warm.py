@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-FORKED = ("stages.", "clip_deploy", "dvc", "submitit.")
+FORKED = ("stages.", "clip_deploy", "dvc", "submitit.core")
 LIBRARIES = (
     "dvc.cli.parser",
     "dvc.lock",
