@@ -171,10 +171,10 @@ def test_a_job_that_is_killed_runs_again_and_what_jobs_built_comes_through_the_r
     assert f"{points} points: {points} measured, 0 failed." in output
     assert len(measured(project)) == points
     assert set((tmp_path / "stages").read_text().split()) == {"probe", "quantize", "validate", "benchmark"}
-    assert project.run(*command).stdout.count(": there already") == points
     name = measured(project)[0].rpartition("/")[2]
 
-    if engine == "local":  # it is the same table
+    if engine == "local":  # what is here of a point is the same whoever measured it
+        assert project.run(*command).stdout.count(": there already") == points
         table = project.run("env", "COLUMNS=160", "dvc", "exp", "show", "--only-changed", "--no-pager").stdout
         assert all(word in table for word in (".per_channel ", " warmup ", f"[{name}]"))
         assert "…" not in table  # which stands where a column is too wide
