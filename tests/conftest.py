@@ -1,5 +1,6 @@
 """The built-in checkpoint, small sets and targets made once, and a temporary copy of the whole project."""
 
+import gc
 import getpass
 import hashlib
 import os
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import pytest
+from coverage import Coverage
 from filelock import FileLock
 from hypothesis import HealthCheck, Phase, settings
 from support import models
@@ -20,6 +22,7 @@ from support.kinds import Kinds
 from support.project import ROOT, TINY, Project, new_project
 from support.reliability import Outcomes
 from support.targets import packed, prepare
+from support.warm import quicken_exports
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ["DVC_NO_ANALYTICS"] = "1"
@@ -33,6 +36,7 @@ MANY = 8  # times as many inputs in `make reliability` as in `make test`
 REPORT = "--reliability"
 KINDS = "--kinds"
 NIGHTLY = "--nightly"
+BENCHMARKS = ROOT / "tests" / "benchmarks"
 
 
 def pytest_addoption(parser):
@@ -45,7 +49,6 @@ def pytest_collection_modifyitems(config, items):
     """Begin with what runs longest; skip, visibly, what needs a GPU where there is none, and what takes too long.
 
     One worker begins with a file that needs the built project and makes it; the others, meanwhile, with what does not.
-    Of a test's many inputs the first is measured for coverage: a tracer takes as long again as our own code.
     """
     first = next((item.path for item in items if "built" in item.fixturenames), None)
 
@@ -53,11 +56,7 @@ def pytest_collection_modifyitems(config, items):
         return 0 if item.path == first else 2 if "built" in item.fixturenames else 1
 
     items.sort(key=lambda item: ("slow" not in item.keywords, turn(item)))
-    measured = set()
-    for item in items:
-        if (name := item.nodeid.partition("[")[0]) in measured:
-            item.add_marker(pytest.mark.no_cover)
-        measured.add(name)
+    leave_unmeasured(items)
     if config.getoption(KINDS):
         items[:] = [item for item in items if "kinds" in item.fixturenames]
     if not config.getoption(REPORT):
@@ -73,6 +72,37 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+def leave_unmeasured(items):
+    """Mark what coverage gains nothing from, for a tracer takes as long again as our own code.
+
+    That is: slow tests, which work in other processes; tests of benchmarks/, which is not measured; fuzzers, which go
+    the same way hundreds of times; and of a test's many inputs all but the first.
+    """
+    measured = set()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if (
+            "slow" in item.keywords
+            or "fuzz" in item.fixturenames
+            or BENCHMARKS in item.path.parents
+            or name in measured
+        ):
+            item.add_marker(pytest.mark.no_cover)
+        measured.add(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    """Make the fixtures of a test without the tracer too; pytest-cov leaves it out of the call alone."""
+    tracer = sys.gettrace()
+    if item.get_closest_marker("no_cover"):
+        sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
 
 
 @pytest.fixture(scope="session")
@@ -153,11 +183,21 @@ def untraced(function):
 def libraries_without_coverage():
     """A tracer doubles the time of what calls itself a million times, and measures nothing there."""
     with pytest.MonkeyPatch.context() as patch:
-        if sys.gettrace():
+        if Coverage.current():
             found = untraced(lambda: {name: pkgutil.resolve_name(name) for name in UNTRACED})()  # imports them
             for name, function in found.items():
                 patch.setattr(name, untraced(function))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_at_once():
+    """Let nothing go over what was imported, a million objects: neither the garbage collector nor the ONNX exporter."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
+    if "torch" in sys.modules:
+        quicken_exports()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -252,18 +292,27 @@ def onnx_target(checkpoint, onnx_of):
 @pytest.fixture(scope="session")
 def onnx_of(shared):
     """onnx_of(checkpoint, opset, ...): a checkpoint's export by these settings, made once and left as it is."""
-    from clip_deploy.builders.onnx_export import export_onnx
+    from clip_deploy.builders import onnx_export
     from clip_deploy.core.artifact import Target, build
     from clip_deploy.core.config import OnnxConfig
     from clip_deploy.core.environment import fingerprint
 
     def export(source, opset=18, **more):
         settings = OnnxConfig(opset=opset, **more)
+        weights, write = fingerprint(source), onnx_export.WRITERS[settings.writer]
+
+        def write_once(tower, inputs, path, *words):
+            """A tower's own graph is the same, whatever the settings put around it."""
+            name = f"{weights[:16]}-{settings.writer}-{opset}/{path.name}"
+            shutil.copy(shared(name, lambda made: write(tower, inputs, made, *words)), path)
 
         def make(folder):
-            build(folder, lambda output: export_onnx(source, settings, output), Target("ort", "fp32"))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(onnx_export.WRITERS, settings.writer, write_once)
+                fill = partial(onnx_export.export_onnx, source, settings)
+                build(folder, fill, Target("ort", "fp32"))
 
-        key = hashlib.sha256(f"{fingerprint(source)} {settings}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{weights} {settings}".encode()).hexdigest()[:16]
         return shared(f"{key}/onnx-fp32", make)
 
     return export

@@ -159,10 +159,9 @@ def done_by(project, stage):
 
 def sweep(project, stage, fault):
     """What sweep.py printed of each run of the stage's program: moment, event, path, exit code, message, hashes."""
-    command = [sys.executable, f"{HOOKS}/sweep.py", fault, json.dumps(list(map(str, outputs(project, stage))))]
-    command += shlex.split(locked(project, stage)["cmd"])[2:]
-    done = subprocess.run(command, cwd=project.path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    found, command = json.dumps(list(map(str, outputs(project, stage)))), shlex.split(locked(project, stage)["cmd"])[2:]
+    program = ["python", "-c", "import sweep; sweep.main()", fault, found, *command]
+    done = project.run("env", f"PYTHONPATH={HOOKS}", *program)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -194,6 +194,7 @@ def _graph() -> grimp.ImportGraph:
     return grimp.build_graph("stages", "clip_deploy", exclude_type_checking_imports=True, cache_dir=None)
 
 
+@cache
 def _imported(path: Path) -> set[str]:
     """The top-level names of other people's modules that a file imports when it runs."""
     tree = ast.parse(path.read_text())

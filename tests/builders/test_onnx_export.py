@@ -4,14 +4,13 @@ import onnx_ir as ir
 import pytest
 
 from clip_deploy.builders.onnx_export import export_onnx
-from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import Exporter, OnnxConfig
 from clip_deploy.core.errors import DeployError
 from clip_deploy.onnx_graph import onnx_file
 from clip_deploy.runtimes import open_encoder
 
 
-@pytest.mark.parametrize("opset", [14, 17, 20, 21])
+@pytest.mark.parametrize("opset", [14, 17, 18, 21, 23])
 def test_the_file_declares_the_opset_asked_for_and_takes_every_batch(checkpoint, onnx_of, opset):
     output = onnx_of(checkpoint, opset)
     rng = np.random.default_rng(0)
@@ -44,13 +43,6 @@ def test_a_file_holds_one_tower_and_no_path_of_this_machine(checkpoint, onnx_tar
     content = (onnx_target / "vision.onnx").read_bytes()
     assert b"site-packages" not in content
     assert b".py" not in content
-
-
-def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, onnx_target, tmp_path):
-    """Else `dvc repro` would rebuild all that hangs on the export for nothing."""
-    build(tmp_path / "again", lambda folder: export_onnx(checkpoint, OnnxConfig(), folder), Target("ort", "fp32"))
-    for tower in ("vision", "text"):
-        assert (tmp_path / "again" / f"{tower}.onnx").read_bytes() == (onnx_target / f"{tower}.onnx").read_bytes()
 
 
 def test_an_exporter_that_ignores_the_opset_is_caught(checkpoint, tmp_path):

@@ -2,7 +2,6 @@ import http.server
 import json
 import shutil
 import subprocess
-import sys
 import threading
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import transformers
 from support.models import SMALL, SMALL_VISION, small_tokenizer
-from support.project import TINY
+from support.project import TINY, warm_python
 from transformers import BertConfig, BertModel, BertTokenizer
 from transformers.utils import import_utils
 
@@ -459,7 +458,7 @@ def fetch_in_a_process(tmp_path, revision=REVISION, **variables):
     output = tmp_path / "output"
     output.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", FETCH, revision, str(output)],
+        [warm_python(), "-c", FETCH, revision, str(output)],
         env={"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", **variables},
         cwd=TINY.parent.parent,
         capture_output=True,

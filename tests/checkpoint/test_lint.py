@@ -3,12 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.project import ROOT, TINY
+from support.project import ROOT, TINY, warm_python
 
 from clip_deploy.checkpoint.fetch import fetch
 from clip_deploy.checkpoint.lint import CODES, NEVER_ALLOWED, lint
@@ -632,7 +631,7 @@ for words in ([], ["model.allow=[padding-side,logit-scale]"]):  # in one process
 def test_the_stage_says_all_errors_and_leaves_nothing_behind_and_records_what_was_allowed(tmp_path):
     broken = shutil.copytree(TINY, tmp_path / "broken")
     both(tokens(padding_side="left"), scale(100.0))(broken)
-    command = [sys.executable, "-c", TWICE, f"output={tmp_path}/torch-fp32", f"model.path={broken}"]
+    command = [warm_python(), "-c", TWICE, f"output={tmp_path}/torch-fp32", f"model.path={broken}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "exit code 1 ['broken']" in done.stdout
     assert done.stderr.startswith("error: the checkpoint would give wrong answers:\n  padding-side (error): ")

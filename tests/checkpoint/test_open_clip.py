@@ -197,19 +197,26 @@ def test_torchscript_gives_open_clips_own_embeddings(name, targets, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])
-def test_compiled_and_static_int8_forms_give_open_clips_own_embeddings(name, targets, onnx_of, tmp_path):
+def test_static_int8_gives_open_clips_own_embeddings(name, targets, onnx_of, tmp_path):
     target, own = targets(name)
-    onnx, fused, calibration = onnx_of(target), tmp_path / "ort-fp32", tmp_path / "calibration"
-    build(fused, lambda output: optimize(onnx, OptimizeConfig(), None, output), None)
+    fused, calibration = tmp_path / "ort-fp32", tmp_path / "calibration"
+    build(fused, lambda output: optimize(onnx_of(target), OptimizeConfig(), None, output), None)
     calibration.mkdir()
     data = load_data(DataConfig(evaluation_samples=8, calibration_samples=8), 0)
     write_prepared("calibration", data, ["a {}"], load_processor(target), read_target(target).model, calibration)
     prepared, static = load_prepared(calibration), QuantizeConfig(method=Quantization.static)
     build(tmp_path / "int8", lambda output: quantize(fused, static, prepared, [], 0, output), None)
     assert min(lowest_cosines(tmp_path / "int8", own).values()) > 0.9
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler on this machine")
-    build(tmp_path / "aoti", lambda output: export_aoti(onnx, Precision.fp32, prepared, output), None)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler on this machine")
+def test_a_compiled_package_gives_open_clips_own_embeddings(targets, onnx_of, tmp_path):
+    """Of a tower of timm; its CLIP has the operations of the built-in model, which test_aoti.py compiles."""
+    from torch._inductor import config
+
+    target, own = targets("siglip")
+    with config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # half of the time
+        build(tmp_path / "aoti", lambda output: export_aoti(onnx_of(target), Precision.fp32, None, output), None)
     assert min(lowest_cosines(tmp_path / "aoti", own).values()) > 0.999999
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from support.hub import COMMIT, served
 from support.models import embedded
-from support.project import ROOT, TINY
+from support.project import ROOT, TINY, warm_python
 
 from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.checkpoint.fetch import fetch
@@ -251,7 +250,7 @@ def test_of_a_repository_the_model_in_it_is_fetched_and_no_pickle(tmp_path, kind
     )
     with served({"someone/st": folder}) as (endpoint, asked):
         done = subprocess.run(
-            [sys.executable, "-c", code, COMMIT, str(tmp_path / "output")],
+            [warm_python(), "-c", code, COMMIT, str(tmp_path / "output")],
             env={
                 "PATH": os.environ["PATH"],
                 "HF_HOME": str(tmp_path / "hf"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.browser import PLACES, look, needs_chromium
-from support.project import ROOT
+from support.project import ROOT, programs
 from support.sweeps import measured, point
 
 from clip_deploy.__main__ import main
@@ -368,7 +368,7 @@ def test_a_sweep_that_is_killed_goes_on_and_a_point_that_fails_keeps_its_reason(
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "Add a sweep")
     command = [sys.executable, "-m", "clip_deploy", "sweep", "mine"]
-    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{programs()}{os.pathsep}{os.environ['PATH']}"}
     running = subprocess.Popen(command, cwd=project.path, env=environment, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     while not copies(project.path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.project import ROOT, Project
+from support.project import ROOT, Project, warm_python
 from support.sweeps import measured, point
 
 from clip_deploy.__main__ import main
@@ -123,7 +123,7 @@ MINE = """\
 target: ort-int8-dynamic
 parameters:
   quantize.ort-int8-dynamic.per_channel: [false]
-  conf/benchmark/quick.yaml:warmup: [1, 2]
+  conf/benchmark/quick.yaml:warmup: {warmups}
 """
 # In every Python process: a line for each stage.
 NOTE = """
@@ -156,28 +156,29 @@ def cluster(request, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_job_that_is_killed_runs_again_and_what_jobs_built_comes_through_the_remote(built, cluster, tmp_path):
     engine, store = cluster
+    points = 2 if engine == "local" else 1  # whose processes are forks of one with their libraries
     project = built.copy(tmp_path / "project")
-    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE)
+    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE.format(warmups=list(range(1, points + 1))))
     project.run("dvc", "remote", "add", "-d", "store", store)
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "Add a sweep and a remote")
     project.run("dvc", "push", "-q", "--run-cache")
-    command = [sys.executable, "-m", "clip_deploy", "sweep", "mine", "--on", engine]
-    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
-    running = subprocess.Popen(command, cwd=project.path, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [warm_python(), "-m", "clip_deploy", "sweep", "mine", "--on", engine]
+    running = subprocess.Popen(command, cwd=project.path, stdout=subprocess.PIPE, text=True)
     os.kill(_worker(running), signal.SIGKILL)
     output, _ = running.communicate()
     assert running.returncode == 0
-    assert "2 points: 2 measured, 0 failed." in output
-    assert len(measured(project)) == 2
+    assert f"{points} points: {points} measured, 0 failed." in output
+    assert len(measured(project)) == points
     assert set((tmp_path / "stages").read_text().split()) == {"probe", "quantize", "validate", "benchmark"}
-    assert project.run(*command).stdout.count(": there already") == 2
     name = measured(project)[0].rpartition("/")[2]
 
-    table = project.run("env", "COLUMNS=160", "dvc", "exp", "show", "--only-changed", "--no-pager").stdout
-    assert all(word in table for word in (".per_channel ", " warmup ", f"[{name}]"))
-    assert "…" not in table  # which stands where a column is too wide
-    assert len(project.run("dvc", "exp", "diff", "HEAD", name).stdout.splitlines()) < 25
+    if engine == "local":  # what is here of a point is the same whoever measured it
+        assert project.run(*command).stdout.count(": there already") == points
+        table = project.run("env", "COLUMNS=160", "dvc", "exp", "show", "--only-changed", "--no-pager").stdout
+        assert all(word in table for word in (".per_channel ", " warmup ", f"[{name}]"))
+        assert "…" not in table  # which stands where a column is too wide
+        assert len(project.run("dvc", "exp", "diff", "HEAD", name).stdout.splitlines()) < 25
 
     project.run("git", "clone", "-q", str(project.path), str(tmp_path / "clone"))
     there = Project(tmp_path / "clone")  # with a cache of its own, in which nothing is
@@ -197,7 +198,7 @@ def _worker(running):
         assert running.poll() is None
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                is_run = process.cmdline()[1:5] == ["-m", "dvc", "exp", "run"]
+                is_run = " -m dvc exp run " in " ".join(process.cmdline())
                 if is_run and process.environ().get("STAGES_RAN") == os.environ["STAGES_RAN"]:
                     return process.ppid()
         time.sleep(0.05)

@@ -20,12 +20,9 @@ from support.project import ROOT
 from support.targets import packed
 
 from clip_deploy.__main__ import LIGHT
-from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.processor_files import write_portable
 from clip_deploy.checkpoint.load import load_model, load_processor
 from clip_deploy.core import fast_preprocessing
-from clip_deploy.core.artifact import Target, build
-from clip_deploy.core.config import OnnxConfig
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
 from clip_deploy.core.images import Encoded
 from clip_deploy.data import scenes
@@ -240,10 +237,8 @@ def test_what_is_no_package_is_refused(tmp_path, manifest, said):
         ZeroShotClassifier.open(tmp_path)
 
 
-def test_a_graph_that_preprocesses_takes_images_of_any_size(checkpoint, sets, tmp_path):
-    settings = OnnxConfig(preprocess=True, normalize=True)
-    target = tmp_path / "built" / "onnx-fp32"
-    build(target, lambda output: export_onnx(checkpoint, settings, output), Target("ort", "fp32"))
+def test_a_graph_that_preprocesses_takes_images_of_any_size(checkpoint, sets, onnx_of, tmp_path):
+    target = onnx_of(checkpoint, preprocess=True, normalize=True)
     (tmp_path / "package").mkdir()
     folder = packed(target, sets, tmp_path / "package")
     assert not (folder / "preprocessor.json").exists()

@@ -13,7 +13,6 @@ from PIL import Image
 from support.project import ROOT
 
 from clip_deploy.builders.fused import optimize
-from clip_deploy.builders.onnx_export import export_onnx
 from clip_deploy.builders.quantize import quantize
 from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import Target, build, read_target
@@ -23,7 +22,6 @@ from clip_deploy.core.config import (
     Device,
     GateLimits,
     GatesConfig,
-    OnnxConfig,
     OptimizeConfig,
     Precision,
     Provider,
@@ -67,16 +65,13 @@ def labels(images):
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint, labels, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "onnx-fp32"
-    settings = OnnxConfig(preprocess=True, normalize=True, classifier=labels, template=TEMPLATE)
-    build(folder, lambda output: export_onnx(checkpoint, settings, output), Target("ort", "fp32"))
-    return folder
+def exported(checkpoint, labels, onnx_of):
+    return onnx_of(checkpoint, preprocess=True, normalize=True, classifier=labels, template=TEMPLATE)
 
 
 @pytest.fixture(scope="module")
-def fused(exported, sets):
-    folder, calibration = exported.parent / "ort-fp32", load_prepared(sets / "calibration")
+def fused(exported, sets, tmp_path_factory):
+    folder, calibration = tmp_path_factory.mktemp("whole") / "ort-fp32", load_prepared(sets / "calibration")
     build(folder, lambda output: optimize(exported, OptimizeConfig(), calibration, output), Target("ort", "fp32"))
     return folder
 
@@ -163,15 +158,13 @@ def test_embeddings_that_are_not_of_unit_length_fail(exported, images, tmp_path)
     assert "an embedding's length is off 1 by 1.0e+00" in " ".join(record.reasons)
 
 
-def test_siglip_scores_labels_with_its_bias_and_a_sigmoid(siglip, tmp_path):
+def test_siglip_scores_labels_with_its_bias_and_a_sigmoid(siglip, onnx_of):
     import torch
 
     from clip_deploy.checkpoint.load import load_model
     from clip_deploy.data.preprocessed import tokenize
 
-    folder = tmp_path / "onnx"
-    settings = OnnxConfig(classifier=LABELS, template=TEMPLATE)
-    build(folder, lambda output: export_onnx(siglip, settings, output), Target("ort", "fp32"))
+    folder = onnx_of(siglip, classifier=LABELS, template=TEMPLATE)
     target = read_target(folder)
     model, processor = load_model(siglip), load_processor(siglip)
     texts = tokenize(processor, target.model, [TEMPLATE.format(label) for label in LABELS])
@@ -182,10 +175,8 @@ def test_siglip_scores_labels_with_its_bias_and_a_sigmoid(siglip, tmp_path):
     assert np.abs(open_encoder(folder).classify(pixels) - expected).max() < 1e-5
 
 
-def test_labels_of_another_set_cannot_be_checked_and_the_record_says_so(checkpoint, sets, tmp_path):
-    folder = tmp_path / "onnx"
-    settings = OnnxConfig(classifier=["cat", "dog"])
-    build(folder, lambda output: export_onnx(checkpoint, settings, output), Target("ort", "fp32"))
+def test_labels_of_another_set_cannot_be_checked_and_the_record_says_so(checkpoint, sets, onnx_of):
+    folder = onnx_of(checkpoint, classifier=["cat", "dog"])
     record = validate(folder, load_prepared(sets / "evaluation"), sets / "evaluation" / "reference.npz", GATES, 0)
     assert record.status == "pass"
     assert "lacks a label" in record.measured.classifier.unchecked

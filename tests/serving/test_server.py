@@ -34,7 +34,7 @@ from clip_deploy.serving.repository import write_repository
 from clip_deploy.serving.server import Server, check_runtimes, find_environment, free_ports, serve, stop, versions
 from clip_deploy.serving.validation import changed, check_answers, check_served, negate, spoil
 
-SETTINGS = TritonCheckConfig(environment=str(ENVIRONMENT), concurrency=[2], seconds=0.5)
+SETTINGS = TritonCheckConfig(environment=str(ENVIRONMENT), concurrency=[2], seconds=0.2)
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ PYTHONPATH = os.environ.get("PYTHONPATH", "")  # as no test has changed it yet
 
 @cache
 def programs() -> str:
-    """PATH of `python` and `dvc`: on Linux those of warm.py, whose process ends with this one."""
+    """PATH of `python`, `dvc` and `clip-deploy`: on Linux those of warm.py, whose process ends with this one."""
     installed = Path(sys.executable).parent
     if sys.platform != "linux":
         return str(installed)
     folder = Path(tempfile.mkdtemp())
     warm, address = str(ROOT / "tests" / "support" / "warm.py"), str(folder / "socket")
-    for name in ("python", "dvc"):
+    for name in ("python", "dvc", "clip-deploy"):
         words = shlex.join([sys.executable, "-IS", warm, "ask", address, PYTHONPATH, name])
         (folder / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         (folder / name).chmod(0o755)
@@ -38,6 +38,11 @@ def programs() -> str:
     atexit.register(server.communicate)
     assert server.stdout.readline() == b"ready\n"
     return f"{folder}{os.pathsep}{installed}"
+
+
+def warm_python() -> str:
+    """A `python` whose stages, commands and programs in -c start with their libraries imported."""
+    return f"{programs().partition(os.pathsep)[0]}/python"
 
 
 @dataclass

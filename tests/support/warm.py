@@ -1,10 +1,12 @@
-"""`python` and `dvc` whose libraries are imported once: each command is a fork of a process that has them.
+"""`python`, `dvc` and `clip-deploy` that have their libraries: each command is a fork of a process that imported them.
 
     warm.py serve SOCKET                  import them, and fork for whoever asks, until standard input ends
     warm.py ask SOCKET PYTHONPATH python -m stages...   be that fork to the caller: its streams, folder, variables, end
 
-A stage imports PyTorch and transformers for four seconds and works for one. Stages, commands, dvc and the workers that
-are timed are forked; everything else, and what has another PYTHONPATH than the server, becomes the command itself.
+A stage imports PyTorch and transformers for four seconds and works for one. Stages, commands, dvc, the workers that are
+timed and programs in -c are forked; everything else, and what has libraries of its own on PYTHONPATH, becomes the
+command itself.
+A folder with a sitecustomize.py, which a test puts there to change one thing, is no such library: the fork runs it.
 """
 
 import contextlib
@@ -18,16 +20,27 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-FORKED = ("stages.", "clip_deploy", "dvc")
+FORKED = ("stages.", "clip_deploy", "dvc", "submitit.core")
 LIBRARIES = (
     "dvc.cli.parser",
+    "dvc.lock",
+    "dvc.repo.artifacts",
+    "dvc.repo.datasets",
+    "dvc.repo.index",
+    "dvc.repo.metrics",
+    "dvc.repo.params",
+    "dvc.repo.plots",
     "dvc.repo.reproduce",
+    "dvc.repo.stage",
+    "dvc.scm",
+    "dvc.utils.strictyaml",
     "hydra.main",
     "onnxruntime.quantization",
     "onnxscript",
+    "ruamel.yaml",
     "torch._dynamo",
     "torch.export",
-    "torch.onnx",
+    "torch.onnx._internal.exporter._compat",
     "transformers.models.clip.modeling_clip",
     "transformers.models.clip.processing_clip",
 )
@@ -40,7 +53,10 @@ def serve(address: str) -> None:
     sys.path.pop(0)  # this folder, where triton.py is another
     for name in LIBRARIES:
         importlib.import_module(name)
+    quicken_locks()
+    quicken_exports()
     gc.freeze()  # a collection would copy the pages that the forks share
+    gc.set_threshold(10_000)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)
     listener.listen(16)
@@ -55,6 +71,38 @@ def serve(address: str) -> None:
         caller.close()
         while guards and os.waitpid(-1, os.WNOHANG)[0]:
             guards -= 1
+
+
+def quicken_locks() -> None:
+    """Let dvc read and write dvc.lock by libyaml: by ruamel's Python, which keeps comments, it is half of a stage."""
+    import yaml
+    from dvc import dvcfile
+    from dvc.utils.serialize import _common, _yaml
+
+    class Dumper(yaml.CSafeDumper):
+        """Of dvc's ordered mappings, and with nothing in the place of null, as dvc writes it."""
+
+    Dumper.add_multi_representer(dict, Dumper.represent_dict)
+    Dumper.add_representer(type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", ""))
+    with_comments = dvcfile.modify_yaml
+
+    def modify(path: str, fs: object = None) -> contextlib.AbstractContextManager[dict]:
+        if not path.endswith(".lock"):
+            return with_comments(path, fs)
+        return _common._modify_data(
+            path, _yaml.parse_yaml, lambda data, file: yaml.dump(data, file, Dumper, sort_keys=False), fs
+        )
+
+    dvcfile.modify_yaml = modify
+
+
+def quicken_exports() -> None:
+    """Let PyTorch's ONNX exporter list what it can translate once, not at each export, which that takes a fifth of."""
+    from functools import cache
+
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))
 
 
 def guard(caller: socket.socket) -> NoReturn:
@@ -76,7 +124,10 @@ def guard(caller: socket.socket) -> NoReturn:
 
 
 def run(streams: list[int], words: list[str], folder: str, variables: dict[str, str], python: str) -> None:
+    import importlib.util
     import runpy
+
+    from huggingface_hub import constants
 
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -84,10 +135,26 @@ def run(streams: list[int], words: list[str], folder: str, variables: dict[str, 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
-    module, *sys.argv[1:] = words
-    sys.path.insert(0, folder)
+    flag, program, *sys.argv[1:] = words
+    sys.argv[0] = flag
+    sys.path[:0] = [folder, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
     sys.executable = python  # the workers that a stage times are forks too
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    # What a project's stages import is compiled once, and not into its folder, which DVC watches.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, f"{os.path.dirname(python)}/bytecode"
+    sys.orig_argv = [python, *words]
+    importlib.reload(constants)  # which took its settings from the server's variables
+    if importlib.util.find_spec("sitecustomize"):
+        importlib.import_module("sitecustomize")  # as Python does before a program
+    if flag == "-c":
+        exec(program, {"__name__": "__main__"})
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def is_warm(path: str, server_path: str, folder: str) -> bool:
+    """Whether a process with this PYTHONPATH, in this folder, has the libraries of the server, and only those."""
+    others = set(path.split(os.pathsep)) - {"", folder, *server_path.split(os.pathsep)}
+    return all(os.path.isfile(f"{other}/sitecustomize.py") for other in others)
 
 
 def end(program: Callable[[], None]) -> NoReturn:
@@ -108,12 +175,13 @@ def end(program: Callable[[], None]) -> NoReturn:
 
 
 def ask(address: str, server_path: str, name: str, *given: str) -> NoReturn:
-    words = ["-m", "dvc", *given] if name == "dvc" else list(given)
-    forked = words[:1] == ["-m"] and words[1].startswith(FORKED) and words[2:3] != ["serve"]  # which heeds signals
-    if not forked or os.environ.get("PYTHONPATH", "") != server_path:
+    words = list(given[given[:1] == ("-u",) :]) if name == "python" else ["-m", name.replace("-", "_"), *given]
+    is_ours = words[:1] == ["-m"] and words[1].startswith(FORKED) and words[2:3] != ["serve"]  # which heeds signals
+    forked = is_ours or words[:1] == ["-c"]
+    if not forked or not is_warm(os.environ.get("PYTHONPATH", ""), server_path, os.getcwd()):
         os.execv(sys.executable, [sys.executable, *words])
     python = f"{os.path.dirname(address)}/python"
-    request = {"words": words[1:], "folder": os.getcwd(), "variables": dict(os.environ), "python": python}
+    request = {"words": words, "folder": os.getcwd(), "variables": dict(os.environ), "python": python}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(address)
         socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])

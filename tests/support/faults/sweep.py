@@ -1,4 +1,4 @@
-"""Run a stage once for each of its moments, with a fault there: sweep.py full|kill OUTPUTS MODULE ARGUMENTS
+"""Run a stage once for each of its moments, with a fault there: main() with full|kill OUTPUTS MODULE ARGUMENTS
 
 full: from each file's opening on, the disk is full. kill: SIGKILL at moments spread over the stage, and then it runs
 undisturbed. Prints one JSON line a run: [moment, event, path that was about to be changed, exit code, what it printed
@@ -98,6 +98,3 @@ ACTS: dict[str, Callable[[int], Callable[[int, str, str], None]]] = {
     "full": lambda number: lambda at, *_: fill_disk() if at == number else None,
     "kill": lambda number: lambda at, *_: os.kill(os.getpid(), signal.SIGKILL) if at == number else None,
 }
-
-if __name__ == "__main__":
-    main()
