@@ -130,8 +130,7 @@ class Operators:
         weight: Tensor,
         bias: Tensor | None = None,
         added: Tensor | None = None,
-        *,
-        epsilon: float,
+        epsilon: float = 1e-5,
         inverse: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`skip_layer_norm` of `linear`, hidden @ matrix.T + addend."""

@@ -109,21 +109,17 @@ class TunedOperators(Operators):
         weight: Tensor,
         bias: Tensor | None = None,
         added: Tensor | None = None,
-        *,
-        epsilon: float,
+        epsilon: float = 1e-5,
         inverse: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        one_by_one = partial(super().linear_skip_layer_norm, epsilon=epsilon, inverse=inverse)
-        given = (hidden, matrix, addend, scale, skip, weight, bias, added)
+        one_by_one = super().linear_skip_layer_norm
+        given = (hidden, matrix, addend, scale, skip, weight, bias, added, epsilon, inverse)
         both = addend is not None and added is not None
         alike = skip.shape[:-1] == hidden.shape[:-1] and skip.is_contiguous()
         if hidden.dtype is torch.float32 or len(matrix) % 8 or both or not alike:
             return one_by_one(*given)
         count = hidden.numel() // hidden.shape[-1]
-        ways: list[Callable[..., Any]] = [
-            one_by_one,
-            *_sum_candidates(count, matrix, scale is not None, epsilon, inverse),
-        ]
+        ways: list[Callable[..., Any]] = [one_by_one, *_sum_candidates(count, matrix, scale is not None)]
         key = ("sum", count, matrix.shape, addend is None, added is None, hidden.dtype, inverse is None)
         found: tuple[Tensor, Tensor] = self._choose(key, ways, *given)
         return found
@@ -132,7 +128,10 @@ class TunedOperators(Operators):
         return kernels.patchify(pixels, size, dtype)
 
     def _choose(self, key: tuple[Any, ...], ways: Sequence[Callable[..., Any]], *given: Any) -> Any:
-        """Call the fastest way for these shapes; time all where they are new."""
+        """Call the fastest way for these shapes; time all where they are new.
+
+        A way is kept for other layers, so it holds nothing of a layer: all of that is given.
+        """
         if key not in self.fastest:
             known = self.choices.get(repr(key))
             if known is None or not 0 <= known < len(ways):
@@ -190,15 +189,13 @@ def median_ms(way: Callable[..., Any], given: tuple[Any, ...], others: Sequence[
     return found
 
 
-def _sum_candidates(
-    count: int, matrix: Tensor, fp8: bool, epsilon: float, inverse: float | None
-) -> list[Callable[..., tuple[Tensor, Tensor]]]:
+def _sum_candidates(count: int, matrix: Tensor, fp8: bool) -> list[Callable[..., tuple[Tensor, Tensor]]]:
     """Ways to a matmul's sum with what is skipped, besides one after the other."""
     fit = [(tiles, parts) for tiles, parts in kernels.SPLIT if tiles.divides(matrix.shape[1], fp8, parts)]
     ways: list[Callable[..., tuple[Tensor, Tensor]]] = [_fp8_by_cublas] if fp8 else []
     if count <= MANY_ROWS:
         ways += [partial(_in_parts, tiles=tiles, parts=parts) for tiles, parts in fit]
-    return [partial(way, epsilon=epsilon, inverse=inverse) for way in ways]
+    return ways
 
 
 def _fp8_by_cublas(
@@ -210,7 +207,6 @@ def _fp8_by_cublas(
     weight: Tensor,
     bias: Tensor | None,
     added: Tensor | None,
-    *,
     epsilon: float,
     inverse: float | None,
 ) -> tuple[Tensor, Tensor]:
@@ -227,9 +223,9 @@ def _in_parts(
     weight: Tensor,
     bias: Tensor | None,
     added: Tensor | None,
-    *,
     epsilon: float,
     inverse: float | None,
+    *,
     tiles: kernels.Tiles,
     parts: int,
 ) -> tuple[Tensor, Tensor]:

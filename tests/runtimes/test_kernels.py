@@ -224,6 +224,26 @@ def test_the_fastest_way_is_found_once_for_each_shape(monkeypatch, tmp_path):
     assert len(timed) == count
 
 
+def test_layers_of_one_shape_keep_their_own_scales(monkeypatch, tmp_path):
+    """The way that was found for one layer serves the others."""
+    from clip_deploy.runtimes import autotune
+
+    monkeypatch.setenv("CLIP_DEPLOY_CACHE", str(tmp_path))
+    if not ON_GPU:
+        monkeypatch.setattr(autotune, "median_ms", lambda way, *given: 1.0)
+    operators = autotune.TunedOperators()
+    rows, matrix, skip, weight = random(1, 64, 256), random(128, 256, scale=0.05), random(1, 64, 128), random(128)
+    given, packed = (rows, matrix, None, None, skip, weight), random(1, 64, 3 * 64)
+    for inverse, epsilon in ((100.0, 1e-5), (25.0, 1e-1)):
+        settings = {"epsilon": epsilon, "inverse": inverse}
+        normalized, _ = operators.linear_skip_layer_norm(*given, **settings)
+        assert_rounded_alike(normalized, LIBRARY.linear_skip_layer_norm(*given, **settings)[0])
+        linear = LIBRARY.linear(rows, matrix, inverse=inverse)
+        assert_rounded_alike(operators.linear(rows, matrix, inverse=inverse), linear, 2e-2)
+        attended = LIBRARY.attention(packed, 2, 0.125, False, inverse)
+        assert_rounded_alike(operators.attention(packed, 2, 0.125, False, inverse), attended, 2e-2)
+
+
 @pytest.fixture(scope="module", params=["fp16", "fp8"])
 def target(onnx_target, sets, tmp_path_factory, request):
     """The built-in model as our kernels run it."""
