@@ -244,7 +244,7 @@ class TritonCheckConfig:
     environment: str = "build/triton-venv"  # the folder that `make triton-env` makes
     # numbers of clients that ask at the same time, each 1 to 256
     concurrency: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
-    seconds: float = 0.5  # seconds of one window at one concurrency, up to 60; at least three windows are measured
+    seconds: float = 0.2  # seconds of one window at one concurrency, up to 60; at least three windows are measured
 
     def __post_init__(self) -> None:
         if not self.concurrency or not all(1 <= clients <= MAX_CLIENTS for clients in self.concurrency):

@@ -14,7 +14,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from tritonclient.utils import InferenceServerException
@@ -254,6 +254,7 @@ def zero_shot(job: ClientJob, content: bytes, texts: list[bytes]) -> str:
     return f"answered: {np.round(found, 3).tolist()}"
 
 
+@cache
 def png(width: int, height: int) -> bytes:
     """A white PNG with one bit a pixel, written in rows so that it takes no memory here."""
     packer, row = zlib.compressobj(9), bytes(1) + b"\xff" * ((width + 7) // 8)

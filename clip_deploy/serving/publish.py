@@ -51,7 +51,7 @@ def publish(new: Path, served: Path, url: str | None = None) -> str:
     except BaseException:
         for model, config in before.items():
             _remove(served / model / version)
-            write_text(served / model / CONFIG, config)
+            _configure(served, model, config)
         for model in (*PARTS, WHOLE):
             with suppress(DeployError):  # the first error is the one to tell
                 load(url, (model,))
@@ -69,7 +69,7 @@ def withdraw(served: Path, version: str, url: str | None = None) -> str:
     if version not in known or not left:
         raise DeployError(f"{served} has version {', '.join(known)}: {version} cannot be taken out of it")
     _remove(served / WHOLE / version)
-    _pin(served, left[-1])
+    _configure(served, WHOLE, _pinned((served / WHOLE / CONFIG).read_text(encoding="utf-8"), left[-1]))
     load(url, (WHOLE,))
     for part in PARTS:
         _remove(served / part / version)
@@ -113,14 +113,19 @@ def _put(new: Path, served: Path, model: str, version: str) -> None:
     """A version appears whole; batching and instances are the new one's, for all versions."""
     with new_folder(served / model / version) as folder:
         shutil.copytree(new / model / WRITTEN, folder, dirs_exist_ok=True)
-    write_text(served / model / CONFIG, (new / model / CONFIG).read_text(encoding="utf-8"))
-    if model == WHOLE:
-        _pin(served, version)
+    config = (new / model / CONFIG).read_text(encoding="utf-8")
+    _configure(served, model, _pinned(config, version) if model == WHOLE else config)
 
 
-def _pin(served: Path, version: str) -> None:
-    path = served / WHOLE / CONFIG
-    write_text(path, re.sub(r"model_version: -?\d+", f"model_version: {version}", path.read_text(encoding="utf-8")))
+def _pinned(config: str, version: str) -> str:
+    return re.sub(r"model_version: -?\d+", f"model_version: {version}", config)
+
+
+def _configure(served: Path, model: str, config: str) -> None:
+    """Written only where it is another: with a newer file, Triton loads all versions of the model again."""
+    path = served / model / CONFIG
+    if path.read_text(encoding="utf-8") != config:
+        write_text(path, config)
 
 
 def _remove(version: Path) -> None:

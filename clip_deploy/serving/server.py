@@ -24,8 +24,7 @@ from clip_deploy.core.errors import DeployError, UnavailableError
 from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.serving.repository import FLAGS
 
-START_S = 120.0  # until the server is ready; a server without a load answers after 3
-STOP_S = 20.0  # from SIGTERM until SIGKILL
+START_S = 120.0  # until the server is ready; a server without a load answers after 2
 READY = "/v2/models/clip_zero_shot/ready"  # the ensemble is, once all that it calls are
 PACKAGES = ("nvidia_pytriton", "numpy", "tokenizers", "pillow", "tritonclient")
 RUNTIMES = ("onnxruntime", "openvino", "torch")  # of packages; what is installed of them is in the record too
@@ -69,12 +68,17 @@ class Environment:
         return self.triton / "python_backend_stubs" / self.ask(VERSION) / "triton_python_backend_stub"
 
     def variables(self) -> dict[str, str]:
-        """The library of the environment's own Python comes first: the server embeds it."""
+        """The library of the environment's own Python comes first: the server embeds it.
+
+        No bytecode is written: it would lie in a version's folder, which then counts as changed and is loaded again
+        whenever its model is looked at.
+        """
         libraries = [self.ask(LIBDIR), str(self.packages / "nvidia_pytriton.libs"), os.environ.get("LD_LIBRARY_PATH")]
         return {
             **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")},
             "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
             "PATH": str(self.python.parent) + os.pathsep + os.environ["PATH"],
+            "PYTHONDONTWRITEBYTECODE": "1",
         }
 
     def ask(self, code: str) -> str:
@@ -182,6 +186,7 @@ def command(repository: Path, environment: Environment, ports: dict[str, int]) -
         f"--backend-directory={environment.triton / 'backends'}",
         f"--backend-config=python,shm-region-prefix-name={_region(ports['http'])}",
         "--allow-gpu-metrics=false",
+        "--disable-auto-complete-config",  # they are whole; else each model is started twice, first to be asked
         *FLAGS,
     ]
     for name, port in ports.items():
@@ -228,15 +233,9 @@ def _wait(server: Server) -> None:
 
 
 def stop(server: Server) -> None:
-    """SIGTERM, then SIGKILL by the guard to what is left of it, its models' processes included."""
-    server.process.terminate()
-    try:
-        server.process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        server.guard.communicate()
-        server.process.wait()
+    """SIGKILL by the guard, to its models' processes too: it has nothing to save, and takes 4 s to end by SIGTERM."""
+    server.guard.communicate()
+    server.process.wait()
 
 
 def _region(port: int) -> str:

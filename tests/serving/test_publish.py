@@ -93,6 +93,14 @@ def test_a_version_is_added_beside_the_others_and_the_ensemble_names_it(new, ser
     assert (served / "clip_vision" / "config.pbtxt").read_text() == batching
 
 
+def test_a_configuration_that_stays_is_not_written_again(new, served):
+    """With a newer one, Triton loads all versions of the model again."""
+    configs = [served / model / "config.pbtxt" for model in PARTS]
+    before = [config.stat().st_mtime_ns for config in configs]
+    publish(new, served)
+    assert [config.stat().st_mtime_ns for config in configs] == before
+
+
 def test_parts_are_loaded_before_the_ensemble_that_names_them_and_leave_after_it(new, served, server):
     publish(new, served, server.url)
     assert server.loaded == [*((part, "1") for part in PARTS), (WHOLE, "2")]

@@ -256,8 +256,7 @@ def test_memory_of_a_run_that_was_killed_with_its_guard_is_freed_by_the_next(tmp
     assert [path.name for path in tmp_path.iterdir()] == regions[1:]
 
 
-def test_a_server_that_ignores_its_end_is_killed(monkeypatch, tmp_path):
-    monkeypatch.setattr(running, "STOP_S", 0.2)
+def test_a_server_that_ignores_its_end_is_killed(tmp_path):
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, start_new_session=True)
     process.stdout.readline()
