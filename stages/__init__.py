@@ -9,6 +9,7 @@ params.yaml overrides conf/, the command line overrides both.
 """
 
 import functools
+import gc
 import inspect
 import os
 import sys
@@ -41,6 +42,7 @@ from clip_deploy.core.turns import turn
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PARAMS = Path("params.yaml")
 SWEEP = ("-m", "--multirun")
+COLLECTED_AFTER = 100_000  # objects: PyTorch and transformers make a million that stay, and none is looked at so often
 TIMED = ("benchmark", "end_to_end", "validate_triton")  # no other stage runs on this machine meanwhile
 WAITS = "a stage runs on this machine that is timed alone, or this one is to be"
 
@@ -51,6 +53,7 @@ QUIET = {
     "output_subdir": None,
     "mode": None,
 }
+gc.set_threshold(COLLECTED_AFTER)
 HELP = (
     "${hydra.help.header}\n\nSettings (key=value overrides them; -m sweeps over a=1,2, each job with its own output:\n"
     "output=timed-$\\${hydra:job.num}.json):\n\n$CONFIG"

@@ -14,6 +14,7 @@ Reads one JSON request a line from standard input and answers with one JSON line
 What fails is answered as {"error": reason}.
 """
 
+import gc
 import json
 import os
 import resource
@@ -46,6 +47,7 @@ def peak_bytes() -> int:
 
 
 EMPTY = peak_bytes()
+MANY = 100_000  # objects: libraries make a million that stay, and none is looked at so often while they are imported
 
 
 def main() -> None:
@@ -88,7 +90,11 @@ def serve(
         return {"bytes": peak_bytes() - EMPTY, "gpu_bytes": nvml.process_bytes(os.getpid())}
 
     try:
+        usual = gc.get_threshold()
+        gc.set_threshold(MANY)
         encoder = open_target(Path(sys.argv[1]), int(sys.argv[2]))
+        gc.freeze()
+        gc.set_threshold(*usual)
         print(json.dumps({"ready": True}), file=answers)
         for line in sys.stdin:
             print(json.dumps(answer(json.loads(line))), file=answers)
