@@ -28,7 +28,7 @@ def count_operations(tower: nn.Module, inputs: Sequence[Tensor]) -> dict[str, in
         attention: calls of PyTorch's attention, or of softmax where a model writes attention out.
         layer_norm: layer normalizations, those of skip_layer_norm included.
         skip_layer_norm: those of a sum [batch, tokens, width] of a linear layer's output and another tensor of its
-            shape; sums of embeddings are none.
+            shape, or of one token that is taken of such a sum behind an attention; sums of embeddings are none.
         gelu: activations whose class is called GELU in any form, and calls of PyTorch's.
         patch_embedding: 1 where a convolution whose stride is its kernel turns the image into a row of patches.
         early_pooling: 1 where one of several tokens is taken behind an attention.
@@ -83,16 +83,22 @@ class _Counter(TorchFunctionMode):  # type: ignore[misc]
             yield "gelu"
         if name in RESHAPES and _is_among(args[0], self.patches):
             yield "patch_embedding"
-        if name == "__getitem__" and self.steps["attention"] and _takes_a_token(args[0], result):
+        if name == "__getitem__" and self._pools(args[0], result):
             yield "early_pooling"
 
     def _remember(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
         if name == "linear":
             self.linear.append(result)
-        elif name in ADDITIONS and self._is_skip(args):
+        elif (name in ADDITIONS and self._is_skip(args)) or (name == "__getitem__" and self._takes_a_sum(args, result)):
             self.sums.append(result)
         elif name == "conv2d" and args[0] is self.image and _cuts(*args[1:], **kwargs):
             self.patches.append(result)
+
+    def _pools(self, tokens: Tensor, taken: Any) -> bool:
+        return bool(self.steps["attention"]) and _takes_a_token(tokens, taken)
+
+    def _takes_a_sum(self, args: Sequence[Any], taken: Any) -> bool:
+        return _is_among(args[0], self.sums) and self._pools(args[0], taken)
 
     def _is_skip(self, args: Sequence[Any]) -> bool:
         both = [item for item in args[:2] if isinstance(item, Tensor) and not isinstance(item, nn.Parameter)]

@@ -146,7 +146,7 @@ def test_packed_weights_are_constants(fused):
 def test_skip_connections_are_fused_where_asked(onnx_target, fused, tmp_path):
     with_skips, without = optimized(onnx_target, tmp_path / "ort", skip_layer_norm=True), read_target(fused)
     found = with_skips.build["fusions"]
-    assert found["vision"]["skip_layer_norm"] == [7, 7]  # 4 layers, of which the first norm follows none
+    assert found["vision"]["skip_layer_norm"] == [8, 8]  # 4 layers, and the norm behind them in the place of the first
     assert found["text"]["skip_layer_norm"] == [4, 4]
     assert "skip_layer_norm" not in without.build["fusions"]["vision"]
 
