@@ -9,6 +9,7 @@ from clip_deploy.core.fusions import missed as missed_fusions
 from clip_deploy.core.records import Limit, Measured, Validation
 
 LENGTH_ERROR = 1e-3  # of embeddings that onnx.normalize makes
+FORESEEN, ROUNDING = 3.0, 2e-4  # times what a search simulated may be lost, and float16's rounding: 1.0 to 1.4 is usual
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,19 @@ def fusion_failures(record: Validation, gates: GatesConfig) -> list[GateFailure]
     """The operations that the target's fusions missed, where gates.fusions asks for all of them."""
     found = missed_fusions(record.build) if gates.fusions else []
     return [GateFailure(f"{item}:", ADVICE, "(gates.fusions)") for item in found]
+
+
+def search_failures(record: Validation) -> list[GateFailure]:
+    """A target further from FP32 than the search for its accuracy budget simulated: it computes something else."""
+    if record.search is None or record.measured is None:
+        return []
+    mean = sum(parity.cosine_mean for parity in record.measured.parity.values()) / len(record.measured.parity)
+    if 1 - mean <= FORESEEN * (1 - record.search.cosine) + ROUNDING:
+        return []
+    simulated = f"the search for its accuracy budget simulated {record.search.cosine:.5f}"
+    return [
+        GateFailure("mean cosine", f"{mean:.5f}", f"({simulated}: the runtime does not compute what was quantised)")
+    ]
 
 
 def gate_failures(found: Measured, trained: bool, gate: GateLimits, precision: str) -> list[GateFailure]:
@@ -94,7 +108,7 @@ def failures_now(record: Validation, gates: GatesConfig) -> list[GateFailure]:
     whole = found is not None and set(TOWERS) <= set(found.parity) and record.doubts is not None
     gate = gate_of(gates, record.precision)
     missed = gate_failures(found, record.trained, gate, record.precision) if found and whole else []
-    missed += reference_failures(record, gates) + fusion_failures(record, gates)
+    missed += reference_failures(record, gates) + fusion_failures(record, gates) + search_failures(record)
     if missed:
         return missed
     if record.status != "pass":

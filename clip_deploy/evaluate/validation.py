@@ -26,7 +26,14 @@ from clip_deploy.evaluate.embeddings import (
     image_inputs,
     load_embeddings,
 )
-from clip_deploy.evaluate.gates import check_gate, fusion_failures, gate_of, limits, reference_failures
+from clip_deploy.evaluate.gates import (
+    check_gate,
+    fusion_failures,
+    gate_of,
+    limits,
+    reference_failures,
+    search_failures,
+)
 from clip_deploy.runtimes import Encoder, PlacedEncoder, open_encoder
 
 FORMAT = 1  # of a target's manifest
@@ -104,7 +111,8 @@ def _judged(
     record = replace(record, measured=measured, placement=placed)
     if reasons := check_gate(measured, record.trained, gate, target.precision):
         record = replace(record, diagnosis=diagnosis(folder, encoder, prepared, reference, gate))
-    reasons = [*map(str, reference_failures(record, gates) + fusion_failures(record, gates)), *reasons]
+    others = reference_failures(record, gates) + fusion_failures(record, gates) + search_failures(record)
+    reasons = [*map(str, others), *reasons]
     status = "fail" if reasons else "pass"
     return replace(record, status=status, reasons=reasons, limits=limits(measured, record.trained, gate))
 

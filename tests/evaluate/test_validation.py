@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from dvc.cli import main as dvc_command
 from PIL import Image
-from support.records import measured, zero_shot
+from support.records import checked, measured, parity, zero_shot
 from support.targets import advice, records
 
 from clip_deploy.builders.fused import optimize
@@ -23,9 +23,11 @@ from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import GateLimits, GatesConfig, OptimizeConfig, Precision, QuantizeConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
 from clip_deploy.core.manifest import Run
+from clip_deploy.core.parsing import parse, plain
+from clip_deploy.core.records import Search, Validation
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate import validation
-from clip_deploy.evaluate.gates import check_gate
+from clip_deploy.evaluate.gates import check_gate, failures_now
 from clip_deploy.evaluate.validation import validate, validate_apart
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.onnx_graph import onnx_file
@@ -186,6 +188,24 @@ def test_random_weights_are_held_to_the_cosine_only():
         "top-1 drop 9.00 points > 1.5 (gates.int8.max_top1_drop)",
         "flips 50.00 % > 8 (gates.int8.max_flips)",
     ]
+
+
+@pytest.mark.parametrize(("cosine", "wrong"), [(0.9994, False), (0.9956, True)])
+def test_a_target_that_loses_far_more_than_its_search_simulated_fails(cosine, wrong):
+    """As one whose kernels take another layer's scales: within the loose limits of FP8, and broken."""
+    found = measured(parity={tower: replace(parity(), cosine_mean=cosine) for tower in ("vision", "text")})
+    search = Search([], 24, 0.0, 0.0, 0.9997, {}, [])
+    content = {**checked(precision="fp8", runtime="fused"), **plain(found), "search": plain(search)}
+    record = parse(Validation, content, "record")
+    failures = [str(failure) for failure in failures_now(record, GatesConfig())]
+    assert failures == (
+        [
+            "mean cosine 0.99560 (the search for its accuracy budget simulated 0.99970: the runtime does not compute "
+            "what was quantised)"
+        ]
+        if wrong
+        else []
+    )
 
 
 def test_a_target_that_failed_to_build_fails_and_names_its_reason(check, tmp_path):
