@@ -35,9 +35,16 @@ def golden_inputs(package: Path, prepared: Prepared) -> dict[str, np.ndarray]:
     groups = image_batches(prepared, settings, size)
     inputs = {f"images_{row}": group for row, group in enumerate(groups)}
     inputs |= {f"moved_{row}": darkened(group, settings) for row, group in enumerate(groups[len(groups) // 2 :])}
-    for row, rows in enumerate(batches(len(prepared.texts), BATCH)):
-        inputs |= {f"{name}_{row}": getattr(prepared.texts, name)[rows] for name in TEXTS}
+    texts = distinct_rows(*(getattr(prepared.texts, name) for name in TEXTS))
+    for row, rows in enumerate(batches(len(texts), BATCH)):
+        inputs |= {f"{name}_{row}": getattr(prepared.texts, name)[texts[rows]] for name in TEXTS}
     return inputs | file_inputs(groups[0], settings) | label_inputs(package, prepared)
+
+
+def distinct_rows(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The first row of each text: one that comes again is answered from the server's cache, and changes its batch."""
+    _, first = np.unique(np.concatenate([ids, mask], axis=1), axis=0, return_index=True)
+    return np.sort(first)
 
 
 def image_batches(prepared: Prepared, settings: Preprocessing | None, size: int) -> list[np.ndarray]:
