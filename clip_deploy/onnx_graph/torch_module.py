@@ -482,8 +482,9 @@ def _gather(source: Any, index: Any, axis: int = 0) -> Any:
         if index.ndim == 0:
             return source.select(axis, int(index))
         if len(index) == 1:
-            place = int(index[0]) % source.shape[axis]
-            return source.narrow(axis, place, 1).contiguous()  # no copy where the batch is 1
+            place = int(index[0])
+            start = place if place >= 0 else source.shape[axis] + place
+            return source.narrow(axis, start, 1).contiguous()  # no copy where the batch is 1
         return torch.stack([source.select(axis, int(row)) for row in index], axis)
     return F.embedding(index, source) if axis == 0 else torch.index_select(source, axis, index)
 
