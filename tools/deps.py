@@ -19,6 +19,7 @@ from typing import Any
 import grimp
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from clip_deploy.core.artifact import RUNTIMES
 from clip_deploy.core.environment import LIBRARIES
@@ -76,6 +77,7 @@ IDLE = {  # stages in which a library decides nothing: it checks what was made, 
 }
 NAMES = {"PIL": "pillow", "nvidia": "nvimgcodec"}
 PROBED = "reports/environment.json"
+DIVISION = r"(?<=,) (?=\"?(?:artifacts|reports)/(?!inputs))"  # of a stage's deps or params
 
 
 def main() -> None:
@@ -104,7 +106,7 @@ def with_deps(text: str) -> str:
     written = StringIO()
     yaml.dump(content, written)
     plain = re.sub(r" +$", "", written.getvalue(), flags=re.MULTILINE)
-    return re.sub(r"^( +params: \[)(.*?\])$(?=\n +outs:)", _wrapped, plain, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^( +(?:deps|params): \[)(.*?\])$(?=\n +(?:params|outs):)", _wrapped, plain, flags=re.MULTILINE | re.DOTALL)
 
 
 def code_of(stage: str) -> list[str]:
@@ -143,19 +145,21 @@ def versions_of(stage: str) -> set[str]:
 
 
 def _wrapped(found: re.Match[str]) -> str:
-    """A list that fits the page, the versions on lines of their own: ruamel breaks one anywhere."""
+    """A list that fits the page, what is no code and the versions on lines of their own: ruamel breaks one anywhere."""
     start, text = found[1], " ".join(found[2].split()).replace("[ ", "[")
-    parts = [text] if len(start + text) <= WIDTH else re.split(rf"(?<=,) (?={PROBED})", text)
-    fit = [textwrap.wrap(part, WIDTH - len(start), break_on_hyphens=False, subsequent_indent=" ") for part in parts]
+    parts = [text] if len(start + text) <= WIDTH else re.split(DIVISION, text, maxsplit=1)
+    fit = [
+        textwrap.wrap(part, WIDTH - len(start), break_on_hyphens=False, subsequent_indent=" " * ("[" in part))
+        for part in parts
+    ]
     return start + f"\n{' ' * len(start)}".join(line for lines in fit for line in lines)
 
 
 def _set_code(deps: CommentedSeq, code: list[str]) -> None:
-    """Put the code before the artifacts and reports, whose lines and comments stay."""
-    for place in reversed([place for place, dep in enumerate(deps) if dep.startswith(("stages/", "clip_deploy/"))]):
-        deps.pop(place)
-    for place, path in enumerate(code):
-        deps.insert(place, path)
+    """Put the code before the artifacts and reports."""
+    wanted = [*code, *(dep for dep in deps if not dep.startswith(("stages/", "clip_deploy/")))]
+    deps[:] = [DoubleQuotedScalarString(path) if "{" in path else path for path in wanted]
+    deps.fa.set_flow_style()
 
 
 def _set_versions(stage: dict[str, Any], names: set[str]) -> None:
