@@ -106,7 +106,9 @@ def with_deps(text: str) -> str:
     written = StringIO()
     yaml.dump(content, written)
     plain = re.sub(r" +$", "", written.getvalue(), flags=re.MULTILINE)
-    return re.sub(r"^( +(?:deps|params): \[)(.*?\])$(?=\n +(?:params|outs):)", _wrapped, plain, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(
+        r"^( +(?:deps|params): \[)(.*?\])$(?=\n +(?:params|outs):)", _wrapped, plain, flags=re.MULTILINE | re.DOTALL
+    )
 
 
 def code_of(stage: str) -> list[str]:
