@@ -15,6 +15,7 @@ FP8 = {  # models whose FP8 was timed beside FP16
     "B/32": "reports/hardware/nvidia-h200/vit-b-32-untrained-fp8/report.md",
     "L/14": "reports/hardware/nvidia-h200/vit-l-14-untrained-fp8/report.md",
 }
+TINY_FP8 = {"tiny-shapes": "reports/hardware/nvidia-h200/tiny-shapes-fp8/report.md"}
 MARKED = re.compile(r"(<!-- rows: (.+?) -->\n+\|.*\n\|[ :|-]+\|\n)((?:\|.*\n)*)")
 EDGES = ("images, batch 1", "images, batch 8", "texts of 77 tokens, batch 1", "texts of 77 tokens, batch 8")
 CHINESE_EDGES = ("图像，批大小 1", "图像，批大小 8", "77 个 token 的文本，批大小 1", "77 个 token 的文本，批大小 8")
@@ -115,11 +116,24 @@ def fp8() -> list[list[str]]:
     return found
 
 
+def fp8_accuracy() -> list[list[str]]:
+    """What FP8 costs on the GPU; of models with random weights the lowest cosine alone says anything."""
+    columns = ("Lowest cosine, vision / text", "Drop, points [95 %]", "Flips %")
+    found = []
+    for model, path in (TINY_FP8 | FP8).items():
+        head, *rows = _table(_read(path), "## Targets")
+        row = next(row for row in rows if row[0] == "`torch-fused-fp8`")
+        cells = [row[head.index(column)] for column in columns]
+        found.append([model, *(cells if model in TINY_FP8 else [cells[0], "-", "-"])])
+    return found
+
+
 def embed_gpu() -> list[list[str]]:
     """Images per second of `embed` and of what it is made of, on a GPU."""
     found = _json(EMBED_GPU)["sizes"]["640x480"]
     rates = {name: f"{rate:,}" for name, rate in found["per_s"].items()}
-    rates |= {f"`--gpus`, {count}": f"{rate:,.0f}" for count, rate in found["embed_on_disk_per_s"].items()}
+    for kind, name in (("embed_on_disk", "from the first call on"), ("embed_on_disk_steady", "steady")):
+        rates |= {f"`--gpus`, {count}, {name}": f"{rate:,.0f}" for count, rate in found[f"{kind}_per_s"].items()}
     return [[name, rate] for name, rate in rates.items()]
 
 
@@ -132,6 +146,7 @@ ROWS: dict[str, Callable[[], list[list[str]]]] = {
     "conf/gates/standard.yaml": gates,
     H200: h200,
     "FP8": fp8,
+    "FP8 accuracy": fp8_accuracy,
     EMBED_GPU: embed_gpu,
 }
 

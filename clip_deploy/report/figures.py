@@ -290,11 +290,11 @@ def _told(axis: Axis, value: float) -> str:
 
 
 def sensitivity_figure(searched: Sequence[tuple[Row, Search]]) -> Figure | None:
-    """What INT8 costs, over how much of the graph it takes."""
+    """What quantisation costs, over how much of the graph it takes."""
     curves = {row.target: sorted((100 * point.share, point.cosine) for point in found.curve) for row, found in searched}
     built = {row.target: 100 * (1 - len(found.left_in_float) / found.nodes) for row, found in searched}
-    caption = "Mean cosine with FP32 over the share of nodes in INT8, calibration set (ring: as built)"
-    return _curves(curves, caption, "nodes in INT8, %", "mean cosine", built=built)
+    caption = "Mean cosine with FP32 over the share of nodes quantised, calibration set (ring: as built)"
+    return _curves(curves, caption, "nodes quantised, %", "mean cosine", built=built)
 
 
 def _curves(

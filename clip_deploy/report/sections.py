@@ -485,15 +485,15 @@ def head_section(report: Report) -> Section | None:
 
 
 def search_section(report: Report) -> Section | None:
-    """What INT8 costs node by node, and what stays in float for it."""
+    """What quantisation costs node by node, and what is left out for it."""
     searched = [(row, row.search) for row in report.rows if row.search]
     if not searched:
         return None
     head = [
         "Target",
-        "Left in float",
+        "Not quantised",
         "Calibration set: drop, flips",
-        "Most sensitive: 1 - cosine where it alone is INT8",
+        "Most sensitive: 1 - cosine where it alone is quantised",
     ]
     body, curves = [], []
     for row, found in searched:
@@ -507,10 +507,10 @@ def search_section(report: Report) -> Section | None:
             for point in found.curve
         ]
         curves.append([f"`{row.target}`", "; ".join(points)])
-    shares = ["Target", "Share of nodes in INT8: drop, flips (mean cosine), on the calibration set"]
+    shares = ["Target", "Share of nodes quantised: drop, flips (mean cosine), on the calibration set"]
     figure = sensitivity_figure(searched)
     tables: list[Block] = [Table(head, body, left=4), Table(shares, curves)]
-    return Section("INT8 within its accuracy budget", [*tables, *([figure] if figure else [])])
+    return Section("Quantised within an accuracy budget", [*tables, *([figure] if figure else [])])
 
 
 def vector_section(report: Report) -> Section | None:

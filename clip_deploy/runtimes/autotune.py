@@ -1,9 +1,12 @@
 """A tower's operators on a GPU: our kernels or a library's, whichever is the faster for a shape.
 
 Each shape is timed once, when it is first met on this GPU; the fastest way is kept, on the disk too (choices.py).
+A shape's first call only begins to compile its kernels, so that those of a whole layer are compiled side by side.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from clip_deploy.core.environment import cores
 from clip_deploy.onnx_graph.torch_module import Activation, Operators
 from clip_deploy.runtimes import kernels
 from clip_deploy.runtimes.choices import Choices
@@ -32,6 +36,7 @@ class TunedOperators(Operators):
     def __init__(self) -> None:
         self.fastest: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by operator and shapes
         self.choices = Choices(*_valid_for())
+        self.compiling: dict[tuple[Any, ...], list[Future[None]]] = {}  # calls in threads, by operator and shapes
 
     def quantise(self, hidden: Tensor, inverse: float) -> Tensor:
         return kernels.quantise(hidden, inverse)
@@ -128,13 +133,20 @@ class TunedOperators(Operators):
         return kernels.patchify(pixels, size, dtype)
 
     def _choose(self, key: tuple[Any, ...], ways: Sequence[Callable[..., Any]], *given: Any) -> Any:
-        """Call the fastest way for these shapes; time all where they are new.
+        """Call the fastest way for these shapes.
 
+        Where they are new: the first call takes the first way and begins to compile the others, the second times all.
         A way is kept for other layers, so it holds nothing of a layer: all of that is given.
         """
         if key not in self.fastest:
             known = self.choices.get(repr(key))
             if known is None or not 0 <= known < len(ways):
+                if key not in self.compiling:
+                    self.compiling[key] = compile_all(ways[1:], given)
+                    return ways[0](*given)
+                for begun in self.compiling.values():  # those of others too: they call the GPU when they are compiled
+                    while begun:
+                        begun.pop().result()
                 others = other_layers(given)
                 times = [median_ms(way, given, others) for way in ways]
                 known = self.choices.settle(repr(key), times.index(min(times)))
@@ -161,6 +173,21 @@ def other_layers(given: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return [
         (given[0], *(item.clone() if isinstance(item, Tensor) else item for item in given[1:])) for _ in range(count)
     ]
+
+
+def compile_all(ways: Sequence[Callable[..., Any]], given: tuple[Any, ...]) -> list[Future[None]]:
+    """Begin to call each way once, in threads: Triton compiles a kernel in its first call, mostly without the GIL."""
+    stream = torch.cuda.current_stream()
+
+    def call(way: Callable[..., Any]) -> None:
+        with torch.inference_mode(), torch.cuda.stream(stream), suppress(triton.runtime.errors.OutOfResources):
+            way(*given)
+
+    # a thread has no CUDA context before its first call of CUDA's runtime
+    pool = ThreadPoolExecutor(cores(), initializer=torch.cuda.synchronize, initargs=(stream.device,))
+    begun = [pool.submit(call, way) for way in ways]
+    pool.shutdown(wait=False)
+    return begun
 
 
 def median_ms(way: Callable[..., Any], given: tuple[Any, ...], others: Sequence[tuple[Any, ...]] = ()) -> float:

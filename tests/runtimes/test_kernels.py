@@ -1,6 +1,8 @@
 """Our kernels give what PyTorch's operators give: on a GPU where there is one, else in Triton's interpreter."""
 
 import shutil
+from concurrent.futures import Future
+from threading import Timer
 
 import ml_dtypes
 import numpy as np
@@ -213,15 +215,55 @@ def test_the_fastest_way_is_found_once_for_each_shape(monkeypatch, tmp_path):
 
     monkeypatch.setenv("CLIP_DEPLOY_CACHE", str(tmp_path))
     timed, operators = [], autotune.TunedOperators()
+    if not ON_GPU:
+        monkeypatch.setattr(autotune, "compile_all", lambda ways, given: [])
     measure = autotune.median_ms if ON_GPU else lambda way, *given: -len(timed)
     monkeypatch.setattr(autotune, "median_ms", lambda way, *given: timed.append(way) or measure(way, *given))
     rows, weight = random(64, 128), random(256, 128)
     first = operators.linear(rows, weight)
+    assert not timed  # kernels are compiled meanwhile
+    fastest = operators.linear(rows, weight)
+    torch.testing.assert_close(fastest, first)
     count = len(timed)
     assert count > 1
-    torch.testing.assert_close(operators.linear(rows, weight), first)
-    assert torch.equal(autotune.TunedOperators().linear(rows, weight), first)  # as another process would
+    assert torch.equal(operators.linear(rows, weight), fastest)
+    assert torch.equal(autotune.TunedOperators().linear(rows, weight), fastest)  # as another process would
     assert len(timed) == count
+
+
+def test_what_another_kernel_is_compiled_for_ends_before_one_is_timed(monkeypatch, tmp_path):
+    from clip_deploy.runtimes import autotune
+
+    monkeypatch.setenv("CLIP_DEPLOY_CACHE", str(tmp_path))
+    begun = []
+
+    def compile_all(ways, given):
+        begun.append(Future())
+        return begun[-1:]
+
+    monkeypatch.setattr(autotune, "compile_all", compile_all)
+    monkeypatch.setattr(autotune, "median_ms", lambda way, *given: 1.0 if all(one.done() for one in begun) else 1 / 0)
+    operators, rows = autotune.TunedOperators(), random(64, 128)
+    for width in (256, 512):
+        operators.linear(rows, random(width, 128))
+    Timer(0.2, lambda: [one.set_result(None) for one in begun]).start()
+    operators.linear(rows, random(256, 128))
+    assert len(begun) == 2
+    assert len(operators.fastest) == 1
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_cannot_be_compiled_says_so(monkeypatch, tmp_path):
+    from clip_deploy.runtimes import autotune
+
+    def fail(*given):
+        raise ValueError("no such tiles")
+
+    monkeypatch.setenv("CLIP_DEPLOY_CACHE", str(tmp_path))
+    operators, rows = autotune.TunedOperators(), random(64, 128)
+    operators._choose(("any",), [torch.relu, fail], rows)
+    with pytest.raises(ValueError, match="no such tiles"):
+        operators._choose(("any",), [torch.relu, fail], rows)
 
 
 def test_layers_of_one_shape_keep_their_own_scales(monkeypatch, tmp_path):
@@ -231,10 +273,11 @@ def test_layers_of_one_shape_keep_their_own_scales(monkeypatch, tmp_path):
     monkeypatch.setenv("CLIP_DEPLOY_CACHE", str(tmp_path))
     if not ON_GPU:
         monkeypatch.setattr(autotune, "median_ms", lambda way, *given: 1.0)
+        monkeypatch.setattr(autotune, "compile_all", lambda ways, given: [])
     operators = autotune.TunedOperators()
     rows, matrix, skip, weight = random(1, 64, 256), random(128, 256, scale=0.05), random(1, 64, 128), random(128)
     given, packed = (rows, matrix, None, None, skip, weight), random(1, 64, 3 * 64)
-    for inverse, epsilon in ((100.0, 1e-5), (25.0, 1e-1)):
+    for inverse, epsilon in ((100.0, 1e-5), (25.0, 1e-1), (50.0, 1e-2)):  # the second call finds the way
         settings = {"epsilon": epsilon, "inverse": inverse}
         normalized, _ = operators.linear_skip_layer_norm(*given, **settings)
         assert_rounded_alike(normalized, LIBRARY.linear_skip_layer_norm(*given, **settings)[0])
