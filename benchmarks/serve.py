@@ -1,12 +1,14 @@
-"""Throughput and latency of `clip-deploy serve`: python -m benchmarks.serve [artifacts] (or `make bench-serve`)
+"""Throughput and latency of `clip-deploy serve`: python -m benchmarks.serve (or `make bench-serve`)
+
+    python -m benchmarks.serve artifacts=FOLDER clients=1,8,32 seconds=8 output=FILE      # of a slow model
 
 With artifacts/package as the last `dvc repro` made it, and, where `make triton-env` made its environment, beside
 Triton's python backend over artifacts/triton. One client program asks both servers over HTTP for one image a request,
 in turns, from 1 to 64 connections. Images are JPEG files of the model's own size. `embeddings` and `zero-shot` are
 ours; `Triton zero-shot` is asked for the same files and labels, `Triton pixels` is its bare tower, with pixel values
 that the client prepared beforehand. The tower alone encodes batches of 32, and one image after the other, while no
-server is asked: it has all cores then, and the servers share them with the client. Prints a line each and writes
-reports/serve.json.
+server is asked: it has all cores then, and the servers share them with the client. Each number of clients asks for
+`seconds` (1.5) in each round. Prints a line each and writes reports/serve.json, or `output`.
 """
 
 import asyncio
@@ -41,8 +43,8 @@ from clip_deploy.web.load_test import loop_factory
 from clip_deploy.web.process import running
 from clip_deploy.web.questions import EMBEDDINGS, ZERO_SHOT, encoded, post, saved
 
-CLIENTS = (1, 2, 4, 8, 16, 32, 64)
-SECONDS = 1.5  # of one number of clients in one round
+CLIENTS = "1,2,4,8,16,32,64"  # 1 and 32 are what the goals are of
+SECONDS = "1.5"
 ROUNDS = 5  # the interval from the lowest to the highest holds the true median with 94 %
 IMAGES = 64
 LABELS = ["a red circle", "a blue square", "a green star", "a yellow cross"]
@@ -74,7 +76,13 @@ class Level:
     server_ms: list[float] = field(default_factory=list)
 
 
-def main(artifacts: Path) -> None:
+def main() -> None:
+    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    artifacts, output = Path(given.get("artifacts", ROOT / "artifacts")), Path(given.get("output", OUTPUT))
+    steps, seconds = (
+        [int(count) for count in given.get("clients", CLIENTS).split(",")],
+        float(given.get("seconds", SECONDS)),
+    )
     package = artifacts / "package"
     files = jpegs(package)
     found: dict[str, dict[int, Level]] = defaultdict(lambda: defaultdict(Level))
@@ -86,15 +94,15 @@ def main(artifacts: Path) -> None:
         triton = stack.enter_context(triton_of(artifacts / "triton" / "python", files, prepared))
         contestants |= triton if isinstance(triton, dict) else {}
         for turn in range(-1, ROUNDS):  # the first one warms up
-            time_tower(classifier, prepared, tower if turn >= 0 else defaultdict(list))
-            for clients in CLIENTS if turn >= 0 else CLIENTS[::3]:
+            time_tower(classifier, prepared, tower if turn >= 0 else defaultdict(list), seconds)
+            for clients in steps if turn >= 0 else steps[::3]:
                 for name, contestant in contestants.items():
-                    measure(contestant, clients, found[name][clients] if turn >= 0 else Level())
+                    measure(contestant, clients, found[name][clients] if turn >= 0 else Level(), seconds)
             print(f"round {turn + 1} of {ROUNDS}", flush=True)
     record = {
         "target": read_package(package).encoder.towers.vision.target,
         "triton": "measured" if isinstance(triton, dict) else triton,
-        "seconds": SECONDS,
+        "seconds": seconds,
         "rounds": ROUNDS,
         "tower": {name: spread(values) for name, values in tower.items()},
         "levels": {
@@ -103,7 +111,7 @@ def main(artifacts: Path) -> None:
         "goals": goals(found, tower),
         "machine": asdict(hardware()),
     }
-    write_text(OUTPUT, json.dumps(record, indent=2) + "\n")
+    write_text(output, json.dumps(record, indent=2) + "\n")
     show(found, tower)
     print(json.dumps(record["goals"], indent=1))
 
@@ -177,10 +185,12 @@ def triton_request(model: str, inputs: dict[str, np.ndarray], binary: bool = Tru
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def time_tower(classifier: ZeroShotClassifier, prepared: Sequence[Any], found: dict[str, list[float]]) -> None:
+def time_tower(
+    classifier: ZeroShotClassifier, prepared: Sequence[Any], found: dict[str, list[float]], seconds: float
+) -> None:
     """Images/s in batches and one by one, the p50 of one, and CPU milliseconds of each image in a batch."""
     for name, size in (("batches", BATCH), ("one", 1)):
-        times, computed, end = [], time.process_time(), time.perf_counter() + SECONDS
+        times, computed, end = [], time.process_time(), time.perf_counter() + seconds
         while (began := time.perf_counter()) < end:
             classifier.encode_prepared(prepared[:size])
             times.append(time.perf_counter() - began)
@@ -189,11 +199,11 @@ def time_tower(classifier: ZeroShotClassifier, prepared: Sequence[Any], found: d
         found[f"{name}_cpu_ms"].append(1e3 * (time.process_time() - computed) / (size * len(times)))
 
 
-def measure(contestant: Contestant, clients: int, level: Level) -> None:
-    """Ask for SECONDS and add what was found."""
+def measure(contestant: Contestant, clients: int, level: Level, asking: float) -> None:
+    """Ask for so many seconds and add what was found."""
     computed, served = time.process_time(), cpu_s(contestant.process)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        latencies, seconds = runner.run(ask_all(contestant, clients))
+        latencies, seconds = runner.run(ask_all(contestant, clients, asking))
     level.per_s.append(len(latencies) / seconds)
     level.p50_ms.append(1e3 * float(np.percentile(latencies, 50)))
     level.p99_ms.append(1e3 * float(np.percentile(latencies, 99)))
@@ -202,11 +212,11 @@ def measure(contestant: Contestant, clients: int, level: Level) -> None:
         level.server_ms.append(1e3 * (cpu_s(contestant.process) - served) / len(latencies))
 
 
-async def ask_all(contestant: Contestant, clients: int) -> tuple[list[float], float]:
+async def ask_all(contestant: Contestant, clients: int, asking: float) -> tuple[list[float], float]:
     """Latencies in seconds, and the seconds from the first request to the last answer."""
     latencies: list[float] = []
     began = time.perf_counter()
-    end = began + SECONDS
+    end = began + asking
 
     async def ask(first: int) -> None:
         connection, row = Connection(contestant.host, contestant.port), first
@@ -280,4 +290,4 @@ def show(found: dict[str, dict[int, Level]], tower: dict[str, list[float]]) -> N
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "artifacts")
+    main()

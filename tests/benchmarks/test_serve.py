@@ -11,17 +11,16 @@ from clip_deploy.web.process import running
 from clip_deploy.web.questions import EMBEDDINGS, post
 
 
-def test_a_server_is_asked_by_every_client_for_images_of_the_models_own_size(package, monkeypatch):
-    monkeypatch.setattr(serve, "SECONDS", 0.3)
+def test_a_server_is_asked_by_every_client_for_images_of_the_models_own_size(package):
     files = jpegs(package)
     assert {decode(file, "a file").size for file in files} == {(48, 48)}
     with running(package) as server:
         found = {name: Level() for name in ("embeddings", "zero-shot")}
         for name, contestant in ours(server, files).items():
-            measure(contestant, 4, found[name])
+            measure(contestant, 4, found[name], 0.3)
         refused = Contestant(server.host, server.port, [post(EMBEDDINGS, {})])
         with pytest.raises(DeployError, match="status 400"):
-            measure(refused, 1, Level())
+            measure(refused, 1, Level(), 0.3)
     for level in found.values():
         assert level.per_s[0] > 0
         assert 0 < level.p50_ms[0] <= level.p99_ms[0]
