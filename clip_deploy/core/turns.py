@@ -7,7 +7,7 @@ ends with its process, however that ends. It is shared by all processes that hav
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -50,9 +50,13 @@ def _taken(file: int, kind: int) -> bool:
 
 
 def _opened(name: str) -> int:
-    """A descriptor of a file that all users of the machine may lock, whoever made it."""
-    path = Path(tempfile.gettempdir()) / name
+    """A descriptor of a file that all users of the machine may lock, whoever made it and with whatever umask."""
+    folder = Path(tempfile.gettempdir())
+    with suppress(FileExistsError):
+        made = os.open(folder / name, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        os.fchmod(made, 0o666)
+        return made
     try:
-        return os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
-    except PermissionError:  # another user's, in a folder where such files are opened without O_CREAT alone
-        return os.open(path, os.O_RDONLY)
+        return os.open(folder / name, os.O_RDONLY)  # without O_CREAT, which Linux refuses for another user's file there
+    except PermissionError:  # made by another program's hand: this user's own processes still wait for one another
+        return os.open(folder / f"{os.getuid()}-{name}", os.O_RDONLY | os.O_CREAT, 0o666)

@@ -22,9 +22,9 @@ UNDECIDED = "its timing decides nothing (~), time it again"
 SAME_COSINE = 1e-4  # two lowest cosines no further apart are alike
 SAME_SIZE = 1.05  # so are sizes: the same weights in another format
 TIE = (
-    f"Where speeds cannot be told apart, the target closest to {REFERENCE} ships (lowest cosine, alike within "
-    f"{SAME_COSINE:.4f}), then the smallest (alike within {100 * (SAME_SIZE - 1):.0f} %), then the fastest; "
-    "recommend.max_size_mb or max_memory_mb asks for small ones"
+    "Of targets that cannot be told apart from the fastest on both towers (where none is: on one tower), the closest to "
+    f"{REFERENCE} ships (lowest cosine, alike within {SAME_COSINE:.4f}), then the smallest (alike within "
+    f"{100 * (SAME_SIZE - 1):.0f} %), then the fastest; recommend.max_size_mb or max_memory_mb asks for small ones"
 )
 
 Together = Callable[[Row, Row], Row]  # what tower_pair.pair_row says of an image tower with another target's text tower

@@ -13,7 +13,9 @@ from clip_deploy.core.errors import ConfigError
 Settings = dict[str, dict[str, Any]]  # file: {key, dotted or not: value}
 WIDTH = 116  # characters of a line
 MODELS = "artifacts/"
+MANIFEST = ".manifest.json"  # behind the name of what it is of
 ALWAYS = "probe"  # it runs every time: no reason for anything
+LOST = ": not in cache"  # what DVC says of what a stage wrote, where neither the project nor the cache has it
 
 
 @dataclass
@@ -47,14 +49,26 @@ def explain(stages: dict[str, Stage], target: str | None = None) -> str:
     """
     shown = set(stages) - {ALWAYS} if target is None else _line_of(stages, target)
     ends = shown if target is None else _ends(stages, target)
+    concerning = {cause: names for cause, names in causes(stages).items() if behind(stages, names) & ends}
     trees: dict[str, list[str]] = {}
-    for cause, concerned in causes(stages).items():
-        affected = behind(stages, concerned)
-        if affected & ends:
-            trees.setdefault("\n".join(_tree(stages, affected & shown)), []).append(cause)
+    for cause, concerned in _lost_together(concerning).items():
+        trees.setdefault("\n".join(_tree(stages, behind(stages, concerned) & shown)), []).append(cause)
     if not trees:
         return f"nothing changed{f' for {target}' if target else ''}: only {ALWAYS} runs, as it always does"
     return "\n\n".join("\n".join([*lines, tree]) for tree, lines in trees.items())
+
+
+def _lost_together(found: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The causes, all that is lost as one of them: in a new clone that is every model."""
+    lost = [cause for cause in found if cause.endswith(LOST)]
+    if len(lost) < 2:
+        return found
+    paths = [cause.removesuffix(LOST) for cause in lost]
+    shown = [path for path in paths if path.removesuffix(MANIFEST) not in set(paths) - {path}]
+    line = f"not in DVC's cache (`dvc pull` fetches what a remote has): {', '.join(shown)}"
+    joined = textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    others = {cause: names for cause, names in found.items() if cause not in lost}
+    return {joined: set().union(*(found[cause] for cause in lost))} | others
 
 
 def causes(stages: dict[str, Stage]) -> dict[str, set[str]]:

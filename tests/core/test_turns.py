@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 
-from clip_deploy.core.turns import DOOR, turn
+from clip_deploy.core.turns import DOOR, ROOM, turn
 
 WAIT_S = 60
 
@@ -96,15 +96,38 @@ def test_an_error_gives_the_turn_up():
     other.leaves()
 
 
-def test_files_that_another_user_made_are_locked_all_the_same(folder, monkeypatch):
-    (folder / DOOR).touch()
+def test_a_lock_is_for_all_users_whatever_the_umask(folder):
+    before = os.umask(0o077)
+    try:
+        with turn(alone=True):
+            pass
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys((DOOR, ROOM), 0o666)
+
+
+def refusing(monkeypatch, refuse):
+    """os.open as the system answers another user's file."""
     opened = os.open
 
     def refused(path, flags, *mode):
-        if flags & os.O_CREAT and os.path.exists(path):  # as Linux does with fs.protected_regular
+        if refuse(os.path.basename(path), flags):
             raise PermissionError
         return opened(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", refused)
+
+
+def test_files_that_another_user_made_are_locked_all_the_same(folder, monkeypatch):
+    (folder / DOOR).touch()
+    created = os.O_CREAT  # as Linux does with fs.protected_regular
+    refusing(monkeypatch, lambda name, flags: name == DOOR and flags & created and not flags & os.O_EXCL)
     with turn(alone=True):
-        pass
+        assert {path.name for path in folder.iterdir()} == {DOOR, ROOM}
+
+
+def test_a_lock_that_another_user_keeps_for_himself_is_replaced_by_an_own_one(folder, monkeypatch):
+    (folder / DOOR).touch()
+    refusing(monkeypatch, lambda name, flags: name == DOOR and not flags & os.O_EXCL)
+    with turn(alone=True):
+        assert {path.name for path in folder.iterdir()} == {DOOR, ROOM, f"{os.getuid()}-{DOOR}"}

@@ -211,7 +211,7 @@ def test_where_speeds_cannot_be_told_apart_the_closest_to_the_reference_ships_an
             "text: the intervals overlap); further from torch-fp32, lowest cosine 0.9992",
         }
         facts = shown(advice, given).facts
-        (rule,) = [fact for fact in facts if fact.startswith("Where speeds cannot be told apart, ")]
+        (rule,) = [fact for fact in facts if fact.startswith("Of targets that cannot be told apart ")]
         assert facts.index(rule) == 1 + max(at for at, fact in enumerate(facts) if "the intervals overlap" in fact)
     small = recommend(rows, RecommendConfig(max_size_mb=100))
     assert small.ship == {"vision": "ort-int8", "text": "ort-int8"}

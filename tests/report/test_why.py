@@ -127,6 +127,24 @@ def test_what_the_cache_gives_back_runs_nothing_behind_it(stages):
     assert explain(stages) == "artifacts/onnx: deleted, and taken back from DVC's cache\n  export -> onnx"
 
 
+def test_all_that_a_new_clone_lacks_is_one_cause(stages):
+    for name, lost in (("export", ["onnx", "onnx.manifest.json"]), ("optimize@fast", ["fast"])):
+        stages[name].files = dict.fromkeys([f"artifacts/{out}" for out in lost], "not in cache")
+    stages["validate@fast"].files = {"gates.py": "modified"}
+    assert explain(stages) == (
+        "not in DVC's cache (`dvc pull` fetches what a remote has): artifacts/onnx, artifacts/fast\n"
+        "  export -> onnx\n"
+        "    optimize@fast -> fast\n"
+        "  validate, benchmark: onnx, fast\n"
+        "  report\n\n"
+        "gates.py: modified\n"
+        "  validate: fast\n"
+        "  report"
+    )
+    stages["export"].files.pop("artifacts/onnx.manifest.json")
+    assert explain(stages, "onnx") == "artifacts/onnx: not in cache\n  export -> onnx\n  validate, benchmark: onnx"
+
+
 def test_a_stage_without_a_record_never_ran(stages):
     stages["optimize@fast"].is_new = True
     assert causes(stages) == {"not in dvc.lock: never run": {"optimize@fast"}}
