@@ -22,7 +22,7 @@ UNDECIDED = "its timing decides nothing (~), time it again"
 SAME_COSINE = 1e-4  # two lowest cosines no further apart are alike
 SAME_SIZE = 1.05  # so are sizes: the same weights in another format
 TIE = (
-    "Of targets that cannot be told apart from the fastest on both towers (where none is: on one tower), the closest to "
+    "Of targets that cannot be told apart from the fastest on both towers (where none is: on one), the closest to "
     f"{REFERENCE} ships (lowest cosine, alike within {SAME_COSINE:.4f}), then the smallest (alike within "
     f"{100 * (SAME_SIZE - 1):.0f} %), then the fastest; recommend.max_size_mb or max_memory_mb asks for small ones"
 )
