@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from io import BytesIO
 
 import numpy as np
@@ -20,6 +20,9 @@ from support.project import ROOT
 from clip_deploy.web.server import uvicorn_config
 
 STARTS_S = 60
+
+
+BROKEN = (OSError, HTTPException)  # a server that ends refuses, or leaves an answer half-way
 
 
 class Server:
@@ -48,7 +51,7 @@ class Server:
     def is_ready(self):
         try:
             return self.get("/health/ready")[0] == 200
-        except OSError:
+        except BROKEN:
             return False
 
     def get(self, path, **headers):

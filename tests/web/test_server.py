@@ -18,7 +18,7 @@ from PIL import Image
 from starlette.applications import Starlette
 from support.fast_feed import need_fast_feed
 from support.project import ROOT
-from support.web import encoded, request, serving, vectors, wait_until
+from support.web import BROKEN, encoded, request, serving, vectors, wait_until
 
 from clip_deploy.__main__ import main
 from clip_deploy.core.errors import DataError
@@ -216,7 +216,7 @@ def test_a_signal_that_comes_before_the_server_runs_is_not_lost():
 def accepts(server):
     try:
         return server.is_ready() or server.get("/health/live")[0] == 200
-    except OSError:
+    except BROKEN:
         return False
 
 
@@ -252,7 +252,7 @@ def test_workers_share_a_port_one_that_dies_is_replaced_and_all_end_with_their_p
 def answers(server, item, expected):
     try:
         return np.abs(server.embed(input=[item]) - expected).max() < 1e-3
-    except OSError:  # the worker died that had accepted
+    except BROKEN:  # the worker died that had accepted
         return False
 
 
