@@ -4,7 +4,6 @@ Our settings beside ONNX Runtime's quantize_static and quantize_dynamic with the
 exported graphs. All are calibrated and judged on the same sets. Writes reports/int8.md and reports/int8.json.
 """
 
-import json
 import logging
 import shutil
 import tempfile
@@ -22,7 +21,9 @@ from clip_deploy.core.artifact import Target, build, read_target, size_bytes
 from clip_deploy.core.config import AccuracyBudget, Calibration, Quantization, QuantizeConfig
 from clip_deploy.core.environment import Environment
 from clip_deploy.core.errors import first_line
-from clip_deploy.core.parsing import read_record
+from clip_deploy.core.files import write_text
+from clip_deploy.core.json_files import write_json
+from clip_deploy.core.parsing import plain, read_record
 from clip_deploy.core.similarity import row_cosines
 from clip_deploy.data.preprocessed import Prepared, load_prepared
 from clip_deploy.evaluate.accuracy import flips, zero_shot
@@ -70,8 +71,8 @@ def main() -> None:
             rows.append({"way": name, **judged(output, evaluation, reference)})
             print(" | ".join(cells(rows[-1])), flush=True)
             shutil.rmtree(output)
-    (REPORTS / "int8.json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
-    (REPORTS / "int8.md").write_text(page(rows, environment))
+    write_json(REPORTS / "int8.json", {"environment": plain(environment), "rows": rows})
+    write_text(REPORTS / "int8.md", page(rows, environment))
 
 
 def by_defaults(method: str, calibration: Prepared, output: Path) -> Target:
