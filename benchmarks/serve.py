@@ -139,6 +139,9 @@ def triton_of(
     repository: Path, files: Sequence[bytes], prepared: Sequence[Any]
 ) -> Iterator[dict[str, Contestant] | str]:
     """Or why there is none."""
+    if not repository.is_dir():
+        yield "not asked: these artifacts hold no model repository"
+        return
     with ExitStack() as stack:
         try:
             environment = find_environment(ROOT / "build" / "triton-venv")
