@@ -1,8 +1,8 @@
 """Time how long a target takes to be ready on a GPU: python -m benchmarks.opening source=artifacts/torch-fused-fp16
 
-Opens the target in processes of its own, and has each prepare both towers at each batch size of the benchmark's: with
-an empty cache, with compiled kernels but no choice among them, and with both. On all cores, and but for the last on
-one core; cores=16,4,1 says otherwise. Prints a table; `output=FILE` writes it too.
+Opens the target in new processes. Each prepares both towers at batches of 1 to 256: with an empty cache, with all in
+it, and with compiled kernels but no choice among them. On all cores, then on one (there not with all in the cache);
+cores=16,4,1 says otherwise. Prints a table; `output=FILE` writes it too.
 """
 
 import os

@@ -44,7 +44,7 @@ from clip_deploy.web.process import running
 from clip_deploy.web.questions import EMBEDDINGS, ZERO_SHOT, encoded, post, saved
 
 CLIENTS = "1,2,4,8,16,32,64"  # 1 and 32 are what the goals are of
-SECONDS = "1.5"
+SECONDS = "1.5"  # of one number of clients in one round
 ROUNDS = 5  # the interval from the lowest to the highest holds the true median with 94 %
 IMAGES = 64
 LABELS = ["a red circle", "a blue square", "a green star", "a yellow cross"]
@@ -79,10 +79,8 @@ class Level:
 def main() -> None:
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     artifacts, output = Path(given.get("artifacts", ROOT / "artifacts")), Path(given.get("output", OUTPUT))
-    steps, seconds = (
-        [int(count) for count in given.get("clients", CLIENTS).split(",")],
-        float(given.get("seconds", SECONDS)),
-    )
+    steps = [int(count) for count in given.get("clients", CLIENTS).split(",")]
+    seconds = float(given.get("seconds", SECONDS))
     package = artifacts / "package"
     files = jpegs(package)
     found: dict[str, dict[int, Level]] = defaultdict(lambda: defaultdict(Level))
