@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -219,9 +220,10 @@ class ZeroShotClassifier:
     def _embedded_on_gpu(
         self, feed: GpuFeed, pool: ThreadPoolExecutor, batches: Iterable[Sequence[Picture]]
     ) -> Iterator[list[np.ndarray | DataError]]:
-        begun = (feed.begin(pool, batch) for batch in batches)
-        for future in ahead(begun, AHEAD_ON_GPU):
-            yield self._encode_batch(future.result())
+        fed = (feed.begin(pool, batch) for batch in batches)
+        asked = (self._begin_batch(future.result()) for future in ahead(fed, AHEAD_ON_GPU))
+        for finish in ahead(asked, 1):  # the GPU has the next batch while this one's embeddings are taken
+            yield finish()
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = DEFAULT_BATCH) -> np.ndarray:
         """Embeddings [texts, dimension], in their order; known texts come from the cache.
@@ -301,15 +303,33 @@ class ZeroShotClassifier:
         return image if isinstance(image, np.ndarray | DataError) else self._read(image)
 
     def _encode_batch(self, batch: Batch) -> list[np.ndarray | DataError]:
+        return self._begin_batch(batch)()
+
+    def _begin_batch(self, batch: Batch) -> Callable[[], list[np.ndarray | DataError]]:
+        """Ask for a batch's embeddings; the call waits for them."""
         pixels, unreadable = batch
         rows = [row for row in range(len(pixels)) if row not in unreadable]
-        embeddings = iter(self._encode_pixels(pixels[rows] if unreadable else pixels) if rows else ())
-        return [unreadable[row] if row in unreadable else next(embeddings) for row in range(len(pixels))]
+        begun = self._begin_pixels(pixels[rows] if unreadable else pixels) if rows else None
 
-    def _encode_pixels(self, pixels: Any) -> np.ndarray:
-        """Args: pixels: of images of one size, as the tower takes them; or a tensor on the GPU."""
-        suits = isinstance(pixels, np.ndarray) or self.encoder.takes_device_tensors
-        embeddings = unit(self.encoder.encode_images(pixels if suits else pixels.cpu().numpy()))
+        def finish() -> list[np.ndarray | DataError]:
+            embeddings = iter(self._finished(begun()) if begun else ())
+            return [unreadable[row] if row in unreadable else next(embeddings) for row in range(len(pixels))]
+
+        return finish
+
+    def _begin_pixels(self, pixels: Any) -> Callable[[], np.ndarray]:
+        """Args: pixels: a tensor on the GPU."""
+        if self.encoder.takes_device_tensors:
+            return self.encoder.begin_images(pixels)
+        held = pixels if isinstance(pixels, np.ndarray) else pixels.cpu().numpy()
+        return partial(self.encoder.encode_images, held)
+
+    def _encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Args: pixels: of images of one size, as the tower takes them."""
+        return self._finished(self.encoder.encode_images(pixels))
+
+    def _finished(self, embeddings: np.ndarray) -> np.ndarray:
+        embeddings = unit(embeddings)
         if self.sample:
             self.sample.add(embeddings)
         return embeddings

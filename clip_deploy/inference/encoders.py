@@ -1,10 +1,10 @@
 """Both towers of a package, each opened by the runtime that judged it, as the table's row runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from clip_deploy.core.errors import DataError, DeployError, UnavailableError
 from clip_deploy.core.package import DualEncoder
 from clip_deploy.core.parsing import read_record
 from clip_deploy.runtimes import Encoder, open_encoder
+
+if TYPE_CHECKING:
+    from clip_deploy.runtimes import pytorch
 
 STEP = 8  # tokens; on a GPU texts are filled up to a quarter of the context, rounded up to it, or to all of it
 
@@ -56,6 +59,12 @@ class PackageEncoder:
         """Encode [batch] as the tower takes them: pixel values, images of one size, or records of patches."""
         return self._in_sizes("vision", self.towers["vision"].encode_images, images)
 
+    def begin_images(self, pixels: Any) -> Callable[[], np.ndarray]:
+        """As encode_images of a tensor on the GPU. The GPU is asked at once; the call waits for what it gives."""
+        begin = cast("pytorch.Encoder", self.towers["vision"]).begin_images
+        begun = [(begin(*part), count) for part, count in self._parts("vision", pixels)]
+        return lambda: _joined([finish()[:count] for finish, count in begun])
+
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """Encode int64 [batch, tokens] twice.
 
@@ -80,10 +89,14 @@ class PackageEncoder:
         return short if tokens <= short < context and not self.package.pad_to_context else context
 
     def _in_sizes(self, tower: str, encode: Callable[..., np.ndarray], *rows: Any) -> np.ndarray:
+        return _joined([encode(*part)[:count] for part, count in self._parts(tower, *rows)])
+
+    def _parts(self, tower: str, *rows: Any) -> Iterator[tuple[Sequence[Any], int]]:
+        """What one call each takes, and how many rows of it count."""
         sizes = self.package.towers[tower].batch_sizes
         if not self.on_gpu or not sizes:
-            return encode(*rows)
-        found = []
+            yield rows, len(rows[0])
+            return
         for start in range(0, len(rows[0]), sizes[-1]):
             part = [array[start : start + sizes[-1]] for array in rows]
             count = len(part[0])
@@ -91,8 +104,11 @@ class PackageEncoder:
             if size > count:
                 filled = np.minimum(np.arange(size), count - 1)
                 part = [array[filled] for array in part]
-            found.append(encode(*part)[:count])
-        return found[0] if len(found) == 1 else np.concatenate(found)
+            yield part, count
+
+
+def _joined(found: list[np.ndarray]) -> np.ndarray:
+    return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def read_encoder(path: Path) -> DualEncoder:

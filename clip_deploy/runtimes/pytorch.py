@@ -85,6 +85,31 @@ class Encoder(ABC):
         found: np.ndarray = self._encode("vision", list(image_feed(images).values()))
         return found
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def begin_images(self, images: Tensor) -> Callable[[], np.ndarray]:
+        """Ask for the embeddings of pixel values that are on the GPU; the call waits for them.
+
+        So the GPU can be asked for the next batch before the host has taken this one's.
+        """
+        if self._uses_graphs():
+            graph = self._graph("vision", [images])
+            graph.inputs[0].copy_(images)
+            graph.replay()
+            output = graph.output
+        else:
+            output = self.towers["vision"](images)
+        held = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+        held.copy_(output, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def finish(pixels: Tensor = images) -> np.ndarray:  # which stay until they are read
+            done.synchronize()
+            found: np.ndarray = held.numpy()
+            return found
+
+        return finish
+
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         found: np.ndarray = self._encode("text", list(text_feed(self.text_inputs, input_ids, attention_mask).values()))
         return found

@@ -62,6 +62,28 @@ def test_parts_are_written_of_batches_that_are_read_ahead(classifier, pictures, 
     assert sizes == [1, 1, 1, 4, 4, 4]  # none holds images of two parts
 
 
+def test_the_gpu_has_the_next_batch_before_the_embeddings_of_one_are_taken(classifier, pictures, monkeypatch):
+    expected, order = list(classifier.embed_each(pictures, 4)), []
+
+    def begin_images(pixels):
+        number = len([word for word, _ in order if word == "asked"])
+        order.append(("asked", number))
+
+        def finish():
+            order.append(("taken", number))
+            return classifier.encoder.encode_images(pixels)
+
+        return finish
+
+    monkeypatch.setattr(classifier.encoder, "takes_device_tensors", True)
+    monkeypatch.setattr(classifier.encoder, "begin_images", begin_images)
+    found = list(classifier.embed_each(pictures, 4))
+    for actual, exact in zip(found, expected, strict=True):
+        assert str(actual) == str(exact) if isinstance(exact, DataError) else (actual == exact).all()
+    assert order.index(("asked", 1)) < order.index(("taken", 0))
+    assert [number for word, number in order if word == "taken"] == list(range(4))
+
+
 def test_a_batch_of_nothing_but_damage_is_answered(classifier, pictures):
     assert all(isinstance(each, DataError) for each in classifier.embed_each(pictures[-2:], 2))
 
