@@ -3,7 +3,7 @@
     python -m benchmarks.ablation source=artifacts/torch-fused-fp16 output=reports/hardware/nvidia-h200/ablation.md
 
 Each choice is timed in ROUNDS turns beside the target as it ships, every turn a replay from a CUDA graph
-(autotune.median_ms), the eager calls aside.
+(autotune.median_ms), the eager calls aside. The table is written after each row.
 """
 
 import sys
@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clip_deploy.core.artifact import read_target
+from clip_deploy.core.artifact import TOWERS, read_target
 from clip_deploy.core.errors import first_line
 from clip_deploy.core.files import write_text
 from clip_deploy.core.model import Model, image_feed, random_images
@@ -132,11 +132,13 @@ def main() -> None:
         f"{triton.__version__}; milliseconds of a tower, and the median [least, most] of {ROUNDS} turns' ratios to the "
         "target as shipped, timed in the same turns (above 1: slower). Cosine: to the embeddings as shipped.",
         "",
-        *table(head, rows),
-        "",
     ]
-    write_text(Path(given["output"]), "\n".join(lines))
-    print("\n".join(lines))
+    rows: list[list[str]] = []
+    for tower in TOWERS:
+        for row in compare(source, tower):
+            rows.append(row)
+            print(" ".join(row), flush=True)
+            write_text(Path(given["output"]), "\n".join([*lines, *table(head, rows), ""]))
 
 
 def depths(source: Path) -> str:
@@ -149,8 +151,6 @@ def compare(source: Path, tower: str) -> Iterator[list[str]]:
     shipped = module(graph, SHIPPED)
     model = read_target(source).model
     batches = [inputs(model, tower, batch) for batch in BATCHES]
-    for given in batches:
-        shipped(*given)  # begins to compile
     times = [number(time(SHIPPED, shipped, given)) for given in batches]
     yield [tower, SHIPPED.name, *(cell for shown in times for cell in (shown, "")), ""]
     for choice in CHOICES:
@@ -196,9 +196,9 @@ def ratios(
 def time(choice: Choice, tower: GraphModule, given: tuple[Tensor, ...]) -> float:
     """Milliseconds of a call."""
     with choice.within():
+        tower(*given)  # a new shape only begins to compile its kernels
         if choice.graph:
             return median_ms(tower, given)
-        tower(*given)
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(CALLS + 1)]
         marks[0].record()
         for mark in marks[1:]:

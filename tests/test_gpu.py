@@ -31,7 +31,7 @@ from clip_deploy.core.model import Model, image_feed, random_images
 from clip_deploy.core.subprocesses import ending
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import validate
-from clip_deploy.runtimes import open_encoder
+from clip_deploy.runtimes import open_encoder, pytorch
 from clip_deploy.runtimes.ort_tensorrt import find_devices
 from clip_deploy.timing import nvml as gpu
 from clip_deploy.timing.latency import _power, measure
@@ -137,6 +137,20 @@ def test_a_bound_call_gives_what_encoding_gives(built):
     turned = encoder.encode_images(images[::-1].copy())  # of the same shape: the same graph, other inputs
     np.testing.assert_allclose(turned[::-1], expected, atol=0.01)
     assert np.abs(turned - expected).max() > 0.1
+
+
+@pytest.mark.gpu
+def test_a_second_batch_is_asked_for_before_the_first_is_taken(built):
+    encoder = open_encoder(built)
+    if not isinstance(encoder, pytorch.Encoder):
+        pytest.skip("takes arrays of the host alone")
+    images = random_images(4, read_target(built).model.image_dtype)
+    if images.dtype.names:
+        pytest.skip("takes records of patches")
+    batches = images[:2], images[2:]
+    finish = [encoder.begin_images(torch.from_numpy(batch).cuda()) for batch in batches]
+    for batch, found in zip(batches, [each() for each in finish], strict=True):
+        np.testing.assert_allclose(found, encoder.encode_images(batch), atol=0.01)
 
 
 @pytest.mark.gpu

@@ -331,8 +331,8 @@ def test_a_damaged_neighbour_changes_nothing(on_gpu):
 
 @pytest.mark.gpu
 def test_two_threads_decode_at_once(on_gpu):
-    files = [KINDS["4:2:0"], KINDS["grey"], KINDS["big"]] * 20
-    expected, _ = on_gpu(jpegs_of(files))
+    files = jpegs_of([KINDS["4:2:0"], KINDS["grey"], KINDS["big"]] * 20)
+    expected, _ = on_gpu(files)
     with ThreadPoolExecutor(2) as pool:
         for pixels, left in pool.map(on_gpu, [files] * 12):
             assert not left
