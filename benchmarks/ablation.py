@@ -123,7 +123,6 @@ CHOICES = (
 def main() -> None:
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     source = Path(given["source"])
-    rows = [row for tower in ("vision", "text") for row in compare(source, tower)]
     head = ["Tower", "Changed", *(f"{what} @{batch}" for batch in BATCHES for what in ("ms", "ratio")), "Lowest cosine"]
     lines = [
         f"# Choices of {source.name} on {torch.cuda.get_device_name()}",
