@@ -299,7 +299,16 @@ class FlowBatch:
     decode_ms: float
     preprocess_ms: float
     encode_ms: float
-    bottleneck: str
+
+    @property
+    def bottleneck(self) -> str:
+        """What holds the flow up: "encode" where it takes half of an image's time or more, else what it waits for.
+
+        How many workers there are does not tell: they may share cores, or Python's lock.
+        """
+        if self.encode_ms >= 1000 / self.images_per_s / 2:
+            return "encode"
+        return "decode" if self.decode_ms >= self.preprocess_ms else "preprocess"
 
 
 @dataclass(frozen=True)

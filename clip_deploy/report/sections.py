@@ -379,8 +379,9 @@ def _flow_facts(flows: Mapping[str, EndToEnd]) -> list[Block]:
         f"{number(photos.kilobytes)} kB each, from memory. Workers decode and preprocess the next batches while the "
         f"encoder, with {flow.threads} threads, encodes one. Milliseconds are of one image, each part alone on the "
         "machine, decoding and preprocessing in one worker; where workers and encoder share the cores, the whole can "
-        "be slower than its slowest part. Cosine, top-1 and flips are against what the checkpoint's own processor "
-        "makes of the files; a feed that costs more than its target's gate allows is marked.",
+        "be slower than its slowest part. The bottleneck is encoding where that takes half of an image's time in the "
+        "flow or more, else the longer of the other two. Cosine, top-1 and flips are against what the checkpoint's "
+        "own processor makes of the files; a feed that costs more than its target's gate allows is marked.",
     ]
 
 

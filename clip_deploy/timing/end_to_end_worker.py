@@ -140,13 +140,7 @@ def measure_batch(feed: Feed, encoder: Encoder, job: FeedJob, batch: int, worker
             encoder.encode_images(next(inputs))
         rates = [pass_rate(inputs, encoder, batch, job.settings.seconds) for _ in range(job.settings.passes)]
     parts = parts_alone(feed, encoder, job.jpegs, batch, job.settings.seconds / 2)
-    return FlowBatch(
-        images_per_s=float(np.median(rates)),
-        images_per_s_low=min(rates),
-        images_per_s_high=max(rates),
-        **parts,
-        bottleneck=bottleneck(**parts, workers=workers),
-    )
+    return FlowBatch(float(np.median(rates)), min(rates), max(rates), **parts)
 
 
 def prefetched(feed: Feed, jpegs: list[bytes], batch: int, workers: int) -> Generator[Any, None, None]:
@@ -204,13 +198,6 @@ def alone_ms(call: Callable[[Any], Any], arguments: Sequence[Any], seconds: floa
         if len(times) >= MIN_CALLS and perf_counter() - start > seconds:
             break
     return float(np.median(times))
-
-
-def bottleneck(decode_ms: float, preprocess_ms: float, encode_ms: float, workers: int) -> str:
-    """The part with the lowest rate alone; workers share decoding and preprocessing, of which the longer is named."""
-    if encode_ms >= (decode_ms + preprocess_ms) / workers:
-        return "encode"
-    return "decode" if decode_ms >= preprocess_ms else "preprocess"
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ SEARCH = {
 }
 DROP = {"tower": "vision", "layer": "layers.2", "node": "MatMul_42", "nodes": ["vision: MatMul_42"]}
 DIAGNOSIS = {"reference": "onnx-fp32", "drops": [DROP | {"cosine_before": 1.0, "cosine_after": 0.9}], "notes": []}
-BEST = FlowBatch(400.0, 390.0, 410.0, decode_ms=3.0, preprocess_ms=1.5, encode_ms=0.5, bottleneck="decode")
+BEST = FlowBatch(400.0, 390.0, 410.0, decode_ms=3.0, preprocess_ms=1.5, encode_ms=0.5)
 FLOW = EndToEnd(
     feeds={
         "pil": FeedTiming(

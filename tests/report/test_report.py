@@ -291,8 +291,8 @@ def test_on_a_gpu_a_row_whose_own_calls_differ_is_undecided_whatever_its_speed_u
     )
 
 
-SLOW = FlowBatch(300.0, 290.0, 310.0, 3.0, 1.5, 0.8, "decode")
-BEST = FlowBatch(400.0, 390.0, 410.0, decode_ms=3.0, preprocess_ms=1.5, encode_ms=0.5, bottleneck="decode")
+SLOW = FlowBatch(300.0, 290.0, 310.0, 3.0, 1.5, 0.8)
+BEST = FlowBatch(400.0, 390.0, 410.0, decode_ms=3.0, preprocess_ms=1.5, encode_ms=0.5)
 FED = FeedTiming(
     "measured", None, 1.0, 0.5, 3.125, workers=2, through_host=False, best_batch=8, batches={1: SLOW, 8: BEST}
 )

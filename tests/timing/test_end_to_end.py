@@ -16,12 +16,12 @@ from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import Target, build
 from clip_deploy.core.config import BenchmarkConfig, EndToEndConfig, GateLimits, GatesConfig
 from clip_deploy.core.errors import ConfigError, UnavailableError
-from clip_deploy.core.records import EndToEnd, FeedTiming, Measured, Parity, ZeroShot
+from clip_deploy.core.records import EndToEnd, FeedTiming, FlowBatch, Measured, Parity, ZeroShot
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.onnx_graph.preprocessing import read_preprocessing
 from clip_deploy.timing import end_to_end, end_to_end_worker, input_pipelines
 from clip_deploy.timing.end_to_end import make_photos, measure_feeds, photo_rows, reference_embeddings, run_feed
-from clip_deploy.timing.end_to_end_worker import FeedJob, bottleneck, check_embeddings, judge, measure_feed, prefetched
+from clip_deploy.timing.end_to_end_worker import FeedJob, check_embeddings, judge, measure_feed, prefetched
 from clip_deploy.timing.input_pipelines import (
     FastFeed,
     PilFeed,
@@ -54,17 +54,16 @@ def job(checkpoint, onnx_target, sets):
 
 
 @pytest.mark.parametrize(
-    ("decode", "preprocess", "encode", "workers", "expected"),
+    ("decode", "preprocess", "encode", "expected"),
     [
-        (3.0, 1.0, 1.0, 2, "decode"),  # (3 + 1) / 2 = 2 ms an image, against 1
-        (1.0, 3.0, 1.0, 2, "preprocess"),
-        (3.0, 1.0, 1.0, 8, "encode"),  # (3 + 1) / 8 = 0.5 ms
-        (3.0, 1.0, 4.5, 1, "encode"),
-        (3.0, 1.0, 3.5, 1, "decode"),
+        (1.6, 4.1, 0.44, "preprocess"),  # an image takes 1 ms of the flow, whatever its workers could do
+        (4.1, 1.6, 0.44, "decode"),
+        (1.6, 4.1, 0.56, "encode"),
     ],
 )
-def test_the_bottleneck_is_the_part_with_the_lowest_rate(decode, preprocess, encode, workers, expected):
-    assert bottleneck(decode, preprocess, encode, workers) == expected
+def test_the_bottleneck_is_encoding_where_that_takes_half_of_an_images_time(decode, preprocess, encode, expected):
+    found = FlowBatch(1000.0, 900.0, 1100.0, decode_ms=decode, preprocess_ms=preprocess, encode_ms=encode)
+    assert found.bottleneck == expected
 
 
 def test_photos_have_the_size_asked_for_and_come_from_the_seed(job, sets):
