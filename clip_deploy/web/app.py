@@ -244,7 +244,7 @@ class App(Starlette):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_http = scope["type"] == "http"
-        post = self.posts.get(scope["path"]) if is_http and scope["method"] == "POST" else None
+        post = self.posts.get(_path(scope)) if is_http and scope["method"] == "POST" else None
         await (post or super().__call__)(scope, receive, send if post or not is_http else self._counting(scope, send))
 
     def _counting(self, scope: Scope, send: Send) -> Send:
@@ -268,6 +268,13 @@ class App(Starlette):
         if route not in self.metrics:
             self.metrics[route] = RouteMetrics(self.state.api.metrics, route)
         self.metrics[route].observe(status, seconds)
+
+
+def _path(scope: Scope) -> str:
+    """A request's path without the prefix under which a proxy, or Ray, serves the application."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def create_app(settings: Settings) -> App:

@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import gzip
 import json
@@ -12,6 +13,8 @@ from support.web import encoded, serving, vectors
 from clip_deploy.core.vectors import cut
 from clip_deploy.data import scenes
 from clip_deploy.inference.classifier import ZeroShotClassifier
+from clip_deploy.web.app import create_app
+from clip_deploy.web.settings import Settings
 
 IMAGES = [scenes.render("web", index, 5 * index)[0] for index in range(5)]
 PNGS = [encoded(image, "PNG") for image in IMAGES]
@@ -245,6 +248,23 @@ def test_requests_of_every_kind_are_counted_by_their_route(server, method, path,
     assert server.ask(method, path, headers={"host": host})[0] == status
     assert server.metric(name) - before == (2 if path == "/metrics" else 1)
     assert "nowhere" not in server.get("/metrics")[2]
+
+
+@pytest.mark.parametrize(("path", "root"), [("/v1/rank", ""), ("/clip/v1/rank", "/clip"), ("/clip/v1/rank", "/clip/")])
+def test_a_post_under_a_prefix_is_counted_once(package, path, root):
+    app, statuses = create_app(Settings(packages=(str(package),), threads=1)), []
+
+    async def receive():
+        return {"type": "http.request", "body": b"{", "more_body": False}
+
+    async def send(message):
+        statuses.append(message.get("status"))
+
+    scope = {"type": "http", "method": "POST", "path": path, "root_path": root, "query_string": b""}
+    asyncio.run(app(scope | {"headers": [(b"content-type", b"application/json")]}, receive, send))
+    assert statuses[0] == 400
+    lines = [line for line in app.state.api.metrics.text().decode().splitlines() if "requests_total{" in line]
+    assert lines == ['clip_requests_total{route="/v1/rank",status="400"} 1.0']
 
 
 def bomb(side):
