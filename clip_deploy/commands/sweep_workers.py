@@ -16,11 +16,12 @@ from typing import Any
 
 from dvc.repo import Repo
 
-from clip_deploy.commands.sweep_leftovers import job_folder
 from clip_deploy.core.errors import ConfigError, DataError, DeployError, UnavailableError, first_line
+from clip_deploy.core.files import own_folder
 from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.report.revisions import git
 
+FOLDER = "clip-deploy-job-"  # of a job, in the temporary folder
 TRIES = 3  # of a job: one that ends its process each time is not a machine's fault
 ENGINES = "slurm, local (submitit on this machine), ray, or ray:ADDRESS"
 DAY = 24 * 60  # minutes that a job of submitit may take; its own default is 5
@@ -51,7 +52,7 @@ def measure(job: Job) -> str | None:
 
     Raises DeployError where the repository or the remote is out of reach.
     """
-    with job_folder() as folder:
+    with own_folder(FOLDER) as folder:
         checkout = folder / "checkout"
         _run(["git", "clone", "--quiet", "--no-checkout", job.repository, str(checkout)], folder)
         _run(["git", "checkout", "--quiet", "--detach", job.commit], checkout)

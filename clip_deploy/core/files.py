@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,11 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from clip_deploy.core.errors import EVERY_ROW, DiskError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked, and nothing removed
+    fcntl = None  # type: ignore[assignment]
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ADVICE = {
@@ -54,6 +60,40 @@ def new_folder(output: Path) -> Iterator[Path]:
                 former.replace(output)
             for spent in (partial, former):
                 shutil.rmtree(spent, ignore_errors=True)
+
+
+@contextmanager
+def own_folder(prefix: str) -> Iterator[Path]:
+    """A folder of one process's own, in the machine's temporary folder; `prefix` begins its name and ends with "-".
+
+    Those that killed processes of this user left there are removed. None says of which process it is, which may be one
+    of another container: so a lock of the kernel is held on each, and one that is free says that its process has ended.
+    """
+    parent = Path(tempfile.gettempdir())
+    for left in parent.glob(f"{prefix}*") if fcntl else ():
+        with suppress(OSError), held(left):  # its process lives, or it is another user's
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=".clip-deploy-"))
+    try:
+        with held(folder):
+            folder = folder.rename(parent / f"{prefix}{folder.name.rpartition('-')[2]}")  # now that it is held
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[tuple[int, ...]]:
+    """Lock a file or folder as long as a process has the descriptors; BlockingIOError where others hold it."""
+    if fcntl is None:
+        yield ()
+        return
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # neither a link nor a pipe of someone else
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield (file,)
+    finally:
+        os.close(file)
 
 
 def write_text(path: Path, text: str) -> None:

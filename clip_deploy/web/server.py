@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from clip_deploy.core.errors import DeployError
+from clip_deploy.core.files import own_folder
 from clip_deploy.core.subprocesses import die_with_parent
 from clip_deploy.web.hosts import NamedHosts, check_hosts, is_local
 from clip_deploy.web.keys import warn_if_readable
@@ -27,6 +27,7 @@ from clip_deploy.web.settings import Settings
 if TYPE_CHECKING:
     from clip_deploy.web.app import App
 
+METRICS = "clip-deploy-metrics-"  # a folder of the workers' numbers, in the temporary folder
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they hang up first
 FAILED = 3  # exit code of a worker that cannot begin
 RESTART_S = 1  # before a worker is replaced: one may die each time that it begins
@@ -95,8 +96,8 @@ def _announce(served: str, settings: Settings, address: str) -> None:
 
 def _serve_many(settings: Settings, listening: socket.socket) -> int:
     """Workers of one parent, which replaces one that dies and takes them along when it ends."""
-    with tempfile.TemporaryDirectory(prefix="clip-deploy-metrics-") as folder:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+    with own_folder(METRICS) as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         address = _address(listening)
         told, tell = multiprocessing.Pipe(duplex=False)  # what a worker serves, or None once they are to stop
         start = partial(multiprocessing.get_context("spawn").Process, target=_work, args=(settings, listening, tell))

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +16,6 @@ from support.sweeps import measured, point
 
 from clip_deploy.__main__ import main
 from clip_deploy.commands import sweep_workers
-from clip_deploy.commands.sweep_leftovers import job_folder
 from clip_deploy.commands.sweep_workers import Job, answered, last_error, measure, open_engine, place
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
 from clip_deploy.core.manifest import verify
@@ -81,19 +79,6 @@ def test_a_point_that_was_pushed_already_is_not_measured_again(tmp_path):
     assert measure(job) is not None  # there is no DVC project here
     subprocess.run([*GIT, "update-ref", place(job.commit, job.name), "HEAD"], check=True, cwd=tmp_path)
     assert measure(job) is None
-
-
-def test_only_folders_of_jobs_that_ended_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    for name in ("tmp/clip-deploy-job-killed/checkout", "tmp/clip-deploy-jobs", "mine"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "tmp" / "clip-deploy-job-link").symlink_to(tmp_path / "mine")
-    with job_folder() as first, job_folder() as second:
-        left = {path.name for path in (tmp_path / "tmp").iterdir()}
-        assert left == {first.name, second.name, "clip-deploy-jobs", "clip-deploy-job-link"}
-        assert first != second
-    assert (tmp_path / "mine").is_dir()
-    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {"clip-deploy-jobs", "clip-deploy-job-link"}
 
 
 def test_the_reason_is_the_stages_own_or_the_last_line():

@@ -1,4 +1,5 @@
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 
 from clip_deploy.core.config import DataConfig, ModelConfig
 from clip_deploy.core.environment import fingerprint, fingerprint_input
-from clip_deploy.core.files import RACY_NS, remembered
+from clip_deploy.core.files import RACY_NS, own_folder, remembered
 
 
 def put(folder, **contents):
@@ -101,3 +102,16 @@ def test_a_memory_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
     path = put(tmp_path, a="1") / "a"
     assert hashed(tmp_path / "none" / "none" / "memory", path) == hashed(Path("/proc/memory"), path)
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_only_folders_of_processes_that_ended_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    for name in ("tmp/clip-deploy-job-killed/checkout", "tmp/clip-deploy-jobs", "mine"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "tmp" / "clip-deploy-job-link").symlink_to(tmp_path / "mine")
+    with own_folder("clip-deploy-job-") as first, own_folder("clip-deploy-job-") as second:
+        left = {path.name for path in (tmp_path / "tmp").iterdir()}
+        assert left == {first.name, second.name, "clip-deploy-jobs", "clip-deploy-job-link"}
+        assert first != second
+    assert (tmp_path / "mine").is_dir()
+    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {"clip-deploy-jobs", "clip-deploy-job-link"}

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from types import SimpleNamespace
@@ -22,11 +23,12 @@ from support.web import BROKEN, encoded, request, serving, vectors, wait_until
 
 from clip_deploy.__main__ import main
 from clip_deploy.core.errors import DataError
+from clip_deploy.core.files import own_folder
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web import libraries
 from clip_deploy.web.keys import Keys, warn_if_readable
 from clip_deploy.web.models import _no_package
-from clip_deploy.web.server import Announced
+from clip_deploy.web.server import METRICS, Announced
 from clip_deploy.web.settings import Settings
 
 READY = b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -230,7 +232,7 @@ def test_ctrl_c_ends_it(package):
 def test_workers_share_a_port_one_that_dies_is_replaced_and_all_end_with_their_parent(
     package, classifier, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a parent that is killed leaves the workers' numbers there
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a parent that is killed leaves the workers' numbers there for a time
     with serving(package, "--workers", 2) as server:
         expected = classifier.embed_images([Image.new("RGB", (50, 50), "red")])
         item = {"image": encoded(Image.new("RGB", (50, 50), "red"), "PNG")}
@@ -247,6 +249,10 @@ def test_workers_share_a_port_one_that_dies_is_replaced_and_all_end_with_their_p
         assert server.metric('clip_requests_total{route="/v1/embeddings",status="200"}') > 20
         server.process.kill()
         wait_until(lambda: not accepts(server))  # nothing outlives a parent that was killed
+    assert len(list(tmp_path.glob(f"{METRICS}*"))) == 1
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with own_folder(METRICS):
+        assert len(list(tmp_path.glob(f"{METRICS}*"))) == 1  # the next server removes it
 
 
 def answers(server, item, expected):
