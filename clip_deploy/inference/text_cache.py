@@ -36,7 +36,7 @@ class TextCache:
 
     def put(self, text: str, embedding: np.ndarray) -> None:
         key = self._key(text)
-        self._hold(key, embedding)
+        self._hold(key, embedding.copy())  # a row would keep its whole batch
         if self.folder is None:
             return
         path = self._path(key)

@@ -12,11 +12,19 @@ def test_the_least_recently_used_goes_first():
     cache = TextCache("tower", dimension=4, size=2)
     cache.put("a", A)
     cache.put("b", B)
-    assert cache.get("a") is A
+    assert np.array_equal(cache.get("a"), A)
     cache.put("c", C)
     assert cache.get("b") is None
-    assert cache.get("a") is A
-    assert cache.get("c") is C
+    assert np.array_equal(cache.get("a"), A)
+    assert np.array_equal(cache.get("c"), C)
+
+
+def test_a_batch_is_not_kept_for_one_of_its_rows():
+    batch, cache = np.stack([A, B, C]), TextCache("tower", dimension=4, size=2)
+    cache.put("b", batch[1])
+    assert cache.get("b").base is None
+    batch[1] = 0
+    assert np.array_equal(cache.get("b"), B)
 
 
 def test_another_tower_finds_nothing_of_the_first(tmp_path):
