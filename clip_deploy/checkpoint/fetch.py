@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_deploy.checkpoint.adapters import FILES, check_settings, check_weights, merge
+from clip_deploy.checkpoint.dense_heads import fold
 from clip_deploy.checkpoint.layout import (
     ADAPTER,
     INDEX,
@@ -32,7 +33,6 @@ from clip_deploy.checkpoint.open_clip_files import find_text_config, verify_fold
 from clip_deploy.checkpoint.places import FILE, Place, base_place, model_place, processor_place
 from clip_deploy.checkpoint.processor import processor_files, refuse_unused
 from clip_deploy.checkpoint.sentence_transformers import (
-    fold,
     model_folder,
     modules_of,
     refuse_modules,
