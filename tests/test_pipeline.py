@@ -13,7 +13,8 @@ import yaml
 from dvc.repo import Repo
 from support.project import Project
 
-from clip_deploy.core.manifest import verify
+from clip_deploy.core.manifest import TargetManifest, find_manifest, verify
+from clip_deploy.core.parsing import read_record
 from clip_deploy.data import scenes
 
 pytestmark = pytest.mark.slow
@@ -141,8 +142,9 @@ def test_what_was_built_is_what_its_manifests_say(built):
         manifest, differences = verify(built.path / "artifacts" / name)
         assert differences == [], name
         if name in TARGETS:
-            assert manifest["gates"][name]["status"] == metrics(built)[name]["status"]
-            assert (manifest["checkpoint"] is None) == (name in MISSING)
+            assert manifest.gates[name] == metrics(built)[name]["status"]
+            whole = read_record(TargetManifest, find_manifest(built.path / "artifacts" / name))
+            assert (whole.origin.checkpoint is None) == (name in MISSING)
 
 
 def test_nothing_changed_runs_nothing_but_probe(copy):

@@ -27,7 +27,7 @@ def run(given: argparse.Namespace) -> int:
     for difference in found:
         print(f"{given.folder}/{printable(difference)}")
     print(f"{given.folder}: {'not what its manifest says' if found else printable(described(manifest))}")
-    return 1 if found or "unavailable" in manifest else 0
+    return 1 if found or manifest.unavailable is not None else 0
 
 
 def printable(text: str) -> str:

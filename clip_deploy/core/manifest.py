@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_deploy.core.artifact import MANIFEST_NAME, Target, differences, hashes
+from clip_deploy.core.artifact import MANIFEST_NAME, FileFacts, Target, differences, hashes
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.files import no_folder, write_text
 from clip_deploy.core.json_files import read_json, rounded
@@ -72,7 +72,36 @@ class TargetManifest:
     files: dict[str, File]
 
 
-def verify(folder: Path) -> tuple[dict[str, Any], list[str]]:
+@dataclass(frozen=True)
+class PackagedTower:
+    """A tower of a package: its target, and its files there."""
+
+    target: str
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is read of any manifest: a target's, a package's, Triton's repositories' or that of prepared data.
+
+    Attributes:
+        files: by their names.
+        unavailable: why there are none.
+        model: the name that the run gave it.
+        sources: hub ids with their revisions: "" of the checkpoint, and of the parts that it was put together from.
+        gates: what validate said, by target or pair of targets.
+        towers: of a package.
+    """
+
+    files: dict[str, FileFacts]
+    unavailable: str | None
+    model: str | None
+    sources: dict[str, str]
+    gates: dict[str, str]
+    towers: dict[str, PackagedTower]
+
+
+def verify(folder: Path) -> tuple[Manifest, list[str]]:
     """The folder's manifest, and every way in which its files are not those that it names.
 
     A package or repository into which nothing went names none, and says why under `unavailable`.
@@ -85,17 +114,29 @@ def verify(folder: Path) -> tuple[dict[str, Any], list[str]]:
     path = find_manifest(folder)
     manifest = read_manifest(path)
     try:
-        return manifest, differences(folder, manifest.get("files", {}), INSIDE if path.name == INSIDE else None)
+        return manifest, differences(folder, manifest.files, INSIDE if path.name == INSIDE else None)
     except OSError as error:
         raise DeployError(f"{folder} cannot be read: {error}") from error
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Any manifest as it stands. Raises DeployError where it is none of ours."""
-    manifest: dict[str, Any] = read_json(path)
-    if fault := _fault(manifest):
+def read_manifest(path: Path) -> Manifest:
+    """Any manifest, which may come from anywhere. Raises DeployError where it is none of ours."""
+    content = read_json(path)
+    if fault := _fault(content):
         raise DeployError(f"{path} {fault}; make it again with `dvc repro`")
-    return manifest
+    checkpoint = content.get("checkpoint") or {}
+    origins = {"": checkpoint, **checkpoint.get("parts", {})}
+    return Manifest(
+        content.get("files", {}),
+        content.get("unavailable"),
+        content.get("model"),
+        {part: f"{known['repo_id']} at {known['revision']}" for part, known in origins.items() if known.get("repo_id")},
+        {name: gate["status"] for name, gate in content.get("gates", {}).items()},
+        {
+            tower: PackagedTower(entry["target"], entry.get("files", []))
+            for tower, entry in content.get("towers", {}).items()
+        },
+    )
 
 
 def _fault(manifest: Any) -> str | None:
@@ -111,7 +152,8 @@ def _fault(manifest: Any) -> str | None:
         "model": isinstance(manifest.get("model", ""), str),
         "checkpoint": all(_are(known, repo_id=str | None, revision=str | None) for known in ({"": checkpoint}, parts)),
         "gates": _are(manifest.get("gates", {}), status=str),
-        "towers": _are(manifest.get("towers", {}), target=str, sha256=str),
+        "towers": _are(manifest.get("towers", {}), target=str, sha256=str)
+        and all(_are_names(tower.get("files", [])) for tower in manifest.get("towers", {}).values()),
     }
     unsound = next((key for key, is_sound in sound.items() if not is_sound), None)
     return unsound and f"is not a manifest of clip-deploy (its {unsound} is of another kind)"
@@ -123,6 +165,10 @@ def _are(entries: Any, **types: Any) -> bool:
         isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in types.items())
         for entry in entries.values()
     )
+
+
+def _are_names(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
 
 
 def find_manifest(folder: Path) -> Path:
@@ -138,21 +184,15 @@ def find_manifest(folder: Path) -> Path:
     )
 
 
-def described(manifest: dict[str, Any]) -> str:
+def described(manifest: Manifest) -> str:
     """What an unchanged folder holds, in a line."""
-    if "unavailable" in manifest:
-        return f"holds nothing: {manifest['unavailable']}"
-    size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
-    said = [f"files: {len(manifest['files'])}, {size:,.2f} MB"]
-    origin = manifest.get("checkpoint") or {}
-    said += [f"model {manifest['model']}"] if "model" in manifest else []
-    said += [f"{origin['repo_id']} at {origin['revision']}"] if origin.get("repo_id") else []
-    said += [
-        f"{part} {known['repo_id']} at {known['revision']}"
-        for part, known in origin.get("parts", {}).items()
-        if part != "adapter" and known.get("repo_id")
-    ]
-    said += [f"{name}: gate {gate['status']}" for name, gate in manifest.get("gates", {}).items()]
+    if manifest.unavailable is not None:
+        return f"holds nothing: {manifest.unavailable}"
+    size = sum(int(facts["bytes"]) for facts in manifest.files.values()) / 1e6
+    said = [f"files: {len(manifest.files)}, {size:,.2f} MB"]
+    said += [f"model {manifest.model}"] if manifest.model is not None else []
+    said += [f"{part} {source}".strip() for part, source in manifest.sources.items() if part != "adapter"]
+    said += [f"{name}: gate {status}" for name, status in manifest.gates.items()]
     return ", ".join(said)
 
 

@@ -15,7 +15,7 @@ from clip_deploy.core.config import REFERENCE, CiConfig, GatesConfig
 from clip_deploy.core.environment import Environment
 from clip_deploy.core.errors import ConfigError, DeployError
 from clip_deploy.core.json_files import read_json
-from clip_deploy.core.manifest import verify
+from clip_deploy.core.manifest import Manifest, verify
 from clip_deploy.core.parsing import AGAIN, parse, plain
 from clip_deploy.core.recommendation import Recommendation
 from clip_deploy.core.records import Benchmark, Measured, Metrics, Timing, Validation, ZeroShot
@@ -210,23 +210,22 @@ def check_package_of(reports: Reports, folder: Path) -> list[GateFailure]:
     except DeployError as error:
         return [GateFailure("files", str(error))]
     named: set[str] = set()
-    for tower, entry in sorted(manifest.get("towers", {}).items()):
-        target, files = entry["target"], entry.get("files") or []
+    for tower, entry in sorted(manifest.towers.items()):
+        target, files = entry.target, entry.files
         named |= {f"{target}/{MANIFEST}", *files}
         checked = reports.read(Validation, f"validate/{target}.json")
         judged = {f"{target}/{name}": sha for name, sha in checked.files.items()} if checked else {}
         same = files and all(name in judged and judged[name] == _sha(manifest, name) for name in files)
         if checked is None or checked.status != "pass" or not same:
             found = [*found, f"{tower}: {target} did not pass as it is packaged"]
-    strange = [name for name in manifest.get("files", {}) if "/" in name and name not in named]
+    strange = [name for name in manifest.files if "/" in name and name not in named]
     found = [*found, *(f"{name}: of no tower, and so not judged" for name in strange)]
     return [GateFailure("files", difference, AGAIN) for difference in found]
 
 
-def _sha(manifest: dict[str, Any], name: str) -> str | None:
+def _sha(manifest: Manifest, name: str) -> str | None:
     """What a manifest says of a file."""
-    found: str | None = manifest.get("files", {}).get(name, {}).get("sha256")
-    return found
+    return str(manifest.files[name]["sha256"]) if name in manifest.files else None
 
 
 def undecided(names: list[str], reports: Reports) -> dict[str, list[str]]:

@@ -92,7 +92,7 @@ def _check_whole(new: Path) -> None:
     if not new.is_dir() or not (new.parent / INSIDE).is_file():
         what = f"has no {INSIDE} beside it" if new.is_dir() else no_folder(new)
         raise DeployError(f"{new} {what}: give {REPOSITORIES}")
-    files, within = read_manifest(new.parent / INSIDE).get("files", {}), f"{new.name}/"
+    files, within = read_manifest(new.parent / INSIDE).files, f"{new.name}/"
     inside = {name.removeprefix(within): facts for name, facts in files.items() if name.startswith(within)}
     if found := differences(new, inside):
         raise DeployError(f"{new}/{found[0]} (by manifest.json beside it): build it again with `dvc repro`")

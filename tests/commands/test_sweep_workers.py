@@ -173,7 +173,7 @@ def test_a_job_that_is_killed_runs_again_and_what_jobs_built_comes_through_the_r
     there.run("dvc", "exp", "apply", name)
     applied = verify(there.path / "artifacts" / "ort-int8-dynamic")
     assert pulled[1] == applied[1] == []
-    assert pulled[0]["files"] != applied[0]["files"]
+    assert pulled[0].files != applied[0].files
     assert "per_channel: false" in (there.path / "params.yaml").read_text()
 
 

@@ -9,7 +9,7 @@ from support.records import checked
 from clip_deploy.__main__ import main
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.files import sha256
-from clip_deploy.core.manifest import Run, described, save_manifest
+from clip_deploy.core.manifest import Run, described, read_manifest, save_manifest
 from clip_deploy.core.parsing import parse, plain
 from clip_deploy.core.records import Validation
 from clip_deploy.evaluate.validation import manifest
@@ -99,6 +99,10 @@ def test_a_manifest_leads_nowhere_else(target, capsys):
             '{"unavailable": 3}',
             "manifest.json is not a manifest of clip-deploy (its unavailable is of another kind); make it again",
         ),
+        (
+            '{"unavailable": "", "towers": {"text": {"target": "", "sha256": "", "files": 3}}}',
+            "(its towers is of another kind); make it again",
+        ),
         ("[" * 100_000, "manifest.json (maximum recursion depth exceeded"),
         ('{"files"', "manifest.json (Expecting"),
     ],
@@ -172,8 +176,10 @@ def test_what_is_no_folder_is_named(tmp_path, capsys):
     assert "no-such-folder does not exist; give" in capsys.readouterr().err
 
 
-def test_what_a_checkpoint_was_put_together_from_is_named():
+def test_what_a_checkpoint_was_put_together_from_is_named(tmp_path):
     known = {"repo_id": "someone/lora", "revision": "1", "sha256": "a"}
     parts = {"adapter": known, "base": {**known, "repo_id": "someone/clip", "revision": "2"}}
     content = {"files": {"a": {"sha256": "0", "bytes": 1}}, "checkpoint": {**known, "parts": parts}}
-    assert described(content) == "files: 1, 0.00 MB, someone/lora at 1, base someone/clip at 2"
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    found = read_manifest(tmp_path / "manifest.json")
+    assert described(found) == "files: 1, 0.00 MB, someone/lora at 1, base someone/clip at 2"
