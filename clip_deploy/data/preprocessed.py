@@ -13,8 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_deploy.core.errors import DataError
-from clip_deploy.core.json_files import read_json
 from clip_deploy.core.model import Model, as_images
+from clip_deploy.core.parsing import plain, read_record
 from clip_deploy.core.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from clip_deploy.data.dataset import Dataset, Sample
 
 CHUNK = 32  # images preprocessed at a time
+CONTENTS = "manifest.json"
 IMAGES = "images.zip"
 SCORES = "scores.json"  # clip_deploy.builders.processor_files
 
@@ -77,6 +78,25 @@ class Images:
 
 
 @dataclass
+class Contents:
+    """manifest.json of a prepared set.
+
+    Attributes:
+        images, captions: how many.
+        classes, templates: of its zero-shot question; empty where there is none.
+        pad_token: what its texts are padded with.
+        sha256: of each image's pixels.
+    """
+
+    images: int
+    captions: int
+    classes: list[str]
+    templates: list[str]
+    pad_token: int
+    sha256: list[str]
+
+
+@dataclass
 class Prepared:
     """One set, ready to encode.
 
@@ -96,14 +116,14 @@ class Prepared:
     caption_text: np.ndarray
     prompts: Texts
     labels: np.ndarray
-    manifest: dict[str, Any]
+    contents: Contents
     images: Images | None = None
 
     @property
     def identity(self) -> str:
         """SHA-256 of what top-1 is counted on: images, labels, classes and templates."""
-        counted = [self.manifest[name] for name in ("sha256", "classes", "templates")]
-        return hashlib.sha256(json.dumps([*counted, self.labels.tolist()]).encode()).hexdigest()
+        counted = [self.contents.sha256, self.contents.classes, self.contents.templates, self.labels.tolist()]
+        return hashlib.sha256(json.dumps(counted).encode()).hexdigest()
 
     def inputs(self, tower: str, text_inputs: list[str]) -> dict[str, np.ndarray]:
         """All rows of one tower's inputs, by their names in its graph."""
@@ -149,15 +169,15 @@ def write_prepared(
         prompt_mask=prompts.attention_mask,
         labels=np.array([dataset.classes.index(sample.label) for sample in samples if sample.label], dtype=np.int64),
     )
-    manifest = {
-        "images": len(samples),
-        "captions": len(pairs),
-        "classes": dataset.classes,
-        "templates": templates if dataset.classes else [],
-        "pad_token": pad_token_of(processor),
-        "sha256": dataset.hashes[name],
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    contents = Contents(
+        images=len(samples),
+        captions=len(pairs),
+        classes=dataset.classes,
+        templates=templates if dataset.classes else [],
+        pad_token=pad_token_of(processor),
+        sha256=dataset.hashes[name],
+    )
+    (folder / CONTENTS).write_text(json.dumps(plain(contents), indent=1) + "\n")
 
 
 def pad_token_of(processor: "ProcessorMixin") -> int:
@@ -226,7 +246,7 @@ def load_prepared(folder: Path) -> Prepared:
         caption_text=texts["caption_text"],
         prompts=Texts(texts["prompt_ids"], texts["prompt_mask"]),
         labels=texts["labels"],
-        manifest=read_json(folder / "manifest.json"),
+        contents=read_record(Contents, folder / CONTENTS, "run `dvc repro prepare`"),
         images=Images(folder / IMAGES) if (folder / IMAGES).exists() else None,
     )
 

@@ -28,7 +28,7 @@ def zero_shot(actual: Embeddings, reference: Embeddings, prepared: Prepared, see
 
     The drop is the reference's top-1 minus the target's, with its 95 % paired bootstrap interval.
     """
-    classes = len(prepared.manifest["classes"])
+    classes = len(prepared.contents.classes)
     scores, expected = class_scores(actual, classes), class_scores(reference, classes)
     labels = prepared.labels
     right, reference_right = scores.argmax(axis=1) == labels, expected.argmax(axis=1) == labels
@@ -77,7 +77,7 @@ def caption_scores(embeddings: Embeddings) -> np.ndarray:
 
 def flips(actual: Embeddings, reference: Embeddings, prepared: Prepared) -> float:
     """Percent of the images whose answer (class, or caption where there are no classes) is not the reference's."""
-    classes = len(prepared.manifest["classes"])
+    classes = len(prepared.contents.classes)
     if classes:
         answers = [class_scores(side, classes).argmax(axis=1) for side in (actual, reference)]
     else:
@@ -119,7 +119,7 @@ def discordant(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:
 
 def accuracy_cost(actual: Embeddings, reference: Embeddings, prepared: Prepared, seed: int) -> Loss:
     """What `actual` loses against the reference."""
-    drop = zero_shot(actual, reference, prepared, seed).top1_drop if prepared.manifest["classes"] else 0.0
+    drop = zero_shot(actual, reference, prepared, seed).top1_drop if prepared.contents.classes else 0.0
     cosines = [
         float(row_cosines(ours, theirs).mean())
         for ours, theirs in ((actual.images, reference.images), (actual.texts, reference.texts))

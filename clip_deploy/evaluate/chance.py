@@ -32,7 +32,7 @@ def _at_chance(reference: Embeddings, prepared: Prepared) -> Iterator[str]:
     rate = chance(answers, relevant)
     right, most = int(relevant[np.arange(images), answers].sum()), most_by_chance(images, rate)
     if choices > 1 and right <= most:
-        what = "classes" if prepared.manifest["classes"] else "captions"
+        what = "classes" if prepared.contents.classes else "captions"
         yield (
             f"torch-fp32 itself answers no better than chance: {right} of {images} images right "
             f"({100 * right / images:.1f} %, {choices} {what}), where chance gives {100 * rate:.1f} %, and up to "
@@ -42,7 +42,7 @@ def _at_chance(reference: Embeddings, prepared: Prepared) -> Iterator[str]:
 
 def answered(reference: Embeddings, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
     """What each image is nearest to, [images], and which answers are right for it, [images, choices]."""
-    if classes := len(prepared.manifest["classes"]):
+    if classes := len(prepared.contents.classes):
         return class_scores(reference, classes).argmax(axis=1), np.eye(classes, dtype=bool)[prepared.labels]
     relevant = np.zeros((len(reference.images), int(prepared.caption_text.max()) + 1), dtype=bool)
     relevant[prepared.caption_image, prepared.caption_text] = True

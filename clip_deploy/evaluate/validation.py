@@ -171,7 +171,7 @@ def measure(encoder: Encoder, prepared: Prepared, reference: Embeddings, target:
         raise DeployError(f"encoding failed: {first_line(error)}") from error
     alike = normalized if target.model.normalize else np.asarray  # lengths are compared where they are kept
     clean = Embeddings(*(np.nan_to_num(part) for part in (actual.images, actual.captions, actual.prompts)))
-    settings, classes = target.model.classifier, prepared.manifest["classes"]
+    settings, classes = target.model.classifier, prepared.contents.classes
     return Measured(
         parity={
             "vision": similarity(actual.images, alike(reference.images)),
@@ -197,7 +197,7 @@ def classifier(encoder: Encoder, prepared: Prepared, reference: Embeddings, sett
 
     The set's prompts hold the labels' embeddings where its classes and templates do; else there is nothing to compare.
     """
-    classes, templates = prepared.manifest["classes"], prepared.manifest["templates"]
+    classes, templates = prepared.contents.classes, prepared.contents.templates
     if settings.template not in templates or not set(settings.labels) <= set(classes):
         return HeadAgreement(
             unchecked="the evaluation set lacks a label of onnx.classifier among its classes, or onnx.template"
@@ -237,7 +237,7 @@ def other_shapes(encoder: Encoder, prepared: Prepared, reference: Embeddings, ta
         lowest[f"text, batch {batch}"] = float(row_cosines(encoded, expected).min())
     context = target.model.context_length
     if texts.input_ids.shape[1] < context:
-        padded = texts.padded(context, prepared.manifest["pad_token"])
+        padded = texts.padded(context, prepared.contents.pad_token)
         lowest[f"text, {context} tokens"] = float(row_cosines(encode_texts(encoder, padded), expected).min())
     return lowest
 

@@ -108,7 +108,7 @@ def judge(images: np.ndarray, job: FeedJob) -> Measured:
     """What the feed costs: its embeddings [photos, dimension] and answers against the checkpoint's own processor's."""
     finite = np.nan_to_num(images, nan=0.0, posinf=0.0, neginf=0.0)
     actual, questions = replace(job.reference, images=finite), job.questions
-    classes = questions.manifest["classes"]
+    classes = questions.contents.classes
     return Measured(
         parity={"vision": similarity(images, job.reference.images)},
         shapes={},

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from clip_deploy.data.preprocessed import Prepared, Texts
+from clip_deploy.data.preprocessed import Contents, Prepared, Texts
 from clip_deploy.evaluate.accuracy import bootstrap_drop, flips, mcnemar, retrieval, zero_shot
 from clip_deploy.evaluate.embeddings import Embeddings
 
@@ -18,7 +18,7 @@ def prepared(labels, caption_text, classes=4):
         caption_text=np.array(caption_text),
         prompts=empty,
         labels=np.array(labels),
-        manifest={"classes": [f"class {index}" for index in range(classes)]},
+        contents=Contents(0, 0, [f"class {index}" for index in range(classes)], [], 0, []),
     )
 
 

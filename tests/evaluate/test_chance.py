@@ -11,18 +11,20 @@ from transformers import CLIPProcessor
 from clip_deploy.core.artifact import read_target
 from clip_deploy.core.config import DataConfig, GatesConfig
 from clip_deploy.data.dataset import load
-from clip_deploy.data.preprocessed import load_prepared, write_prepared
+from clip_deploy.data.preprocessed import Contents, load_prepared, write_prepared
 from clip_deploy.evaluate.chance import chance, closeness, doubts, most_by_chance
 from clip_deploy.evaluate.embeddings import Embeddings, encode_set, load_embeddings, save_embeddings
 from clip_deploy.evaluate.gates import failures_now
 from clip_deploy.evaluate.validation import validate
 from clip_deploy.runtimes import open_encoder
 
+NONE = Contents(0, 0, [], [], 0, [])
+
 
 def test_the_built_in_model_is_in_no_doubt(sets):
     prepared, reference = load_prepared(sets / "evaluation"), load_embeddings(sets / "evaluation" / "reference.npz")
     assert doubts(reference, prepared) == []
-    prepared.manifest["classes"] = []  # by its captions
+    prepared.contents.classes = []  # by its captions
     assert doubts(reference, prepared) == []
 
 
@@ -51,10 +53,10 @@ def test_closeness_is_1_where_all_have_one_embedding():
 def test_texts_that_share_one_embedding_are_named_even_where_no_class_is_asked():
     rng = np.random.default_rng(0)
     reference = Embeddings(rng.normal(size=(6, 8)), np.ones((6, 8)) + 1e-4 * rng.normal(size=(6, 8)), np.empty((0, 8)))
-    prepared = SimpleNamespace(manifest={"classes": []}, caption_image=np.arange(6), caption_text=np.arange(6))
+    prepared = SimpleNamespace(contents=NONE, caption_image=np.arange(6), caption_text=np.arange(6))
     found = doubts(reference, prepared)
     assert "torch-fp32 gives all texts nearly one embedding: their median cosine with the mean is 1.00000" in found[-1]
-    same = SimpleNamespace(manifest={"classes": []}, caption_image=np.arange(6), caption_text=np.zeros(6, dtype=int))
+    same = SimpleNamespace(contents=NONE, caption_image=np.arange(6), caption_text=np.zeros(6, dtype=int))
     assert doubts(reference, same) == []  # all images have one caption: there is nothing to tell apart
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from clip_deploy.core.records import Recall
-from clip_deploy.data.preprocessed import Prepared, Texts
+from clip_deploy.data.preprocessed import Contents, Prepared, Texts
 from clip_deploy.evaluate.embeddings import Embeddings
 from clip_deploy.evaluate.stored_vectors import share_found, stored_vectors
 
@@ -18,7 +18,7 @@ def prepared(caption_text=()):
         caption_text=np.array(caption_text, dtype=np.int64),
         prompts=Texts(ids, ids),
         labels=np.empty(0, dtype=np.int64),
-        manifest={},
+        contents=Contents(0, 0, [], [], 0, []),
     )
 
 

@@ -74,12 +74,12 @@ def test_torchscript_runs_at_every_shape(check, checkpoint, tmp_path, precision)
 
 def test_a_set_is_another_one_by_what_top1_is_counted_on(sets):
     prepared, same = (load_prepared(sets / "evaluation") for _ in range(2))
-    same.pixel_values, same.manifest["pad_token"] = same.pixel_values[:1], 7  # as another checkpoint makes them
+    same.pixel_values, same.contents.pad_token = same.pixel_values[:1], 7  # as another checkpoint makes them
     assert same.identity == prepared.identity
     others = [load_prepared(sets / "evaluation") for _ in range(3)]
     others[0].labels = np.roll(others[0].labels, 1)
-    others[1].manifest["templates"][0] = "a drawing of a {}"
-    others[2].manifest["sha256"][0] = "0" * 64  # of an image
+    others[1].contents.templates[0] = "a drawing of a {}"
+    others[2].contents.sha256[0] = "0" * 64  # of an image
     assert len({prepared.identity, *(other.identity for other in others)}) == 4
 
 

@@ -61,7 +61,7 @@ def images(checkpoint, sets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def labels(images):
-    return load_prepared(images).manifest["classes"]
+    return load_prepared(images).contents.classes
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +108,8 @@ def few(prepared: Prepared) -> Prepared:
     """The first rows, without classes."""
     captions = prepared.captions[:ROWS]
     none = Texts(captions.input_ids[:0], captions.attention_mask[:0])
-    rows, manifest = np.arange(ROWS), {**prepared.manifest, "classes": [], "templates": []}
-    return Prepared(prepared.pixel_values[:ROWS], captions, rows, rows, none, prepared.labels[:0], manifest)
+    rows, contents = np.arange(ROWS), replace(prepared.contents, classes=[], templates=[])
+    return Prepared(prepared.pixel_values[:ROWS], captions, rows, rows, none, prepared.labels[:0], contents)
 
 
 def read_picture(folder: Path) -> None:
