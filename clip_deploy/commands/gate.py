@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from clip_deploy.report.ci_comment import comment
 from clip_deploy.report.ci_gate import (
     Found,
     Reports,
+    asked,
+    asked_otherwise,
     at_revision,
     check_reports,
     check_required,
@@ -34,10 +37,12 @@ from clip_deploy.report.ci_gate import (
     in_folder,
     other_weights,
     refusals,
+    strictest,
     time_again,
     undecided,
     verdicts,
 )
+from clip_deploy.report.revisions import commit_of, committed
 from clip_deploy.report.why import changed
 
 STATUS = [sys.executable, "-m", "dvc", "status", "--json"]
@@ -79,7 +84,10 @@ def run(given: argparse.Namespace) -> int:
     check_required(names, params.targets)
     found = [stale(present), check_reports(names, present, load_choice(CONF, "gates", params.gates), BUILT)]
     notes: list[str] = []
+    otherwise, limits = [], params.ci
     if former:
+        now, then = asked(_text, PARAMS, CONF), asked(partial(committed, commit=commit_of(given.against)), PARAMS, CONF)
+        otherwise, limits = asked_otherwise(now, then), strictest(params.ci, then)
         if weights := other_weights(present, former):
             notes = [OTHER_MODEL.format(revision=given.against, model=params.model, files=", ".join(weights))]
         lost, uncompared = compare_revisions(names, present, former, params.ci)
@@ -91,9 +99,10 @@ def run(given: argparse.Namespace) -> int:
     is_open = not any(missed for part in found for missed in part.values())
     said = verdicts(names, present) if is_open else refusals(found)
     if given.comment and former:
-        text = comment(said, is_open, present, former, given.against, params.ci, notes, given.page)
+        text = comment(said, is_open, present, former, given.against, limits, notes, given.page, otherwise)
         write_text(given.comment, text)
-    print("\n".join([*(f"note: {note}" for note in notes), said]))
+    differs = [f"note: the gate asks otherwise than at {given.against}: {line}" for line in otherwise]
+    print("\n".join([*differs, *(f"note: {note}" for note in notes), said]))
     if not is_open:
         raise DeployError(f"not all of the {len(names)} required targets pass: the table above says why")
     if spoiled := undecided(names, present):
@@ -101,6 +110,10 @@ def run(given: argparse.Namespace) -> int:
     since = f", and none lost since {given.against}" if former else ""
     print(f"\n{len(names)} required targets pass{since}")
     return 0
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _fresh(given: argparse.Namespace, present: Reports) -> int:

@@ -30,6 +30,7 @@ def comment(
     limits: CiConfig,
     notes: Sequence[str] = (),
     page: str | None = None,
+    otherwise: Sequence[str] = (),
 ) -> str:
     """Markdown.
 
@@ -38,6 +39,7 @@ def comment(
         former, revision: what it is held against, and how that is called.
         notes: what could not be compared, and whether the model is another.
         page: the address of report.html.
+        otherwise: what the gate asked otherwise at that revision.
     """
     rows, plots = moved(reports, former, limits), redrawn(reports, former)
     table_of = table(["Target", "Quantity", revision, "now"], rows) if rows else ["Nothing."]
@@ -47,12 +49,17 @@ def comment(
         MARK,
         f"## clip-deploy: the gate is {'open' if is_open else '**shut**'}",
         said,
+        *([_listed(f"### The gate asks otherwise than at {revision}", otherwise)] if otherwise else []),
         *([_folded(notes)] if notes else []),
         f"### What ships\n\n{_shipped(reports, former, revision)}{link}",
         f"### Beyond its interval since {revision}\n\n" + "\n".join(table_of),
         f"### Plots\n\n{drawn}. `dvc plots diff {revision}` shows both.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _listed(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([title, "", *(f"- {line}" for line in lines)])
 
 
 def _folded(notes: Sequence[str]) -> str:

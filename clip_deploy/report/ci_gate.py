@@ -5,10 +5,12 @@ A missing, unreadable or contradictory result is a miss: nothing passes because 
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from clip_deploy.core.artifact import MANIFEST, TOWERS
 from clip_deploy.core.config import REFERENCE, CiConfig, GatesConfig
@@ -124,6 +126,47 @@ def read_result(target: str, reports: Reports) -> Result:
     return Result(
         reports.read(Validation, f"validate/{target}.json"), reports.read(Benchmark, f"benchmark/{target}.json")
     )
+
+
+Asked = dict[str, dict[str, Any]]  # by file
+
+
+def asked(read: Callable[[Path], str | None], params: Path, conf: Path) -> Asked:
+    """What a gate asks of targets: `ci` in params.yaml, and the limits in the file that `gates` names there.
+
+    Args:
+        read: a file's text, None where there is none. What is no YAML asks nothing.
+    """
+    settings = _settings(read(params))
+    name = settings.get("gates")
+    limits = _settings(read(conf / "gates" / f"{name}.yaml")) if isinstance(name, str) else {}
+    return {str(params): {key: settings.get(key) for key in ("ci", "gates")}, f"{conf}/gates": limits}
+
+
+def _settings(text: str | None) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text or "")
+    except yaml.YAMLError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def asked_otherwise(now: Asked, then: Asked) -> list[str]:
+    """What a gate asked otherwise at another revision, which hides what was lost: a line for each setting."""
+    return [
+        line
+        for file, settings in now.items()
+        if any(then[file].values())
+        for line in changed(then[file], settings, file)
+    ]
+
+
+def strictest(limits: CiConfig, then: Asked) -> CiConfig:
+    """Of each limit on what may be lost the smaller, that of now or of then: a branch may have loosened its own."""
+    former = next(iter(then.values()))["ci"]
+    known = former if isinstance(former, dict) else {}
+    names = [name for name in vars(limits) if name.startswith("max_") and type(known.get(name)) in (int, float)]
+    return replace(limits, **{name: min(float(known[name]), getattr(limits, name)) for name in names})
 
 
 def check_required(names: list[str], targets: list[str]) -> None:

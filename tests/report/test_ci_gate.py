@@ -5,6 +5,7 @@ import copy
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -26,12 +27,15 @@ from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import manifest, validate
 from clip_deploy.report.ci_gate import (
     Reports,
+    asked,
+    asked_otherwise,
     at_revision,
     check_reports,
     check_required,
     compare_revisions,
     other_weights,
     refusals,
+    strictest,
     undecided,
     verdicts,
 )
@@ -254,6 +258,53 @@ def test_a_seeded_regression_is_caught_by_the_real_validation(sound, check, arti
 def test_a_gate_that_would_check_nothing_or_what_is_unknown_is_refused(names, said):
     with pytest.raises(ConfigError, match=said):
         check_required(names, ["torch-fp32", "ort-fp32"])
+
+
+PROJECT = {
+    "params.yaml": "ci: {required: [a, b], max_cosine_drop: 0.001, max_top1_drop: 0.5}\ngates: usual\nseed: 0\n",
+    "conf/gates/usual.yaml": "int8: {min_cosine: 0.9}\n",
+    "conf/gates/loose.yaml": "int8: {min_cosine: 0.5}\n",
+}
+
+
+def asks(**changed):
+    files = PROJECT | {name.replace("__", "/") + ".yaml": text for name, text in changed.items()}
+    return asked(lambda path: files.get(path.as_posix()), Path("params.yaml"), Path("conf"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, []),
+        ({"params": PROJECT["params.yaml"].replace("seed: 0", "seed: 1")}, []),
+        ({"params": PROJECT["params.yaml"].replace("[a, b]", "[a]")}, ["ci.required: -b  (params.yaml)"]),
+        (
+            {"params": PROJECT["params.yaml"].replace("0.001", "0.5")},
+            ["ci.max_cosine_drop: 0.001 -> 0.5  (params.yaml)"],
+        ),
+        (
+            {"params": PROJECT["params.yaml"].replace("usual", "loose")},
+            ["gates: usual -> loose  (params.yaml)", "int8.min_cosine: 0.9 -> 0.5  (conf/gates)"],
+        ),
+        ({"conf__gates__usual": "int8: {min_cosine: 0.8}"}, ["int8.min_cosine: 0.9 -> 0.8  (conf/gates)"]),
+    ],
+)
+def test_what_the_gate_asks_otherwise_than_before_is_named(changed, said):
+    assert asked_otherwise(asks(**changed), asks()) == said
+
+
+@pytest.mark.parametrize("former", ["", "ci: 3", "ci: {max_cosine_drop: [1]}", "[", "a"])
+def test_a_revision_that_asks_nothing_of_this_kind_changes_nothing(former):
+    files = {"params.yaml": former}
+    then = asked(lambda path: files.get(path.as_posix()), Path("params.yaml"), Path("conf"))
+    assert strictest(CiConfig(["a"]), then) == CiConfig(["a"])
+    assert asked_otherwise(asks(), asked(lambda path: None, Path("params.yaml"), Path("conf"))) == []
+
+
+def test_what_moved_is_told_by_the_stricter_limit():
+    assert strictest(CiConfig(["a"], max_cosine_drop=0.5, max_top1_drop=0.1), asks()) == CiConfig(
+        ["a"], max_cosine_drop=0.001, max_top1_drop=0.1
+    )
 
 
 def lost_since(sound, change, former=None, slow_down=10):
@@ -684,6 +735,15 @@ def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes, 
     assert code == 0
     assert out.startswith("note: HEAD has another checkpoint than `model: tiny-shapes` here (model.safetensors): two")
     project.run("git", "reset", "-q", "HEAD~1")
+    project.edit("params.yaml", "  - ort-fp16\n  - ort-int8-dynamic", "  - ort-int8-dynamic")
+    project.edit("params.yaml", "max_cosine_drop: 0.001", "max_cosine_drop: 0.5")
+    code, out, _ = gate("--against", "HEAD", "--allow-uncompared", "--comment", "comment.md")
+    assert code == 0
+    said = ["ci.required: -ort-fp16  (params.yaml)", "ci.max_cosine_drop: 0.001 -> 0.5  (params.yaml)"]
+    assert out.splitlines()[:2] == [f"note: the gate asks otherwise than at HEAD: {line}" for line in said]
+    lines = "\n".join(f"- {line}" for line in said)
+    assert f"### The gate asks otherwise than at HEAD\n\n{lines}\n\n" in (project.path / "comment.md").read_text()
+    project.run("git", "checkout", "-q", "params.yaml")
     seed_regression(project, "ort-fp16")
     code, out, err = gate("--against", "HEAD")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
