@@ -9,7 +9,8 @@ from clip_deploy.builders.processor_files import write_portable
 from clip_deploy.checkpoint.load import load_processor
 from clip_deploy.core.artifact import described_folder, read_target
 from clip_deploy.core.config import DataConfig
-from clip_deploy.data.dataset import load
+from clip_deploy.core.errors import listed
+from clip_deploy.data.dataset import check_prompts, load
 from clip_deploy.data.preprocessed import load_prepared, write_prepared
 from clip_deploy.evaluate.chance import doubts
 from clip_deploy.evaluate.embeddings import encode_set, save_embeddings
@@ -29,7 +30,9 @@ class Settings:
 
 @stage
 def prepare(settings: Settings) -> None:
+    check_prompts(settings.data)
     dataset, target = load(settings.data, settings.seed), read_target(settings.checkpoint)
+    print(f"{len(dataset.classes)} classes: {listed(dataset.classes)}" if dataset.classes else "no classes")
     model, device = target.model, target.device if is_available(target.device) else "cpu"
     processor = load_processor(settings.checkpoint)
     for name, keep in (("calibration", False), ("evaluation", settings.images)):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from clip_deploy.core.config import DataConfig
 from clip_deploy.core.environment import cores, located
-from clip_deploy.core.errors import DataError, first_line, listed
+from clip_deploy.core.errors import ConfigError, DataError, first_line, listed
 from clip_deploy.core.image_files import class_files
 from clip_deploy.core.images import decode, read_image
 from clip_deploy.data import scenes
@@ -38,6 +38,17 @@ class Dataset:
     calibration: list[Sample]
     classes: list[str]
     hashes: dict[str, list[str]] = field(default_factory=dict)  # SHA-256 of each image's pixels, by set
+
+
+SPLITS = {"dev", "eval", "test", "testing", "train", "training", "val", "valid", "validation"}  # names of no class
+
+
+def check_prompts(data: DataConfig) -> None:
+    """Raises ConfigError where there will be classes, and no prompt for them."""
+    if (data.source in ("shapes", "image-folder") or data.label_column) and not data.templates:
+        raise ConfigError(
+            "data.templates is empty: give at least one prompt for the classes, for example ['a photo of a {}']"
+        )
 
 
 def load(data: DataConfig, seed: int) -> Dataset:
@@ -134,6 +145,12 @@ def _fault(sample: Sample) -> str | None:
 def _image_folder(data: DataConfig) -> tuple[list[Sample], list[str]]:
     root = _existing(data, Path.is_dir, "folder")
     files = _by_class(root)
+    names = [name for names in files.values() for name in names]
+    if names and set(map(str.lower, files)) <= SPLITS and all(name.count("/") > 1 for name in names):
+        raise DataError(
+            f"{root} holds {' and '.join(sorted(files))}, in which are sub-folders alone: give the one of them whose "
+            f"sub-folders are the classes, for example path={root / min(files)}"
+        )
     if empty := [str(root / name) for name, names in files.items() if not names]:
         raise DataError(f"{listed(empty)} holds no images: fill it or remove it")
     classes = {name: name.replace("_", " ") for name in files}

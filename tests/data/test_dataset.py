@@ -9,7 +9,7 @@ from PIL import Image
 
 from clip_deploy.core.config import DataConfig
 from clip_deploy.core.errors import ConfigError, DataError
-from clip_deploy.data.dataset import load
+from clip_deploy.data.dataset import check_prompts, load
 
 COUNTS = {"evaluation_samples": 16, "calibration_samples": 4}
 
@@ -189,9 +189,35 @@ def test_too_few_images_are_refused(tmp_path):
 def test_one_class_is_refused(tmp_path):
     """No answer could be wrong, and no gate fail."""
     for seed in range(10):
-        picture(tmp_path / "train" / "cat" / f"{seed}.png", seed)
-    with pytest.raises(DataError, match="has one class, 'train', and zero-shot answers need two: give the folder that"):
+        picture(tmp_path / "pets" / "cat" / f"{seed}.png", seed)
+    with pytest.raises(DataError, match="has one class, 'pets', and zero-shot answers need two: give the folder that"):
         load(DataConfig(source="image-folder", path=str(tmp_path)), 0)
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("Train",)])
+def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path, splits):
+    for seed in range(20):
+        picture(tmp_path / splits[seed % len(splits)] / ("cat", "dog")[seed // 2 % 2] / f"{seed}.png", seed)
+    with pytest.raises(DataError, match=rf"in which are sub-folders alone: .* path=\S+/{splits[0]}$"):
+        load(DataConfig(source="image-folder", path=str(tmp_path)), 0)
+    assert load(DataConfig(source="image-folder", path=str(tmp_path / splits[0]), **COUNTS), 0).classes == [
+        "cat",
+        "dog",
+    ]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for seed in range(20):
+        picture(tmp_path / ("train", "test")[seed % 2] / f"{seed}.png", seed)
+    assert load(DataConfig(source="image-folder", path=str(tmp_path), **COUNTS), 0).classes == ["test", "train"]
+
+
+@pytest.mark.parametrize("given", [{"source": "shapes"}, {"source": "captions", "path": "a.csv", "label_column": "b"}])
+def test_classes_without_a_prompt_are_refused(given):
+    with pytest.raises(ConfigError, match=r"data\.templates is empty: give at least one prompt for the classes"):
+        check_prompts(DataConfig(**given))
+    check_prompts(DataConfig(**given, templates=["a {}"]))
+    check_prompts(DataConfig(source="captions", path="a.csv", caption_column="b"))
 
 
 def test_a_missing_folder_is_refused(tmp_path):
