@@ -231,12 +231,16 @@ def _choices(group: str) -> str:
 # Commands, stages, targets of make.
 
 
+EXTRAS = {"embed": "parquet", "index": "index", "search": "parquet", "serve": "serve"}  # what a command needs besides
+
+
 def cli_page() -> str:
     text = WRITTEN + "# Commands\n\n`clip-deploy COMMAND --help` shows the same in a terminal.\n\n"
     text += "*Light* is `pip install clip-deploy`, *full* is `make repro` or `pip install 'clip-deploy[pipeline]'`.\n\n"
     text += "| Command | What it does | Install |\n| --- | --- | --- |\n"
     for name, summary in COMMANDS.items():
         needs = "light" if name in LIGHT else "full"
+        needs += f", with `[{EXTRAS[name]}]`" if name in EXTRAS else ""
         text += f"| [`{name}`](#{name}) | {summary} | {needs} |\n"
     codes = EPILOG.partition("exit codes:\n")[2]
     text += "\n## Exit codes\n\n| Code | Meaning |\n| ---: | --- |\n"

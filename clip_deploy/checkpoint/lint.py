@@ -55,7 +55,8 @@ CODES = (
     "unused-weights",
     "alike",
 )
-NEVER_ALLOWED = {"missing-weights", "alike"}  # each load would draw other random weights; there is no answer to give
+# Each load would draw other random weights; there is no answer to give; the vision tower fails.
+NEVER_ALLOWED = {"missing-weights", "alike", "image-size"}
 
 LEGACY_EOS = (
     2  # transformers' CLIP then pools at the highest id: https://github.com/huggingface/transformers/pull/24773

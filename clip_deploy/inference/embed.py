@@ -310,7 +310,8 @@ def read_header(output: str, name: str, way_out: str = WAY_OUT) -> Header:
             found: Header = json.loads((part.metadata.metadata or {})[MADE_BY]) | {"rows": part.metadata.num_rows}
             return found
     except (OSError, ValueError, KeyError) as error:
-        raise DeployError(f"{shown(output)}/{name} is not a complete part of `embed`: {way_out}") from error
+        again = "remove it, and the same command makes it again; or " if way_out is WAY_OUT else ""
+        raise DeployError(f"{shown(output)}/{name} is not a complete part of `embed`: {again}{way_out}") from error
 
 
 def read_part(output: str, name: str, width: int) -> tuple[list[str], np.ndarray]:

@@ -229,13 +229,13 @@ def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bo
     """List a folder of images, of Parquet files or of tar files, or one of these files, and divide it into parts.
 
     Args:
-        where: a path or a URI (file, s3, gs, abfs, hf). A folder that holds images is read as images.
+        where: a path or a URI (file, s3, gs, abfs, hf).
         part_size: images a part; of tar files, each is a part.
         columns: those of Parquet files.
         shared: whether other machines read the parts too.
 
     Raises:
-        DataError: there is nothing to embed, or a table lacks a column.
+        DataError: there is nothing to embed, or files of several kinds, or a table lacks a column.
         DeployError: storage cannot be read, or pyarrow is missing.
     """
     load_pyarrow()  # whatever is missing is said before the work
@@ -243,11 +243,17 @@ def open_source(where: str, part_size: int, columns: Columns = NAMES, shared: bo
     tables = {name: stamp for name, stamp in found.files.items() if _is_table(name)}
     images = {name: stamp for name, stamp in found.files.items() if may_be_image(name)}
     shards = {name: stamp for name, stamp in found.files.items() if name.lower().endswith(SHARD)}
-    packed = bool(shards) and not any(name.lower().endswith(SUFFIXES) for name in images)
-    if tables and shards and packed:
-        raise DataError(f"{shown(where)} holds Parquet and tar files: give a folder with one kind of them")
-    if tables and not any(name.lower().endswith(SUFFIXES) for name in images):
+    pictures = [name for name in images if name.lower().endswith(SUFFIXES)]
+    kinds = {"image files": pictures, "Parquet files": list(tables), "tar files": list(shards)}
+    held = {kind: names for kind, names in kinds.items() if names}
+    if len(held) > 1:  # none is left out without a word
+        few = min(held.values(), key=len)
+        raise DataError(
+            f"{shown(where)} holds {' and '.join(held)}, for example {few[0]}: give a folder with one kind of them"
+        )
+    if tables:
         return _tables(where, tables, part_size, columns)
+    packed = bool(shards)
     if not images and not packed:
         raise _nothing(where, found, ", no Parquet and no tar files")
     folder = local(where)

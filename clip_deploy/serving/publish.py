@@ -91,7 +91,9 @@ def _check_whole(new: Path) -> None:
     """Hold a repository's files against the manifest beside it."""
     if not new.is_dir() or not (new.parent / INSIDE).is_file():
         what = f"has no {INSIDE} beside it" if new.is_dir() else no_folder(new)
-        raise DeployError(f"{new} {what}: give {REPOSITORIES}")
+        made = (new.parent / INSIDE).is_file()
+        beside = sorted(str(path.parent) for path in new.parent.glob(f"*/{WHOLE}") if made)
+        raise DeployError(f"{new} {what}: give {' or '.join(beside) or REPOSITORIES}")
     files, within = read_manifest(new.parent / INSIDE).files, f"{new.name}/"
     inside = {name.removeprefix(within): facts for name, facts in files.items() if name.startswith(within)}
     if found := differences(new, inside):

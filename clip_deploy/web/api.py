@@ -186,7 +186,7 @@ def parse_search(body: Mapping[str, Any]) -> Search:
 
 
 def _items(given: Any, param: str, max_items: int, modality: str) -> list[Item]:
-    if isinstance(given, str):
+    if isinstance(given, str | dict):
         return [_picture(given, param) if modality == "image" else _item(given, param)]
     _check_list(given, param, max_items, "a text, or a list of one or more")
     if any(isinstance(item, int | list) for item in given):

@@ -67,7 +67,7 @@ def _embeddings(items: str) -> dict[str, Any]:
         "image_url work as well. Embeddings have unit length. A text beyond the context is cut.",
         {
             "input": {
-                "oneOf": [{"type": "string"}, {"type": "array", "items": ITEM, "minItems": 1}],
+                "anyOf": [ITEM, {"type": "array", "items": ITEM, "minItems": 1}],
                 "description": f"{ONE}, or a list of these; {items}",
             },
             "modality": {"enum": ["text", "image"], "description": "what the strings of input are; text without it"},

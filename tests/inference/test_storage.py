@@ -96,7 +96,7 @@ def test_each_tar_file_is_a_part_with_its_images_alone(pictures, tmp_path):
     (one,) = read(open_source(str(tmp_path / "b.tar"), part_size=1))
     assert [name for name, _ in one] == ["b.tar/3.png", "b.tar/folder/4.PNG"]
     write(tmp_path / "c.parquet", [0], pictures[:1])
-    with pytest.raises(DataError, match="holds Parquet and tar files: give a folder with one kind"):
+    with pytest.raises(DataError, match=r"holds Parquet files and tar files, for example c\.parquet: give a folder with one"):
         open_source(str(tmp_path), part_size=1)
 
 
@@ -210,13 +210,22 @@ def test_a_table_that_was_replaced_by_one_of_its_size_is_another_source(pictures
     assert open_source(str(path), 10).digest != before
 
 
-def test_a_folder_is_read_as_tables_where_nothing_in_it_is_an_image(pictures, tmp_path):
+def test_a_folder_of_tables_holds_no_image_files(pictures, tmp_path):
     write(tmp_path / "a.parquet", [0, 1], pictures[:2])
     (tmp_path / "_SUCCESS").write_bytes(b"")
     (tmp_path / "README.md").write_text("rows")
     assert [name for name, _ in read(open_source(str(tmp_path), 10))[0]] == ["0", "1"]
     (tmp_path / "2.jfif").write_bytes(pictures[2])
-    assert list(open_source(str(tmp_path), 10).files) == ["2.jfif", "_SUCCESS"]
+    with pytest.raises(DataError, match=r"holds image files and Parquet files, for example 2\.jfif: give a folder with"):
+        open_source(str(tmp_path), 10)
+
+
+def test_one_picture_beside_tar_files_leaves_none_of_them_out(pictures, tmp_path):
+    for name in ("a.tar", "b.tar"):
+        pack(tmp_path / name, {"0.png": pictures[0]})
+    (tmp_path / "preview.png").write_bytes(pictures[1])
+    with pytest.raises(DataError, match=r"holds image files and tar files, for example preview\.png: give a folder with"):
+        open_source(str(tmp_path), 10)
 
 
 def test_storage_that_fails_stops_the_run_and_is_no_unreadable_image(pictures, tmp_path):

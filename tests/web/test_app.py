@@ -56,6 +56,11 @@ def test_texts_and_images_get_the_packages_own_embeddings_in_their_order(server,
     assert close(found[[1, 3]], classifier.embed_images(IMAGES[:2]))
 
 
+def test_one_text_or_image_needs_no_list(server, classifier):
+    assert close(server.embed(input={"text": TEXTS[0]}), classifier.embed_texts(TEXTS[:1]))
+    assert close(server.embed(input={"image": PNGS[0]}), classifier.embed_images(IMAGES[:1]))
+
+
 @pytest.mark.parametrize("asked", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}])
 def test_openais_client_reads_floats_and_base64(client, model, classifier, asked):
     answer = client.embeddings.create(model=model, input=TEXTS, **asked)
