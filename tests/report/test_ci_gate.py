@@ -24,6 +24,7 @@ from clip_deploy.core.manifest import Run, save_manifest
 from clip_deploy.core.parsing import parse, plain
 from clip_deploy.core.records import Validation
 from clip_deploy.data.preprocessed import load_prepared
+from clip_deploy.evaluate.gates import GateFailure
 from clip_deploy.evaluate.validation import manifest, validate
 from clip_deploy.report.ci_gate import (
     Reports,
@@ -299,6 +300,18 @@ def test_a_revision_that_asks_nothing_of_this_kind_changes_nothing(former):
     then = asked(lambda path: files.get(path.as_posix()), Path("params.yaml"), Path("conf"))
     assert strictest(CiConfig(["a"]), then) == CiConfig(["a"])
     assert asked_otherwise(asks(), asked(lambda path: None, Path("params.yaml"), Path("conf"))) == []
+
+
+def test_many_targets_with_the_same_miss_are_one_line():
+    same, other = GateFailure("stale", "changed deps: core", "run `dvc repro`"), GateFailure("gate", "fail")
+    few = {name: [same] for name in "abcd"}
+    assert refusals([few, {"e": [other]}]).splitlines()[2:] == [
+        *(f"| `{name}` | stale | changed deps: core | run `dvc repro` |" for name in "abcd"),
+        "| `e` | gate | fail |  |",
+    ]
+    many = refusals([few, {"e": [other, same]}]).splitlines()[2:]
+    assert many[0] == "| `a`, `b`, `c` and 2 more | stale | changed deps: core | run `dvc repro` |"
+    assert many[1:] == ["| `e` | gate | fail |  |"]
 
 
 def test_what_moved_is_told_by_the_stricter_limit():
