@@ -36,6 +36,7 @@ PLACEHOLDER = re.compile(r"\b(?:COMMAND|STAGE|NAME)\b(?!=)|…")
 # Programs that are not ours, of which nothing is checked.
 OTHERS = {
     "cat",
+    "chmod",
     "cp",
     "curl",
     "docker",
