@@ -1,8 +1,8 @@
 """What a timing may decide: one rule for the report, the metrics and plots, the advice and the gate.
 
 On a CPU rows are compared by their speed-up over the reference, with which they took turns. Where its interval is wide,
-or the reference was far slower than beside another row, the machine was busy, and the row's own calls ran on the same
-busy cores: no number of such a timing decides anything.
+or far from the ratio of both medians, or the reference was far slower than beside another row, the machine was busy.
+The row's own calls ran on the same busy cores: no number of such a timing decides anything.
 On a GPU rows are compared by p50. The reference's small batches wait for Python there, so a spoiled speed-up says
 nothing of the row's other numbers; its own calls do.
 """
@@ -16,6 +16,7 @@ from clip_deploy.core.config import REFERENCE
 from clip_deploy.core.records import WIDE, Timing
 
 DRIFT = 2.0  # of the reference between the rows of a run: frequencies and neighbours move latencies by less
+APART = 1.25  # of the medians' ratio from the interval of the turns' ratios; on a quiet machine 1.01
 BETWEEN_RUNS = 1.06  # of p50 on a GPU, 95 % within: reports/hardware/nvidia-h200/between_runs.md
 
 Timings = dict[str, dict[int, Timing]]  # by tower and batch size
@@ -86,9 +87,15 @@ def _judged(timing: Timing, own: Timings, quickest_ms: float, batch: int, on_gpu
         p50_low_ms=timing.p50_low_ms / aside,
         p50_high_ms=timing.p50_high_ms * aside,
     )
-    unstable = wide.is_wide or not timing.reference_p50_ms < DRIFT * quickest_ms  # so is NaN
+    unstable = wide.is_wide or not timing.reference_p50_ms < DRIFT * quickest_ms or _is_contradicted(wide)  # so is NaN
     undecided = not (timing.p90_ms or 0.0) <= WIDE * timing.p50_ms if on_gpu else unstable
     return Judged(**vars(wide), unstable=unstable, undecided=undecided)
+
+
+def _is_contradicted(timing: Timing) -> bool:
+    """Whether the medians over all calls say otherwise than the turns: most of one side's turns were disturbed."""
+    apart = timing.reference_p50_ms / timing.p50_ms
+    return not timing.speedup_low / APART <= apart <= timing.speedup_high * APART
 
 
 def self_spread(reference: Timings, least_batch: int = 1) -> float:

@@ -25,9 +25,13 @@ def spoiled(timing, reference=ALONE, on_gpu=False):
         ({}, False),
         ({"speedup_low": 1.0, "speedup_high": 1.5}, False),
         ({"speedup_low": 1.0, "speedup_high": 1.51}, True),
-        ({"reference_p50_ms": 5.9}, False),
-        ({"reference_p50_ms": 6.1}, True),
-        ({"reference_p50_ms": 1.49}, False),  # it is the reference's own row that was timed on a busy machine then
+        ({"reference_p50_ms": 5.9, "p50_ms": 3.9}, False),
+        ({"reference_p50_ms": 6.1, "p50_ms": 3.9}, True),
+        ({"p50_ms": 1.55}, False),  # 3.0 / 1.55 is 1.94, within 1.6 by the factor
+        ({"p50_ms": 1.45}, True),
+        ({"p50_ms": 2.65}, False),
+        ({"p50_ms": 2.75}, True),
+        ({"reference_p50_ms": 1.49, "p50_ms": 1.0}, False),  # the reference's own row was disturbed then
         ({"speedup_high": nan}, True),
         ({"reference_p50_ms": nan}, True),
     ],

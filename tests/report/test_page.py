@@ -124,7 +124,7 @@ def timing(p50_ms, speedup):
             speedup=speedup,
             speedup_low=speedup * 0.95,
             speedup_high=speedup * 1.05,
-            reference_p50_ms=6.0,
+            reference_p50_ms=p50_ms * speedup,
             gflop=0.1,
             queued_ms=p50_ms * 0.9,
         )
