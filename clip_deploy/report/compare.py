@@ -111,6 +111,9 @@ def comparison(runs: Sequence[Run]) -> str:
         f"Memory MB, {every}",
         f"Size MB, {every}",
         f"Lowest cosine, {every}",
+        f"Top-1 %, {every}",
+        f"Drop, points, {every}",
+        f"Flips %, {every}",
     ]
     targets = dict.fromkeys(target for run in runs for target in run.metrics)
     body = [_cells(target, [run.metrics.get(target, {}) for run in runs]) for target in targets]
@@ -172,6 +175,7 @@ def _cells(target: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         every("memory_mb"),
         every("size_mb"),
         every("cosine_min", lambda cosine: MISSING if cosine is None else f"{cosine:.4f}"),
+        *(every(key) for key in ("top1_percent", "top1_drop_points", "flips_percent")),
     ]
 
 

@@ -16,6 +16,9 @@ ROW = {
     "memory_mb": 60.0,
     "size_mb": 4.0,
     "cosine_min": 0.99991,
+    "top1_percent": 92.2,
+    "top1_drop_points": 0.5,
+    "flips_percent": 1.25,
 }
 HARDWARE = {"cpu": "Xeon", "cores": 2, "gpus": []}
 SOFTWARE = {"python": "3.11.7", "torch": "2.13.0", "openvino": None}
@@ -35,7 +38,14 @@ def a(tmp_path):
 
 @pytest.fixture
 def b(tmp_path):
-    faster = {**ROW, "vision_p50_ms": 1.5, "text_p50_ms": 2.0, "status": "fail", "cosine_min": 0.9}
+    faster = {
+        **ROW,
+        "vision_p50_ms": 1.5,
+        "text_p50_ms": 2.0,
+        "status": "fail",
+        "cosine_min": 0.9,
+        "top1_percent": 90.0,
+    }
     hardware = {"cpu": "EPYC", "cores": 16, "gpus": ["NVIDIA H100, 81559 MiB, 570.1"]}
     software = {**SOFTWARE, "torch": "2.12.0", "openvino": "2026.4"}
     return reports(tmp_path / "b", {"torch-fp32": faster, "trt-fp16": ROW, "tensorrt": ROW}, hardware, software)
@@ -84,11 +94,13 @@ def test_every_target_of_either_run_has_a_line(a, b, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
     assert lines == [
         "| `torch-fp32` | pass / fail | 3.00 / 1.50 | 2.00x | 1.00 / 2.00 | 0.50x | 1,234 / 1,234 | 60.0 / 60.0 | "
-        "4.00 / 4.00 | 0.9999 / 0.9000 |",
-        "| `ort-fp32` | pass / - | 3.00 / - | - | 1.00 / - | - | 1,234 / - | 60.0 / - | 4.00 / - | 0.9999 / - |",
+        "4.00 / 4.00 | 0.9999 / 0.9000 | 92.2 / 90.0 | 0.500 / 0.500 | 1.25 / 1.25 |",
+        "| `ort-fp32` | pass / - | 3.00 / - | - | 1.00 / - | - | 1,234 / - | 60.0 / - | 4.00 / - | 0.9999 / - | "
+        "92.2 / - | 0.500 / - | 1.25 / - |",
         "| `trt-fp16` | unavailable / pass | - / 3.00 | - | - / 1.00 | - | - / 1,234 | - / 60.0 | - / 4.00 | "
-        "- / 0.9999 |",
-        "| `tensorrt` | - / pass | - / 3.00 | - | - / 1.00 | - | - / 1,234 | - / 60.0 | - / 4.00 | - / 0.9999 |",
+        "- / 0.9999 | - / 92.2 | - / 0.500 | - / 1.25 |",
+        "| `tensorrt` | - / pass | - / 3.00 | - | - / 1.00 | - | - / 1,234 | - / 60.0 | - / 4.00 | "
+        "- / 0.9999 | - / 92.2 | - / 0.500 | - / 1.25 |",
     ]
 
 
