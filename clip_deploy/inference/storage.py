@@ -218,10 +218,12 @@ class TableRows:
         return {"files": self.digest}
 
     def pictures(self) -> Iterator[tuple[str, Picture]]:
+        folder, _, single = locate(self.where)[1].rpartition("/")
         for piece in self.pieces:
+            file = piece.path.removeprefix(f"{folder}/").removeprefix(f"{single}/")  # wherever the folder lies
             with storage_errors(piece.path):
                 for row, (identity, content) in enumerate(_read_rows(self.where, piece, self.columns), piece.first):
-                    name = f"{piece.path}:{row}" if identity is None else str(identity)
+                    name = f"{file}:{row}" if identity is None else str(identity)
                     yield name, Encoded(partial(bytes, content or b""), name)
 
 

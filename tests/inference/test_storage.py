@@ -63,14 +63,14 @@ def test_one_file_with_images_as_hugging_face_writes_them_and_rows_without_id(pi
     images = [{"bytes": content, "path": None} for content in pictures]
     parquet.write_table(pyarrow.table({"key": ["a", None, "c", "d", "e"], "picture": images}), path)
     found = read(open_source(str(path), 10, Columns("key", "picture")))
-    assert [name for name, _ in found[0]] == ["a", f"{path}:1", "c", "d", "e"]
+    assert [name for name, _ in found[0]] == ["a", "train.parquet:1", "c", "d", "e"]
     parquet.write_table(pyarrow.table({"id": ["a"], "image": ["photos/a.png"]}), tmp_path / "paths.parquet")
     with pytest.raises(DataError, match=r"its column 'image' holds string: give the bytes of image files"):
         open_source(str(tmp_path / "paths.parquet"), 3)
     with pytest.raises(DataError, match=r"has no column 'name': it has key, picture; name them by --id-column"):
         open_source(str(path), 10, Columns("name", "picture"))
     found = read(open_source(str(path), 10, Columns(image="picture")))
-    assert [name for name, _ in found[0]] == [f"{path}:{row}" for row in range(5)]
+    assert [name for name, _ in found[0]] == [f"train.parquet:{row}" for row in range(5)]
 
 
 def pack(path, members, mode="w"):
@@ -140,9 +140,8 @@ def test_what_datasets_saves_to_disk_is_read_row_by_row(pictures, tmp_path):
     source = open_source(str(tmp_path / "saved"), part_size=2)
     assert [part.images for part in source.parts] == [2, 2, 1]
     found = [pair for part in read(source) for pair in part]
-    folder = tmp_path / "saved"
-    names = [f"{folder}/data-00000-of-00002.arrow:{row}" for row in range(3)]
-    assert [name for name, _ in found] == [*names, *(f"{folder}/data-00001-of-00002.arrow:{row}" for row in range(2))]
+    names = [f"data-00000-of-00002.arrow:{row}" for row in range(3)]
+    assert [name for name, _ in found] == [*names, *(f"data-00001-of-00002.arrow:{row}" for row in range(2))]
     for (_, picture), image in zip(found, images, strict=True):
         assert np.array_equal(np.asarray(picture), np.asarray(image.convert("RGB")))
     table = pyarrow.table({"id": ["a", "b", "c"], "image": pictures[:3]})
