@@ -85,7 +85,8 @@ def run(given: argparse.Namespace) -> int:
     check_required(names, params.targets)
     found = [stale(present), check_reports(names, present, load_choice(CONF, "gates", params.gates), BUILT)]
     notes: list[str] = []
-    otherwise, limits = [], params.ci
+    otherwise: list[str] = []
+    limits = params.ci
     if former:
         now, then = asked(_text, PARAMS, CONF), asked(partial(committed, commit=commit_of(given.against)), PARAMS, CONF)
         otherwise, limits = asked_otherwise(now, then), strictest(params.ci, then)

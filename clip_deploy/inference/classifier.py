@@ -289,21 +289,18 @@ class ZeroShotClassifier:
             if isinstance(image, np.ndarray):
                 sizes.setdefault(image.shape, {})[row] = image
         for alike in sizes.values():
-            embeddings = self._encode_pixels(np.stack(list(alike.values())))
+            embeddings = self._finished(self.encoder.encode_images(np.stack(list(alike.values()))))
             for row, embedding in zip(alike, embeddings, strict=True):
                 answers[row] = embedding
         return answers
 
     def _encode_undecoded(self, feed: GpuFeed, prepared: Sequence["Prepared"]) -> list[np.ndarray | DataError]:
         found = feed.fill([each if isinstance(each, Undecoded) else (None, each) for each in prepared], self._found)
-        return self._encode_batch(found)
+        return self._begin_batch(found)()
 
     def _found(self, image: Any) -> np.ndarray | DataError:
         """Of a picture that is not decoded on the GPU, or of what was made of it before."""
         return image if isinstance(image, np.ndarray | DataError) else self._read(image)
-
-    def _encode_batch(self, batch: Batch) -> list[np.ndarray | DataError]:
-        return self._begin_batch(batch)()
 
     def _begin_batch(self, batch: Batch) -> Callable[[], list[np.ndarray | DataError]]:
         """Ask for a batch's embeddings; the call waits for them."""
@@ -323,10 +320,6 @@ class ZeroShotClassifier:
             return self.encoder.begin_images(pixels)
         held = pixels if isinstance(pixels, np.ndarray) else pixels.cpu().numpy()
         return partial(self.encoder.encode_images, held)
-
-    def _encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Args: pixels: of images of one size, as the tower takes them."""
-        return self._finished(self.encoder.encode_images(pixels))
 
     def _finished(self, embeddings: np.ndarray) -> np.ndarray:
         embeddings = unit(embeddings)

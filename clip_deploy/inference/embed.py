@@ -287,7 +287,8 @@ def _cut(job: EmbedJob, number: int, header: Header, files: list[list[Any]]) -> 
 
 def check_header(job: EmbedJob, number: int, part: Part | None = None) -> Header:
     """Metadata of a part that is there. Raises DeployError where it is of something else, or not of `part`."""
-    header = read_header(job.output, PART.format(number))
+    way_out = f"remove it, and the same command makes it again; or {WAY_OUT}"
+    header = read_header(job.output, PART.format(number), way_out)
     if not job.maker.keys() <= header.keys():
         raise _refused(job, number, "an earlier version of clip-deploy")
     for key, value in job.maker.items():
@@ -310,8 +311,7 @@ def read_header(output: str, name: str, way_out: str = WAY_OUT) -> Header:
             found: Header = json.loads((part.metadata.metadata or {})[MADE_BY]) | {"rows": part.metadata.num_rows}
             return found
     except (OSError, ValueError, KeyError) as error:
-        again = "remove it, and the same command makes it again; or " if way_out is WAY_OUT else ""
-        raise DeployError(f"{shown(output)}/{name} is not a complete part of `embed`: {again}{way_out}") from error
+        raise DeployError(f"{shown(output)}/{name} is not a complete part of `embed`: {way_out}") from error
 
 
 def read_part(output: str, name: str, width: int) -> tuple[list[str], np.ndarray]:

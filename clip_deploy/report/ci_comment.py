@@ -15,7 +15,7 @@ from clip_deploy.report.ci_gate import (
 )
 from clip_deploy.report.decisive import JudgedTimings, pace
 from clip_deploy.report.rows import PLOTS
-from clip_deploy.report.tables import MISSING, number, table
+from clip_deploy.report.tables import MISSING, bullets, number, table
 from clip_deploy.report.why import changed
 
 MARK = "<!-- clip-deploy gate -->"  # for scripts that look for this comment
@@ -49,7 +49,7 @@ def comment(
         MARK,
         f"## clip-deploy: the gate is {'open' if is_open else '**shut**'}",
         said,
-        *([_listed(f"### The gate asks otherwise than at {revision}", otherwise)] if otherwise else []),
+        *([f"### The gate asks otherwise than at {revision}\n\n{bullets(otherwise)}"] if otherwise else []),
         *([_folded(notes)] if notes else []),
         f"### What ships\n\n{_shipped(reports, former, revision)}{link}",
         f"### Beyond its interval since {revision}\n\n" + "\n".join(table_of),
@@ -58,13 +58,8 @@ def comment(
     return "\n\n".join(parts) + "\n"
 
 
-def _listed(title: str, lines: Sequence[str]) -> str:
-    return "\n".join([title, "", *(f"- {line}" for line in lines)])
-
-
 def _folded(notes: Sequence[str]) -> str:
-    lines = "\n".join(f"- {note}" for note in notes)
-    return f"<details><summary>To know ({len(notes)})</summary>\n\n{lines}\n\n</details>"
+    return f"<details><summary>To know ({len(notes)})</summary>\n\n{bullets(notes)}\n\n</details>"
 
 
 def _shipped(reports: Reports, former: Reports, revision: str) -> str:

@@ -129,19 +129,20 @@ def read_result(target: str, reports: Reports) -> Result:
     )
 
 
-Asked = dict[str, dict[str, Any]]  # by file
+@dataclass(frozen=True)
+class Asked:
+    """What a gate asks of targets, as files say it: `ci` and `gates` of params.yaml, and the limits that those name."""
+
+    params: dict[str, Any]
+    limits: dict[str, Any]
 
 
 def asked(read: Callable[[Path], str | None], params: Path, conf: Path) -> Asked:
-    """What a gate asks of targets: `ci` in params.yaml, and the limits in the file that `gates` names there.
-
-    Args:
-        read: a file's text, None where there is none. What is no YAML asks nothing.
-    """
+    """`read` gives a file's text, None where there is none. What is no YAML asks nothing."""
     settings = _settings(read(params))
     name = settings.get("gates")
     limits = _settings(read(conf / "gates" / f"{name}.yaml")) if isinstance(name, str) else {}
-    return {str(params): {key: settings.get(key) for key in ("ci", "gates")}, f"{conf}/gates": limits}
+    return Asked({key: settings[key] for key in ("ci", "gates") if key in settings}, limits)
 
 
 def _settings(text: str | None) -> dict[str, Any]:
@@ -154,17 +155,13 @@ def _settings(text: str | None) -> dict[str, Any]:
 
 def asked_otherwise(now: Asked, then: Asked) -> list[str]:
     """What a gate asked otherwise at another revision, which hides what was lost: a line for each setting."""
-    return [
-        line
-        for file, settings in now.items()
-        if any(then[file].values())
-        for line in changed(then[file], settings, file)
-    ]
+    lines = changed(then.params, now.params, "params.yaml") if then.params else ()
+    return [*lines, *(changed(then.limits, now.limits, "conf/gates") if then.limits else ())]
 
 
 def strictest(limits: CiConfig, then: Asked) -> CiConfig:
     """Of each limit on what may be lost the smaller, that of now or of then: a branch may have loosened its own."""
-    former = next(iter(then.values()))["ci"]
+    former = then.params.get("ci")
     known = former if isinstance(former, dict) else {}
     names = [name for name in vars(limits) if name.startswith("max_") and type(known.get(name)) in (int, float)]
     return replace(limits, **{name: min(float(known[name]), getattr(limits, name)) for name in names})

@@ -22,6 +22,7 @@ from clip_deploy.report.tables import (
     _percent,
     _percentiles,
     _speedup,
+    bullets,
     number,
     stated,
     stated_throughput,
@@ -43,7 +44,7 @@ def shipping_section(report: Report) -> Section | None:
         return None
     facts = [*shipping.facts, fastest_fact(report.rows, shipping)]
     lost = _grouped(shipping.losers.items())
-    blocks: list[Block] = [_listed(facts)]
+    blocks: list[Block] = [bullets(facts)]
     return Section("Which one to ship", [*blocks, *([Table(["Target", "Why not"], lost)] if lost else [])])
 
 
@@ -97,8 +98,8 @@ def target_section(report: Report) -> Section:
         folded=[place for place, row in enumerate(rows) if row in absent],
         folded_as=_absent((f"`{row.target}`", "; ".join(row.reasons)) for row in absent),
     )
-    about = _listed(f"**{name}**: {value}" for name, value in report.about.items())
-    notes = _listed([*_itself(rows), *_reasons(rows)])
+    about = bullets(f"**{name}**: {value}" for name, value in report.about.items())
+    notes = bullets([*_itself(rows), *_reasons(rows)])
     front = report.shipping.front if report.shipping else []
     figures = [accuracy_figure(rows, front), speed_figure(rows)]
     return Section("Targets", [block for block in (about, table, notes, *_gates(rows), *figures) if block])
@@ -248,10 +249,6 @@ def _grouped(reasons: Iterable[tuple[str, str]], mark: str = "`") -> list[list[s
     return [[", ".join(names), reason] for reason, names in found.items()]
 
 
-def _listed(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
 def timing_notes(rows: list[Row]) -> list[str]:
     """What ~ marks, why, and one command that times all such rows again."""
     lines = []
@@ -365,7 +362,7 @@ def flow_section(report: Report) -> Section | None:
     present = [found for found in rows if found not in absent]
     notes = [f"`{target}` {feed} {row.status}: {row.reason}" for target, feed, row in present if row.reason]
     notes += [f"`{target}` {feed}: {THROUGH_HOST}" for target, feed, row in rows if row.through_host]
-    return Section("From JPEG to embedding", [*_flow_facts(flows), table, *([_listed(notes)] if notes else [])])
+    return Section("From JPEG to embedding", [*_flow_facts(flows), table, *([bullets(notes)] if notes else [])])
 
 
 def _flow_facts(flows: Mapping[str, EndToEnd]) -> list[Block]:
@@ -525,7 +522,7 @@ def vector_section(report: Report) -> Section | None:
         [str(cost.dimensions), cost.dtype, f"{cost.bytes:,}", *(_recall(cost.recall[k]) for k in nearest)]
         for cost in found.costs
     ]
-    left_out = [_listed(f"Left out: {reason}." for reason in found.left_out)] if found.left_out else []
+    left_out = [bullets(f"Left out: {reason}." for reason in found.left_out)] if found.left_out else []
     return Section("Shorter vectors", [Table(head, body), *left_out, _vectors_measure(found)])
 
 
@@ -561,7 +558,7 @@ def method_section(report: Report) -> Section:
 
 def run_section(report: Report) -> Section | None:
     """The machine and the versions."""
-    lines = _listed(f"**{name}**: {value}" for name, value in report.run.items())
+    lines = bullets(f"**{name}**: {value}" for name, value in report.run.items())
     return Section("Machine and versions", [lines]) if lines else None
 
 

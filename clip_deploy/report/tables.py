@@ -1,6 +1,7 @@
 """Tables in Markdown, and numbers as the report states them."""
 
 import math
+from collections.abc import Iterable
 
 from clip_deploy.core.records import ZeroShot
 from clip_deploy.report.decisive import Judged
@@ -13,6 +14,11 @@ def table(head: list[str], body: list[list[str]], left: int = 2) -> list[str]:
     """Lines of a Markdown table; columns behind the first `left` are set flush right."""
     rule = [*("---" for _ in head[:left]), *("---:" for _ in head[left:])]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def number(value: float | None) -> str:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from clip_deploy.core.artifact import MANIFEST_NAME
 from clip_deploy.core.errors import ConfigError
 
 Settings = dict[str, dict[str, Any]]  # file: {key, dotted or not: value}
 WIDTH = 116  # characters of a line
 MODELS = "artifacts/"
-MANIFEST = ".manifest.json"  # behind the name of what it is of
+MANIFEST = MANIFEST_NAME.format("")
 ALWAYS = "probe"  # it runs every time: no reason for anything
 LOST = ": not in cache"  # what DVC says of what a stage wrote, where neither the project nor the cache has it
 

@@ -89,10 +89,10 @@ def versions(served: Path) -> list[str]:
 
 def _check_whole(new: Path) -> None:
     """Hold a repository's files against the manifest beside it."""
-    if not new.is_dir() or not (new.parent / INSIDE).is_file():
+    is_made = (new.parent / INSIDE).is_file()
+    if not new.is_dir() or not is_made:
         what = f"has no {INSIDE} beside it" if new.is_dir() else no_folder(new)
-        made = (new.parent / INSIDE).is_file()
-        beside = sorted(str(path.parent) for path in new.parent.glob(f"*/{WHOLE}") if made)
+        beside = [str(path.parent) for path in sorted(new.parent.glob(f"*/{WHOLE}"))] if is_made else []
         raise DeployError(f"{new} {what}: give {' or '.join(beside) or REPOSITORIES}")
     files, within = read_manifest(new.parent / INSIDE).files, f"{new.name}/"
     inside = {name.removeprefix(within): facts for name, facts in files.items() if name.startswith(within)}
