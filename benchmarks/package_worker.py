@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_deploy.core.vectors import unit
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.timing.latency_worker import prepare_call, serve
 
@@ -25,10 +24,10 @@ class Opened:
         )
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
-        return unit(self.encoder.encode_images(images))
+        return self.encoder.encode_images(images)
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        return unit(self.encoder.encode_texts(input_ids, attention_mask))
+        return self.encoder.encode_texts(input_ids, attention_mask)
 
 
 if __name__ == "__main__":

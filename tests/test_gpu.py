@@ -29,6 +29,7 @@ from clip_deploy.core.config import (
 from clip_deploy.core.errors import UnavailableError
 from clip_deploy.core.model import Model, image_feed, random_images
 from clip_deploy.core.subprocesses import ending
+from clip_deploy.core.vectors import unit
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.evaluate.validation import validate
 from clip_deploy.runtimes import open_encoder, pytorch
@@ -151,6 +152,17 @@ def test_a_second_batch_is_asked_for_before_the_first_is_taken(built):
     finish = [encoder.begin_images(torch.from_numpy(batch).cuda()) for batch in batches]
     for batch, found in zip(batches, [each() for each in finish], strict=True):
         np.testing.assert_allclose(found, encoder.encode_images(batch), atol=0.01)
+
+
+@pytest.mark.gpu
+def test_the_gpu_makes_embeddings_of_unit_length(built):
+    encoder = open_encoder(built)
+    if not isinstance(encoder, pytorch.Encoder):
+        pytest.skip("the host makes them")
+    images = random_images(2, read_target(built).model.image_dtype)
+    expected = unit(encoder.encode_images(images))
+    encoder.normalise()
+    np.testing.assert_allclose(encoder.encode_images(images), expected, atol=1e-3)
 
 
 @pytest.mark.gpu

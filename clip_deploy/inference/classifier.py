@@ -97,7 +97,7 @@ class ZeroShotClassifier:
         )
         of_texts = package.fingerprint("text")
         self.cache = TextCache(of_texts, encoder.dimension, cache_size, cache_folder)
-        self.encoder = PackageEncoder(folder, encoder, device, threads, allow_spinning=allow_spinning)
+        self.encoder = PackageEncoder(folder, encoder, device, threads, allow_spinning=allow_spinning, unit_length=True)
         self.gpu = GpuFeed(self._settings(), self._read) if feed == "gpu" else None
 
     @classmethod
@@ -322,7 +322,6 @@ class ZeroShotClassifier:
         return partial(self.encoder.encode_images, held)
 
     def _finished(self, embeddings: np.ndarray) -> np.ndarray:
-        embeddings = unit(embeddings)
         if self.sample:
             self.sample.add(embeddings)
         return embeddings
@@ -335,7 +334,7 @@ class ZeroShotClassifier:
     def encode_texts(self, texts: list[str]) -> tuple[np.ndarray, list[int]]:
         """Embeddings [texts, dimension], past the cache, and each text's tokens. One thread at a time may call it."""
         tokens = self.tokenizer(texts)
-        embeddings = unit(self.encoder.encode_texts(tokens["input_ids"], tokens["attention_mask"]))
+        embeddings = self.encoder.encode_texts(tokens["input_ids"], tokens["attention_mask"])
         return embeddings, tokens["attention_mask"].sum(axis=1).tolist()
 
 

@@ -12,6 +12,7 @@ from clip_deploy.core.artifact import TOWERS
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
 from clip_deploy.core.package import DualEncoder
 from clip_deploy.core.parsing import read_record
+from clip_deploy.core.vectors import unit
 from clip_deploy.runtimes import Encoder, open_encoder
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ STEP = 8  # tokens; on a GPU texts are filled up to a quarter of the context, ro
 
 
 class PackageEncoder:
-    """Embeddings are float32 [rows, dimension], as the towers give them.
+    """Embeddings are float32 [rows, dimension], as the towers give them or of unit length.
 
     Attributes:
         takes_device_tensors: whether encode_images also takes a PyTorch tensor that is on the GPU already.
@@ -38,8 +39,11 @@ class PackageEncoder:
         threads: int | None,
         towers: Sequence[str] = TOWERS,
         allow_spinning: bool = True,
+        unit_length: bool = False,
     ) -> None:
         """Open towers of the package in `folder`; the rest is as open_encoder takes it.
+
+        `unit_length` is that of embeddings: made by the device where that has them, which costs the host no pass.
 
         Raises:
             DeployError: a runtime refuses the files.
@@ -50,9 +54,15 @@ class PackageEncoder:
         for tower in towers:
             shared.setdefault(package.towers[tower].target, []).append(tower)
         self.towers: dict[str, Encoder] = {}
+        self.finish: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
         for target, names in shared.items():
             opened = _opened(folder / target, package, device, threads, names, allow_spinning)
+            finish = unit if unit_length else _as_they_are
+            if unit_length and self.on_gpu and (normalise := getattr(opened, "normalise", None)):
+                normalise()
+                finish = _as_they_are
             self.towers |= dict.fromkeys(names, opened)
+            self.finish |= dict.fromkeys(names, finish)
         self.takes_device_tensors: bool = getattr(self.towers.get("vision"), "takes_device_tensors", False)
 
     def encode_images(self, images: Any) -> np.ndarray:
@@ -63,7 +73,7 @@ class PackageEncoder:
         """As encode_images of a tensor on the GPU. The GPU is asked at once; the call waits for what it gives."""
         begin = cast("pytorch.Encoder", self.towers["vision"]).begin_images
         begun = [(begin(*part), count) for part, count in self._parts("vision", pixels)]
-        return lambda: _joined([finish()[:count] for finish, count in begun])
+        return lambda: self.finish["vision"](_joined([finish()[:count] for finish, count in begun]))
 
     def encode_texts(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """Encode int64 [batch, tokens] twice.
@@ -89,7 +99,7 @@ class PackageEncoder:
         return short if tokens <= short < context and not self.package.pad_to_context else context
 
     def _in_sizes(self, tower: str, encode: Callable[..., np.ndarray], *rows: Any) -> np.ndarray:
-        return _joined([encode(*part)[:count] for part, count in self._parts(tower, *rows)])
+        return self.finish[tower](_joined([encode(*part)[:count] for part, count in self._parts(tower, *rows)]))
 
     def _parts(self, tower: str, *rows: Any) -> Iterator[tuple[Sequence[Any], int]]:
         """What one call each takes, and how many rows of it count."""
@@ -105,6 +115,10 @@ class PackageEncoder:
                 filled = np.minimum(np.arange(size), count - 1)
                 part = [array[filled] for array in part]
             yield part, count
+
+
+def _as_they_are(rows: np.ndarray) -> np.ndarray:
+    return rows
 
 
 def _joined(found: list[np.ndarray]) -> np.ndarray:

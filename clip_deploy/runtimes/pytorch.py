@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip_deploy.core.artifact import TOWERS, Target
@@ -31,6 +32,10 @@ def require(device: str) -> None:
     """Raises UnavailableError where PyTorch cannot use the device."""
     if not is_available(device):
         raise UnavailableError("no CUDA device that PyTorch can use")
+
+
+def _unit(tower: Tower, *inputs: Tensor) -> Tensor:
+    return F.normalize(tower(*inputs), dim=-1)
 
 
 @dataclass
@@ -121,6 +126,11 @@ class Encoder(ABC):
         if self._uses_graphs():
             return self._graph(tower, tensors).replay
         return partial(torch.inference_mode()(self.towers[tower]), *tensors)
+
+    def normalise(self) -> None:
+        """From now on embeddings have unit length: the device makes them so, within the same CUDA graph."""
+        self.towers = {name: partial(_unit, tower) for name, tower in self.towers.items()}
+        self.captured.clear()
 
     def wait(self) -> None:
         if self.device == "cuda":

@@ -13,6 +13,7 @@ from clip_deploy.core.errors import DataError, DeployError, UnavailableError
 from clip_deploy.core.manifest import Run
 from clip_deploy.core.package import read_package
 from clip_deploy.core.similarity import row_cosines
+from clip_deploy.core.vectors import unit
 from clip_deploy.data import scenes
 from clip_deploy.data.preprocessed import load_prepared
 from clip_deploy.inference import encoders
@@ -68,9 +69,9 @@ def test_a_package_of_any_runtime_gives_the_rows_own_embeddings(pack, targets, s
     package = ZeroShotClassifier.open(pack(name), threads=1)
     row, rows = open_encoder(targets / name, threads=1), load_prepared(sets / "evaluation")
     pixels, texts = rows.pixel_values[:5].copy(), rows.captions
-    assert np.array_equal(package.encoder.encode_images(pixels), row.encode_images(pixels))
+    assert np.array_equal(package.encoder.encode_images(pixels), unit(row.encode_images(pixels)))
     given = texts.input_ids[:4].copy(), texts.attention_mask[:4].copy()
-    assert np.array_equal(package.encoder.encode_texts(*given), row.encode_texts(*given))
+    assert np.array_equal(package.encoder.encode_texts(*given), unit(row.encode_texts(*given)))
     assert package.package.encoder.towers.vision.runtime == row.__class__.__module__.rpartition(".")[2]
 
 
@@ -166,6 +167,30 @@ def test_texts_have_one_of_two_lengths_on_a_gpu(on_gpu):
     encoder.package = replace(described, pad_to_context=True)
     encoder.encode_texts(np.full((1, 4), 5), np.ones((1, 4), dtype=np.int64))
     assert recorder.shapes[-1] == (1, 32)
+
+
+@pytest.mark.parametrize(("device", "by_device"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_embeddings_get_unit_length_once_by_a_gpu_that_makes_them_so(package, monkeypatch, device, by_device):
+    recorder, asked = Recorder(), []
+    if by_device:
+        recorder.normalise = lambda: asked.append(True)
+    monkeypatch.setattr(encoders, "open_encoder", lambda *_, **__: recorder)
+    encoder = PackageEncoder(package, read_package(package).encoder, device, None, unit_length=True)
+    on_device = device == "cuda" and by_device
+    assert len(asked) == on_device
+    expected = [[7.0]] if on_device else [[1.0]]  # the recorder leaves them as they are
+    assert encoder.encode_images(np.full((1, 1, 1, 1), 7, dtype=np.float32)).tolist() == expected
+    assert encoder.encode_texts(np.full((1, 8), 7), np.ones((1, 8), dtype=np.int64)).tolist() == expected
+
+
+def test_pytorchs_towers_give_unit_length_when_they_are_asked_for_it(targets, sets):
+    encoder, pixels = (
+        open_encoder(targets / "torchscript-fp32", threads=1),
+        load_prepared(sets / "evaluation").pixel_values,
+    )
+    expected = unit(encoder.encode_images(pixels[:3].copy()))
+    encoder.normalise()
+    np.testing.assert_allclose(encoder.encode_images(pixels[:3].copy()), expected, atol=1e-6)
 
 
 def test_on_a_cpu_batches_stay_as_they_are(package, monkeypatch):
