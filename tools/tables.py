@@ -8,14 +8,20 @@ from typing import Any
 
 import yaml
 
+from clip_deploy.report.tables import number
+
 ROOT = Path(__file__).resolve().parent.parent
 H200 = "reports/hardware/nvidia-h200/vit-b-32-untrained/report.md"
 EMBED_GPU = "reports/hardware/nvidia-h200/embed_gpu.json"
+EMBED_GPUS = "reports/hardware/nvidia-h200/embed_gpu-two-gpus.json"
+L14 = "reports/hardware/nvidia-h200/vit-l-14-untrained-fp8/report.md"
+TENSORRT = "reports/hardware/nvidia-h200/vit-l-14-untrained-trt/benchmark/ort-trt-fp16.json"
 FP8 = {  # models whose FP8 was timed beside FP16
     "B/32": "reports/hardware/nvidia-h200/vit-b-32-untrained-fp8/report.md",
-    "L/14": "reports/hardware/nvidia-h200/vit-l-14-untrained-fp8/report.md",
+    "L/14": L14,
 }
 TINY_FP8 = {"tiny-shapes": "reports/hardware/nvidia-h200/tiny-shapes-fp8/report.md"}
+BESIDE = ("torch-compile-fp16", "torch-fused-fp16")
 MARKED = re.compile(r"(<!-- rows: (.+?) -->\n+\|.*\n\|[ :|-]+\|\n)((?:\|.*\n)*)")
 EDGES = ("images, batch 1", "images, batch 8", "texts of 77 tokens, batch 1", "texts of 77 tokens, batch 8")
 CHINESE_EDGES = ("图像，批大小 1", "图像，批大小 8", "77 个 token 的文本，批大小 1", "77 个 token 的文本，批大小 8")
@@ -128,13 +134,33 @@ def fp8_accuracy() -> list[list[str]]:
     return found
 
 
+def tensorrt() -> list[list[str]]:
+    """p50 in ms of L/14 by TensorRT, from a run of its own, beside torch.compile and our kernels."""
+    towers, report, found = _json(TENSORRT)["towers"], _read(L14), []
+    for tower in ("vision", "text"):
+        head, *rows = _table(report, f"### {tower.capitalize()}")
+        times = {row[0]: [cell.partition(" / ")[0] for cell in row[2:]] for row in rows if row[1].startswith("p50")}
+        for column, batch in enumerate(head[2:]):
+            size = batch.removeprefix("batch ")
+            cells = number(towers[tower][size]["p50_ms"]), *(times[f"`{name}`"][column] for name in BESIDE)
+            found.append([f"{tower} @{size}", *cells])
+    return found
+
+
 def embed_gpu() -> list[list[str]]:
     """Images per second of `embed` and of what it is made of, on a GPU."""
     found = _json(EMBED_GPU)["sizes"]["640x480"]
-    rates = {name: f"{rate:,}" for name, rate in found["per_s"].items()}
-    for kind, name in (("embed_on_disk", "from the first call on"), ("embed_on_disk_steady", "steady")):
-        rates |= {f"`--gpus`, {count}, {name}": f"{rate:,.0f}" for count, rate in found[f"{kind}_per_s"].items()}
-    return [[name, rate] for name, rate in rates.items()]
+    return [[name, f"{rate:,}"] for name, rate in found["per_s"].items()] + on_gpus(EMBED_GPU)
+
+
+def on_gpus(path: str) -> list[list[str]]:
+    """Images per second of `embed --gpus`, by the number of GPUs."""
+    found = _json(path)["sizes"]["640x480"]
+    return [
+        [f"`--gpus`, {count}, {name}", f"{rate:,.0f}"]
+        for kind, name in (("embed_on_disk", "from the first call on"), ("embed_on_disk_steady", "steady"))
+        for count, rate in found[f"{kind}_per_s"].items()
+    ]
 
 
 ROWS: dict[str, Callable[[], list[list[str]]]] = {
@@ -148,6 +174,8 @@ ROWS: dict[str, Callable[[], list[list[str]]]] = {
     "FP8": fp8,
     "FP8 accuracy": fp8_accuracy,
     EMBED_GPU: embed_gpu,
+    EMBED_GPUS: lambda: on_gpus(EMBED_GPUS),
+    TENSORRT: tensorrt,
 }
 
 
