@@ -514,7 +514,11 @@ def write_part(output: str, name: str, table: Any) -> None:
     """Write a Parquet file whole or not at all, also where two machines write the same one at once."""
     pyarrow, parquet = load_pyarrow()
     written = pyarrow.BufferOutputStream()
-    parquet.write_table(table, written, use_dictionary=["path"])  # numbers hardly repeat
+    whole = pyarrow.types.is_integer(table.schema.field("embedding").type.value_type)  # Parquet keeps them in 32 bits
+    bare = table.replace_schema_metadata()  # else Arrow's schema, which Parquet keeps too, would repeat it
+    with parquet.ParquetWriter(written, bare.schema, use_dictionary=True if whole else ["path"]) as writer:
+        writer.write_table(bare)
+        writer.add_key_value_metadata(table.schema.metadata or {})
     folder = local(output)
     if not folder:
         files, base = locate(output)

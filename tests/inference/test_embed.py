@@ -321,7 +321,7 @@ def test_a_table_that_changed_is_refused_as_are_parts_of_an_earlier_version(clas
     embed_folder(classifier, images, output, SMALL)
     part = output / "part-00000.parquet"
     table = parquet.read_table(part)
-    header = json.loads(table.schema.metadata[b"clip_deploy"])
+    header = json.loads(parquet.read_metadata(part).metadata[b"clip_deploy"])
     del header["source"]
     parquet.write_table(table.replace_schema_metadata({"clip_deploy": json.dumps(header)}), part)
     with pytest.raises(
@@ -444,7 +444,7 @@ def test_parts_of_an_earlier_version_are_refused(classifier, folder, tmp_path):
     embed_folder(classifier, folder, tmp_path, SMALL)
     part = tmp_path / "part-00000.parquet"
     table = parquet.read_table(part)
-    header = json.loads(table.schema.metadata[b"clip_deploy"])
+    header = json.loads(parquet.read_metadata(part).metadata[b"clip_deploy"])
     del header["dtype"], header["dimensions"]
     parquet.write_table(table.replace_schema_metadata({b"clip_deploy": json.dumps(header)}), part)
     with pytest.raises(DeployError, match="made with an earlier version of clip-deploy: give another output folder"):

@@ -236,8 +236,32 @@ def test_storage_that_fails_stops_the_run_and_is_no_unreadable_image(pictures, t
     assert not isinstance(raised.value, DataError)
 
 
+def vectors(numbers, metadata=None):
+    """A part's table of as many vectors."""
+    columns = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(numbers.reshape(-1)), numbers.shape[1])
+    names = [f"{index:04}" for index in range(len(numbers))]
+    return pyarrow.table({"path": names, "embedding": columns}, metadata=metadata)
+
+
+def test_small_whole_numbers_take_a_byte_each(tmp_path):
+    """Parquet has no type of one byte."""
+    numbers = np.random.default_rng(0).integers(-127, 128, (2000, 64)).astype(np.int8)
+    write_part(str(tmp_path), "part-00000.parquet", vectors(numbers))
+    assert (tmp_path / "part-00000.parquet").stat().st_size < 1.5 * numbers.size
+    read = parquet.read_table(tmp_path / "part-00000.parquet").column("embedding").combine_chunks()
+    assert np.array_equal(read.values.to_numpy(), numbers.reshape(-1))
+    assert read.type == pyarrow.list_(pyarrow.int8(), 64)
+
+
+def test_what_a_part_says_of_itself_is_in_it_once(tmp_path):
+    numbers, said = np.zeros((4, 8), np.float32), "".join(map(str, range(5000)))
+    write_part(str(tmp_path), "part-00000.parquet", vectors(numbers, {b"clip_deploy": said}))
+    assert parquet.read_metadata(tmp_path / "part-00000.parquet").metadata[b"clip_deploy"].decode() == said
+    assert (tmp_path / "part-00000.parquet").stat().st_size < 1.5 * len(said)
+
+
 def test_a_part_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    table = pyarrow.table({"path": ["a"]})
+    table = vectors(np.zeros((1, 8), np.float32))
     monkeypatch.setattr("pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(PermissionError(13, "no")))
     with pytest.raises(DeployError, match="cannot write"):
         write_part(str(tmp_path), "part-00000.parquet", table)
