@@ -368,9 +368,9 @@ TOP1 = answered(top1=92.0, top1_drop=0.1, top1_drop_low=-0.2, top1_drop_high=0.4
         ),
         (answered(top1=91.4), TOP1, "top-1 91.40 % < 92.00 % by more than 0.5 points (ci.max_top1_drop)"),
         (
-            answered(top1=92.0, top1_drop=0.6, top1_drop_low=0.5, top1_drop_high=0.7),
+            answered(top1=92.0, top1_drop=1.1, top1_drop_low=1.0, top1_drop_high=1.2),
             TOP1,
-            "top-1 drop 0.60 [0.50, 0.70] above 0.10 [-0.20, 0.40]",
+            "top-1 drop 1.10 [1.00, 1.20] above 0.10 [-0.20, 0.40] by more than 0.5 points (ci.max_top1_drop)",
         ),
         (
             timed(speedup=2.5, speedup_low=2.4, speedup_high=2.6),
@@ -388,6 +388,7 @@ def test_what_was_lost_since_a_revision_is_named(sound, change, former, said):
     [
         (checked(size_mb=4.1), checked(size_mb=4.0)),
         (answered(top1=91.6, top1_drop=0.5, top1_drop_low=0.2, top1_drop_high=0.8), TOP1),
+        (answered(top1=91.6, top1_drop=0.8, top1_drop_low=0.7, top1_drop_high=0.9), TOP1),  # 0.3 between the intervals
         (timed(speedup=2.6, speedup_low=2.2, speedup_high=2.95), None),  # the intervals meet
         (timed(speedup=2.5, speedup_low=2.4, speedup_high=2.62), None),  # 17 % slower, and 9.7 % between the intervals
         (timed(speedup=9.0, speedup_low=8.9, speedup_high=9.1), None),
