@@ -20,7 +20,7 @@ from clip_deploy.inference.storage import Columns, Source, open_source, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_package_arguments(parser)
+    add_package_arguments(parser, takes_texts=False)
     parser.add_argument(
         "source",
         metavar="SOURCE",

@@ -16,8 +16,8 @@ PACKAGE = Path("artifacts/package")  # of a project, below its folder
 UNREADABLE = 3  # exit code
 
 
-def add_package_arguments(parser: argparse.ArgumentParser) -> None:
-    """--package, --device, --threads and --cache, as open_package takes them."""
+def add_package_arguments(parser: argparse.ArgumentParser, takes_texts: bool = True) -> None:
+    """--package, --device, --threads and, where a command takes texts, --cache, as open_package takes them."""
     parser.add_argument(
         "--package",
         type=local_path,
@@ -26,7 +26,8 @@ def add_package_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu or cuda; default: the one that the package was made for")
     parser.add_argument("--threads", type=int, help="threads for each tower; default: the runtime decides")
-    parser.add_argument("--cache", type=local_path, help="keep the embeddings of texts in this folder")
+    if takes_texts:
+        parser.add_argument("--cache", type=local_path, help="keep the embeddings of texts in this folder")
 
 
 def check_package(folder: Path) -> None:
@@ -107,10 +108,11 @@ def open_package(given: argparse.Namespace, **options: Any) -> ZeroShotClassifie
     Raises DeployError as that and check_package do, and where --cache is a file.
     """
     check_package(given.package)
-    if given.cache and given.cache.exists() and not given.cache.is_dir():
-        raise DataError(f"--cache is {given.cache}, a file: give a folder, which is made if it is not there")
+    cache: Path | None = vars(given).get("cache")
+    if cache and cache.exists() and not cache.is_dir():
+        raise DataError(f"--cache is {cache}, a file: give a folder, which is made if it is not there")
     return ZeroShotClassifier.open(
-        given.package, device=given.device, threads=given.threads, cache_folder=given.cache, **options
+        given.package, device=given.device, threads=given.threads, cache_folder=cache, **options
     )
 
 
