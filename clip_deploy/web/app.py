@@ -1,6 +1,7 @@
 """The application: routes, and what is common to all requests. Any ASGI server runs it; server.py does."""
 
 import asyncio
+import hashlib
 import logging
 import signal
 import threading
@@ -67,6 +68,12 @@ class Api:
         self.searched = searched
         self.fetcher = Fetcher(settings.image_hosts, settings.max_body, BODIES * settings.max_body)
         self.is_draining, self.held = False, 0
+
+    def identity(self) -> str:
+        """A hash of all that answers depend on: the packages with their names, and the index."""
+        opened = [(served.id, served.classifier) for served in self.models.served]
+        parts = [(name, one.scoring, sorted(one.package.files.items())) for name, one in opened]
+        return hashlib.sha256(repr((parts, self.searched and self.searched.version)).encode()).hexdigest()
 
     async def embeddings(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = parse_embeddings(body, self.settings.max_items)
@@ -277,12 +284,12 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
-def create_app(settings: Settings) -> App:
-    """Open the packages and make the application.
+def create_app(settings: Settings, keys: Keys | None = None) -> App:
+    """Open the packages and make the application; `keys` are in the place of those in the settings' file.
 
     Raises DeployError as Models, Searched and Keys do.
     """
-    keys, metrics = Keys(settings.api_key_file), Metrics()
+    keys, metrics = keys or Keys(settings.api_key_file), Metrics()
     models = Models(settings, metrics)
     searched = Searched(settings.index, settings.images, models) if settings.index else None
     api = Api(settings, models, metrics, keys, searched)

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -19,24 +20,29 @@ import uvicorn
 
 from clip_deploy.core.errors import DeployError
 from clip_deploy.core.files import own_folder
-from clip_deploy.core.subprocesses import die_with_parent
+from clip_deploy.core.subprocesses import die_with_parent, ending
 from clip_deploy.web.hosts import NamedHosts, check_hosts, is_local
-from clip_deploy.web.keys import warn_if_readable
+from clip_deploy.web.keys import Keys, warn_if_readable
 from clip_deploy.web.settings import Settings
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+    from multiprocessing.sharedctypes import SynchronizedString
+
     from clip_deploy.web.app import App
 
 METRICS = "clip-deploy-metrics-"  # a folder of the workers' numbers, in the temporary folder
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they hang up first
 FAILED = 3  # exit code of a worker that cannot begin
 RESTART_S = 1  # before a worker is replaced: one may die each time that it begins
+IDENTITY = 64  # letters of an Api's identity
 
 
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or Ctrl-C, and return the exit code.
 
-    Raises DeployError where the address is taken or a host's name is none, or as create_app does.
+    Raises DeployError where the address is taken or a host's name is none, or as create_app does; KeyboardInterrupt
+    after Ctrl-C.
     """
     check_hosts("--allow-host", settings.allow_hosts)
     check_hosts("--allow-image-host", settings.image_hosts)
@@ -95,18 +101,25 @@ def _announce(served: str, settings: Settings, address: str) -> None:
 
 
 def _serve_many(settings: Settings, listening: socket.socket) -> int:
-    """Workers of one parent, which replaces one that dies and takes them along when it ends."""
+    """Workers of one parent, which replaces one that dies and takes them along when it ends.
+
+    All answer alike, those that begin later too: with the keys that are read here, and from the packages and the index
+    that the first one opened.
+    """
+    keys = Keys(settings.api_key_file)
     with own_folder(METRICS) as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         address = _address(listening)
         told, tell = multiprocessing.Pipe(duplex=False)  # what a worker serves, or None once they are to stop
-        start = partial(multiprocessing.get_context("spawn").Process, target=_work, args=(settings, listening, tell))
-        workers = [start() for _ in range(settings.workers)]
-        is_stopping = is_announced = False
+        spawn = multiprocessing.get_context("spawn")
+        given = (settings, keys, listening, tell, spawn.Array("c", IDENTITY))
+        create = partial(spawn.Process, target=_work, args=given)
+        workers = [create() for _ in range(settings.workers)]
+        is_stopping = is_interrupted = is_announced = False
 
         def stop(number: int, frame: FrameType | None) -> None:
-            nonlocal is_stopping
-            is_stopping = True
+            nonlocal is_stopping, is_interrupted
+            is_stopping, is_interrupted = True, is_interrupted or number == signal.SIGINT
             tell.send(None)
             for worker in workers:
                 if worker.is_alive():
@@ -115,7 +128,7 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
         for worker in workers:
-            worker.start()
+            _start(worker)
         if is_stopping:  # the signal came before all of them were there
             stop(signal.SIGTERM, None)
         has_failed = False
@@ -131,21 +144,51 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
             for worker in [worker for worker in workers if worker.sentinel in ended]:
                 worker.join()
                 workers.remove(worker)
-                if worker.exitcode == FAILED:
+                code = worker.exitcode or 0
+                if is_stopping:
+                    has_failed = has_failed or code == FAILED
+                elif code == FAILED or not is_announced:
+                    if code != FAILED:  # it has said nothing itself
+                        print(f"error: a worker {ending(code)} before it answered{_hint(code)}", file=sys.stderr)
                     has_failed = True
                     stop(signal.SIGTERM, None)
-                elif not is_stopping:
-                    print(f"warning: a worker ended ({worker.exitcode}), and another begins", file=sys.stderr)
+                else:
+                    print(f"warning: a worker {ending(code)}{_hint(code)}, and another begins", file=sys.stderr)
                     time.sleep(RESTART_S)
-                    workers.append(start())
-                    workers[-1].start()
+                    workers.append(create())
+                    _start(workers[-1])
                     if is_stopping:  # the signal came before it was there
                         workers[-1].terminate()
+        if is_interrupted and not has_failed:
+            raise KeyboardInterrupt
         return 1 if has_failed else 0
 
 
-def _work(settings: Settings, listening: socket.socket, tell: "connection.Connection[str | None, str | None]") -> None:
-    """A worker. One whose package does not open would not open it the next time either."""
+def _start(worker: "BaseProcess") -> None:
+    """Ctrl-C, which a terminal sends to the workers too, is the parent's to handle: they begin without it."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        worker.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _hint(code: int) -> str:
+    """A worker's files of numbers are mapped into memory: without room for them, the system ends it so."""
+    return f" ({tempfile.gettempdir()} may be full: TMPDIR names another folder)" if code == -signal.SIGBUS else ""
+
+
+def _work(
+    settings: Settings,
+    keys: Keys,
+    listening: socket.socket,
+    tell: "connection.Connection[str | None, str | None]",
+    first: "SynchronizedString",
+) -> None:
+    """A worker. One whose package does not open would not open it the next time either.
+
+    `first` holds the identity of what the first worker opened, and is empty before that.
+    """
     die_with_parent()
     parent = multiprocessing.parent_process()
     if parent is None or not parent.is_alive():  # it ended before that
@@ -154,11 +197,23 @@ def _work(settings: Settings, listening: socket.socket, tell: "connection.Connec
 
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        app = create_app(settings)
+        app = create_app(settings, keys)
+        _check_identity(app.state.api.identity(), first)
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(FAILED)
     _run(settings, app, listening, tell.send)
+
+
+def _check_identity(own: str, first: "SynchronizedString") -> None:
+    """Raise DeployError where a worker opened other than the first one: one port would give two models' answers."""
+    with first.get_lock():
+        first.value = first.value or own.encode()
+    if first.value != own.encode():
+        raise DeployError(
+            "a package or the index has changed since the server started, and a new worker would answer otherwise than "
+            "the others: start the server again"
+        )
 
 
 def _bind(settings: Settings) -> socket.socket:

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from support.web import BROKEN, encoded, request, serving, vectors, wait_until
 
 from clip_deploy.__main__ import main
 from clip_deploy.core.errors import DataError
-from clip_deploy.core.files import own_folder
+from clip_deploy.core.files import own_folder, sha256
 from clip_deploy.inference.classifier import ZeroShotClassifier
 from clip_deploy.web import libraries
 from clip_deploy.web.keys import Keys, warn_if_readable
@@ -222,11 +223,15 @@ def accepts(server):
         return False
 
 
-def test_ctrl_c_ends_it(package):
-    with serving(package, drain_s="5") as server:
-        server.process.send_signal(signal.SIGINT)
-        server.process.wait(20)
-        assert "Traceback" not in server.process.stderr.read()
+@pytest.mark.parametrize("count", [1, 2])
+def test_ctrl_c_ends_it(package, count):
+    """A terminal sends it to all processes of the server."""
+    with serving(package, "--workers", count, drain_s="5") as server:
+        each = [server.process.pid, *(workers(server) if count > 1 else ())]
+        for process in each:
+            os.kill(process, signal.SIGINT)
+        assert server.process.wait(20) == 130
+        assert server.process.stderr.read() == "stopped\n"
 
 
 def test_workers_share_a_port_one_that_dies_is_replaced_and_all_end_with_their_parent(
@@ -274,6 +279,63 @@ def test_a_worker_that_cannot_open_its_package_ends_the_server(package):
     code, said = refused(package, "--workers", 2, "--port", 0, "--device", "tpu")
     assert code == 1
     assert "error: device is 'tpu': accepted are cpu, cuda" in said
+
+
+def test_a_worker_that_would_answer_otherwise_than_the_first_ends_the_server(package, tmp_path):
+    folder = tmp_path / "package"
+    shutil.copytree(package, folder)
+    with serving(f"prod:1={folder}", "--workers", 2) as server:
+        repackage(folder)
+        os.kill(workers(server)[0], signal.SIGKILL)
+        assert server.process.wait(60) == 1
+        said = server.process.stderr.read()
+        assert "warning: a worker crashed with SIGKILL" in said
+        assert "error: a package or the index has changed since the server started" in said
+        assert "Traceback" not in said
+
+
+def repackage(folder):
+    """Other classes, with the manifest that belongs to them."""
+    labels, manifest = folder / "labels.json", folder / "manifest.json"
+    labels.write_text(labels.read_text().replace("green", "olive"))
+    content = json.loads(manifest.read_text())
+    content["files"]["labels.json"] = {"sha256": sha256(labels), "bytes": labels.stat().st_size}
+    manifest.write_text(json.dumps(content))
+
+
+def test_workers_keep_the_keys_with_which_the_server_started(package, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("first-key\n")
+    keys.chmod(0o600)
+    with serving(package, "--workers", 2, "--api-key-file", keys) as server:
+        keys.write_text("second-key\n")
+        before = workers(server)
+        for process in before:
+            os.kill(process, signal.SIGKILL)
+        wait_until(lambda: len(after := workers(server)) == 2 and not set(before) & set(after))
+        bearer = {"authorization": "Bearer first-key"}
+        wait_until(lambda: server.is_ready())
+        assert server.post("/v1/embeddings", {"input": "a"}, **bearer)[0] == 200
+
+
+def test_workers_that_end_before_they_answer_end_the_server(package, tmp_path):
+    """As with a full disk, which ends what writes into a file that is mapped into memory."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if '--multiprocessing-fork' in sys.orig_argv:\n"
+        "    os.kill(os.getpid(), signal.SIGBUS)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "clip_deploy", "serve", str(package), "--port", "0", "--workers", "2"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    said = "error: a worker crashed with SIGBUS before it answered"
+    assert f"{said} ({tmp_path} may be full: TMPDIR names another folder)" in done.stderr
 
 
 def test_it_is_ready_soon(package):
