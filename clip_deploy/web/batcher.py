@@ -37,6 +37,10 @@ class WrongAnswerError(Exception):
     """An encoder gave other than one finite vector for each row."""
 
 
+class PanicError(Exception):
+    """What was raised and is no Exception: nothing that serves requests looks for it."""
+
+
 class Job:
     """The rows of one request. Used by the event loop alone, but for `is_over`."""
 
@@ -238,7 +242,7 @@ class Batcher:
             with self.alone:
                 if self.warm_up:
                     self.warm_up()
-        except Exception:
+        except BaseException:  # `start` waits for this thread, which goes on
             logger.exception("a tower could not be called at each of its batch sizes")
         self.is_warm.set()
         self._work(prepares=False)
@@ -360,3 +364,5 @@ def _tried(call: Callable[[Any], Any], value: Any) -> Any:
         return call(value)
     except Exception as error:
         return error
+    except BaseException as error:  # so a panic of a library in Rust, as tokenizers, comes
+        return PanicError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)

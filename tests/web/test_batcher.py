@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clip_deploy.web import batcher as batcher_module
-from clip_deploy.web.batcher import Batcher, WrongAnswerError
+from clip_deploy.web.batcher import Batcher, PanicError, WrongAnswerError
 from clip_deploy.web.errors import RequestError
 from clip_deploy.web.metrics import Metrics, TowerMetrics
 
@@ -186,8 +186,17 @@ def test_more_than_the_queue_holds_is_refused_but_one_job_may_fill_it():
     assert [float(row[0]) for row in found + alone] == [1, 2, 3, 4, 5, 6, 8]
 
 
+class Panic(BaseException):
+    """As pyo3's, which a library in Rust raises."""
+
+
+def panic(_):
+    raise Panic("no threads")
+
+
 @pytest.mark.parametrize(
-    ("bad", "error"), [(lambda _: 1 / 0, ZeroDivisionError), (lambda _: [float("nan")], WrongAnswerError)]
+    ("bad", "error"),
+    [(lambda _: 1 / 0, ZeroDivisionError), (lambda _: [float("nan")], WrongAnswerError), (panic, PanicError)],
 )
 def test_a_row_that_fails_in_a_batch_fails_alone(bad, error):
     tower = Tower()
