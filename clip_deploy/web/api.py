@@ -35,6 +35,7 @@ MAGIC = re.compile(  # JPEG, PNG, GIF, WebP, BMP, TIFF, and AVIF or HEIC
     re.DOTALL,
 )
 TOKENS = "token arrays are not accepted: give texts, since another model's tokens mean nothing to this one"
+DEEP = "nested too deeply"
 JSON_SHOWN = 60  # characters of a value in a message
 
 
@@ -164,13 +165,11 @@ def parse_rank(body: Mapping[str, Any], max_items: int) -> Rank:
     if not isinstance(is_returned, bool):
         raise bad(f"return_documents is {_shown(is_returned)}: give true or false", "return_documents")
     returned = [{"text": given} if isinstance(given, str) else given for given in documents] if is_returned else None
-    return Rank(
-        _model(body),
-        _item(_field(body, "query"), "query"),
-        [_item(document, f"documents[{row}]") for row, document in enumerate(documents)],
-        _count(body, "top_n"),
-        returned,
-    )
+    query = _item(_field(body, "query"), "query")
+    items = [_item(document, f"documents[{row}]") for row, document in enumerate(documents)]
+    if returned and _dumped(returned) is None:
+        raise bad(f"documents are {DEEP}: they cannot be returned", "documents")
+    return Rank(_model(body), query, items, _count(body, "top_n"), returned)
 
 
 def parse_search(body: Mapping[str, Any]) -> Search:
@@ -217,6 +216,8 @@ def _item(given: Any, param: str) -> Item:
 
 def _part(given: Mapping[str, Any], param: str) -> Item:
     """A part of a message's content, as OpenAI and vLLM know them."""
+    if {"text", "image_url"} <= set(given):
+        raise bad(f"{param} has a text and an image_url: give either, each in a part of its own", param)
     if given["type"] == "text":
         return _text(given.get("text"), f"{param}.text")
     if given["type"] == "image_url":
@@ -330,5 +331,13 @@ def _no_json(body: bytes, error: Exception) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = orjson.dumps(value).decode()
+    text = _dumped(value) or DEEP
     return text if len(text) <= JSON_SHOWN else f"{text[:JSON_SHOWN]}..."
+
+
+def _dumped(value: Any) -> str | None:
+    """As JSON; None where it is nested deeper than orjson writes, which reads four times as deep."""
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:
+        return None

@@ -193,10 +193,11 @@ def _refused(error: DataError, param: str) -> RequestError:
 
 
 def _told(error: DataError) -> str:
-    """What is wrong with an image, as a client is told: the most pixels are an option of the server, not Pillow's."""
+    """What is wrong with an image, as a client is told: the most pixels, and the formats, are the server's."""
     if isinstance(error.__cause__, Image.DecompressionBombError):
         return f"{str(error).partition(' ')[0]} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: {SHRINK}"
-    return str(error).replace("shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS", SHRINK)
+    said = str(error).replace("shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS", SHRINK)
+    return said.replace("of no format that Pillow knows", f"accepted are {', '.join(FORMATS)}")
 
 
 async def _both(first: Any, second: Any) -> Any:

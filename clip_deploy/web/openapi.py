@@ -9,9 +9,14 @@ from typing import Any
 import orjson
 
 from clip_deploy.web.api import DEFAULT_FOUND, MAX_FOUND, MAX_TEXT
+from clip_deploy.web.models import FORMATS
 from clip_deploy.web.settings import Settings
 
-IMAGE = {"type": "string", "description": "base64 of an image file, a data URI, or a https URL of an allowed host"}
+IMAGE = {
+    "type": "string",
+    "description": "base64 of an image file, a data URI, or a https URL of an allowed host; formats: "
+    + ", ".join(FORMATS),
+}
 ITEM = {
     "oneOf": [
         {"type": "string", "description": "a text", "maxLength": MAX_TEXT},

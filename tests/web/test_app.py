@@ -277,10 +277,18 @@ def bomb(side):
     return encoded(Image.new("L", (side, side)), "PNG")
 
 
+def nested(levels):
+    """An item whose text is an item, and so on."""
+    return {"text": nested(levels - 1) if levels else "a"}
+
+
 REFUSED = {
     "no JSON": (b"{", 400, "is not JSON"),
     "a list": ([], 400, "give a JSON object"),
     "deep JSON": (b"[" * 100_000, 400, "is not JSON"),
+    "a deep item": ({"input": nested(900)}, 400, r"input\.text is nested too deeply: give words"),
+    "a deep field": ({"input": "a", "dimensions": [nested(900)]}, 400, "dimensions is nested too deeply"),
+    "a part of both kinds": ({"input": [PART | {"text": "a"}]}, 400, r"input\[0\] has a text and an image_url"),
     "half a letter": (b'{"input": "\xff"}', 400, r"is not UTF-8 \(byte 11\): JSON is sent as UTF-8"),
     "no input": ({}, 400, "input is missing"),
     "a number": ({"input": 3}, 400, "input is 3: give a text, or a list of one or more"),
@@ -312,7 +320,8 @@ REFUSED = {
     "cut base64": ({"input": [{"image": PNGS[0][:-1]}]}, 400, "is not base64"),
     "letters of no ASCII": ({"input": [{"image": "é" * 8}]}, 400, "is not base64"),
     "a data URI of text": ({"input": [{"image": "data:image/svg+xml,<svg/>"}]}, 400, "without ;base64"),
-    "no image": ({"input": [{"image": "aGVsbG8="}]}, 400, "is not a readable image"),
+    "no image": ({"input": [{"image": "aGVsbG8="}]}, 400, r"is not a readable image \(accepted are JPEG, PNG,"),
+    "JPEG 2000": ({"input": [{"image": encoded(IMAGES[0], "JPEG2000")}]}, 400, "accepted are JPEG, PNG,"),
     "nothing": ({"input": [{"image": "data:image/png;base64,"}]}, 400, "is empty"),
     "a cut JPEG": ({"input": [{"image": encoded(IMAGES[0])[:400]}]}, 400, "is not a readable image"),
     "a bomb": (
@@ -366,6 +375,11 @@ def test_mistakes_are_refused_in_openais_shape(server, kind):
         ("/v1/rank", {"query": 3, "documents": ["a"]}, "query is 3: give a text"),
         ("/v1/rank", {"query": "a", "documents": [None]}, "documents[0] is null"),
         ("/v1/rank", {"query": "a", "documents": ["a"], "top_n": 0}, "top_n is 0"),
+        (
+            "/v1/rank",
+            {"query": "a", "documents": [{"type": "text", "text": "a", "x": nested(900)}], "return_documents": True},
+            "documents are nested too deeply",
+        ),
     ],
 )
 def test_mistakes_in_other_requests_are_refused(server, path, body, said):
