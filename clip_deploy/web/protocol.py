@@ -8,6 +8,7 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from clip_deploy.web.errors import RequestError
+from clip_deploy.web.metrics import OTHER
 
 MAX_HEADERS = 32_768  # bytes, with the URL
 MAX_CONNECTIONS = 1_024
@@ -75,6 +76,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self.is_in_headers and not self.transport.is_closing():
             self.timer = self.loop.call_later(LINGER_S, self.transport.close)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """It is answered as if it asked for none, which HTTP allows; uvicorn's advice is to install WebSockets."""
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(RequestError(400, "this is not an HTTP/1.1 request", None, "invalid_http"))
 
@@ -102,6 +106,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.is_refused = True
         if self.transport.is_closing():
             return
+        self.config.app.observe(OTHER, refusal.status, 0.0)  # type: ignore[union-attr] # an App, or NamedHosts
         body = orjson.dumps(refusal.body)
         fields = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
         lines = [f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}"]

@@ -1,5 +1,6 @@
 """What the server does when it has too much to do, held up at the encoder by the tests."""
 
+import logging
 import socket
 import threading
 import time
@@ -183,6 +184,7 @@ def test_what_is_no_http_is_refused(held):
         answer = connection.recv(1000)
         assert answer.startswith(b"HTTP/1.1 400 ")
         assert b"this is not an HTTP/1.1 request" in answer
+        assert busy.server.metric('clip_requests_total{route="other",status="400"}') == 1
 
 
 def test_answers_that_nobody_reads_are_given_up(held, monkeypatch):
@@ -215,6 +217,17 @@ def test_too_many_connections_are_told(held, monkeypatch):
             assert b"retry-after: 1" in answer
         monkeypatch.undo()
         wait_until(busy.server.is_ready)
+        assert busy.server.metric('clip_requests_total{route="other",status="503"}') == 1
+
+
+def test_who_asks_for_another_protocol_is_answered_in_this_one(held, monkeypatch):
+    """Without uvicorn's advice to install WebSockets."""
+    said = []
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "warning", said.append)
+    with held() as busy:
+        asked = {"connection": "Upgrade", "upgrade": "websocket"}
+        assert busy.server.ask("GET", "/health/live", headers=asked)[0] == 200
+    assert said == []
 
 
 def test_many_large_bodies_at_once_are_told(held, monkeypatch):
