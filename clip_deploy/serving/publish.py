@@ -11,7 +11,8 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clip_deploy.core.artifact import differences
@@ -40,6 +41,10 @@ def publish(new: Path, served: Path, url: str | None = None) -> str:
     `served` is then as it was, and so is what the server answers.
     """
     _check_whole(new)
+    if served.exists() and served.samefile(new):
+        raise DeployError(
+            f"{served} is the repository itself, which the pipeline made: give a copy of it, as `cp -rL` makes"
+        )
     version = str(max(map(int, versions(served))) + 1)
     _check_alike(new, served)
     before = {model: (served / model / CONFIG).read_text(encoding="utf-8") for model in (WHOLE, *PARTS)}
@@ -62,15 +67,23 @@ def publish(new: Path, served: Path, url: str | None = None) -> str:
 def withdraw(served: Path, version: str, url: str | None = None) -> str:
     """Take a version out of `served`, and out of the server at `url`. Returns the newest that is left.
 
-    Raises DeployError where there is no such version, or no other.
+    Raises DeployError where there is no such version, or no other, or the server does not take it out of
+    clip_zero_shot; `served` is then as it was, and so is what the server answers.
     """
     known = versions(served)
     left = [other for other in known if other != version]
     if version not in known or not left:
         raise DeployError(f"{served} has version {', '.join(known)}: {version} cannot be taken out of it")
-    _remove(served / WHOLE / version)
-    _configure(served, WHOLE, _pinned((served / WHOLE / CONFIG).read_text(encoding="utf-8"), left[-1]))
-    load(url, (WHOLE,))
+    before = (served / WHOLE / CONFIG).read_text(encoding="utf-8")
+    try:
+        with _aside(served / WHOLE / version):
+            _configure(served, WHOLE, _pinned(before, left[-1]))
+            load(url, (WHOLE,))
+    except BaseException:
+        _configure(served, WHOLE, before)
+        with suppress(DeployError):  # the first error is the one to tell
+            load(url, (WHOLE,))
+        raise
     for part in PARTS:
         _remove(served / part / version)
     load(url, PARTS)
@@ -128,6 +141,22 @@ def _configure(served: Path, model: str, config: str) -> None:
     path = served / model / CONFIG
     if path.read_text(encoding="utf-8") != config:
         write_text(path, config)
+
+
+@contextmanager
+def _aside(version: Path) -> Iterator[None]:
+    """Take a version away, for good unless what runs meanwhile fails. Triton reads folders alone that numbers name."""
+    hidden = version.with_name(f".{version.name}")
+    with disk_errors(version):
+        if version.exists():
+            version.rename(hidden)
+    try:
+        yield
+    except BaseException:
+        if hidden.exists():
+            hidden.rename(version)
+        raise
+    _remove(hidden)
 
 
 def _remove(version: Path) -> None:

@@ -125,6 +125,26 @@ def test_an_older_version_leaves_the_newest_in_service(new, served):
     assert pinned(served) == {"2"}
 
 
+def test_a_version_that_the_server_does_not_take_out_stays(new, served, server):
+    publish(new, served)
+    before, server.refused = hashes(served), [WHOLE]
+    with pytest.raises(DeployError, match=f"the server refuses {WHOLE}"):
+        withdraw(served, "2", server.url)
+    with pytest.raises(DeployError, match=r"no server answers at http://127\.0\.0\.1:1 "):
+        withdraw(served, "2", "http://127.0.0.1:1")
+    assert hashes(served) == before
+    assert [path for path in served.rglob("*") if path.name.startswith(".")] == []
+    server.refused = []
+    assert withdraw(served, "2", server.url) == "1"
+
+
+def test_a_repository_is_not_published_into_itself(new, served):
+    before = hashes(new)
+    with pytest.raises(DeployError, match="is the repository itself, which the pipeline made: give a copy"):
+        publish(new, new.parent / "." / new.name)
+    assert hashes(new) == before
+
+
 @pytest.mark.parametrize("version", ["7", "1"])
 def test_a_version_that_is_not_there_or_the_last_one_stays(served, version):
     with pytest.raises(DeployError, match=f"has version 1: {version} cannot be taken out of it"):
