@@ -1,10 +1,12 @@
 """A package, opened: zero-shot answers and embeddings with numpy, Pillow, tokenizers and its runtime alone."""
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -147,13 +149,13 @@ class ZeroShotClassifier:
             raise DeployError(
                 "feed is 'gpu', and the package is opened on cpu: give the device cuda (--device cuda), or another feed"
             )
-        if threads is not None and threads < 1:
-            raise DeployError(f"threads is {threads}: give 1 or more, or nothing for the runtime's default")
+        if threads is not None and (not isinstance(threads, Integral) or threads < 1):
+            raise DeployError(f"threads is {threads!r}: give 1 or more, or nothing for the runtime's default")
         sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None
         cache = Path(cache_folder) if cache_folder else None
         return cls(folder, found, chosen, threads, cache_size, cache, sample, feed, allow_spinning)
 
-    def predict(self, image: Picture, texts: Sequence[str] | None = None) -> list[Prediction]:
+    def predict(self, image: Picture, texts: Iterable[str] | None = None) -> list[Prediction]:
         """The probability of each text for one image, the highest first.
 
         Args:
@@ -164,10 +166,10 @@ class ZeroShotClassifier:
 
         Raises DataError where the image cannot be read, there are no texts, or one is empty.
         """
-        names = self.labels.classes if texts is None else texts
+        names = self.labels.classes if texts is None else _listed(texts)
         if texts is None and not names:
             raise DataError("the package has no classes of its own: give the texts to choose from")
-        prompts = self.embed_texts(self.class_prompts() if texts is None else texts)
+        prompts = self.embed_texts(self.class_prompts() if texts is None else names)
         targets = self.class_embeddings(prompts) if texts is None else prompts
         scores = self.probabilities(self.embed_images([image]) @ targets.T)[0]
         order = np.argsort(-scores, kind="stable")
@@ -183,6 +185,8 @@ class ZeroShotClassifier:
         Raises DataError where one cannot be read, or `images` is a single one and no list.
         """
         _check_list(images)
+        if not isinstance(images, Sized):
+            raise DataError(f"images is {images!r:.80}: give a list, or take embed_each, which needs no length")
         rows = np.empty((len(images), self.dimension), dtype=np.float32)
         steps = tqdm(self.embed_each(images, batch_size), total=len(images), desc="embed images", disable=None)
         for row, embedding in enumerate(steps):
@@ -225,12 +229,12 @@ class ZeroShotClassifier:
         for finish in ahead(asked, 1):  # the GPU has the next batch while this one's embeddings are taken
             yield finish()
 
-    def embed_texts(self, texts: Sequence[str], batch_size: int = DEFAULT_BATCH) -> np.ndarray:
+    def embed_texts(self, texts: Iterable[str], batch_size: int = DEFAULT_BATCH) -> np.ndarray:
         """Embeddings [texts, dimension], in their order; known texts come from the cache.
 
         Raises DataError where there are no texts, or one is empty.
         """
-        check_texts(texts)
+        texts = _listed(texts)
         check_count("batch_size", batch_size)
         found = {text: self.cache.get(text) for text in texts}
         missing = [text for text, embedding in found.items() if embedding is None]
@@ -340,8 +344,8 @@ class ZeroShotClassifier:
 
 def check_count(name: str, value: int) -> None:
     """Raise DataError where a number of things to do is none."""
-    if value < 1:
-        raise DataError(f"{name} is {value}: give 1 or more")
+    if not isinstance(value, Integral) or value < 1:
+        raise DataError(f"{name} is {value!r}: give a whole number of 1 or more")
 
 
 def _check_list(images: object) -> None:
@@ -367,10 +371,34 @@ def ahead(begun: Iterable[T], count: int) -> Iterator[T]:
     yield from waiting
 
 
+def _listed(texts: Iterable[str]) -> list[str]:
+    """Those of an array, a column or a generator too. Raises DataError as check_texts does."""
+    listed: Any = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else texts
+    check_texts(listed)
+    return list(listed)
+
+
 def _read(image: Picture) -> Image.Image:
     if isinstance(image, Image.Image):
+        return _read_picture(image)
+    if callable(image):
+        return image()
+    if not isinstance(image, str | os.PathLike):
+        raise DataError(
+            f"an image is of type {type(image).__name__}: give a file's path or a picture of Pillow, which makes one "
+            "of bytes by Image.open(BytesIO(content)), and of an array by Image.fromarray(array)"
+        )
+    return read_image(Path(image))
+
+
+def _read_picture(image: Image.Image) -> Image.Image:
+    """Pillow reads a file when its pixels are first asked for, which may be here."""
+    try:
         return rgb(image)
-    return image() if callable(image) else read_image(Path(image))
+    except DataError as error:
+        raise DataError(f"a picture in memory {error}") from error
+    except Exception as error:  # Pillow's plugins raise whatever their parsers meet
+        raise DataError(f"a picture of Pillow cannot be read ({error}): replace or remove it") from error
 
 
 def _few(texts: list[str], batch_size: int) -> bool | None:

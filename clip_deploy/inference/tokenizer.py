@@ -48,6 +48,8 @@ def check_texts(texts: Sequence[str]) -> None:
     """Raise DataError where there is no text, or one that says nothing."""
     if isinstance(texts, str):
         raise DataError(f"texts is one string, {shown(texts)}: give a list of strings")
+    if not isinstance(texts, Sequence):
+        raise DataError(f"texts is {texts!r:.80}: give a list of strings")
     if not texts:
         raise DataError("there are no texts: give one or more")
     for row, text in enumerate(texts):

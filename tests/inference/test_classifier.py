@@ -8,6 +8,7 @@ import venv
 import zipfile
 from email import message_from_bytes
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import grimp
@@ -98,17 +99,45 @@ def test_an_image_that_cannot_be_read_is_named(classifier, tmp_path):
     assert isinstance(bad, DataError)
 
 
-@pytest.mark.parametrize(("texts", "said"), [([], "there are no texts"), (["a", ""], "text 2 of 2 is ''")])
+@pytest.mark.parametrize("image", [b"\xff\xd8\xff", np.zeros((8, 8, 3), np.uint8), BytesIO(), 3])
+def test_what_is_no_picture_is_told_how_it_becomes_one(classifier, image):
+    with pytest.raises(DataError, match=rf"of type {type(image).__name__}: give a file's path or a picture of Pillow"):
+        classifier.embed_images([image])
+
+
+def test_a_picture_that_pillow_cannot_read_to_its_end_fails_alone(classifier):
+    """Image.open reads no pixels: what is cut is met later."""
+    content = BytesIO()
+    Image.effect_noise((64, 64), 90).save(content, "png")
+    bad, good = classifier.embed_each([Image.open(BytesIO(content.getvalue()[:-500])), IMAGES[0]])
+    assert "a picture of Pillow cannot be read" in str(bad)
+    assert good.shape == (64,)
+    with pytest.raises(DataError, match="a picture in memory has pixels of mode F"):
+        classifier.predict(Image.new("F", (8, 8)), ["a"])
+
+
+def test_texts_may_come_as_an_array_or_one_by_one(classifier):
+    expected = classifier.embed_texts(TEXTS)
+    for texts in (np.array(TEXTS), iter(TEXTS), tuple(TEXTS), dict.fromkeys(TEXTS).keys()):
+        assert np.array_equal(classifier.embed_texts(texts), expected)
+    assert classifier.predict(IMAGES[0], iter(TEXTS)) == classifier.predict(IMAGES[0], TEXTS)
+    with pytest.raises(DataError, match=r"images is <list_iterator .*: give a list, or take embed_each"):
+        classifier.embed_images(iter(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"), [([], "there are no texts"), (["a", ""], "text 2 of 2 is ''"), (3, "texts is 3: give a list")]
+)
 def test_texts_that_say_nothing_are_refused(classifier, texts, said):
     with pytest.raises(DataError, match=said):
         classifier.predict(IMAGES[0], texts)
 
 
-@pytest.mark.parametrize("batch_size", [0, -3])
+@pytest.mark.parametrize("batch_size", [0, -3, 1.5, "4"])
 def test_a_batch_of_nothing_is_refused(classifier, batch_size):
-    with pytest.raises(DataError, match=rf"batch_size is {batch_size}: give 1 or more"):
+    with pytest.raises(DataError, match=rf"batch_size is {batch_size!r}: give a whole number of 1 or more"):
         classifier.embed_texts(TEXTS, batch_size)
-    with pytest.raises(DataError, match=rf"batch_size is {batch_size}: give 1 or more"):
+    with pytest.raises(DataError, match=rf"batch_size is {batch_size!r}: give a whole number of 1 or more"):
         classifier.embed_images(IMAGES, batch_size)
 
 
