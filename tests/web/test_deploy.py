@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 
 import pytest
 import yaml
@@ -27,6 +28,8 @@ def test_the_image_holds_what_it_copies_and_nothing_is_kept_from_it():
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert sorted(f"!{source}" for source in sources) == sorted(line for line in ignored if line.startswith("!"))
     assert all((ROOT / source).exists() for source in sources if not source.startswith("artifacts"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {project["readme"], *project["license-files"]} <= set(sources)  # setuptools asks for them
 
 
 @pytest.mark.parametrize("given", [words("CMD"), CONTAINER["args"]])
@@ -48,6 +51,12 @@ def test_probes_and_metrics_are_those_that_the_server_has(package):
     assert {*probes, scraped} <= paths
     metric = OBJECTS["HorizontalPodAutoscaler"]["spec"]["metrics"][0]["pods"]["metric"]["name"]
     assert metric in {family.name for family in Metrics().registry.collect()}
+
+
+def test_the_guide_lists_the_servers_metrics():
+    listed = re.findall(r"^\| `(clip_\w+)` \|", (ROOT / "docs/guides/serve.md").read_text(), re.MULTILINE)
+    families = [family for family in Metrics().registry.collect() if not family.name.endswith("_created")]
+    assert listed == [f"{family.name}_total" if family.type == "counter" else family.name for family in families]
 
 
 def test_the_objects_are_about_the_same_pods():
