@@ -82,6 +82,10 @@ def run(given: argparse.Namespace) -> int:
     names, former = params.ci.required, None if given.against is None else at_revision(given.against, REPORTS)
     if given.comment and former is None:
         raise DeployError("--comment says what changed since a revision: give --against too")
+    if given.allow_uncompared and former is None:
+        raise DeployError("--allow-uncompared is about what cannot be compared with a revision: give --against too")
+    if given.page and not given.comment:
+        raise DeployError("--page is a link of the comment: give --comment too")
     check_required(names, params.targets)
     found = [stale(present), check_reports(names, present, load_choice(CONF, "gates", params.gates), BUILT)]
     notes: list[str] = []
@@ -125,9 +129,9 @@ def _text(path: Path) -> str | None:
 
 
 def _fresh(given: argparse.Namespace, present: Reports) -> int:
-    if given.against is not None or given.allow_uncompared or given.comment:
+    if given.against is not None or given.allow_uncompared or given.comment or given.page:
         raise DeployError(
-            "--fresh only looks for stale results: give it without --against, --allow-uncompared and --comment"
+            "--fresh only looks for stale results: give it without --against, --allow-uncompared, --comment and --page"
         )
     found = stale(present)
     if names := [name for name, missed in found.items() if missed]:

@@ -781,3 +781,18 @@ def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes, 
     assert (code, err) == (1, "error: stale: export_onnx\n")
     assert out.splitlines()[2:] == ["| `export_onnx` | stale | changed deps: params.yaml onnx | run `dvc repro` |"]
     assert "| `export_onnx` | stale | changed deps: params.yaml onnx | run `dvc repro` |" in gate()[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--comment", "c.md"], "--comment says what changed since a revision: give --against too"),
+        (["--allow-uncompared"], "--allow-uncompared is about what cannot be compared with a revision: give --against"),
+        (["--page", "https://example.com"], "--page is a link of the comment: give --comment too"),
+        (["--fresh", "--page", "https://example.com"], "--fresh only looks for stale results: give it without"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(words, said, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["gate", *words]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {said}")
