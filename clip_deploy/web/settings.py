@@ -1,5 +1,6 @@
 """What a server is told, each with its default."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,8 @@ class Settings:
         for name, least in LEAST.items():
             value, most = getattr(self, name), MOST.get(name)
             if not least <= value <= (most or sys.float_info.max):  # NaN is within no bounds
-                accepted = f"{least} to {most:,}" if most else f"{least} or more"
+                finite = " and no infinity" if value == math.inf else ""
+                accepted = f"{least} to {most:,}" if most else f"{least} or more{finite}"
                 raise DataError(f"--{name.replace('_', '-')} is {value}: give {accepted}")
 
     @property
