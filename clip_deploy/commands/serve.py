@@ -8,6 +8,7 @@ example: clip-deploy serve artifacts/package --port 8000
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from clip_deploy.commands.opened import warn_if_outdated
@@ -95,6 +96,8 @@ def _add_limits(bounds: argparse._ArgumentGroup) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Raises DeployError where the settings, a package or the address will not do."""
+    # Of another server: prometheus_client reads it when it is imported, and its numbers would be told as ours.
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     check_libraries()
     from clip_deploy.web.models import parsed
     from clip_deploy.web.server import serve

@@ -338,6 +338,15 @@ def test_workers_that_end_before_they_answer_end_the_server(package, tmp_path):
     assert f"{said} ({tmp_path} may be full: TMPDIR names another folder)" in done.stderr
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_another_servers_folder_of_numbers_is_left_alone(package, tmp_path, monkeypatch, count):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "others"))
+    with serving(package, "--workers", count) as server:
+        server.embed(input="a")
+        assert server.metric('clip_requests_total{route="/v1/embeddings",status="200"}') == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_is_ready_soon(package):
     """Not how soon: no test asserts a time. It says so once it is."""
     start = time.perf_counter()
