@@ -5,6 +5,7 @@ of the DNS cannot lead elsewhere. No redirect is followed, and size and time are
 """
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -75,6 +76,8 @@ class Fetcher:
             raise _refusal(picture, f"is not a URL ({error})") from error
         if url.scheme != "https" or port not in (None, PORT) or named is not None:
             raise _refusal(picture, "images are fetched by https alone, from its own port and without a password")
+        if not host:
+            raise _refusal(picture, "is not a URL (it names no host)")
         if host not in self.hosts:
             raise _refusal(picture, f"host {host} is not among those that this server fetches from")
 
@@ -85,7 +88,7 @@ class Fetcher:
         except TimeoutError:
             raise _refusal(picture, f"the image did not come within {TIMEOUT_S} s") from None
         except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
-            raise _refusal(picture, f"the image could not be fetched ({type(error).__name__})") from error
+            raise _refusal(picture, f"the image could not be fetched ({_reason(error)})") from error
 
     async def _get(self, picture: Picture, budget: "Budget") -> bytes:
         url = urlsplit(picture.source)
@@ -157,6 +160,19 @@ class Budget:
             raise RequestError(429, "too many large images at once: try again", picture.param, retry_after_s=1)
         self.taken += size
         fetcher.held += size
+
+
+def _reason(error: Exception) -> str:
+    """In a client's words, without addresses."""
+    if isinstance(error, socket.gaierror):
+        return "its host's name is not known here"
+    if isinstance(error, ssl.SSLError):
+        return "its host's certificate or TLS is not accepted"
+    if isinstance(error, ConnectionError | asyncio.IncompleteReadError):
+        return "its host refused or ended the connection"
+    if isinstance(error, OSError):
+        return "its host cannot be reached"
+    return "its host's answer is no HTTP, or its headers are too long"
 
 
 def is_url(source: str) -> bool:

@@ -64,6 +64,7 @@ def fetched(*urls, hosts=(HOST,), max_held=10_000):
         (f"https://evil.com#@{HOST}/", "is not among those"),
         (f"https://{HOST}:99999/", "is not a URL"),
         ("https://[::1/", "is not a URL"),
+        ("https://", "is not a URL .it names no host"),
     ],
 )
 def test_urls_that_are_not_to_be_fetched_are_refused_before_anything_is_resolved(monkeypatch, url, said):
@@ -186,10 +187,10 @@ def send(content):
         (send(b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"), "more than 1,000 bytes"),
         (send(b"HTTP/1.1 200 OK\r\n\r\n" + b"a" * 2000), "more than 1,000 bytes"),
         (send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\n"), "more than 1,000 bytes"),
-        (send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nim"), "could not be fetched"),
-        (send(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 10_000), "could not be fetched"),
-        (send(b"hello\r\n\r\n"), "could not be fetched"),
-        (send(b""), "could not be fetched"),
+        (send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nim"), "fetched .its host refused or ended the connection"),
+        (send(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 10_000), "fetched .its host's answer is no HTTP, or its headers"),
+        (send(b"hello\r\n\r\n"), "fetched .its host's answer is no HTTP"),
+        (send(b""), "fetched .its host refused or ended the connection"),
     ],
 )
 def test_what_is_no_image_within_the_bounds_is_refused(monkeypatch, answer, said):
@@ -200,6 +201,26 @@ def test_what_is_no_image_within_the_bounds_is_refused(monkeypatch, answer, said
 def test_an_answer_that_trickles_is_given_up(monkeypatch):
     with answering(monkeypatch, trickle, seconds=0.5), pytest.raises(RequestError, match=r"did not come within 0.5 s"):
         fetched(URL)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "its host's name is not known here"),
+        (ssl.SSLCertVerificationError("self-signed"), "its host's certificate or TLS is not accepted"),
+        (ConnectionRefusedError(), "its host refused or ended the connection"),
+        (OSError(101, "Network is unreachable"), "its host cannot be reached"),
+    ],
+)
+def test_why_an_image_does_not_come_is_said_without_addresses(monkeypatch, error, said):
+    async def connect(*_, **__):
+        raise error
+
+    resolve(monkeypatch, ["93.184.215.14"])
+    monkeypatch.setattr(asyncio, "open_connection", connect)
+    with pytest.raises(RequestError) as refused:
+        fetched(URL)
+    assert refused.value.message == f"input[0].image: the image could not be fetched ({said})"
 
 
 def test_tls_is_checked(monkeypatch):
