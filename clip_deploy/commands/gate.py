@@ -82,6 +82,8 @@ def run(given: argparse.Namespace) -> int:
     names, former = params.ci.required, None if given.against is None else at_revision(given.against, REPORTS)
     if given.comment and former is None:
         raise DeployError("--comment says what changed since a revision: give --against too")
+    if given.comment and given.comment.is_dir():
+        raise DeployError(f"--comment is {given.comment}, a folder: give a file, for example comment.md")
     if given.allow_uncompared and former is None:
         raise DeployError("--allow-uncompared is about what cannot be compared with a revision: give --against too")
     if given.page and not given.comment:

@@ -787,12 +787,13 @@ def test_the_gate_of_a_built_project_opens_and_shuts(built, tmp_path, outcomes, 
     ("words", "said"),
     [
         (["--comment", "c.md"], "--comment says what changed since a revision: give --against too"),
+        (["--against", "HEAD", "--comment", "docs"], "--comment is docs, a folder: give a file"),
         (["--allow-uncompared"], "--allow-uncompared is about what cannot be compared with a revision: give --against"),
         (["--page", "https://example.com"], "--page is a link of the comment: give --comment too"),
         (["--fresh", "--page", "https://example.com"], "--fresh only looks for stale results: give it without"),
     ],
 )
-def test_an_option_that_would_change_nothing_is_refused(words, said, monkeypatch, capsys):
+def test_an_option_that_will_not_do_is_refused(words, said, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main(["gate", *words]) == 1
     assert capsys.readouterr().err.startswith(f"error: {said}")
