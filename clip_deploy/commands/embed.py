@@ -16,7 +16,7 @@ from clip_deploy.inference.classifier import FEEDS
 from clip_deploy.inference.embed import EmbedSettings, Summary, embed, make_here
 from clip_deploy.inference.embed_gpus import Opening, choose_gpus, make_on_gpus
 from clip_deploy.inference.embed_ray import Shipped, make_on_ray
-from clip_deploy.inference.storage import Columns, Source, open_source, shown
+from clip_deploy.inference.storage import Columns, Source, check_apart, open_source, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +73,7 @@ def _embedded(given: argparse.Namespace) -> Summary:
         )
     settings = EmbedSettings(given.batch_size, given.part_size, given.dtype, given.dimensions)
     columns = Columns(given.id_column, given.image_column)
+    check_apart(given.source, given.output)
     source = open_source(given.source, settings.part_size, columns, shared=given.ray is not None)
     if given.gpus is not None:
         return _on_gpus(given, source, settings)

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "texts",
         metavar="TEXT",
         nargs="*",
+        default=[],  # else argparse calls it required where the image is missing
         help="what the image may show, in plain words; default: the package's classes, in its templates",
     )
     parser.add_argument("--top", type=int, default=5, help="how many to show; default: %(default)s")

@@ -30,6 +30,7 @@ from clip_deploy.inference.storage import (
     Part,
     Source,
     Tables,
+    check_apart,
     check_output,
     folder_id,
     list_parts,
@@ -126,8 +127,9 @@ Make = Callable[[EmbedJob, dict[int, Part], Callable[[int], object]], Iterable[H
 def embed_folder(classifier: ZeroShotClassifier, folder: Path, output: Path, settings: EmbedSettings) -> Summary:
     """Embed all images under `folder` into `output`/part-00000.parquet and so on, as `embed` does.
 
-    Raises DataError where the folder holds no images, and what `embed` raises.
+    Raises DataError where the folder holds no images or the output, and what `embed` raises.
     """
+    check_apart(str(folder), str(output))
     source = open_source(str(folder), settings.part_size)
     return embed(classifier, source, str(output), settings, partial(make_here, classifier))
 

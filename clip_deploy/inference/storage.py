@@ -503,6 +503,20 @@ def check_output(output: str) -> None:
             return
 
 
+def check_apart(source: str, output: str) -> None:
+    """Raise DataError where parts would lie within the folder that is embedded, whose files they would then be."""
+    read, written = local(source), local(output)
+    if read is None or written is None:
+        within = f"{shown(output)}/".startswith(f"{shown(source)}/")
+    else:
+        within = read.is_dir() and written.resolve().is_relative_to(read.resolve())
+    if within:
+        raise DataError(
+            f"the output {shown(output)} lies within the source {shown(source)}, which would then hold files of two "
+            "kinds: give a folder beside it"
+        )
+
+
 def remove_partial(output: str) -> None:
     """Remove what killed processes left half written."""
     folder = local(output)

@@ -487,10 +487,15 @@ def test_a_search_leaves_out_what_cannot_be_read_and_names_it(package, classifie
     assert "page.png is not a readable image" in said
 
 
+def beside(folder):
+    """A folder for the output: it may not lie within the source."""
+    return folder.with_name(f"{folder.name}-out")
+
+
 def test_a_search_of_nothing_but_unreadable_images_finds_nothing_and_says_so(package, classifier, tmp_path, capsys):
     (tmp_path / "page.png").write_text("<html>")
-    embed_folder(classifier, tmp_path, tmp_path / "out", SMALL)
-    for source in (tmp_path, tmp_path / "out"):
+    embed_folder(classifier, tmp_path, beside(tmp_path), SMALL)
+    for source in (tmp_path, beside(tmp_path)):
         assert search(classifier, source, "a red circle", 5).hits == []
         assert main(["search", str(source), "a red circle", "--package", str(package)]) == 1
         printed = capsys.readouterr()
@@ -500,9 +505,9 @@ def test_a_search_of_nothing_but_unreadable_images_finds_nothing_and_says_so(pac
 
 def test_an_empty_folder_and_a_missing_one_are_named(classifier, tmp_path):
     with pytest.raises(DataError, match="holds no images"):
-        embed_folder(classifier, tmp_path, tmp_path / "out", SMALL)
+        embed_folder(classifier, tmp_path, beside(tmp_path), SMALL)
     with pytest.raises(DataError, match="none does not exist: give a folder of images"):
-        embed_folder(classifier, tmp_path / "none", tmp_path / "out", SMALL)
+        embed_folder(classifier, tmp_path / "none", beside(tmp_path), SMALL)
 
 
 def test_the_order_is_that_of_the_names_bytes(tmp_path):
@@ -516,9 +521,9 @@ def test_a_name_that_is_no_text_is_reported_and_not_fatal(classifier, tmp_path):
     image.save(tmp_path / "good.png")
     os.rename(tmp_path / "good.png", os.fsencode(tmp_path) + b"/bad\xff.png")
     image.save(tmp_path / "good.png")
-    done = embed_folder(classifier, tmp_path, tmp_path / "out", SMALL)
+    done = embed_folder(classifier, tmp_path, beside(tmp_path), SMALL)
     assert done.unreadable == ["bad?.png has a name that is not UTF-8: rename it"]
-    assert list(rows(tmp_path / "out")) == ["good.png"]
+    assert list(rows(beside(tmp_path))) == ["good.png"]
 
 
 def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
@@ -559,6 +564,9 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
             1,
             "error: note.txt/a cannot be the output folder, because note.txt is a file",
         ),
+        (["embed", "images", "images"], 1, "error: the output images lies within the source images, which would"),
+        (["embed", ".", "images/../new"], 1, "error: the output images/../new lies within the source ., which"),
+        (["embed", "s3://a/b/", "s3://a/b/c"], 1, "error: the output s3://a/b/c lies within the source s3://a/b"),
         (["search", "none", "a cat", "--top", "0"], 1, "error: top is 0"),
         (["predict", "none.png", "--top", "0"], 1, "error: top is 0: give a whole number of 1 or more"),
         (["predict", "none.png", "a cat", "--top", "-1"], 1, "error: top is -1: give a whole number of 1 or more"),

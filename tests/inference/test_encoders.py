@@ -221,6 +221,7 @@ def test_images_are_embedded_in_the_batches_that_were_fastest_in_the_benchmark(p
     list(opened.embed_each(IMAGES[:1] * 9))
     list(opened.embed_each(IMAGES[:1] * 9, batch_size=8))
     assert [shape[0] for shape in recorder.shapes] == [4, 4, 1, 8, 1]
-    IMAGES[0].save(tmp_path / "one.png")
-    embed_folder(opened, tmp_path, tmp_path / "out", EmbedSettings(dimensions=1))
+    (tmp_path / "images").mkdir()
+    IMAGES[0].save(tmp_path / "images" / "one.png")
+    embed_folder(opened, tmp_path / "images", tmp_path / "out", EmbedSettings(dimensions=1))
     assert read_header(str(tmp_path / "out"), "part-00000.parquet")["batch_size"] == 4
