@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import multiprocessing
 import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -331,7 +332,10 @@ def create_app(settings: Settings, keys: Keys | None = None) -> App:
 
 @contextmanager
 def _drained(api: Api) -> Iterator[None]:
-    """Put off what the server does at SIGTERM, so that a balancer sees that it is not ready before it is gone."""
+    """Put off what the server does at SIGTERM, so that a balancer sees that it is not ready before it is gone.
+
+    A second SIGTERM ends that, but for a worker: systemd sends one to each process, and the parent another.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -339,6 +343,8 @@ def _drained(api: Api) -> Iterator[None]:
 
     def drain(number: int, frame: FrameType | None) -> None:
         if not callable(stop):
+            return
+        if api.is_draining and multiprocessing.parent_process():
             return
         if api.is_draining or not api.settings.drain_s:
             stop(number, frame)

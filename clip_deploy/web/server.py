@@ -118,8 +118,16 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
         is_stopping = is_interrupted = is_announced = False
 
         def stop(number: int, frame: FrameType | None) -> None:
-            nonlocal is_stopping, is_interrupted
-            is_stopping, is_interrupted = True, is_interrupted or number == signal.SIGINT
+            nonlocal is_interrupted
+            is_hurried, is_interrupted = is_stopping, is_interrupted or number == signal.SIGINT
+            end()
+            for worker in workers if is_hurried else ():  # in the midst of draining
+                if worker.pid and worker.is_alive():
+                    os.kill(worker.pid, signal.SIGINT)
+
+        def end() -> None:
+            nonlocal is_stopping
+            is_stopping = True
             tell.send(None)
             for worker in workers:
                 if worker.is_alive():
@@ -130,7 +138,7 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
         for worker in workers:
             _start(worker)
         if is_stopping:  # the signal came before all of them were there
-            stop(signal.SIGTERM, None)
+            end()
         has_failed = False
         while workers:
             ended = connection.wait([told, *(worker.sentinel for worker in workers)])
@@ -151,7 +159,7 @@ def _serve_many(settings: Settings, listening: socket.socket) -> int:
                     if code != FAILED:  # it has said nothing itself
                         print(f"error: a worker {ending(code)} before it answered{_hint(code)}", file=sys.stderr)
                     has_failed = True
-                    stop(signal.SIGTERM, None)
+                    end()
                 else:
                     print(f"warning: a worker {ending(code)}{_hint(code)}, and another begins", file=sys.stderr)
                     time.sleep(RESTART_S)

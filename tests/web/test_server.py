@@ -164,6 +164,20 @@ def test_after_the_workers_stopped_to_accept_a_connection_is_refused(package):
         assert server.process.stderr.read() == ""
 
 
+def test_workers_drain_though_each_gets_the_signal_twice_and_a_second_one_hurries_them(package):
+    """As from systemd, which sends SIGTERM to every process of a service."""
+    with serving(package, "--workers", 2, drain_s="600") as server:
+        for process in [*workers(server), server.process.pid]:
+            os.kill(process, signal.SIGTERM)
+        wait_until(lambda: server.get("/health/ready")[0] == 503)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(3)
+        assert server.post("/v1/embeddings", {"input": "a"})[0] == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+        assert server.process.stderr.read() == ""
+
+
 def is_refused(server):
     try:
         socket.create_connection((server.host, int(server.port))).close()
