@@ -14,16 +14,18 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, get_type_hints
 
 try:
     import hydra
+    import yaml
     from hydra import compose, initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob, Override
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -34,7 +36,7 @@ except ModuleNotFoundError as missing:
     )
 
 from clip_deploy.core.artifact import MANIFEST, MANIFEST_NAME, check_files, check_prepared
-from clip_deploy.core.config import GROUPS, find_choice, read_yaml, sections, typed
+from clip_deploy.core.config import GROUPS, check_key, find_choice, read_sections, sections, typed
 from clip_deploy.core.errors import ConfigError, DeployError, quiet_if_unread
 from clip_deploy.core.subprocesses import die_with_dvc
 from clip_deploy.core.turns import turn
@@ -54,6 +56,7 @@ QUIET = {
     "mode": None,
 }
 gc.set_threshold(COLLECTED_AFTER)
+yaml.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))  # what --cfg job prints
 HELP = (
     "${hydra.help.header}\n\nSettings (key=value overrides them; -m sweeps over a=1,2, each job with its own output:\n"
     "output=timed-$\\${hydra:job.num}.json):\n\n$CONFIG"
@@ -84,9 +87,11 @@ def stage(function: Callable[[Any], None]) -> Callable[[], None]:
             die_with_dvc()  # else, where dvc is killed, it would write beside the stage of the next `dvc repro`
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in SWEEP)  # argparse takes no flag in the middle
         try:
-            register(function, schema)
+            taken = register(function, schema)
+            words = [word for word in sys.argv[1:] if "=" in word and word[0] != "-"]
+            _check_words(schema, words, taken)
             if set(sys.argv[1:]) & set(SWEEP):
-                _check_sweep(_name(function), [word for word in sys.argv[1:] if "=" in word and word[0] != "-"])
+                _check_sweep(_name(function), words)
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=_name(function))(_reported(run))()
         except DeployError as error:
             _fail(error)
@@ -94,12 +99,11 @@ def stage(function: Callable[[Any], None]) -> Callable[[], None]:
     return program
 
 
-def register(function: Callable[[Any], None], schema: type) -> None:
-    """Store the stage's primary config: its types, the chosen groups, then what params.yaml says."""
+def register(function: Callable[[Any], None], schema: type) -> dict[str, Any]:
+    """Store the stage's primary config: its types, the chosen groups, then what params.yaml says, which it returns."""
     name = _name(function)
-    params = read_yaml(PARAMS)
     chosen = [key for key in sections(schema) if key in GROUPS]
-    taken = {key: params[key] for key in sections(schema) if key in params and key not in chosen}
+    params, taken = read_sections(PARAMS, [key for key in sections(schema) if key not in chosen])
     store = ConfigStore.instance()
     store.store(name=f"{name}_types", node=schema)
     store.store(name=f"{name}_params", node=OmegaConf.create(taken))
@@ -117,6 +121,34 @@ def register(function: Callable[[Any], None], schema: type) -> None:
             "hydra": {**QUIET, "help": {"header": inspect.getdoc(sys.modules[function.__module__]), "template": HELP}},
         },
     )
+    return taken
+
+
+def _check_words(schema: type, words: list[str], taken: dict[str, Any]) -> None:
+    """Raise ConfigError where the command line names a setting or a choice that there is not.
+
+    Hydra's own message says to append it with `+`.
+    """
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException:
+        return  # what is wrong, hydra.main says
+    for override in overrides:
+        key = override.key_or_group
+        if key in GROUPS and key in sections(schema):
+            if override.is_add():
+                raise ConfigError(f"+{key} would choose a second one: give {key}=NAME, without +")
+            for choice in _choices(override):
+                find_choice(CONF, key, choice)
+        elif not override.is_add() and not key.startswith("hydra"):
+            check_key(schema, key, taken)
+
+
+def _choices(override: Override) -> list[str]:
+    """Names that an override of a group gives; none where a pattern stands for them."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    return [] if isinstance(override.value(), Glob) else [str(name) for name in override.sweep_string_iterator()]
 
 
 def _check_sweep(name: str, words: list[str]) -> None:
@@ -155,7 +187,11 @@ def _check_target(settings: Any) -> None:
 def _check_inputs(settings: Any) -> None:
     """Targets and prepared data that a stage reads must be what was built."""
     for name, value in vars(settings).items():
-        if name == "output" or not isinstance(value, Path):
+        if not isinstance(value, Path):
+            continue
+        if not value.name:
+            raise ConfigError(f"{name} is {str(value)!r}: give a file or folder by its name")
+        if name == "output":
             continue
         if (value / MANIFEST).is_file():
             check_files(value)

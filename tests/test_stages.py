@@ -94,14 +94,61 @@ def test_a_missing_setting_is_named():
 def test_an_unknown_setting_is_named():
     done = run_stage("validate", "outptu=x.json")
     assert done.returncode == 1
-    assert "outptu" in done.stderr
+    assert done.stderr.startswith("error: unknown key outptu: 'outptu' is none of gates, seed, source, ")
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "said"),
+    [
+        ("benchmark", "benchmark.secs=1", "'secs' is none of batch_sizes, threads"),
+        ("quantize", "quantize.nope.method=static", "'nope' is none of ort-int8-dynamic"),
+        ("quantize", "quantize.ort-int8-static.accuracy_budget.flips=1", "'flips' is none of max_top1_drop, max_flips"),
+    ],
+)
+def test_an_unknown_setting_within_a_section_is_named_with_the_known_ones(name, word, said):
+    done = run_stage(name, word)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: unknown key {word.split('=')[0]}: {said}")
+
+
+@pytest.mark.parametrize("word", ["model.architecture.model_type=clip", "model.allow=[crop]", "hydra.verbose=false"])
+def test_a_known_setting_goes_through(word):
+    done = run_stage("download", "model=vit-b-32-untrained", word, "--cfg", "job")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_settings_are_printed_as_a_file_of_settings_has_them():
+    done = run_stage("validate", "source=artifacts/ort-fp32", "--cfg", "job")
+    assert yaml.safe_load(done.stdout)["source"] == "artifacts/ort-fp32"
+
+
+@pytest.mark.parametrize("word", ["source=", "source=.", "output="])
+def test_a_path_without_a_name_is_refused(word):
+    words = {"source": "x", "reference": "x", "output": "x"} | {word.split("=")[0]: word.split("=")[1]}
+    done = run_stage("benchmark", *(f"{name}={value}" for name, value in words.items()))
+    assert done.returncode == 1
+    assert done.stderr == f"error: {word.split('=')[0]} is '.': give a file or folder by its name\n"
+
+
+def test_what_yaml_makes_of_a_label_is_refused_by_a_stage_that_runs_alone(tmp_path):
+    text = (ROOT / "params.yaml").read_text().replace("classifier: []", "classifier: [yes, no]")
+    (tmp_path / "params.yaml").write_text(text)
+    done = run(
+        "export_onnx", "source=x", "output=x", cwd=tmp_path, code="from stages.export_onnx import *; export_onnx()"
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: params.yaml: onnx.classifier[0] is True, as YAML reads it: put text in quotes"
+    )
 
 
 def test_an_unknown_choice_is_named_with_the_known_ones():
-    done = run_stage("benchmark", "benchmark=slow")
-    assert done.returncode == 1
-    assert "benchmark/slow" in done.stderr
-    assert "thorough" in done.stderr
+    for words in (["benchmark=slow"], ["-m", "benchmark=quick,slow"], ["benchmark=null"]):
+        done = run_stage("benchmark", *words)
+        assert done.returncode == 1
+        name = words[-1].removeprefix("benchmark=").removeprefix("quick,")
+        assert done.stderr.startswith(f"error: benchmark is '{name}': accepted are gpu, quick, standard, thorough; ")
+    assert "give benchmark=NAME, without +" in run_stage("benchmark", "+benchmark=quick").stderr
 
 
 @pytest.mark.parametrize(

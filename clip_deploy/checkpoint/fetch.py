@@ -153,8 +153,9 @@ def _adapter_settings(folder: Path, place: Place, model: ModelConfig) -> dict[st
             settings = check_settings(folder)
             check_weights(folder)
         return settings
-    if model.base:
-        raise CheckpointError(f"model.base is {model.base}, but {place} holds no adapter ({ADAPTER}): remove `base`")
+    for name in ("base", "base_revision"):
+        if given := getattr(model, name):
+            raise CheckpointError(f"model.{name} is {given}, but {place} holds no adapter ({ADAPTER}): remove `{name}`")
     return None
 
 

@@ -4,13 +4,14 @@ import json
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import Node, YAMLError
 
 from clip_deploy.core.artifact import RUNTIMES
@@ -33,6 +34,11 @@ ANTIALIAS_OPSET = 18  # ONNX's Resize has `antialias` from here on
 ALIAS = re.compile(r"(?:^|[\s\[{,:-])\*[^\s*]", re.MULTILINE)  # in YAML
 MAX_NODES = 100_000  # of a settings file with its aliases written out
 MAX_CLIENTS, MAX_WINDOW_S = 256, 60  # of a load test, which shares its machine with the server
+MAX_THREADS = 1024  # of a process, or processes of a server: some libraries start all that they are asked for
+TARGET = re.compile(r"[a-z0-9][a-z0-9-]{0,99}")
+CHOICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a file in conf/, whose name is a word of commands too
+KEPT = ("data", "package", "triton")  # folders of artifacts/ that hold no target; DVC empties what a stage is to fill
+WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 T = TypeVar("T")
 
@@ -125,6 +131,8 @@ class ModelConfig:
                 "model: give either repo_id (a Hugging Face id) or path (a local folder or file); "
                 "for `model: local` set path in conf/model/local.yaml, for `model: open-clip-training` in its own file"
             )
+        if self.path and self.revision:
+            raise ConfigError("model.revision is set beside model.path, and what lies on this disk has none: remove it")
         if self.repo_id and not self.revision:
             raise ConfigError(f"model.revision is missing for {self.repo_id}: pin a commit of the repository")
         if self.processor_revision and not self.processor:
@@ -193,9 +201,19 @@ class BenchmarkConfig:
             raise ConfigError(
                 f"benchmark.image_size is {self.image_size}: give height and width in pixels, for example [480, 640]"
             )
-        for name in ("threads", "iterations", "seconds", "power_s", "timeout_s"):
+        if len(set(self.batch_sizes)) < len(self.batch_sizes):
+            raise ConfigError(f"benchmark.batch_sizes is {self.batch_sizes}: give each size once")
+        for name in ("iterations", "seconds", "power_s", "timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"benchmark.{name} is {getattr(self, name)}: it must be above 0")
+        _check_threads("benchmark", self, "threads")
+        if self.warmup < 0:
+            raise ConfigError(f"benchmark.warmup is {self.warmup}: give 0 or more calls")
+        if self.sequence_length is not None and self.sequence_length < 1:
+            raise ConfigError(
+                f"benchmark.sequence_length is {self.sequence_length}: give 1 or more tokens, or null for the model's "
+                "whole context"
+            )
 
 
 @dataclass
@@ -214,8 +232,8 @@ class EndToEndConfig:
         for name in ("images", "passes", "seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"end_to_end.{name} is {getattr(self, name)}: it must be above 0")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"end_to_end.workers is {self.workers}: give 1 or more, or null for benchmark.threads")
+        if self.workers is not None:
+            _check_threads("end_to_end", self, "workers", " or null for benchmark.threads")
 
 
 @dataclass
@@ -230,9 +248,11 @@ class TritonConfig:
     workers: int = 2  # processes that decode and preprocess images
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_texts", "instances", "threads", "workers"):
+        for name in ("max_batch", "max_texts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"triton.{name} is {getattr(self, name)}: give 1 or more")
+        for name in ("instances", "threads", "workers"):
+            _check_threads("triton", self, name)
         if self.queue_delay_us < 0:
             raise ConfigError(f"triton.queue_delay_us is {self.queue_delay_us}: give 0 or more microseconds")
 
@@ -262,6 +282,11 @@ class GateLimits:
     min_cosine: float = 0.0  # lowest cosine of any row with torch-fp32's embedding, for each tower
     max_top1_drop: float = 100.0  # percentage points of top-1
     max_flips: float = 100.0  # percent of the images whose answer changed
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("min_cosine", -1, 1), ("max_top1_drop", 0, 100), ("max_flips", 0, 100)):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"gates: {name} is {getattr(self, name)}: accepted are {low} to {high}")
 
 
 @dataclass
@@ -459,6 +484,11 @@ class QuantizeConfig:
             )
 
 
+def _check_threads(section: str, settings: Any, name: str, instead: str = "") -> None:
+    if not 1 <= getattr(settings, name) <= MAX_THREADS:
+        raise ConfigError(f"{section}.{name} is {getattr(settings, name)}: give 1 to {MAX_THREADS}{instead}")
+
+
 def _check_precision(section: str, precision: Precision, *accepted: str) -> None:
     if precision.value not in accepted:
         elsewhere = {"export_torch": "export_torchscript", "optimize": "quantize"}.get(section)
@@ -547,8 +577,13 @@ class Params:
         built = [getattr(self, section) for section in BUILDERS]
         names = [REFERENCE, EXPORTED, *(name for section in built for name in section)]
         for name in names:
-            if not re.fullmatch(r"[a-z0-9-]+", name):
-                raise ConfigError(f"target {name!r}: names are made of a-z, 0-9 and - (they become paths)")
+            if not TARGET.fullmatch(name):
+                raise ConfigError(
+                    f"target {name!r:.80}: names are made of a-z, 0-9 and -, up to 100, the first not - (they become "
+                    "paths)"
+                )
+            if name in (*KEPT, *(f"triton-{engine}" for engine in self.build_engine)):
+                raise ConfigError(f"target {name!r}: artifacts/{name} holds something else; give it another name")
             if names.count(name) > 1:
                 raise ConfigError(f"target {name!r} is built twice: give each target of params.yaml its own name")
         for key, listed in (("targets", self.targets), ("end_to_end.targets", self.end_to_end.targets)):
@@ -635,6 +670,11 @@ def find_choice(conf: Path, group: str, name: str) -> Path:
         raise ConfigError(
             f"{group} is {name!r:.80}: accepted are {', '.join(known)}; a new one is a new file in conf/{group}/"
         )
+    if not CHOICE.fullmatch(name) or name.lower() in ("null", "true", "false") or _as_float(name) is not None:
+        raise ConfigError(
+            f"{group} is {name!r:.80}: rename that file of conf/{group}/. Names are made of a-z, A-Z, 0-9, dots, - and "
+            "_ (they become words of commands), are no number, and none of null, true, false"
+        )
     return conf / group / f"{name}.yaml"
 
 
@@ -678,7 +718,10 @@ def typed(schema: type[T], content: DictConfig, where: str, prefix: str = "") ->
         plain = OmegaConf.to_container(content, resolve=True)  # a reference may lead to settings of another kind
         _check_shape(schema, plain, prefix.removesuffix("."))
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(plain))
+        _check_each(merged)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{where}: {prefix}{error.full_key} is missing: `git diff` shows what it was") from error
     except OmegaConfBaseException as error:
         key = prefix + (error.full_key or "")
         if isinstance(error, ConfigKeyError):
@@ -687,6 +730,19 @@ def typed(schema: type[T], content: DictConfig, where: str, prefix: str = "") ->
         raise ConfigError(f"{where}: {key}: {(error.msg or str(error)).splitlines()[0]}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_each(settings: Any) -> None:
+    """Raise ConfigError where settings of one target, or limits of one precision, are at odds: it says of which."""
+    parts = [(section, settings[section]) for section in BUILDERS if section in settings]
+    parts += [("gates", settings)] if OmegaConf.get_type(settings) is GatesConfig else []
+    for section, group in parts:
+        for name in group:
+            try:
+                if isinstance(group[name], DictConfig):
+                    OmegaConf.to_object(group[name])
+            except ConfigError as error:
+                raise ConfigError(f"{section}.{name}: {str(error).removeprefix(f'{section}: ')}") from error
 
 
 def _check_shape(kind: Any, value: Any, key: str) -> None:
@@ -714,9 +770,43 @@ def _check_shape(kind: Any, value: Any, key: str) -> None:
         hints = get_type_hints(kind) if is_dataclass(kind) else {}
         inner = Any if hints else get_args(kind)[1]
         for name, item in value.items():
+            if not hints and not isinstance(name, str):
+                raise ConfigError(f"{key} has a key {name!r:.80}, as YAML reads it: put it in quotes")
             _check_shape(hints.get(name, inner), item, f"{key}.{name}" if key else str(name))
     elif kind is not Any and isinstance(value, list | dict):
         raise ConfigError(f"{key} is {_shown(value)}: give a single value")
+    elif kind is not Any:
+        _check_value(kind, value, key)
+
+
+def _check_value(kind: Any, value: Any, key: str) -> None:
+    """Raise ConfigError where a single value is of another kind.
+
+    YAML reads `no` as false, 010 as 8 and 4:30 as 270: where text is asked for, each would be another text without a
+    word. No limit holds against NaN.
+    """
+    if issubclass(kind, Enum):
+        if not isinstance(value, kind) and value not in kind.__members__:
+            raise ConfigError(f"{key} is {_shown(value)}: accepted are {', '.join(kind.__members__)}")
+    elif kind is str and isinstance(value, bool | int | float):
+        raise ConfigError(f"{key} is {_shown(value)}, as YAML reads it: put text in quotes")
+    elif value is None or (kind is int and _as_int(value) is None) or (kind is float and _as_float(value) is None):
+        raise ConfigError(f"{key} is {_shown(value)}: give {WANTED[kind]}")
+
+
+def _as_int(value: Any) -> int | None:
+    """What stands for a whole number; a text may."""
+    text = isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+", value)
+    return int(value) if text or type(value) is int else None
+
+
+def _as_float(value: Any) -> float | None:
+    """What stands for a finite number; a text may."""
+    try:
+        number = None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if number is not None and isfinite(number) else None
 
 
 def _shown(value: Any) -> str:
@@ -725,6 +815,46 @@ def _shown(value: Any) -> str:
 
 def _keys(schema: Any) -> list[str]:
     return [item.name for item in fields(schema)] if is_dataclass(schema) else []
+
+
+def read_sections(path: Path, names: list[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """params.yaml as it stands, and those of these sections that it has. Raises ConfigError as _check_shape does."""
+    content = read_yaml(path)
+    hints = get_type_hints(Params)
+    taken = {name: content.get(name) for name in names if name in content}
+    try:
+        plain: Any = OmegaConf.to_container(content, resolve=True)  # a reference may lead to another section
+        for name in taken:
+            _check_shape(hints[name], plain[name], name)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key}: {(error.msg or str(error)).splitlines()[0]}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return content, taken
+
+
+def check_key(schema: type, key: str, taken: dict[str, Any]) -> None:
+    """Raise ConfigError where `schema` has no such setting, as `benchmark.seconds`.
+
+    Args:
+        taken: its sections of params.yaml, which say what targets there are.
+    """
+    kind: Any = schema
+    parts = key.split(".")
+    for part in parts:
+        if is_dataclass(kind):
+            hints = get_type_hints(kind)
+            known = _keys(kind)
+        elif get_origin(kind) is dict and is_dataclass(get_args(kind)[1]):
+            known = [str(name) for name in taken.get(parts[0], ())]
+            hints = dict.fromkeys(known, get_args(kind)[1])
+        else:
+            return
+        if part not in known:
+            raise ConfigError(f"unknown key {key:.80}: {part!r:.80} is none of {', '.join(known) or 'any'}")
+        kind = hints[part]
+        if get_origin(kind) in (Union, UnionType):
+            kind = get_args(kind)[0]
 
 
 def sections(schema: type) -> list[str]:

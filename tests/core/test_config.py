@@ -181,11 +181,11 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
             "device: cuda",
             r"device is cuda and export_torchscript.torch-int8 is int8, .*`clip-deploy device",
         ),
-        ("device: cpu", "device: tpu", r"device: .*tpu.*cuda"),
+        ("device: cpu", "device: tpu", r"device is 'tpu': accepted are cpu, cuda"),
         (
             "export_aoti: {}",
             "export_aoti: {a: {precision: int8}}",
-            r"export_aoti: precision is int8; accepted are fp32",
+            r"export_aoti\.a: precision is int8; accepted are fp32",
         ),
         ("build_engine: {}", "build_engine: {a: {precision: bf16}}", r"precision is bf16; accepted are fp32, fp16"),
         ("build_engine: {}", "build_engine: {a: {max_batch: 4}}", r"max_batch are 1, 8, 4: accepted are"),
@@ -194,18 +194,100 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
         ("  openvino-fp32: {precision: fp32}", "  openvino-fp32: {precision: fp16}", r"accepted are fp32, bf16, int8"),
         ("  opset: 18", "  opsets: 18", r"unknown key onnx\.opsets; accepted are opset, exporter"),
         ("seed: 0", "sede: 0", r"unknown key sede; accepted are model, data"),
-        ("  opset: 18", "  opset: eighteen", r"onnx\.opset: .*'eighteen'"),
+        ("  opset: 18", "  opset: eighteen", r"onnx\.opset is 'eighteen': give a whole number"),
         ("  opset: 18", "  opset: 99", r"onnx\.opset is 99 with onnx\.exporter auto: .*dynamo writes 18 to"),
-        ("exporter: auto", "exporter: fancy", r"onnx\.exporter: .*fancy.*dynamo"),
+        ("exporter: auto", "exporter: fancy", r"onnx\.exporter is 'fancy': accepted are auto, dynamo"),
         ("source: onnx-fp32, precision: fp16", "source: nothing, precision: fp16", r"optimize\.ort-fp16\.source is"),
         ("\n- torch-fp32\n", "\n", r"targets must begin with torch-fp32"),
         ("ort-fp16: {", "ort.fp16: {", r"names are made of a-z, 0-9 and -"),
-        ("model: tiny-shapes", "", r"model: .*[Mm]issing"),
+        ("ort-fp16: {", "-x: {", r"target '-x': names are made of .*the first not -"),
+        ("ort-fp16: {", f"{'a' * 101}: {{", r"names are made of a-z, 0-9 and -, up to 100"),
+        ("ort-fp16: {", "16: {", r"optimize has a key 16, as YAML reads it: put it in quotes"),
+        ("ort-fp16: {", "on: {", r"optimize has a key True, as YAML reads it: put it in quotes"),
+        ("model: tiny-shapes", "", r"params\.yaml: model is missing: `git diff` shows what it was"),
+        ("model: tiny-shapes", "model:", r"model is null: give text"),
+        ("model: tiny-shapes", "model: 5", r"model is 5, as YAML reads it: put text in quotes"),
+        ("  opset: 18", "  opset:", r"onnx\.opset is null: give a whole number"),
+        ("  opset: 18", "  opset: 18.0", r"onnx\.opset is 18\.0: give a whole number"),
+        ("  opset: 18", "  opset: true", r"onnx\.opset is True: give a whole number"),
+        ("preprocess: false", "preprocess:", r"onnx\.preprocess is null: give true or false"),
+        (
+            "classifier: []",
+            "classifier: [yes, no]",
+            r"onnx\.classifier\[0\] is True, as YAML reads it: put text in quotes",
+        ),
+        (
+            "classifier: []",
+            "classifier: [cat, 010]",
+            r"onnx\.classifier\[1\] is 8, as YAML reads it: put text in quotes",
+        ),
+        ("max_slow_down: 10", "max_slow_down: 10%", r"ci\.max_slow_down is '10%': give a number"),
+        ("max_slow_down: 10", "max_slow_down: .inf", r"ci\.max_slow_down is inf: give a number"),
+        ("max_p95_ms:", "max_p95_ms: .nan", r"recommend\.max_p95_ms is nan: give a number"),
+        ("\n- ort-fp16\n", "\n-\n", r"targets\[9\] is null: give text"),
+        ("method: static ", "method: static\n    smooth_quant: 2 ", r"quantize\.ort-int8-static: smooth_quant is 2\.0"),
+        ("  threads: 2 ", "  threads: 99999 ", r"triton\.threads is 99999: give 1 to 1024"),
+        ("  workers:  ", "  workers: 0  ", r"end_to_end\.workers is 0: give 1 to 1024 or null for benchmark\.threads"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_accepted(params, old, new, message):
     with pytest.raises(ConfigError, match=message):
         params(old, new)
+
+
+@pytest.mark.parametrize("name", ["data", "package", "triton", "triton-trt-fp16"])
+def test_a_target_named_as_another_folder_of_artifacts_is_refused(name, params):
+    engine = "trt-fp16: {}, " if name.startswith("triton-") else ""
+    with pytest.raises(ConfigError, match=f"target '{name}': artifacts/{name} holds something else"):
+        params("build_engine: {}", f"build_engine: {{{engine}{name}: {{}}}}")
+
+
+def test_every_folder_of_artifacts_that_is_no_target_is_known():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    outs = [out for stage in stages for out in stage.get("do", stage)["outs"] if isinstance(out, str)]
+    folders = {out.removeprefix("artifacts/").split("/")[0] for out in outs if out.startswith("artifacts/")}
+    named = {name for name in folders if "$" not in name}
+    assert named == {config.REFERENCE, config.EXPORTED, *config.KEPT}
+    assert {name for name in folders if "$" in name and not name.startswith("${")} == {"triton-${key}"}
+
+
+@pytest.mark.parametrize("name", ["my model", "a,b", "it's", "a=b", "2024", "1e3", "null", "True", "-x", "mod\u00e8le"])
+def test_a_choice_whose_name_commands_would_read_otherwise_is_refused(name, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / f"{name}.yaml").write_text("path: /somewhere\n")
+    with pytest.raises(ConfigError, match=r"rename that file of conf/model/\. Names are made of"):
+        load_choice(tmp_path, "model", name)
+
+
+@pytest.mark.parametrize("name", ["clip-2024.05_b", "2024-05-clip", "B32"])
+def test_a_choice_may_have_dots_digits_and_capitals(name, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / f"{name}.yaml").write_text("path: /somewhere\n")
+    assert load_choice(tmp_path, "model", name).path == "/somewhere"
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "message"),
+    [
+        ("gates", "fp16: {min_cosine: 99.9}", r"gates\.fp16: min_cosine is 99\.9: accepted are -1 to 1"),
+        ("gates", "int8: {min_cosine: .nan}", r"gates\.int8\.min_cosine is nan: give a number"),
+        ("gates", "int8: {max_flips: -1}", r"gates\.int8: max_flips is -1\.0: accepted are 0 to 100"),
+        ("gates", "timeout_s: .inf", r"gates\.timeout_s is inf: give a number"),
+        ("benchmark", "warmup: -1", r"benchmark\.warmup is -1: give 0 or more"),
+        ("benchmark", "sequence_length: -5", r"benchmark\.sequence_length is -5: give 1 or more tokens, or null"),
+        ("benchmark", "sequence_length: 0", r"benchmark\.sequence_length is 0: give 1 or more tokens, or null"),
+        ("benchmark", "seconds: .nan", r"benchmark\.seconds is nan: give a number"),
+        ("benchmark", "threads: 99999", r"benchmark\.threads is 99999: give 1 to 1024"),
+        ("benchmark", "batch_sizes: [1, 1]", r"benchmark\.batch_sizes is \[1, 1\]: give each size once"),
+        ("benchmark", "batch_sizes: [1, null]", r"benchmark\.batch_sizes\[1\] is null: give a whole number"),
+        ("model", "path: a\nrevision: b", r"model\.revision is set beside model\.path"),
+    ],
+)
+def test_a_wrong_setting_of_a_group_is_named_with_what_is_accepted(group, text, message, tmp_path):
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_choice(tmp_path, group, "mine")
 
 
 def test_params_that_are_no_yaml_are_refused(tmp_path):
