@@ -100,9 +100,12 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"{path} is not JSON: {error}; save or download it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no configuration")
+        raise CheckpointError(
+            f"{path} holds no configuration: {json.dumps(content):.40} where an object is expected ({{...}}); save or "
+            "download it again"
+        )
     return content
 
 

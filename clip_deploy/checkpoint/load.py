@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from clip_deploy.checkpoint.layout import is_open_clip, own_code
+from clip_deploy.checkpoint.layout import SETTINGS, is_open_clip, matching, own_code, read_object
 from clip_deploy.checkpoint.verify import stated_settings
 from clip_deploy.core.errors import CheckpointError, one_line
 from clip_deploy.core.model import Model, TowerShape
@@ -110,8 +110,29 @@ def load_processor(folder: Path) -> "ProcessorMixin":
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers and tokenizers meet in its files
+        _verify_files(folder)
         raise CheckpointError(f"{folder}: its processor cannot be loaded: {one_line(error)}") from error
     return processor
+
+
+def _verify_files(folder: Path) -> None:
+    """Raise CheckpointError where one of the processor's files is none of its kind: transformers does not say which."""
+    from tokenizers import Tokenizer
+
+    for name in matching(folder, SETTINGS):
+        path = folder / name
+        content = read_object(path) if path.suffix == ".json" else {}
+        if name != "tokenizer.json":
+            continue
+        try:
+            if lacking := sorted({"added_tokens", "model"} - set(content)):
+                raise ValueError(f"it has no {' and no '.join(lacking)}")
+            Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise CheckpointError(
+                f"{path} holds no tokenizer ({one_line(error)}): copy it from the model that this one was fine-tuned "
+                "from, or write it with `tokenizer.save_pretrained(folder)`"
+            ) from error
 
 
 def _asks_for(folder: Path, image_processor: str) -> bool:

@@ -40,8 +40,10 @@ def verify_model(folder: Path) -> None:
         return
     config = read_config(folder)
     if not all(any(place in config for place in _places(tower)) for tower in TOWERS):
+        named = config.get("model_type")
+        stated = f"holds a {named!r} model" if named else "has a config.json without model_type"
         raise CheckpointError(
-            f"{folder} holds a {config.get('model_type')!r} model: only dual encoders (CLIP, SigLIP, Chinese-CLIP, "
+            f"{folder} {stated}: only dual encoders (CLIP, SigLIP, Chinese-CLIP, "
             "ALIGN...) have an image tower and a text tower to deploy"
         )
     if quantized := config.get("quantization_config"):

@@ -233,7 +233,7 @@ class EndToEndConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"end_to_end.{name} is {getattr(self, name)}: it must be above 0")
         if self.workers is not None:
-            _check_threads("end_to_end", self, "workers", " or null for benchmark.threads")
+            _check_threads("end_to_end", self, "workers", ", or null for benchmark.threads")
 
 
 @dataclass

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from clip_deploy.core.artifact import Target, failure, read_target, size_bytes
 from clip_deploy.core.config import BenchmarkConfig
-from clip_deploy.core.errors import DeployError, UnavailableError
+from clip_deploy.core.errors import ConfigError, DeployError, UnavailableError
 from clip_deploy.core.records import Benchmark, Power, Timing
 from clip_deploy.core.subprocesses import ending, hung
 from clip_deploy.timing import nvml
@@ -50,6 +50,11 @@ def measure(folder: Path, reference: Path, settings: BenchmarkConfig) -> Benchma
     described = read_target(folder)
     if described.unavailable:
         return Benchmark(status="unavailable", reason=described.unavailable)
+    if settings.sequence_length and 0 < described.model.context_length < settings.sequence_length:
+        raise ConfigError(
+            f"benchmark.sequence_length is {settings.sequence_length}, and the model reads texts of up to "
+            f"{described.model.context_length} tokens: give no more, or null for all"
+        )
     try:
         with _worker(folder, settings) as target, _worker(reference, settings) as other:
             target.wait()

@@ -365,7 +365,7 @@ def test_a_base_that_is_an_adapter_itself_is_refused(lora):
 def test_messages_name_the_users_folder(lora):
     (lora / "tokenizer.json").write_text("{")
     (lora / "tokenizer_config.json").write_text("{}")
-    assert refused(lora).startswith(f"{lora}: its processor cannot be loaded: ")
+    assert refused(lora).startswith(f"{lora / 'tokenizer.json'} is not JSON: ")
 
 
 def test_a_base_for_a_model_that_is_no_adapter_is_refused(tmp_path):

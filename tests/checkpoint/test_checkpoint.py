@@ -125,6 +125,11 @@ def test_another_architecture_is_refused(tmp_path):
     refuse(folder, "holds a 'bert' model: only dual encoders")
 
 
+def test_a_configuration_that_names_no_architecture_is_refused(folder):
+    (folder / "config.json").write_text("{}")
+    refuse(folder, "has a config.json without model_type: only dual encoders")
+
+
 def test_a_folder_without_config_is_refused(folder):
     (folder / "config.json").unlink()
     refuse(folder, "no config.json")
@@ -197,6 +202,27 @@ def test_a_tokenizer_that_names_no_mask_gives_one_to_a_model_that_takes_it(folde
     found, expected = (tokenize(load_processor(each), described, texts) for each in (output, TINY))
     assert found.attention_mask.tolist() == expected.attention_mask.tolist()
     assert 0 in found.attention_mask
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("tokenizer.json", "{}", "holds no tokenizer (it has no added_tokens and no model): copy it from"),
+        ("tokenizer.json", '{"model": {}}', "holds no tokenizer (it has no added_tokens): copy it from"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {}}', "holds no tokenizer (data did not match any variant"),
+        ("tokenizer.json", "[]", "holds no configuration: [] where an object is expected"),
+        ("tokenizer.json", "null", "holds no configuration: null where an object is expected"),
+        ("tokenizer.json", "", "is not JSON: "),
+        ("preprocessor_config.json", "[]", "holds no configuration: [] where an object is expected"),
+        ("preprocessor_config.json", "null", "holds no configuration: null where an object is expected"),
+        ("preprocessor_config.json", "", "is not JSON: "),
+    ],
+)
+def test_a_file_of_the_processor_that_is_none_of_its_kind_is_named(folder, name, text, said):
+    (folder / name).write_text(text)
+    with pytest.raises(CheckpointError) as refused:
+        load_processor(folder)
+    assert str(refused.value).startswith(f"{folder / name} {said}")
 
 
 def test_a_vocabulary_without_words_is_refused(chinese_clip, tmp_path):
@@ -399,7 +425,7 @@ def test_messages_name_the_users_folder(folder, kinds):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError) as refused:
         taken(folder)
-    assert str(refused.value).startswith(f"{folder}: its processor cannot be loaded: ")
+    assert str(refused.value).startswith(f"{folder / 'tokenizer.json'} is not JSON: ")
     assert "partial" not in str(refused.value)
     kinds("18: whose folder a message names", "artifacts/.torch-fp32.new.partial", "the path that was given")
 

@@ -227,7 +227,7 @@ def test_every_choice_in_conf_is_valid_or_says_what_it_lacks(group, name):
         ("\n- ort-fp16\n", "\n-\n", r"targets\[9\] is null: give text"),
         ("method: static ", "method: static\n    smooth_quant: 2 ", r"quantize\.ort-int8-static: smooth_quant is 2\.0"),
         ("  threads: 2 ", "  threads: 99999 ", r"triton\.threads is 99999: give 1 to 1024"),
-        ("  workers:  ", "  workers: 0  ", r"end_to_end\.workers is 0: give 1 to 1024 or null for benchmark\.threads"),
+        ("  workers:  ", "  workers: 0  ", r"end_to_end\.workers is 0: give 1 to 1024, or null for benchmark\.threads"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_accepted(params, old, new, message):

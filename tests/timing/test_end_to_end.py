@@ -354,7 +354,7 @@ def test_an_encoder_that_takes_gpu_tensors_says_so_by_an_attribute(job, monkeypa
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ConfigError, match=r"end_to_end\.workers is 0: give 1 or more, or null"):
+    with pytest.raises(ConfigError, match=r"end_to_end\.workers is 0: give 1 to 1024, or null"):
         EndToEndConfig(workers=0)
     with pytest.raises(ConfigError, match=r"end_to_end\.seconds is -1: it must be above 0"):
         EndToEndConfig(seconds=-1)

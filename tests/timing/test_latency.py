@@ -202,10 +202,15 @@ def test_a_timed_process_that_crashes_or_hangs_is_named(fault, tmp_path):
     assert str(caught.value) == f"ort-fp32, while it was timed: {ENDINGS[fault]}"
 
 
+def test_texts_longer_than_the_model_reads_are_refused_before_anything_is_timed(onnx_target, checkpoint):
+    with pytest.raises(ConfigError, match=r"sequence_length is 33, and the model reads texts of up to 32 tokens: give"):
+        measure(onnx_target, checkpoint, BenchmarkConfig(sequence_length=33))
+
+
 def test_wrong_settings_are_refused():
     with pytest.raises(ConfigError, match=r"benchmark\.batch_sizes is \[\]"):
         BenchmarkConfig(batch_sizes=[])
-    with pytest.raises(ConfigError, match=r"benchmark\.threads is 0: it must be above 0"):
+    with pytest.raises(ConfigError, match=r"benchmark\.threads is 0: give 1 to 1024"):
         BenchmarkConfig(threads=0)
     with pytest.raises(ConfigError, match=r"benchmark\.timeout_s is 0: it must be above 0"):
         BenchmarkConfig(timeout_s=0)
