@@ -100,10 +100,18 @@ def write_target(folder: Path, target: Target) -> None:
 
 
 def read_source(folder: Path) -> Target:
-    """A target to build another from. Raises UnavailableError where it could not be built itself."""
+    """A target to build another from: an ONNX graph in float32.
+
+    Raises UnavailableError where it could not be built itself, ConfigError where it is of another kind.
+    """
     target = read_target(folder)
     if target.unavailable:
         raise UnavailableError(f"{folder.name}: {target.unavailable}")
+    if target.precision != "fp32" or "vision.onnx" not in target.files:
+        raise ConfigError(
+            f"source is {folder}, a target of {target.runtime} in {target.precision}: accepted are the export "
+            "(artifacts/onnx-fp32) and what `optimize` made of it in fp32"
+        )
     return target
 
 

@@ -74,6 +74,12 @@ def save_embeddings(embeddings: Embeddings, path: Path) -> None:
 
 
 def load_embeddings(path: Path) -> Embeddings:
-    """What save_embeddings wrote: images, captions and prompts, each [rows, width] in float32."""
-    with np.load(path) as content:
-        return Embeddings(content["images"], content["captions"], content["prompts"])
+    """What save_embeddings wrote: images, captions and prompts, each [rows, width] in float32.
+
+    Raises DataError where there is no such file, as in the calibration set.
+    """
+    try:
+        with np.load(path) as content:
+            return Embeddings(content["images"], content["captions"], content["prompts"])
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: give the evaluation set, which `dvc repro prepare` makes") from error

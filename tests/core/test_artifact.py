@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.project import ROOT
 
-from clip_deploy.core.artifact import Target, build, check_files, read_target, size_bytes
+from clip_deploy.core.artifact import Target, build, check_files, read_source, read_target, size_bytes, write_target
 from clip_deploy.core.errors import CheckpointError, ConfigError, DataError, DeployError, DiskError, UnavailableError
 from clip_deploy.core.files import new_folder, write_text
 from clip_deploy.core.json_files import rounded, write_json
@@ -77,6 +77,15 @@ def test_size_counts_the_deployed_files_only(tmp_path):
 def test_a_folder_that_is_no_target_is_refused(tmp_path):
     with pytest.raises(DeployError, match="is not a built target"):
         read_target(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "files"), [("ort", "int8", ["vision.onnx"]), ("eager", "fp32", ["config.json"])]
+)
+def test_a_source_of_another_kind_is_refused(runtime, precision, files, tmp_path):
+    write_target(tmp_path, Target(runtime, precision, files))
+    with pytest.raises(ConfigError, match=f"a target of {runtime} in {precision}: accepted are the export"):
+        read_source(tmp_path)
 
 
 def test_a_file_that_is_not_the_one_that_was_built_is_named_with_the_way_out(tmp_path, monkeypatch):

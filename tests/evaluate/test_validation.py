@@ -21,7 +21,7 @@ from clip_deploy.builders.quantize import quantize
 from clip_deploy.builders.torchscript import export_torchscript
 from clip_deploy.core.artifact import Target, build, read_target
 from clip_deploy.core.config import GateLimits, GatesConfig, OptimizeConfig, Precision, QuantizeConfig
-from clip_deploy.core.errors import ConfigError, UnavailableError
+from clip_deploy.core.errors import ConfigError, DataError, UnavailableError
 from clip_deploy.core.manifest import Run
 from clip_deploy.core.parsing import parse, plain
 from clip_deploy.core.records import Search, Validation
@@ -49,6 +49,12 @@ def test_the_reference_passes_against_itself(check, checkpoint):
     assert record.measured.parity["vision"].cosine_min == pytest.approx(1, abs=1e-6)
     assert record.measured.flips == 0
     assert record.measured.zero_shot.top1 == record.measured.zero_shot.reference_top1
+
+
+def test_the_calibration_set_is_refused_as_what_targets_are_judged_on(onnx_target, sets):
+    folder = sets / "calibration"
+    with pytest.raises(DataError, match=r"calibration/reference\.npz is missing: give the evaluation set"):
+        validate_apart(onnx_target, load_prepared(folder), folder / "reference.npz", GATES, 0)
 
 
 def test_an_exported_target_passes_at_every_shape(check, onnx_target):
