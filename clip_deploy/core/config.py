@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import Node, YAMLError
 
 from clip_deploy.core.artifact import RUNTIMES
+from clip_deploy.core.environment import MAX_THREADS
 from clip_deploy.core.errors import ConfigError
 
 REFERENCE = "torch-fp32"  # the untouched checkpoint: the first row, and what every other row is held against
@@ -34,7 +35,6 @@ ANTIALIAS_OPSET = 18  # ONNX's Resize has `antialias` from here on
 ALIAS = re.compile(r"(?:^|[\s\[{,:-])\*[^\s*]", re.MULTILINE)  # in YAML
 MAX_NODES = 100_000  # of a settings file with its aliases written out
 MAX_CLIENTS, MAX_WINDOW_S = 256, 60  # of a load test, which shares its machine with the server
-MAX_THREADS = 1024  # of a process, or processes of a server: some libraries start all that they are asked for
 TARGET = re.compile(r"[a-z0-9][a-z0-9-]{0,99}")
 CHOICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a file in conf/, whose name is a word of commands too
 KEPT = ("data", "package", "triton")  # folders of artifacts/ that hold no target; DVC empties what a stage is to fill

@@ -62,6 +62,7 @@ MEMORY = ".dvc/tmp/hashes-{}"  # of a local input's files, by its path; git igno
 INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 
 MACHINE_ID = Path("/etc/machine-id")
+MAX_THREADS = 1024  # of a process, or processes of a server: some libraries start all that they are asked for
 
 
 def software() -> dict[str, str | None]:

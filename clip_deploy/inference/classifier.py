@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 
-from clip_deploy.core.environment import cores
+from clip_deploy.core.environment import MAX_THREADS, cores
 from clip_deploy.core.errors import DataError, DeployError
 from clip_deploy.core.fast_preprocessing import FastPreprocessing, Jpeg, whole_jpeg
 from clip_deploy.core.images import jpeg_of, read_image, rgb
@@ -149,8 +149,8 @@ class ZeroShotClassifier:
             raise DeployError(
                 "feed is 'gpu', and the package is opened on cpu: give the device cuda (--device cuda), or another feed"
             )
-        if threads is not None and (not isinstance(threads, Integral) or threads < 1):
-            raise DeployError(f"threads is {threads!r}: give 1 or more, or nothing for the runtime's default")
+        if threads is not None and (not isinstance(threads, Integral) or not 1 <= threads <= MAX_THREADS):
+            raise DeployError(f"threads is {threads!r}: give 1 to {MAX_THREADS}, or nothing for the runtime's default")
         sample = EmbeddingSample(Path(sample_folder), sample_share) if sample_folder else None
         cache = Path(cache_folder) if cache_folder else None
         return cls(folder, found, chosen, threads, cache_size, cache, sample, feed, allow_spinning)

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from clip_deploy.core.environment import MAX_THREADS
 from clip_deploy.core.errors import DataError
 
 LEAST = {
@@ -19,7 +20,13 @@ LEAST = {
     "drain_s": 0,
 }
 DAY_S = 86_400
-MOST = {"port": 65_535, "max_wait_ms": 1_000 * DAY_S, "timeout_s": DAY_S, "drain_s": DAY_S}  # the others have none
+MOST = {  # the others have none
+    "port": 65_535,
+    "workers": MAX_THREADS,
+    "max_wait_ms": 1_000 * DAY_S,
+    "timeout_s": DAY_S,
+    "drain_s": DAY_S,
+}
 
 
 @dataclass(frozen=True)

@@ -574,6 +574,7 @@ def test_the_commands_print_what_they_found(package, folder, tmp_path, capsys):
         (["embed", "none", "out", "--ray", "local"], 1, "error: none does not exist"),
         (["predict", "none.png", "--device", "tpu"], 1, "error: device is 'tpu'"),
         (["predict", "none.png", "--threads", "0"], 1, "error: threads is 0"),
+        (["predict", "none.png", "--threads", "1025"], 1, "error: threads is 1025: give 1 to 1024"),
     ],
 )
 def test_the_commands_fail_in_one_line(package, tmp_path, monkeypatch, capsys, words, code, said):

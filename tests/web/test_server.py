@@ -381,6 +381,7 @@ def test_it_is_ready_soon(package):
         (["a="], "'a=' names no package"),
         (["--max-items", "0"], "--max-items is 0: give 1 or more"),
         (["--port", "65536"], "--port is 65536: give 0 to 65,535"),
+        (["--workers", "2000"], "--workers is 2000: give 1 to 1,024"),
         (["--host", "x..y"], "cannot listen at x..y port 0"),
         (["--allow-host", "http://x/"], "--allow-host 'http://x/' is not a host name"),
         (["--allow-image-host", "https://x.com/"], "--allow-image-host 'https://x.com/' is not a host name"),
