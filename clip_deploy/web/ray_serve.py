@@ -62,13 +62,13 @@ def app(arguments: dict[str, Any]) -> serve.Application:
     """
     try:
         settings = _settings(arguments)
-        packages = [_package(given) for given in settings.packages]
+        keys, packages = Keys(settings.api_key_file), [_package(given) for given in settings.packages]
     except DeployError as error:
         raise RefusedError(str(error)) from None
     devices = {settings.device or package.encoder.device for package in packages}
 
     def build() -> App | Ingress:
-        made = create_app(settings)
+        made = _opened(settings, keys, packages)
         return made if settings.api_key_file else Ingress(made, settings.allow_hosts)
 
     deployment = serve.deployment(
@@ -80,6 +80,21 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=settings.timeout_s,
     )
     return deployment(serve.ingress(build)(Replica)).bind()
+
+
+def _opened(settings: Settings, keys: Keys, packages: list[Package]) -> App:
+    """A replica's application, also of one that begins later or on another machine: it answers as all others do.
+
+    Raises DeployError where a package's folder holds another than when it was deployed, or as create_app does.
+    """
+    made = create_app(settings, keys)
+    for served, package in zip(made.state.api.models.served, packages, strict=True):
+        if served.classifier.package != package:
+            raise DeployError(
+                f"{served.id}: its folder holds another package than when it was deployed, and this replica would "
+                "answer otherwise than the others: deploy it again"
+            )
+    return made
 
 
 def _settings(given: dict[str, Any]) -> Settings:
@@ -99,7 +114,6 @@ def _settings(given: dict[str, Any]) -> Settings:
     check_hosts("allow_hosts", settings.allow_hosts)
     check_hosts("image_hosts", settings.image_hosts)
     if settings.api_key_file:
-        Keys(settings.api_key_file)
         warn_if_readable(settings.api_key_file)
     paths = {name: path.absolute() for name in PATHS if (path := getattr(settings, name))}
     return replace(settings, packages=tuple(map(_absolute, settings.packages)), threads=settings.threads or 1, **paths)

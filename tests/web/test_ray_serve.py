@@ -1,6 +1,7 @@
 """Replicas of Ray Serve answer as the package does, also when one of them is killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,34 @@ def test_a_replica_that_is_killed_makes_no_answer_wrong_and_loses_none(server, p
     assert not {*killed} & {*replicas(server.process.pid)}
     found = load_test(server, drawn(pool, 300), 300, clients=(CLIENTS,))
     assert (found.total("wrong"), found.total("lost"), found.reasons) == (0, 0, [])
+
+
+REPLACED = """
+import sys
+from pathlib import Path
+from clip_deploy.core.errors import DeployError
+from clip_deploy.web import ray_serve
+
+folder = Path(sys.argv[1])
+settings = ray_serve._settings({"packages": sys.argv[1]})
+keys, packages = ray_serve.Keys(None), [ray_serve._package(sys.argv[1])]
+print(ray_serve._opened(settings, keys, packages).state.api.models.served[0].id)
+manifest = folder / "manifest.json"
+manifest.write_text(manifest.read_text().replace('"note": "', '"note": "written anew '))
+try:
+    ray_serve._opened(settings, keys, packages)
+except DeployError as error:
+    print(error)
+"""
+
+
+def test_a_replica_opens_what_was_deployed_or_nothing(package, environment, tmp_path):
+    copy = shutil.copytree(package, tmp_path / "package")
+    done = subprocess.run(
+        [sys.executable, "-c", REPLACED, str(copy)], env=environment, capture_output=True, text=True, check=False
+    )
+    name, said = done.stdout.splitlines()
+    assert said.startswith(f"{name}: its folder holds another package than when it was deployed"), done.stderr
 
 
 @pytest.mark.parametrize(
