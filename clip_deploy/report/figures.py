@@ -5,7 +5,7 @@ screen, so that its words are read there.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,8 +30,8 @@ NAME: dict[str, Any] = {
     "aria": False,
 }
 NAME |= {"font": "Liberation Mono, DejaVu Sans Mono, Menlo, Consolas, monospace"}
-KINDS = {"on the Pareto front": ("var(--good)", "circle"), "passes its gate": ("var(--mark)", "circle")}
-KINDS |= {"misses its gate": ("var(--bad)", "cross")}
+KINDS = {"ships": ("var(--link)", "diamond"), "on the Pareto front": ("var(--good)", "triangle-up")}
+KINDS |= {"passes its gate": ("var(--mark)", "circle"), "misses its gate": ("var(--bad)", "cross")}
 HUES = [f"var(--hue-{index})" for index in range(8)]
 DASHES = [[1, 0], [5, 3], [2, 2]]
 TOWER_COLOURS = {"field": "tower", "scale": {"domain": list(TOWERS), "range": [HUES[0], HUES[1]]}}
@@ -86,8 +86,8 @@ class Scale:
         return found
 
 
-def accuracy_figure(rows: Sequence[Row], front: Sequence[str]) -> Figure | None:
-    """A dot for each target, its name beside it."""
+def accuracy_figure(rows: Sequence[Row], front: Collection[str], ship: Collection[str] = ()) -> Figure | None:
+    """A dot for each target, its name beside it; `ship` holds those that ship."""
     judged = any(row.trained and row.zero_shot for row in rows)
     found = [(row, _decided(row, "vision", "p50_ms"), _accuracy(row, judged)) for row in rows]
     drawn = [(row, x, y) for row, x, y in found if x is not None and y is not None]
@@ -98,8 +98,9 @@ def accuracy_figure(rows: Sequence[Row], front: Sequence[str]) -> Figure | None:
     up = Scale.around([y for _, _, y in drawn], least=2.0 if judged else 1e-4)
     height = max(240, 24 * len(drawn))
     values: list[dict[str, Any]] = [
-        {"target": row.target, "kind": _kind(row, front), "x": x, "y": y, "said": _said(row, x, quantity, y), **place}
+        {"target": row.target, "kind": kind, "x": x, "y": y, "said": f"{_said(row, x, quantity, y)}, {kind}", **place}
         for (row, x, y), place in zip(drawn, _dot_places(drawn, across, up, height), strict=True)
+        for kind in [_kind(row, front, ship)]
     ]
     place = {"x": _axis("x", across, f"vision p50 in ms, batch {_smallest(rows)}"), "y": _axis("y", up, quantity)}
     dots = {**place, **_kinds([value["kind"] for value in values]), "description": {"field": "said"}}
@@ -133,9 +134,11 @@ def _kinds(found: Sequence[str]) -> Spec:
     }
 
 
-def _kind(row: Row, front: Sequence[str]) -> str:
+def _kind(row: Row, front: Collection[str], ship: Collection[str]) -> str:
     if row.status != "pass":
         return "misses its gate"
+    if row.target in ship:
+        return "ships"
     return "on the Pareto front" if row.target in front else "passes its gate"
 
 

@@ -1,11 +1,14 @@
 """The report's face for a terminal, a pull request or a README."""
 
+import re
 from collections.abc import Sequence
 
 from clip_deploy.report.contents import Block, Figure, Report, Section, Table
 from clip_deploy.report.rows import doubts
 from clip_deploy.report.sections import sections
 from clip_deploy.report.tables import table
+
+TAG = re.compile(r"(`[^`\n]*`)|<(?=[A-Za-z/!?])")  # code, in which nothing is HTML; or what else would begin a tag
 
 
 def markdown(report: Report) -> str:
@@ -18,7 +21,7 @@ def as_markdown(title: str, warnings: Sequence[str], parts: Sequence[Section]) -
     blocks = [f"# {title}", *(f"**{warning}.**" for warning in warnings)]
     for section in parts:
         blocks += _blocks(section)
-    return "\n\n".join(blocks) + "\n"
+    return TAG.sub(lambda found: found[1] or "\\<", "\n\n".join(blocks)) + "\n"
 
 
 def _blocks(section: Section) -> list[str]:

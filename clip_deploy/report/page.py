@@ -18,6 +18,7 @@ from clip_deploy.report.sections import sections
 PAGE = Path(__file__).with_name("report.html")
 VEGA_LITE = "6.1"  # of those in vl-convert: another one draws other bytes
 LONG = 30  # letters: such a cell is given room
+INTERVAL = re.compile(r"(?<=[\dx]) (\[-?[\d.,]+, -?[\d.,]+\])")  # behind its number
 MARKDOWN = MarkdownIt("commonmark", {"html": False})
 
 
@@ -78,9 +79,8 @@ def _head(table: Table, text: str) -> str:
 
 def _cell(table: Table, place: int, column: int) -> str:
     text = MARKDOWN.renderInline(table.body[place][column])
+    text = INTERVAL.sub(r" <small>\1</small>", text)
     for written, shown in (
-        (" [", " <small>["),
-        ("]", "]</small>"),
         ("~ ", "~&nbsp;"),
         (" /", "&nbsp;/"),
         ("> *", ">&nbsp;*"),

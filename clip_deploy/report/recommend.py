@@ -4,7 +4,7 @@ Where speeds cannot be told apart, noise would choose, and another run otherwise
 close a target is to the reference, and the size of its files.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 
@@ -25,6 +25,11 @@ TIE = (
     "Of targets that cannot be told apart from the fastest on both towers (where none is: on one), the closest to "
     f"{REFERENCE} ships (lowest cosine, alike within {SAME_COSINE:.4f}), then the smallest (alike within "
     f"{100 * (SAME_SIZE - 1):.0f} %), then the fastest; recommend.max_size_mb or max_memory_mb asks for small ones"
+)
+FRONT = (
+    "Pareto front (no other that is fit is as good in each tower's time, lowest cosine, top-1 drop and size, and "
+    "better in one; alike are times and drops whose intervals overlap, cosines within "
+    f"{SAME_COSINE:.4f}, sizes within {100 * (SAME_SIZE - 1):.0f} %)"
 )
 
 Together = Callable[[Row, Row], Row]  # what tower_pair.pair_row says of an image tower with another target's text tower
@@ -90,7 +95,8 @@ def _too_slow(row: Row, limits: RecommendConfig) -> str | None:
     for tower in TOWERS:
         timing = row.timing(tower, limits.batch)
         if not timing:
-            return f"not timed at batch {limits.batch}"
+            lone = f"{tower} tower " if any(row.timing(each, limits.batch) for each in TOWERS) else ""
+            return f"{lone}not timed at batch {limits.batch}"
         if limits.max_p95_ms is None:
             continue
         if timing.undecided:
@@ -220,28 +226,27 @@ def _alike_to(winner: Row, fit: list[Row], tower: str, batch: int) -> list[str]:
 
 
 def pareto(fit: list[Row], batch: int) -> list[Row]:
-    """Rows than which none is at least as good in each tower's time, accuracy and size, and better in one of them.
-
-    Times that cannot be told apart are equal.
-    """
-
-    def goods(row: Row, other: Row) -> list[float]:
-        """Of `row` as `other` sees it."""
-        timed = {tower: other if alike(row, other, tower, batch) else row for tower in TOWERS}
-        return [*(-pace(each, tower, batch).middle for tower, each in timed.items()), accuracy(row), -_size(row)]
-
-    def beaten(row: Row, other: Row) -> bool:
-        mine, others = goods(row, row), goods(other, row)
-        return others != mine and all(a >= b for a, b in zip(others, mine, strict=True))
-
-    return [row for row in fit if not any(beaten(row, other) for other in fit)]
+    """Rows that none other beats."""
+    return [row for row in fit if not any(beats(other, row, batch) for other in fit)]
 
 
-def accuracy(row: Row) -> float:
-    """Top-1 in percent; the lowest cosine where there are no classes, or the weights are random."""
-    if row.trained and row.zero_shot:
-        return row.zero_shot.top1
-    return min(row.cosine_min.values(), default=0.0)
+def beats(one: Row, other: Row, batch: int) -> bool:
+    """Whether a row is nowhere worse than another, and somewhere better: FRONT says in what, and what is alike."""
+    ahead = list(_ahead(one, other, batch))
+    return min(ahead) == 0 and max(ahead) > 0
+
+
+def _ahead(one: Row, other: Row, batch: int) -> Iterator[int]:
+    """1 where `one` is better, -1 where it is worse, 0 where the two cannot be told apart."""
+    for tower in TOWERS:
+        mine, theirs = pace(one, tower, batch), pace(other, tower, batch)
+        yield (mine.high < theirs.low) - (theirs.high < mine.low)
+    closer = closeness(one, TOWERS) - closeness(other, TOWERS)
+    yield (closer > SAME_COSINE) - (closer < -SAME_COSINE)
+    if one.trained and one.zero_shot and other.zero_shot:
+        own, its = one.zero_shot, other.zero_shot
+        yield (own.top1_drop_high < its.top1_drop_low) - (its.top1_drop_high < own.top1_drop_low)
+    yield (_size(one) * SAME_SIZE < _size(other)) - (_size(other) * SAME_SIZE < _size(one))
 
 
 def _failed(row: Row, pairs: dict[str, PairVerdict]) -> str:
@@ -349,13 +354,9 @@ def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
         f"On {tower}, {', '.join(names)} cannot be told apart from {advice.ship[tower]}: the intervals overlap."
         for tower, names in advice.alike.items()
     ]
-    front = (
-        "Pareto front (none other that is fit is as fast for each tower, as accurate and as small; times that cannot "
-        "be told apart are equal)"
-    )
     return [
         *(f"{doubt}." for doubt in advice.doubts),
-        *([f"Ship {_named(advice.ship)}: {_costs(advice, rows)}."] if advice.ship else []),
+        f"Ship {_named(advice.ship)}: {_costs(advice, rows)}." if advice.ship else f"Ship nothing: {advice.note}.",
         *(
             f"{_named(pair.towers)}, the best for each tower, failed together: {'; '.join(pair.reasons)}."
             for pair in advice.pairs.values()
@@ -363,10 +364,18 @@ def facts(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
         ),
         *_caveats(advice, rows),
         f"Fit is what passes its gate and keeps `recommend` in params.yaml: {', '.join(asked) or 'no limits'}.",
-        f"Package: {advice.note}.",
+        *([f"Package: {advice.note}."] if advice.ship else []),
         *([*alike_to, f"{TIE}."] if alike_to else []),
-        *([f"{front}: {', '.join(advice.front)}."] if advice.front else []),
+        *([f"{FRONT}: {', '.join(advice.front)}.", *_off_the_front(advice, rows)] if advice.front else []),
     ]
+
+
+def _off_the_front(advice: Recommendation, rows: Sequence[Row]) -> list[str]:
+    """Of a target that ships for both towers and is beaten: differences that are none by themselves can add up."""
+    batch, by_name = advice.limits.batch, {row.target: row for row in rows}
+    name, *others = dict.fromkeys(advice.ship.values())
+    beaters = [each for each in advice.front if not others and beats(by_name[each], by_name[name], batch)]
+    return [f"{name} ships by the rule above, though {', '.join(beaters)} on the front beats it."] if beaters else []
 
 
 def _costs(advice: Recommendation, rows: Sequence[Row]) -> str:

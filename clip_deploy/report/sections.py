@@ -45,7 +45,8 @@ def shipping_section(report: Report) -> Section | None:
     facts = [*shipping.facts, fastest_fact(report.rows, shipping)]
     lost = _grouped(shipping.losers.items())
     blocks: list[Block] = [bullets(facts)]
-    return Section("Which one to ship", [*blocks, *([Table(["Target", "Why not"], lost)] if lost else [])])
+    head = ["Target", f"Why not (times at batch {shipping.batch})"]
+    return Section("Which one to ship", [*blocks, *([Table(head, lost)] if lost else [])])
 
 
 def fastest_fact(rows: list[Row], shipping: Shipping) -> str:
@@ -100,8 +101,8 @@ def target_section(report: Report) -> Section:
     )
     about = bullets(f"**{name}**: {value}" for name, value in report.about.items())
     notes = bullets([*_itself(rows), *_reasons(rows)])
-    front = report.shipping.front if report.shipping else []
-    figures = [accuracy_figure(rows, front), speed_figure(rows)]
+    front, ship = (report.shipping.front, report.shipping.ship.values()) if report.shipping else ([], [])
+    figures = [accuracy_figure(rows, front, ship), speed_figure(rows)]
     return Section("Targets", [block for block in (about, table, notes, *_gates(rows), *figures) if block])
 
 
@@ -312,9 +313,10 @@ def batch_section(report: Report) -> Section:
     """Percentiles, throughput and speed-up at every batch size."""
     blocks: list[Block] = []
     for tower, unit in (("vision", "images/s"), ("text", "texts/s")):
-        blocks += [f"### {tower.capitalize()}", _batch_table(report.rows, tower, unit)]
+        if any(row.timings.get(tower) for row in report.rows):
+            blocks += [f"### {tower.capitalize()}", _batch_table(report.rows, tower, unit)]
     figure = throughput_figure(report.rows)
-    return Section("Batch sizes", [*blocks, *([figure] if figure else [])])
+    return Section("Batch sizes", [*blocks, *([figure] if figure else [])] or ["No target was timed."])
 
 
 def _batch_table(rows: list[Row], tower: str, unit: str) -> Table:
@@ -579,7 +581,9 @@ HOW = f"""\
 - Both processes keep freed memory (glibc's malloc thresholds are fixed), as a server with a caching allocator does.
 - Memory is the peak resident set above an empty interpreter, libraries included, after the smallest batch.
 - Drop is the reference's zero-shot top-1 minus the target's, with a paired bootstrap interval; a flip is an image
-  whose answer changed. Gates are in conf/gates/. TorchScript and PyTorch's dynamic INT8 are deprecated by PyTorch.\
+  whose answer changed. An interval of [0.00, 0.00] says that no image of the evaluation set was lost or gained, not
+  that none can be: of n images, a drop of up to 300 / n points would go unseen (95 %).
+- Gates are in conf/gates/. TorchScript and PyTorch's dynamic INT8 are deprecated by PyTorch.\
 """
 
 SECTIONS: Sequence[Callable[[Report], Section | None]] = (

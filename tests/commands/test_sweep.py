@@ -171,8 +171,12 @@ def test_the_table_has_every_point_what_failed_and_the_front():
     text = as_markdown("mine", "ort-fp32", points)
     assert "5 points: 3 measured, 1 failed." in text
     assert (
-        "| `fast` * | 20 | minmax | pass | 2.00 | 4.00x | 2.00 | 4.00x | 90.0 | 0.00 | 0.500 | 0.9990 | 4.00 |" in text
-    )
+        "| `fast` * | 20 | minmax | pass | 2.00 | 4.00x [4.00, 4.00] | 2.00 | 4.00x [4.00, 4.00] | 90.0 | 0.00 | 0.500 "
+        "| 0.9990 | 4.00 |"
+    ) in text
+    assert "| Image speed-up [95 %] |" in text
+    assert "Times and speed-ups over torch-fp32 are of a call at the smallest batch size." in text
+    assert "Times and drops are alike where their intervals overlap, cosines within 0.0001, sizes within 5 %." in text
     assert "| `slow` | 18 | minmax | pass |" in text
     assert "| `bad` | 22 | minmax | failed | - |" in text
     assert "| `later` | 23 | minmax | - | - |" in text

@@ -283,6 +283,32 @@ def test_the_page_stands_alone_and_no_text_becomes_html(cpu):
     assert not re.findall(r"(?:https?:)?//(?!www\.w3\.org/)\w+\.", html)
 
 
+def test_no_text_becomes_html_in_markdown_and_code_stays_as_it_is(cpu):
+    cpu.rows[3].reasons = ["<class 'list'> is no `<array>`: 0.5 < 0.9"]
+    assert r"`ort-int8-dynamic` fail: \<class 'list'> is no `<array>`: 0.5 < 0.9" in markdown(cpu)
+
+
+def test_intervals_are_set_small_and_other_brackets_are_not(faces, cpu):
+    assert re.search(r"\dx <small>\[[\d.]+, [\d.]+\]</small>", faces[1])
+    answer = "expected [-1,3,48,48], got [1, 2]"
+    served = records.served(faults=[Fault("another shape", answer, refused=True, survived=True)])
+    assert f">{answer}</td>" in page(replace(cpu, served=served))
+
+
+def test_the_plot_tells_by_shape_and_in_words_what_ships_and_what_is_on_the_front(cpu):
+    shipping = replace(SHIPPING, front=["ort-fp32", "ort-fp16"])
+    svg = (
+        page(replace(cpu, shipping=shipping))
+        .split("<figcaption>Top-1 in % against latency</figcaption>")[1]
+        .split("</svg>")[0]
+    )
+    dots = dict(re.findall(r'aria-label="(\S+): [^"]*, ([^",]+)" [^>]*d="', svg))
+    assert dots["ort-fp32"] == "ships"
+    assert dots["ort-fp16"] == "on the Pareto front"
+    assert dots["torchscript-fp32"] == "passes its gate"
+    assert dots["ort-int8-dynamic"] == "misses its gate"
+
+
 def test_the_same_report_is_the_same_page_to_the_byte(cpu, tmp_path):
     (tmp_path / "report.pickle").write_bytes(pickle.dumps(cpu))
     again = "import pickle, sys; from clip_deploy.report.page import page; "
@@ -395,9 +421,10 @@ def test_a_report_of_nothing_that_is_there_has_both_faces_without_plots(tmp_path
     assert "<svg" not in page(report)
     assert "<details><summary><code>trt-fp32</code>, <code>trt-fp16</code> unavailable" in page(report)
     assert "| `trt-fp32` | fp16 | **unavailable** | - |" in markdown(report)
+    assert "## Batch sizes\n\nNo target was timed.\n" in markdown(report)
 
 
 def test_one_target_alone_is_drawn(tmp_path):
     dots = page(report_of({"torch-fp32": ON_CPU["torch-fp32"]}, tmp_path)).split("<svg")[1].split("</svg>")[0]
-    assert 'aria-label="torch-fp32: 6.00 ms, top-1 in % 92.2"' in dots
+    assert 'aria-label="torch-fp32: 6.00 ms, top-1 in % 92.2, passes its gate"' in dots
     assert ">torch-fp32</text>" in dots

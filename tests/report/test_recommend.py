@@ -108,7 +108,13 @@ def test_a_p95_is_held_against_its_limit_for_each_tower():
     advice = recommend([replace(row("ort-int8", 1, 1), timings=timings)], RecommendConfig(max_p95_ms=1.0))
     assert advice.losers == {"ort-int8": "over max_p95_ms: text 1.25 > 1.00"}
     assert advice.ship == {}
-    assert advice.note.startswith("no target passes its gate and keeps the limits")
+    assert shown(advice, []).facts[0].startswith("Ship nothing: no target passes its gate and keeps the limits")
+
+
+def test_a_tower_that_was_not_timed_is_named():
+    half = row("ort-fp32", 2.0, 2.0)
+    del half.timings["text"]
+    assert recommend([half], RecommendConfig()).losers == {"ort-fp32": "text tower not timed at batch 1"}
 
 
 def test_the_summary_is_of_what_ships():
@@ -373,12 +379,16 @@ def test_random_weights_are_held_to_no_top1():
     assert any("weights are random" in fact for fact in shown(advice, [wild]).facts)
 
 
+def close(cosine):
+    return {"vision": cosine, "text": 1.0}
+
+
 def test_the_front_holds_what_no_other_beats_in_time_accuracy_and_size():
     rows = [
-        row("small", 2.0, 2.0, size_mb=100.0, zero_shot=drop(0.5)),
+        row("small", 2.0, 2.0, size_mb=100.0, cosine_min=close(0.995)),
         row("exact", 1.5, 1.5, size_mb=400.0),
-        row("fast", 3.0, 3.0, size_mb=200.0, zero_shot=drop(0.9)),
-        row("beaten", 1.9, 1.9, size_mb=150.0, zero_shot=drop(0.6)),
+        row("fast", 3.0, 3.0, size_mb=200.0, cosine_min=close(0.991)),
+        row("beaten", 1.9, 1.9, size_mb=150.0, cosine_min=close(0.994)),
     ]
     assert recommend(rows, RecommendConfig()).front == ["small", "exact", "fast"]
 
@@ -386,12 +396,50 @@ def test_the_front_holds_what_no_other_beats_in_time_accuracy_and_size():
 def test_times_that_cannot_be_told_apart_put_nothing_on_the_front():
     rows = [
         row("exact", 3.00, 3.00),
-        row("lossy", 3.02, 3.02, zero_shot=drop(0.5)),
-        row("small", 3.02, 3.02, zero_shot=drop(0.5), size_mb=100.0),
-        row("fast on texts", 3.00, 4.00, zero_shot=drop(0.7)),
-        row("fast", 4.00, 4.00, zero_shot=drop(0.9)),
+        row("lossy", 3.02, 3.02, cosine_min=close(0.995)),
+        row("small", 3.02, 3.02, cosine_min=close(0.995), size_mb=100.0),
+        row("fast on texts", 3.00, 4.00, cosine_min=close(0.993)),
+        row("fast", 4.00, 4.00, cosine_min=close(0.991)),
     ]
     assert recommend(rows, RecommendConfig()).front == ["exact", "small", "fast on texts", "fast"]
+
+
+def dropped(low, middle, high):
+    return zero_shot(top1=90 - middle, top1_drop=middle, top1_drop_low=low, top1_drop_high=high)
+
+
+@pytest.mark.parametrize(
+    ("other", "front"),
+    [
+        ({"zero_shot": dropped(-0.31, -0.10, 0.0), "size_mb": 320.0}, ["winner"]),  # an image more, of 960
+        ({"cosine_min": {"vision": 0.99905, "text": 0.99805}, "size_mb": 320.0}, ["winner"]),
+        ({"size_mb": 290.0, "cosine_min": close(0.9)}, ["winner"]),
+        ({"zero_shot": dropped(-0.9, -0.6, -0.4), "size_mb": 320.0}, ["winner", "other"]),
+        ({"cosine_min": close(0.9999), "size_mb": 320.0}, ["winner", "other"]),
+    ],
+)
+def test_what_is_no_difference_puts_nothing_on_the_front(other, front):
+    winner = row("winner", 3.0, 3.0, zero_shot=dropped(-0.3, 0.0, 0.3))
+    slower = row("other", 2.0, 2.0, **{"zero_shot": winner.zero_shot, **other})
+    assert recommend([winner, slower], RecommendConfig()).front == front
+
+
+def test_random_weights_put_nothing_on_the_front_by_their_top1():
+    winner = row("winner", 3.0, 3.0, trained=False, zero_shot=dropped(-0.3, 0.0, 0.3))
+    other = row("other", 2.0, 2.0, trained=False, zero_shot=dropped(-9.0, -8.0, -7.0))
+    assert recommend([winner, other], RecommendConfig()).front == ["winner"]
+
+
+def test_a_target_that_ships_and_is_beaten_has_the_word_by_which():
+    close_by, small = {"vision": 0.9990, "text": 1.0}, {"vision": 0.99893, "text": 1.0}
+    rows = [
+        row("closest", 3.0, 3.0, cosine_min={"vision": 0.99905, "text": 1.0}, size_mb=400.0),
+        row("ships", 3.0, 3.0, cosine_min=close_by, size_mb=300.0),
+        row("small", 3.0, 3.0, cosine_min=small, size_mb=200.0),
+    ]
+    advice = recommend(rows, RecommendConfig())
+    assert (advice.ship["vision"], advice.front) == ("ships", ["small"])
+    assert "ships ships by the rule above, though small on the front beats it." in shown(advice, rows).facts
 
 
 def test_on_a_gpu_latency_decides_and_not_the_speedup_over_a_reference_that_was_slow_then():

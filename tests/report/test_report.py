@@ -311,7 +311,7 @@ def test_the_way_from_jpeg_to_embedding_has_a_row_for_each_feed(rows):
         in text
     )
     assert "| `ort-fp32`, nvjpeg | **unavailable** | - | - | - | - | - | - | - | - | - | - |" in text
-    assert "- `ort-fp32` nvjpeg unavailable: PyTorch sees no <GPU>" in text
+    assert "- `ort-fp32` nvjpeg unavailable: PyTorch sees no \\<GPU>" in text
 
 
 def test_a_feed_with_wrong_embeddings_is_marked_beside_its_speed(rows):
