@@ -18,6 +18,7 @@ TUTORIAL = {
     "ONNX and TensorRT": ("trt-fp16", 8, 1.5),
 }
 COMPILERS = ("torch-compile-", "trt-", "ort-trt-")  # what a user would reach for first
+LOSSY = {"fp8", "int8"}  # of less work than FP16: set against itself alone
 OURS = ("torch-fused-", "aoti-", "ort-cuda-")  # our own fused graphs
 TIMED = (
     "Timed: one call on inputs that lie on the GPU already, until the GPU has done its work, by the host's clock; the "
@@ -37,8 +38,9 @@ def gpu_queued(report: Report) -> Section | None:
         return None
     said = (
         "Milliseconds of a call: with a wait for the GPU after each (p50, as all other tables have it) / of calls that "
-        "are asked for back to back, with one wait at the end. They differ by what a launch takes: take the first for "
-        "one request at a time, the second for a queue that is never empty."
+        "are asked for back to back, with one wait at the end: take the first for one request at a time, the second "
+        "for a queue that is never empty. Small batches differ by what a launch takes. Where the second takes longer, "
+        "a load without pauses lowered the GPU's clock, or the row waits for Python, whose speed varies."
     )
     sizes = [(tower, batch) for tower, batches in rows[0].timings.items() for batch in batches]
     head = ["Target", *(f"{tower} @{batch}" for tower, batch in sizes)]
@@ -58,10 +60,16 @@ def gpu_duels(report: Report) -> Section | None:
     """Our fastest row beside the compilers', for each tower and batch size."""
     if not (ran := _ran(report)):
         return None
-    said = f"The fastest row of each side that passes its gate, by p50 in this run. {_matrix_rate(ran)}".rstrip()
-    return Section(
-        "Our graphs, torch.compile and TensorRT", [said, _duels([row for row in ran if row.status == "pass"])]
-    )
+    rows = [row for row in ran if row.status == "pass"]
+    peers = {row.precision for row in rows if row.target.startswith(COMPILERS)}
+    alone = {row.precision for row in rows} & LOSSY - peers
+    said = [
+        "The fastest row of each side that passes its gate, by p50 in this run.",
+        *(f"Rows in {name.upper()} are left out: no compiler's row has it." for name in sorted(alone)),
+        *_matrix_rate(ran),
+    ]
+    compared = [row for row in rows if row.precision not in alone]
+    return Section("Our graphs, torch.compile and TensorRT", [" ".join(said), _duels(compared)])
 
 
 def gpu_tutorial(report: Report) -> Section | None:
@@ -111,21 +119,21 @@ def _nodes(counts: dict[str, int]) -> str:
     return ", ".join(f"**{count} CPU**" if name == "CPU" else f"{count} {name}" for name, count in named.items())
 
 
-def _matrix_rate(rows: list[Row]) -> str:
+def _matrix_rate(rows: list[Row]) -> list[str]:
     rates = [row.matrix_tflops for row in rows if row.matrix_tflops]
     if not rates:
-        return ""
-    return (
+        return []
+    return [
         f"FP16 matmuls of 8,192 x 8,192 matrices ran at {number(median(rates))} TFLOP/s here (median of the rows); "
         "the share of that is of the untouched model's work, whatever a target leaves out."
-    )
+    ]
 
 
 def _duels(rows: list[Row]) -> Table:
     """Ours against the compilers', for each tower and batch size."""
-    head = ["Tower", "Batch", "Ours", "ms", "torch.compile or TensorRT", "ms", "Ratio", "Ours, share of matrix rate"]
+    head = ["Tower", "Batch", "Ours", "ms", "torch.compile or TensorRT", "ms", "Ratio", "Ours, share of FP16 rate"]
     body = []
-    sizes = sorted({batch for row in rows for batch in row.timings["vision"]})
+    sizes = sorted({batch for row in rows for timed in row.timings.values() for batch in timed})
     for tower, batch in product(("vision", "text"), sizes):
         ours, other = (_fastest(rows, names, tower, batch) for names in (OURS, COMPILERS))
         mine = ours.timing(tower, batch) if ours else None

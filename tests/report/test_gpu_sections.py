@@ -67,6 +67,15 @@ def test_our_fastest_row_stands_beside_the_compilers():
     assert any("ran at 750 TFLOP/s here (median of the rows)" in line for line in lines)
 
 
+def test_fp8_is_set_neither_against_fp16_nor_against_its_rate():
+    ours = timed("torch-fused-fp16", 6.0, precision="fp16", matrix_tflops=750.0)
+    eight = timed("torch-fused-fp8", 3.0, precision="fp8", matrix_tflops=750.0)
+    lines = written([ours, eight, timed("trt-fp16", 9.0, precision="fp16")])
+    assert "| vision | 256 | `torch-fused-fp16` | 6.00 | `trt-fp16` | 9.00 | 0.67 | 50 % |" in lines
+    assert any("Rows in FP8 are left out: no compiler's row has it." in line for line in lines)
+    assert not any("are left out" in line for line in written([ours, timed("trt-fp16", 9.0, precision="fp16")]))
+
+
 def test_one_side_alone_has_no_ratio():
     lines = written([timed("trt-fp16", 9.0)])
     assert "| text | 256 | - | - | `trt-fp16` | 9.00 | - | - |" in lines
