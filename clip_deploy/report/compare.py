@@ -88,6 +88,12 @@ def _is_environment(content: Any) -> bool:
     return isinstance(software, dict) and isinstance(hardware, dict) and isinstance(hardware.get("gpus"), list)
 
 
+READ = (
+    "p50 is of a call at the smallest batch size of each run. Above 1.00x, a run took less time than A. No interval is "
+    "known here, and two runs on one machine differ too: `clip-deploy gate --against` compares intervals."
+)
+
+
 def comparison(runs: Sequence[Run]) -> str:
     """All machines, the versions that differ, and one line for each target of any run, as Markdown."""
     letters = LETTERS[: len(runs)]
@@ -107,7 +113,7 @@ def comparison(runs: Sequence[Run]) -> str:
         over,
         f"Text p50 ms, {every}",
         over,
-        f"Images/s, {every}",
+        f"Images/s, best batch, {every}",
         f"Memory MB, {every}",
         f"Size MB, {every}",
         f"Lowest cosine, {every}",
@@ -117,7 +123,7 @@ def comparison(runs: Sequence[Run]) -> str:
     ]
     targets = dict.fromkeys(target for run in runs for target in run.metrics)
     body = [_cells(target, [run.metrics.get(target, {}) for run in runs]) for target in targets]
-    return "\n".join([*lines, *table(head, body), "", "Above 1.00x, a run is faster than A."])
+    return "\n".join([*lines, *table(head, body), "", READ])
 
 
 def _machine(run: Run) -> str:

@@ -106,7 +106,12 @@ def test_every_target_of_either_run_has_a_line(a, b, capsys):
 
 def test_a_run_against_itself_differs_in_no_version(a, capsys):
     assert main(["compare", str(a), str(a)]) == 0
-    assert "- **Versions that differ, A / B**: none\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "- **Versions that differ, A / B**: none\n" in out
+    assert "| Images/s, best batch, A / B |" in out
+    assert (
+        "\n\np50 is of a call at the smallest batch size of each run. Above 1.00x, a run took less time than A." in out
+    )
 
 
 @pytest.fixture
