@@ -20,7 +20,7 @@ from support.project import TINY
 
 from clip_deploy.__main__ import parsers
 from clip_deploy.data.scenes import CLASSES, render
-from tools.docs import pages, reports, settings_page, stale, written_by_hand
+from tools.docs import PICTURE, advised, pages, pictured, reports, settings_page, stale, written_by_hand
 from tools.tables import with_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -418,5 +418,7 @@ def test_both_languages_have_the_same_sections_commands_and_links():
     assert {*LINK.findall(english)} - {"README.zh-CN.md"} == {*LINK.findall(chinese)} - {"README.md"}
 
 
-def test_the_picture_of_the_report_is_small():
-    assert os.path.getsize(ROOT / "docs/images/report.png") < MAX_PICTURE
+def test_the_picture_of_the_report_is_small_and_shows_what_the_report_says():
+    """`python -m tools.docs` takes it anew, where Chromium is."""
+    assert os.path.getsize(PICTURE) < MAX_PICTURE
+    assert pictured(PICTURE) == advised()

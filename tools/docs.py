@@ -2,6 +2,8 @@
 
 usage: python -m tools.docs      (`make docs` runs it first)
 
+Where the advice in reports/ is other than in README's picture of the report, that is taken anew, which needs Chromium.
+
 Settings come from the dataclasses of core/config.py, commands from the parsers of `clip-deploy`, stages and `make` from
 their own descriptions, rows of tables from reports/ (tools/tables.py). tests/test_docs.py holds the files to what this
 would write. The pages of docs/results/ are copies of reports/, which Sphinx has made while it builds (docs/conf.py).
@@ -9,16 +11,22 @@ would write. The pages of docs/results/ are copies of reports/, which Sphinx has
 
 import argparse
 import ast
+import hashlib
 import html
 import re
+import shutil
+import subprocess
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import grimp
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from clip_deploy.__main__ import COMMANDS, EPILOG, LIGHT, parsers
 from clip_deploy.checkpoint.lint import CODES
@@ -28,6 +36,7 @@ from tools.tables import with_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+PICTURE, COLOURS = DOCS / "images/report.png", 64
 WRITTEN = "<!-- Written by `python -m tools.docs`: change the code, not this page. -->\n\n"
 YAML = {"None": "null", "True": "true", "False": "false"}
 
@@ -37,6 +46,37 @@ def main() -> None:
     for path in stale(made):
         write_text(path, made[path])
         print(f"{path.relative_to(ROOT)} is written anew")
+    if pictured(PICTURE) != advised():
+        print(take_picture(PICTURE))
+
+
+def advised() -> str:
+    """What reports/report.md says above its table of targets, as a SHA-256: the picture of the report shows that."""
+    text = (ROOT / "reports/report.md").read_text(encoding="utf-8").partition("\n## Targets\n")[0]
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pictured(path: Path) -> str | None:
+    """What `advised` was when a picture was taken, which stands in the file."""
+    with Image.open(path) as image:
+        return image.info.get("advice")
+
+
+def take_picture(path: Path) -> str:
+    """Draw the top of reports/report.html by Chromium; what was done, in words."""
+    chromium, name = shutil.which("chromium") or shutil.which("google-chrome"), path.relative_to(ROOT)
+    if chromium is None:
+        return f"{name} shows other advice than reports/report.html: run this again where Chromium is"
+    mark = PngInfo()
+    mark.add_text("advice", advised())
+    with TemporaryDirectory() as folder:
+        shot = Path(folder) / "shot.png"
+        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--screenshot={shot}"]
+        command += [f"--user-data-dir={folder}/profile", "--window-size=1280,1000"]
+        subprocess.run([*command, (ROOT / "reports/report.html").as_uri()], capture_output=True, check=True)
+        with Image.open(shot) as image:
+            image.convert("RGB").quantize(COLOURS).save(path, optimize=True, pnginfo=mark)
+    return f"{name} is taken anew"
 
 
 def pages() -> dict[Path, str]:

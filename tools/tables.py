@@ -33,13 +33,15 @@ def with_rows(text: str) -> str:
 
 
 def targets() -> list[list[str]]:
-    """Of the table of targets in reports/report.md, the columns that fit a page."""
+    """Of the table of targets in reports/report.md, the columns that fit a page; in bold what ships."""
     columns = (
         *("Target", "Gate", "Vision speed-up [95 %]", "Text speed-up [95 %]", "Images/s, best batch", "Size MB"),
         *("Lowest cosine, vision / text", "Top-1 %"),
     )
     head, *rows = _table(_read("reports/report.md"), "## Targets")
-    return [[row[head.index(column)] for column in columns] for row in rows]
+    ships = {f"`{name}`" for name in _json("reports/recommendation.json")["ship"].values()}
+    cells = [[row[head.index(column)] for column in columns] for row in rows]
+    return [[f"**{name}**" if name in ships else name, *others] for name, *others in cells]
 
 
 def embed() -> list[list[str]]:
@@ -55,7 +57,7 @@ def embed() -> list[list[str]]:
 
 
 def serve() -> list[list[str]]:
-    """The HTTP server's embeddings and labels, and Triton's labels, by clients."""
+    """The HTTP server's embeddings and labels, Triton's labels, and its bare tower's embeddings, by clients."""
     found = _json("reports/serve.json")
     rows = []
     for clients in ("1", "8", "32", "64"):
@@ -63,6 +65,7 @@ def serve() -> list[list[str]]:
         for name in ("embeddings", "zero-shot", "Triton zero-shot"):
             level = found["levels"][name][clients]
             row += [f"{level['per_s'][0]:,.0f}", f"{level['p50_ms'][0]:.1f} / {level['p99_ms'][0]:.1f}"]
+        row.append(f"{found['levels']['Triton pixels'][clients]['per_s'][0]:,.0f}")
         middle, low, high = found["goals"][f"over Triton zero-shot at {clients}"]
         rows.append([*row, f"{middle:.2f}x [{low:.2f}, {high:.2f}]"])
     return rows
