@@ -19,6 +19,7 @@ from clip_deploy.report.rows import Row
 from clip_deploy.report.tables import number
 
 WIDTH, PLANE = 400, 340  # pixels, of a whole plot and of the plane of one that has no names beside it
+NARROW = 100  # pixels of a plane beside names so long that the plot is wider than WIDTH
 FAMILY = "Liberation Sans, Arial, Helvetica, sans-serif"
 INK, DIM, FAINT = "var(--ink)", "var(--dim)", "var(--line)"
 NAME: dict[str, Any] = {
@@ -167,7 +168,7 @@ def speed_figure(rows: Sequence[Row]) -> Figure | None:
     even = {"mark": {**RULE, "color": DIM, "strokeDash": [3, 3]}, "encoding": {"x": {"datum": 1}}}
     marked = " (~: decides nothing)" if len(decided) < len(values) else ""
     caption = f"{title[0].upper()}{title[1:]}, batch {_smallest(rows)}, with 95 % intervals{marked}"
-    width = WIDTH - 30 - LETTER * max(len(row.target) for row in shown)
+    width = max(NARROW, WIDTH - 30 - LETTER * max(len(row.target) for row in shown))
     return _figure(caption, values, [*layers, *([] if on_gpu else [even])], width=width, height={"step": 11})
 
 
@@ -312,7 +313,8 @@ def _curves(
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None
-    width, height = WIDTH - 75 - LETTER * max(len(name) for name in curves), max(240, (LINE + 3) * len(curves))
+    width = max(NARROW, WIDTH - 75 - LETTER * max(len(name) for name in curves))
+    height = max(240, (LINE + 3) * len(curves))
     xs, ys = ([point[part] for points in curves.values() for point in points] for part in (0, 1))
     across, up = Scale.around(xs, is_log=is_log, margin=0.0), Scale.around(ys, is_log=is_log)
     across = replace(across, ticks=sorted(set(xs)) if is_log else None)

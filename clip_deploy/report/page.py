@@ -17,7 +17,7 @@ from clip_deploy.report.sections import sections
 
 PAGE = Path(__file__).with_name("report.html")
 VEGA_LITE = "6.1"  # of those in vl-convert: another one draws other bytes
-LONG = 30  # letters: such a cell is given room
+LONG = 30  # letters: such a cell is given room, and such a name breaks
 INTERVAL = re.compile(r"(?<=[\dx]) (\[-?[\d.,]+, -?[\d.,]+\])")  # behind its number
 MARKDOWN = MarkdownIt("commonmark", {"html": False})
 
@@ -86,7 +86,8 @@ def _cell(table: Table, place: int, column: int) -> str:
         ("> *", ">&nbsp;*"),
     ):
         text = text.replace(written, shown)
-    is_long = ' class="long"' if column and len(table.body[place][column]) > LONG else ""
+    kind = "long" if column else "name"
+    is_long = f' class="{kind}"' if len(table.body[place][column]) > LONG else ""
     key = _key(table.keys[place][column]) if table.keys else ""
     return f"<td{_side(table, column) or is_long}{key}>{text}</td>"
 

@@ -283,6 +283,32 @@ def test_the_page_stands_alone_and_no_text_becomes_html(cpu):
     assert not re.findall(r"(?:https?:)?//(?!www\.w3\.org/)\w+\.", html)
 
 
+CUT = """
+  const scrolls = [...document.querySelectorAll(".scroll")];
+  return scrolls.filter(one => one.firstChild.scrollWidth > one.clientWidth + 1).map(one => one.innerText.slice(0, 40));
+"""
+
+
+@needs_chromium
+def test_on_paper_no_table_is_cut_off(faces, tmp_path):
+    """A4 across, less its margins, is 1047 pixels wide."""
+    paper = re.sub(r"@page {.*?}", "", faces[1]).replace("@media print", "@media all")
+    assert look(paper, tmp_path, 1047, CUT)[0] == []
+
+
+@needs_chromium
+def test_a_long_name_leaves_room_for_plots_and_for_the_cells_beside_it(tmp_path):
+    name = "ort-cuda-fp16-with-a-name-that-says-all-of-its-settings-one-after-the-other"
+    html = page(report_of({"torch-fp32": ON_CPU["torch-fp32"], name: ON_CPU["ort-fp16"]}, tmp_path))
+    script = """return [
+      Math.max(...[...document.querySelectorAll("td.name")].map(cell => cell.getBoundingClientRect().width)),
+      [...document.querySelectorAll("svg")].map(svg => svg.viewBox.baseVal.width)];"""
+    (widest, plots), _ = look(html, tmp_path, 400, script)
+    assert widest < 220
+    bars = plots[1]
+    assert bars > 100 + 6 * len(name)
+
+
 def test_no_text_becomes_html_in_markdown_and_code_stays_as_it_is(cpu):
     cpu.rows[3].reasons = ["<class 'list'> is no `<array>`: 0.5 < 0.9"]
     assert r"`ort-int8-dynamic` fail: \<class 'list'> is no `<array>`: 0.5 < 0.9" in markdown(cpu)
