@@ -525,7 +525,13 @@ def vector_section(report: Report) -> Section | None:
         for cost in found.costs
     ]
     left_out = [bullets(f"Left out: {reason}." for reason in found.left_out)] if found.left_out else []
-    return Section("Shorter vectors", [Table(head, body), *left_out, _vectors_measure(found)])
+    random = [] if all(row.trained for row in report.rows) else [RANDOM]
+    return Section("Shorter vectors", [*random, Table(head, body), *left_out, _vectors_measure(found)])
+
+
+RANDOM = (
+    "**The weights are random**: a trained model's vectors lie otherwise, so this says nothing of what it would lose."
+)
 
 
 def _recall(found: Recall) -> str:

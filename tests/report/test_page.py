@@ -255,6 +255,13 @@ def test_the_table_of_shorter_vectors_says_what_each_costs_and_what_is_left_out(
     assert "1,684 captions of different words search the 960 images" in section
 
 
+def test_vectors_of_random_weights_are_not_taken_for_a_models(everything, faces):
+    said = "The weights are random**: a trained model's vectors lie otherwise"
+    assert said not in faces[0]
+    everything = replace(everything, rows=[replace(row, trained=False) for row in everything.rows])
+    assert said in markdown(everything).split("## Shorter vectors")[1].split("\n## ")[0]
+
+
 def test_both_faces_have_the_same_sections_in_the_same_order(everything, faces):
     titles = [section.title for section in sections(everything)]
     assert len(titles) == len(SECTIONS)
