@@ -41,8 +41,9 @@ def _section(served: Served) -> Section:
             "Versions, changed while a client went on asking; version 2 has other weights, which negate image "
             "embeddings:",
             _versions(found.asked.versions),
-            "Faults. Refused: a client's mistake, with HTTP's 400 or gRPC's INVALID_ARGUMENT. Survived: afterwards the "
-            "server is ready, and answers an image and a question to all models as before.",
+            "Faults. Refused: a client's mistake, with HTTP's 400 or gRPC's INVALID_ARGUMENT; a dash where that is not "
+            "asked, as of what Triton's own parser answers. Survived: afterwards the server is ready, and answers an "
+            "image and a question to all models as before.",
             _faults(found.asked.faults),
             "Drift of image embeddings against the first half of the golden set, by their maximum mean discrepancy; "
             "the threshold is that of 1 % of shuffles:",
