@@ -21,9 +21,9 @@ from clip_deploy.report.tables import (
     _drop,
     _percent,
     _percentiles,
-    _speedup,
     bullets,
     number,
+    speedup_cell,
     stated,
     stated_throughput,
 )
@@ -76,7 +76,7 @@ def fastest(rows: list[Row], batch: int) -> dict[str, Row]:
 
 def _measure(row: Row, tower: str, batch: int) -> str:
     timing = row.timing(tower, batch)
-    return f"{number(timing.p50_ms)} ms" if timing and row.device == "cuda" else _speedup(timing)
+    return f"{number(timing.p50_ms)} ms" if timing and row.device == "cuda" else speedup_cell(timing)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _timing_columns(tower: str, batch: int) -> list[Column]:
         ),
         Column(
             f"{tower.capitalize()} speed-up [95 %]",
-            lambda row: _speedup(row.timing(tower)),
+            lambda row: speedup_cell(row.timing(tower)),
             lambda row: _decided(row, tower, "speedup", "unstable"),
         ),
     ]
@@ -327,7 +327,7 @@ def _batch_table(rows: list[Row], tower: str, unit: str) -> Table:
         if any(sizes):
             body.append([f"`{row.target}`", "p50 / p90 / p99 ms", *(_percentiles(size) for size in sizes)])
             body.append(["", unit, *(stated(size, "throughput_per_s") for size in sizes)])
-            body.append(["", "speed-up", *(_speedup(size) for size in sizes)])
+            body.append(["", "speed-up", *(speedup_cell(size) for size in sizes)])
     return Table(["Target", "Quantity", *(f"batch {batch}" for batch in batches)], body)
 
 

@@ -16,7 +16,7 @@ from clip_deploy.report.decisive import judged
 from clip_deploy.report.figures import Axis, accuracy_figure, parallel_figure
 from clip_deploy.report.recommend import SAME_COSINE, SAME_SIZE, pareto
 from clip_deploy.report.rows import Row, row_of
-from clip_deploy.report.tables import MISSING, _speedup, number, stated
+from clip_deploy.report.tables import MISSING, number, speedup_cell, stated
 
 DRAWS = 2000  # of the bootstrap
 DECIMALS = 4  # of an effect
@@ -183,9 +183,9 @@ def _points(points: Sequence[Point], columns: Sequence[str]) -> Table:
 
 CELLS: dict[str, Callable[[Row], str]] = {  # columns behind the settings
     "Image p50 ms": lambda row: stated(row.timing("vision"), "p50_ms"),
-    "Image speed-up [95 %]": lambda row: _speedup(row.timing("vision")),
+    "Image speed-up [95 %]": lambda row: speedup_cell(row.timing("vision")),
     "Text p50 ms": lambda row: stated(row.timing("text"), "p50_ms"),
-    "Text speed-up [95 %]": lambda row: _speedup(row.timing("text")),
+    "Text speed-up [95 %]": lambda row: speedup_cell(row.timing("text")),
     "Top-1 %": lambda row: number(row.zero_shot.top1 if row.zero_shot else None),
     "Drop, points": lambda row: number(row.zero_shot.top1_drop if row.zero_shot else None),
     "Flips %": lambda row: number(row.flips),

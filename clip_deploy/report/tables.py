@@ -47,7 +47,8 @@ def _mark(is_undecided: bool) -> str:
     return "~ " if is_undecided else ""
 
 
-def _speedup(timing: Judged | None) -> str:
+def speedup_cell(timing: Judged | None) -> str:
+    """A speed-up over torch-fp32 with its 95 % interval; ~ where it decides nothing."""
     if timing is None:
         return MISSING
     return f"{_mark(timing.unstable)}{timing.speedup:.2f}x [{timing.speedup_low:.2f}, {timing.speedup_high:.2f}]"

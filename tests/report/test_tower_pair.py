@@ -64,9 +64,9 @@ def test_a_pair_is_held_to_the_coarser_gate_and_to_the_limits(rows, judged):
     assert advice.ship == {"vision": "onnx-fp32", "text": "onnx-fp32"}
     assert advice.pairs["ort-fp32 with onnx-fp32"].reasons == ["over max_memory_mb: 120 > 100"]
     coarser = replace(rows[1], precision="int8")
-    failed = judged(rows[0], coarser, GatesConfig(int8=GateLimits(min_cosine=1.1)))
+    failed = judged(rows[0], coarser, GatesConfig(int8=GateLimits(min_cosine=1.0)))
     assert (failed.status, failed.precision) == ("fail", "int8")
-    assert "< 1.1 (gates.int8.min_cosine)" in failed.reasons[0]
+    assert "< 1.0 (gates.int8.min_cosine)" in failed.reasons[0]
 
 
 def test_what_only_the_pair_gets_wrong_costs_it_the_recommendation(rows, judged, monkeypatch):
