@@ -96,10 +96,14 @@ def _scores(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(processor: "ProcessorMixin", model: Model, path: Path) -> None:
-    """Raises UnavailableError where `tokenizers` alone gives other tokens than the checkpoint's own tokenizer."""
+    """Write tokenizer.json, which cuts and pads as the model takes texts: whoever opens it need not know how.
+
+    Raises UnavailableError where `tokenizers` alone gives other tokens than the checkpoint's own tokenizer.
+    """
     name = type(processor.tokenizer).__name__
     write_text(path, _backend(processor.tokenizer).to_str())
     own = Tokenizer(path, model.context_length, model.pad_to_context, pad_token_of(processor))
+    write_text(path, own.inner.to_str())
     texts = [*probe_texts(), *(f"a cat {token} or two" for token in processor.tokenizer.all_special_tokens)]
     expected = tokenize(processor, model, texts)
     with warnings.catch_warnings():

@@ -22,6 +22,14 @@ def tokens(package):
     return Tokenizer(package / "tokenizer.json", 32, False, 586)
 
 
+def whole(path):
+    """A tokenizer.json whose texts are neither cut nor padded."""
+    packed = tokenizers.Tokenizer.from_file(str(path))
+    packed.no_truncation()
+    packed.no_padding()
+    return packed
+
+
 @pytest.mark.parametrize("name", ["checkpoint", "siglip", "siglip2", "chinese_clip"])
 def test_tokens_are_those_of_the_checkpoints_tokenizer(name, tmp_path, request):
     family = request.getfixturevalue(name)
@@ -37,11 +45,24 @@ def test_tokens_are_those_of_the_checkpoints_tokenizer(name, tmp_path, request):
         assert np.array_equal(actual[name], getattr(expected, name))
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "siglip", "siglip2", "chinese_clip"])
+def test_a_program_that_has_tokenizers_alone_gets_texts_cut_and_padded(name, tmp_path, request):
+    family = request.getfixturevalue(name)
+    processor, model = load_processor(family), read_target(family).model
+    write_tokenizer(processor, model, tmp_path / "tokenizer.json")
+    texts = ["a photo of a red circle", "x", "red " * 300]
+    encoded = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode_batch(texts)
+    expected = tokenize(processor, model, texts)
+    assert [row.ids for row in encoded] == expected.input_ids.tolist()
+    if "attention_mask" in model.text_inputs:
+        assert [row.attention_mask for row in encoded] == expected.attention_mask.tolist()
+
+
 def test_siglips_tokens_are_those_of_sentencepiece_without_it(siglip, tmp_path, kinds):
     """Case, signs, blanks, composed letters, a sigma that ends a word: as SiglipTokenizer reads them."""
     processor, model = load_processor(siglip), read_target(siglip).model
     write_tokenizer(processor, model, tmp_path / "tokenizer.json")
-    packed = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    packed = whole(tmp_path / "tokenizer.json")
     texts = probe_texts()
     own = [ids[:-1] for ids in processor.tokenizer(texts)["input_ids"]]  # the last ends the text
     assert [encoded.ids[:-1] for encoded in packed.encode_batch(texts)] == own
@@ -89,7 +110,7 @@ def test_siglip_2_reads_capitals_as_small_letters_in_the_pipeline_and_in_the_pac
     expected = [[*own(text, add_special_tokens=False)["input_ids"], 1] for text in probe_texts()]
     assert processor.tokenizer(probe_texts())["input_ids"] == expected
     write_tokenizer(processor, model, tmp_path / "tokenizer.json")
-    packed = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    packed = whole(tmp_path / "tokenizer.json")
     assert [encoded.ids for encoded in packed.encode_batch(probe_texts())] == expected
     kinds(
         "06: SigLIP 2, which states do_lower_case",
