@@ -82,7 +82,7 @@ def add_postprocessing(pre_post: PrePost, tower: str, normalize: bool, labels: L
     pre_post.embeds = ir.Value(name="embeds")
     squares = nodes.add("ReduceSum", [nodes.add("Mul", [pre_post.embeds, pre_post.embeds]), nodes.constant([1])])
     norm = nodes.add("Max", [nodes.add("Sqrt", [squares]), nodes.constant(MIN_NORM, np.float32)])
-    unit = _typed(nodes.add("Div", [pre_post.embeds, norm]), None)
+    unit = _typed(nodes.add("Div", [pre_post.embeds, norm]), None)  # attach says the dimension
     pre_post.outputs = {EMBEDS[tower]: unit if normalize else pre_post.embeds}
     if labels is not None:
         logits = nodes.add("MatMul", [unit, nodes.constant(labels.weights, np.float32)])

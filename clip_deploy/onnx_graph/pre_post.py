@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from clip_deploy.core.artifact import EMBEDS
 from clip_deploy.onnx_graph import onnx_file
 
 PREPROCESSING_PREFIX, POSTPROCESSING_PREFIX = onnx_file.PRE_POST_PREFIXES
@@ -119,3 +120,5 @@ def _attach_postprocessing(graph: ir.Graph, pre_post: PrePost) -> None:
     tower.name = "tower_embeds"
     for name, value in outputs.items():
         value.name = name
+        if name in EMBEDS.values():
+            value.shape = tower.shape

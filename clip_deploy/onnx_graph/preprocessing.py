@@ -200,18 +200,19 @@ def _may_be_smaller(settings: Preprocessing) -> bool:
 
 def _cropped(nodes: Nodes, settings: Preprocessing, crop: list[int], pixels: ir.Value) -> ir.Value:
     """The middle; of an odd rest, settings.crop_rounding says on which side a pixel more is cut and padded."""
-    wanted, one, two = nodes.constant(crop), nodes.constant([1]), nodes.constant([2])
-    nothing, down = nodes.constant([0, 0]), settings.crop_rounding == "down"
+    wanted, down = nodes.constant(crop), settings.crop_rounding == "down"
     if _may_be_smaller(settings):
+        nothing = nodes.constant([0, 0])
         size = nodes.add("Shape", [pixels], start=2, end=4)
         missing = nodes.add("Max", [nodes.add("Sub", [wanted, size]), nothing])
-        before = nodes.add("Div", [nodes.add("Add", [missing, one]) if down else missing, two])
+        more = nodes.add("Add", [missing, nodes.constant([1])]) if down else missing
+        before = nodes.add("Div", [more, nodes.constant([2])])
         after = nodes.add("Sub", [missing, before])
         pads = nodes.add("Concat", [nothing, before, nothing, after], axis=0)
         pixels = nodes.add("Pad", [pixels, pads, nodes.constant(settings.fill, np.uint8)])
     size = nodes.add("Shape", [pixels], start=2, end=4)
     rest = nodes.add("Sub", [size, wanted])
-    start = nodes.add("Div", [rest, two]) if down else _half_to_even(nodes, rest)
+    start = nodes.add("Div", [rest, nodes.constant([2])]) if down else _half_to_even(nodes, rest)
     end = nodes.add("Add", [start, wanted])
     return nodes.add("Slice", [pixels, start, end, nodes.constant([2, 3])])
 

@@ -87,6 +87,8 @@ def test_the_exported_graph_takes_images_and_gives_unit_embeddings_and_probabili
     graph = record.graphs["vision"]
     assert graph.inputs == {"images": ["batch", "height", "width", 3]}
     assert list(graph.outputs) == ["image_embeds", "probabilities"]
+    assert graph.outputs["image_embeds"] == ["batch", 64]
+    assert record.graphs["text"].outputs == {"text_embeds": ["batch", 64]}
     assert graph.outputs["probabilities"] == ["batch", len(labels)]
     assert record.measured.classifier == HeadAgreement(labels=len(labels), agreement_percent=100.0)
     assert record.pixels.max_diff <= 1.01
@@ -99,6 +101,7 @@ def test_fusion_sees_the_encoder_through_what_is_around_it(fused, images):
     record = check(fused, images)
     assert record.graphs["vision"].fusion["attention"] == 4
     assert record.graphs["vision"].fusion["attention_expected"] == 4
+    assert record.graphs["vision"].outputs["image_embeds"] == ["batch", 64]
     assert record.measured.classifier.agreement_percent == 100
 
 
