@@ -288,7 +288,7 @@ def test_what_examples_in_python_import_is_there(page):
 RUN = re.compile(r"^<!-- run -->\n\n```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NIGHTLY = re.compile(r"^<!-- run nightly -->\n\n```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN_PAGES = (  # in this order: embeddings of the first are searched, and the last changes a setting
-    *("get-started.md", "guides/package.md", "guides/search.md", "skill.md"),
+    *("get-started.md", "guides/package.md", "guides/own-program.md", "guides/search.md", "skill.md"),
     *("concepts/targets.md", "concepts/what-runs-again.md"),
 )
 

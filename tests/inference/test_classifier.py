@@ -281,20 +281,26 @@ def test_a_graph_that_preprocesses_takes_images_of_any_size(checkpoint, sets, on
         ZeroShotClassifier.open(folder, feed="fast")
 
 
-@pytest.mark.parametrize("name", ["siglip", "siglip2"])
-def test_siglip_gives_each_text_a_probability_of_its_own_and_reads_capitals_as_small_letters(
-    name, onnx_of, tmp_path, request
-):
-    siglip, evaluation = request.getfixturevalue(name), tmp_path / "evaluation"
+def packed_siglip(name, siglip, target, folder):
+    """A package of a SigLIP without classes."""
+    evaluation = folder / "evaluation"
     evaluation.mkdir()
     pad = {"siglip": 1, "siglip2": 0}[name]  # </s> and <pad>
     (evaluation / "manifest.json").write_text(json.dumps({"classes": [], "templates": [], "pad_token": pad}))
     nothing = np.empty((0, 32), dtype=np.float32)
     np.savez(evaluation / "reference.npz", images=nothing, captions=nothing, prompts=nothing)
     for name in ("portable", "package"):
-        (tmp_path / name).mkdir()
-    write_portable(siglip, tmp_path / "portable")
-    classifier = ZeroShotClassifier.open(packed(onnx_of(siglip), tmp_path, tmp_path / "package"))
+        (folder / name).mkdir()
+    write_portable(siglip, folder / "portable")
+    return packed(target, folder, folder / "package")
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2"])
+def test_siglip_gives_each_text_a_probability_of_its_own_and_reads_capitals_as_small_letters(
+    name, onnx_of, tmp_path, request
+):
+    siglip = request.getfixturevalue(name)
+    classifier = ZeroShotClassifier.open(packed_siglip(name, siglip, onnx_of(siglip), tmp_path))
     texts = ["A photo of a RED circle", "a star"]
     lower = [text.lower() for text in texts]
     expected = expected_logits(siglip, IMAGES[:1], lower, padding="max_length", max_length=16).sigmoid()[0].numpy()
@@ -302,6 +308,32 @@ def test_siglip_gives_each_text_a_probability_of_its_own_and_reads_capitals_as_s
     assert np.allclose([found[text] for text in texts], expected, atol=1e-5)
     with pytest.raises(DataError, match="no classes of its own: give the texts"):
         classifier.predict(IMAGES[0])
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
+def test_the_program_of_the_guide_answers_as_the_package_without_this_library(
+    name, onnx_of, tmp_path, request, monkeypatch
+):
+    """docs/guides/own-program.md, run where the guide's commands would leave the package and the image."""
+    (tmp_path / "build" / "scenes").mkdir(parents=True)
+    image = IMAGES[0].resize((93, 61))  # of an odd rest, and no square
+    image.save(tmp_path / "build/scenes/020.png")
+    if name == "clip":
+        made = request.getfixturevalue("package")
+    else:
+        (tmp_path / name).mkdir()
+        siglip = request.getfixturevalue(name)
+        made = packed_siglip(name, siglip, onnx_of(siglip), tmp_path / name)
+    shutil.copytree(made, tmp_path / "build/package")
+    guide = (ROOT / "docs/guides/own-program.md").read_text(encoding="utf-8")
+    program = re.search(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)[1]
+    assert "clip_deploy" not in program
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(program, names)
+    expected = dict(ZeroShotClassifier.open(made).predict(image, names["texts"]))
+    found = dict(zip(names["texts"], names["probabilities"][0], strict=True))
+    assert found == {text: pytest.approx(probability, abs=1e-4) for text, probability in expected.items()}
 
 
 def test_the_runtime_imports_nothing_but_its_four_packages():
