@@ -81,8 +81,8 @@ class PackageEncoder:
         Raises DataError where a token is unknown or a text too long: of that, some runtimes make a wrong vector.
         """
         package, (_, tokens) = self.package, input_ids.shape
-        if tokens > package.context_length:
-            raise DataError(f"a text has {tokens} tokens: at most {package.context_length} are accepted")
+        if not 1 <= tokens <= package.context_length:
+            raise DataError(f"a text has {tokens} tokens: 1 to {package.context_length} are accepted")
         if input_ids.min() < 0 or input_ids.max() >= package.vocabulary:
             raise DataError(
                 f"token ids run from {input_ids.min()} to {input_ids.max()}: accepted are 0 to {package.vocabulary - 1}"

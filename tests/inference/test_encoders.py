@@ -206,7 +206,8 @@ def test_on_a_cpu_batches_stay_as_they_are(package, monkeypatch):
     [
         ([[1, 587]], "token ids run from 1 to 587: accepted are 0 to 586"),
         ([[-1, 2]], "token ids run from -1 to 2"),
-        ([[1] * 33], "a text has 33 tokens: at most 32 are accepted"),
+        ([[1] * 33], "a text has 33 tokens: 1 to 32 are accepted"),
+        (np.empty((2, 0), dtype=np.int64), "a text has 0 tokens: 1 to 32 are accepted"),
     ],
 )
 def test_tokens_that_a_runtime_might_take_for_others_are_refused(classifier, ids, said):

@@ -382,6 +382,15 @@ def test_scores_are_scaled_as_the_version_says(program, repository, package):
     assert score.activation.__name__ == encoder.activation
 
 
+@pytest.mark.parametrize(("images", "texts"), [(0, 2), (2, 0), (0, 0)])
+def test_scores_of_nothing_are_refused_as_the_clients_mistake(program, repository, images, texts):
+    score, width = started(program, repository, "score"), 64
+    embeddings = {"image_embeds": np.ones((images, width)), "text_embeds": np.ones((texts, width))}
+    (answer,) = score.execute([{name: rows.astype(np.float32) for name, rows in embeddings.items()}])
+    assert answer.error == f"the request has {images} images and {texts} texts: give one of each or more"
+    assert answer.error.code == "INVALID_ARG"
+
+
 @pytest.mark.parametrize("count", [0, 33])
 def test_a_request_of_no_image_or_too_many_is_refused(program, repository, count):
     model = started(program, repository, "preprocess")

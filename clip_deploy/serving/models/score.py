@@ -22,10 +22,12 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        images, texts = (
-            normalized(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
-            for name in ("image_embeds", "text_embeds")
-        )
+        names = ("image_embeds", "text_embeds")
+        given = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names]
+        if not all(map(len, given)):
+            why = f"the request has {len(given[0])} images and {len(given[1])} texts: give one of each or more"
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(why, pb_utils.TritonError.INVALID_ARG))
+        images, texts = map(normalized, given)
         scores = self.activation(self.scale * images @ texts.T + self.bias)
         return pb_utils.InferenceResponse([pb_utils.Tensor("probabilities", scores.astype(np.float32))])
 
