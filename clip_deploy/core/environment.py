@@ -107,12 +107,11 @@ def environment_record() -> dict[str, object]:
 
 def hardware() -> Hardware:
     """The machine as it is now; memory in GB, rounded."""
-    cpu, flags = _processor()
     return Hardware(
         system=f"{platform.system()} {platform.machine()}",
-        cpu=cpu,
+        cpu=_processor()[0],
         cores=cores(),
-        instruction_sets=[name for name in INSTRUCTION_SETS if name in flags],
+        instruction_sets=instruction_sets(),
         memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         gpus=gpus(),
         machine=machine(),
@@ -150,6 +149,12 @@ def located(name: str) -> Path:
 def cores() -> int:
     """Those that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def instruction_sets() -> list[str]:
+    """Those of INSTRUCTION_SETS that the CPU has; none where the system does not say, as on macOS."""
+    flags = _processor()[1]
+    return [name for name in INSTRUCTION_SETS if name in flags]
 
 
 def has_vnni(instruction_sets: list[str]) -> bool:

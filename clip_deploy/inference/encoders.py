@@ -1,5 +1,6 @@
 """Both towers of a package, each opened by the runtime that judged it, as the table's row runs."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from clip_deploy.core.artifact import TOWERS
+from clip_deploy.core.artifact import TOWERS, read_target
+from clip_deploy.core.environment import has_vnni, instruction_sets
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
 from clip_deploy.core.package import DualEncoder
 from clip_deploy.core.parsing import read_record
@@ -138,6 +140,8 @@ def _opened(
     towers: Sequence[str],
     allow_spinning: bool,
 ) -> Encoder:
+    if device == "cpu":
+        _warn_of_saturation(folder)
     try:
         return open_encoder(folder, threads, device, towers, allow_spinning)
     except DeployError as error:
@@ -146,6 +150,20 @@ def _opened(
                 f"{error}; the package was checked with other versions than are installed here: {others}"
             ) from error
         raise
+
+
+def _warn_of_saturation(folder: Path) -> None:
+    """Warn of an INT8 target with weights of 8 bits on an x86 CPU that adds their products in 16: it gives no error."""
+    build = read_target(folder).build
+    if build.get("reduce_range") is not False or build.get("method") == "weight_only":
+        return
+    here = instruction_sets()
+    if "avx2" in here and not has_vnni(here):
+        warnings.warn(
+            f"{folder.name} was built for CPUs with VNNI, and this one has none: sums saturate, and embeddings may be "
+            "wrong; build and check the package on such a CPU, or ship another target",
+            stacklevel=2,
+        )
 
 
 def other_versions(requires: Sequence[str]) -> str | None:

@@ -1,4 +1,5 @@
 import shutil
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ from support.targets import advice, records
 
 from clip_deploy.builders.package import Sources, write_package
 from clip_deploy.builders.torchscript import export_torchscript
-from clip_deploy.core.artifact import Target, build
+from clip_deploy.core.artifact import Target, build, read_target, write_target
 from clip_deploy.core.config import GateLimits, GatesConfig, OpenVinoConfig, Precision
 from clip_deploy.core.errors import DataError, DeployError, UnavailableError
 from clip_deploy.core.manifest import Run
@@ -191,6 +192,28 @@ def test_pytorchs_towers_give_unit_length_when_they_are_asked_for_it(targets, se
     expected = unit(encoder.encode_images(pixels[:3].copy()))
     encoder.normalise()
     np.testing.assert_allclose(encoder.encode_images(pixels[:3].copy()), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("facts", "cpu", "warned"),
+    [
+        ({"method": "static", "reduce_range": False}, ["avx2", "avx512f"], True),
+        ({"method": "static", "reduce_range": False}, ["avx2", "avx512_vnni"], False),
+        ({"method": "static", "reduce_range": True}, ["avx2"], False),
+        ({"method": "weight_only", "reduce_range": False}, ["avx2"], False),
+        ({"method": "dynamic", "reduce_range": False}, [], False),  # no x86, or a system that does not say
+        ({}, ["avx2"], False),
+    ],
+)
+def test_int8_of_a_cpu_with_vnni_is_told_on_one_without(package, tmp_path, monkeypatch, facts, cpu, warned):
+    folder, manifest = shutil.copytree(package, tmp_path / "package"), read_package(package).encoder
+    target = folder / manifest.towers.vision.target
+    write_target(target, replace(read_target(target), build=facts))
+    monkeypatch.setattr(encoders, "open_encoder", lambda *_, **__: Recorder())
+    monkeypatch.setattr(encoders, "instruction_sets", lambda: cpu)
+    with warnings.catch_warnings(record=True, action="always") as found:
+        PackageEncoder(folder, manifest, "cpu", None)
+    assert [f"{target.name} was built for CPUs with VNNI" in str(item.message) for item in found] == [True] * warned
 
 
 def test_on_a_cpu_batches_stay_as_they_are(package, monkeypatch):
