@@ -53,7 +53,8 @@ def serve(settings: Settings) -> int:
     from clip_deploy.web.app import create_app
 
     app, address = create_app(settings), _address(listening)
-    _run(settings, app, listening, lambda served: _announce(served, settings, address))
+    if _run(settings, app, listening, lambda served: _announce(served, settings, address)):
+        raise KeyboardInterrupt
     return 0
 
 
@@ -76,23 +77,32 @@ def uvicorn_config(settings: Settings, app: "App") -> uvicorn.Config:
 
 
 class Announced(uvicorn.Server):
-    """A server that says when it answers."""
+    """A server that says when it answers.
+
+    Attributes:
+        is_interrupted: whether Ctrl-C was given. uvicorn raises it again once it stopped, in a loop that may be over.
+    """
 
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
         super().__init__(config)
-        self.announce = announce
+        self.announce, self.is_interrupted = announce, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.is_interrupted = self.is_interrupted or sig == signal.SIGINT
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.announce()
 
 
-def _run(settings: Settings, app: "App", listening: socket.socket, announce: Callable[[str], None]) -> None:
-    """Serve until a signal; `announce` is given what is served, once it answers."""
+def _run(settings: Settings, app: "App", listening: socket.socket, announce: Callable[[str], None]) -> bool:
+    """Serve until a signal, and return whether it was Ctrl-C; `announce` is given what is served, once it answers."""
     server = Announced(uvicorn_config(settings, app), lambda: announce(_served(app)))
     # Before it runs, and after: uvicorn raises the signal again once it stopped, for a code of 143.
     signal.signal(signal.SIGTERM, server.handle_exit)
     server.run([listening])
+    return server.is_interrupted
 
 
 def _announce(served: str, settings: Settings, address: str) -> None:
