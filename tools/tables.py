@@ -8,20 +8,18 @@ from typing import Any
 
 import yaml
 
-from clip_deploy.report.tables import number
-
 ROOT = Path(__file__).resolve().parent.parent
 H200 = "reports/hardware/nvidia-h200/vit-b-32-untrained/report.md"
 EMBED_GPU = "reports/hardware/nvidia-h200/embed_gpu.json"
 EMBED_GPUS = "reports/hardware/nvidia-h200/embed_gpu-two-gpus.json"
 L14 = "reports/hardware/nvidia-h200/vit-l-14-untrained-fp8/report.md"
-TENSORRT = "reports/hardware/nvidia-h200/vit-l-14-untrained-trt/benchmark/ort-trt-fp16.json"
+TENSORRT = "reports/hardware/nvidia-h200/vit-l-14-untrained-trt/report.md"
 FP8 = {  # models whose FP8 was timed beside FP16
     "B/32": "reports/hardware/nvidia-h200/vit-b-32-untrained-fp8/report.md",
     "L/14": L14,
 }
 TINY_FP8 = {"tiny-shapes": "reports/hardware/nvidia-h200/tiny-shapes-fp8/report.md"}
-BESIDE = ("torch-compile-fp16", "torch-fused-fp16")
+BESIDE = ("ort-trt-fp16", "torch-compile-fp16", "torch-fused-fp16")
 MARKED = re.compile(r"(<!-- rows: (.+?) -->\n+\|.*\n\|[ :|-]+\|\n)((?:\|.*\n)*)")
 EDGES = ("images, batch 1", "images, batch 8", "texts of 77 tokens, batch 1", "texts of 77 tokens, batch 8")
 CHINESE_EDGES = ("图像，批大小 1", "图像，批大小 8", "77 个 token 的文本，批大小 1", "77 个 token 的文本，批大小 8")
@@ -139,14 +137,18 @@ def fp8_accuracy() -> list[list[str]]:
 
 def tensorrt() -> list[list[str]]:
     """p50 in ms of L/14 by TensorRT, from a run of its own, beside torch.compile and our kernels."""
-    towers, report, found = _json(TENSORRT)["towers"], _read(L14), []
+    found = []
     for tower in ("vision", "text"):
-        head, *rows = _table(report, f"### {tower.capitalize()}")
-        times = {row[0]: [cell.partition(" / ")[0] for cell in row[2:]] for row in rows if row[1].startswith("p50")}
-        for column, batch in enumerate(head[2:]):
-            size = batch.removeprefix("batch ")
-            cells = number(towers[tower][size]["p50_ms"]), *(times[f"`{name}`"][column] for name in BESIDE)
-            found.append([f"{tower} @{size}", *cells])
+        times: dict[str, list[str]] = {}
+        for path in (TENSORRT, L14):
+            head, *rows = _table(_read(path), f"### {tower.capitalize()}")
+            times |= {
+                row[0]: [cell.partition(" / ")[0] for cell in row[2:]] for row in rows if row[1].startswith("p50")
+            }
+        columns = zip(*(times[f"`{name}`"] for name in BESIDE), strict=True)
+        found += [
+            [f"{tower} @{batch.removeprefix('batch ')}", *cells] for batch, cells in zip(head[2:], columns, strict=True)
+        ]
     return found
 
 
