@@ -111,75 +111,91 @@ def _announce(served: str, settings: Settings, address: str) -> None:
 
 
 def _serve_many(settings: Settings, listening: socket.socket) -> int:
-    """Workers of one parent, which replaces one that dies and takes them along when it ends.
-
-    All answer alike, those that begin later too: with the keys that are read here, and from the packages and the index
-    that the first one opened.
-    """
+    """As serve, by several workers."""
     keys = Keys(settings.api_key_file)
     with own_folder(METRICS) as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-        address = _address(listening)
-        told, tell = multiprocessing.Pipe(duplex=False)  # what a worker serves, or None once they are to stop
+        return Parent(settings, keys, listening).run()
+
+
+class Parent:
+    """Has workers, replaces one that dies, and takes them along when it ends.
+
+    All answer alike, those that begin later too: by the same keys, and from the packages and the index that the first
+    one opened.
+
+    Attributes:
+        told: what a worker serves, or None once they are to stop.
+        is_announced: whether a worker has answered.
+    """
+
+    def __init__(self, settings: Settings, keys: Keys, listening: socket.socket) -> None:
+        self.settings, self.listening = settings, listening
+        self.told, self.tell = multiprocessing.Pipe(duplex=False)
         spawn = multiprocessing.get_context("spawn")
-        given = (settings, keys, listening, tell, spawn.Array("c", IDENTITY))
-        create = partial(spawn.Process, target=_work, args=given)
-        workers = [create() for _ in range(settings.workers)]
-        is_stopping = is_interrupted = is_announced = False
+        given = (settings, keys, listening, self.tell, spawn.Array("c", IDENTITY))
+        self.create = partial(spawn.Process, target=_work, args=given)
+        self.workers = [self.create() for _ in range(settings.workers)]
+        self.is_announced = self.is_stopping = self.is_interrupted = self.has_failed = False
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            nonlocal is_interrupted
-            is_hurried, is_interrupted = is_stopping, is_interrupted or number == signal.SIGINT
-            end()
-            for worker in workers if is_hurried else ():  # in the midst of draining
-                if worker.pid and worker.is_alive():
-                    os.kill(worker.pid, signal.SIGINT)
-
-        def end() -> None:
-            nonlocal is_stopping
-            is_stopping = True
-            tell.send(None)
-            for worker in workers:
-                if worker.is_alive():
-                    worker.terminate()
-
+    def run(self) -> int:
+        """Until the last worker has ended. Return the exit code; raise KeyboardInterrupt after Ctrl-C."""
+        address = _address(self.listening)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
-        for worker in workers:
+            signal.signal(number, self.stop)
+        for worker in self.workers:
             _start(worker)
-        if is_stopping:  # the signal came before all of them were there
-            end()
-        has_failed = False
-        while workers:
-            ended = connection.wait([told, *(worker.sentinel for worker in workers)])
-            if told in ended:
-                served = told.recv()
+        if self.is_stopping:  # the signal came before all of them were there
+            self.end()
+        while self.workers:
+            ended = connection.wait([self.told, *(worker.sentinel for worker in self.workers)])
+            if self.told in ended:
+                served = self.told.recv()
                 if served is None:  # else what comes after the workers stopped to accept is reset, and not refused
-                    listening.close()
-                elif not is_announced:
-                    is_announced = True
-                    _announce(served, settings, address)
-            for worker in [worker for worker in workers if worker.sentinel in ended]:
+                    self.listening.close()
+                elif not self.is_announced:
+                    self.is_announced = True
+                    _announce(served, self.settings, address)
+            for worker in [worker for worker in self.workers if worker.sentinel in ended]:
                 worker.join()
-                workers.remove(worker)
-                code = worker.exitcode or 0
-                if is_stopping:
-                    has_failed = has_failed or code == FAILED
-                elif code == FAILED or not is_announced:
-                    if code != FAILED:  # it has said nothing itself
-                        print(f"error: a worker {ending(code)} before it answered{_hint(code)}", file=sys.stderr)
-                    has_failed = True
-                    end()
-                else:
-                    print(f"warning: a worker {ending(code)}{_hint(code)}, and another begins", file=sys.stderr)
-                    time.sleep(RESTART_S)
-                    workers.append(create())
-                    _start(workers[-1])
-                    if is_stopping:  # the signal came before it was there
-                        workers[-1].terminate()
-        if is_interrupted and not has_failed:
+                self.workers.remove(worker)
+                self._lost(worker.exitcode or 0)
+        if self.is_interrupted and not self.has_failed:
             raise KeyboardInterrupt
-        return 1 if has_failed else 0
+        return 1 if self.has_failed else 0
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """At a signal. The second one hurries those that drain."""
+        is_hurried, self.is_interrupted = self.is_stopping, self.is_interrupted or number == signal.SIGINT
+        self.end()
+        for worker in self.workers if is_hurried else ():
+            if worker.pid and worker.is_alive():
+                os.kill(worker.pid, signal.SIGINT)
+
+    def end(self) -> None:
+        """Have all workers drain and end."""
+        self.is_stopping = True
+        self.tell.send(None)
+        for worker in self.workers:
+            if worker.is_alive():
+                worker.terminate()
+
+    def _lost(self, code: int) -> None:
+        """A worker ended with this code: begin another, or end where the next would end so too."""
+        if self.is_stopping:
+            self.has_failed = self.has_failed or code == FAILED
+        elif code == FAILED or not self.is_announced:
+            if code != FAILED:  # it has said nothing itself
+                print(f"error: a worker {ending(code)} before it answered{_hint(code)}", file=sys.stderr)
+            self.has_failed = True
+            self.end()
+        else:
+            print(f"warning: a worker {ending(code)}{_hint(code)}, and another begins", file=sys.stderr)
+            time.sleep(RESTART_S)
+            self.workers.append(self.create())
+            _start(self.workers[-1])
+            if self.is_stopping:  # the signal came before it was there
+                self.workers[-1].terminate()
 
 
 def _start(worker: "BaseProcess") -> None:
