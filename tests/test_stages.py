@@ -133,9 +133,8 @@ def test_a_path_without_a_name_is_refused(word):
 def test_what_yaml_makes_of_a_label_is_refused_by_a_stage_that_runs_alone(tmp_path):
     text = (ROOT / "params.yaml").read_text().replace("classifier: []", "classifier: [yes, no]")
     (tmp_path / "params.yaml").write_text(text)
-    done = run(
-        "export_onnx", "source=x", "output=x", cwd=tmp_path, code="from stages.export_onnx import *; export_onnx()"
-    )
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from stages.export_onnx import *; export_onnx()"
+    done = run("export_onnx", "source=x", "output=x", cwd=tmp_path, code=code)
     assert done.returncode == 1
     assert done.stderr.startswith(
         "error: params.yaml: onnx.classifier[0] is True, as YAML reads it: put text in quotes"
