@@ -1,6 +1,7 @@
 """Call a function in a process of its own: a library that crashes there takes one row with it, and not the pipeline."""
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -28,7 +29,7 @@ def call_in_child(function: Callable[..., Any], *arguments: Any, timeout_s: floa
 
     Where a platform cannot fork, it is called here, without a limit.
 
-    Raises CrashError where the process ends on its own, or has no answer after `limit_s` seconds: it is killed then.
+    Raises CrashError where the process ends on its own, or has no answer after `timeout_s` seconds: it is killed then.
     """
     import multiprocessing  # not with every stage's start
 
@@ -80,6 +81,7 @@ def _die_after(process: int) -> None:
 
 def _answer(sender: "Connection", function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     die_with_parent()
+    gc.freeze()  # a session that the parent left would wait, as it is freed, for threads that no fork has
     try:
         answer = True, function(*arguments)
     except Exception as error:

@@ -1,4 +1,5 @@
 import faulthandler
+import gc
 import os
 import signal
 import time
@@ -40,3 +41,22 @@ def test_a_call_that_hangs_is_killed_and_named():
     with pytest.raises(CrashError, match=r"no answer within 0.2 s: the process hung and was killed$"):
         call_in_child(time.sleep, 600, timeout_s=0.2)
     assert call_in_child(sorted, [2, 1], timeout_s=60) == [1, 2]
+
+
+def test_what_the_parent_left_for_the_collector_is_not_freed_in_the_fork():
+    """A session of ONNX Runtime would wait there for threads that only the parent has."""
+
+    class Session:
+        def __init__(self):
+            self.itself, self.process = self, os.getpid()
+
+        def __del__(self):
+            if os.getpid() != self.process:
+                os._exit(9)
+
+    gc.disable()
+    try:
+        Session()
+        call_in_child(gc.collect)
+    finally:
+        gc.enable()
