@@ -108,11 +108,14 @@ MINE = """\
 target: ort-int8-dynamic
 parameters:
   quantize.ort-int8-dynamic.per_channel: [false]
-  conf/benchmark/quick.yaml:warmup: {warmups}
+  conf/benchmark/quick.yaml:warmup: [1]
 """
-# In every Python process: a line for each stage.
+# In every Python process: a line for each stage; and no wait of 15 seconds for what a killed job may have written.
 NOTE = """
 import os, sys
+if "sweep" in sys.orig_argv and "local" in sys.orig_argv:
+    from submitit.core.core import Job
+    Job._results_timeout_s = 1
 if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):
     with open(os.environ["STAGES_RAN"], "a") as ran:
         print(sys.orig_argv[2].removeprefix("stages."), file=ran)
@@ -141,9 +144,8 @@ def cluster(request, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_job_that_is_killed_runs_again_and_what_jobs_built_comes_through_the_remote(built, cluster, tmp_path):
     engine, store = cluster
-    points = 2 if engine == "local" else 1  # whose processes are forks of one with their libraries
     project = built.copy(tmp_path / "project")
-    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE.format(warmups=list(range(1, points + 1))))
+    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE)
     project.run("dvc", "remote", "add", "-d", "store", store)
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "Add a sweep and a remote")
@@ -153,13 +155,13 @@ def test_a_job_that_is_killed_runs_again_and_what_jobs_built_comes_through_the_r
     os.kill(_worker(running), signal.SIGKILL)
     output, _ = running.communicate()
     assert running.returncode == 0
-    assert f"{points} points: {points} measured, 0 failed." in output
-    assert len(measured(project)) == points
+    assert "1 points: 1 measured, 0 failed." in output
+    assert len(measured(project)) == 1
     assert set((tmp_path / "stages").read_text().split()) == {"probe", "quantize", "validate", "benchmark"}
     name = measured(project)[0].rpartition("/")[2]
 
     if engine == "local":  # what is here of a point is the same whoever measured it
-        assert project.run(*command).stdout.count(": there already") == points
+        assert project.run(*command).stdout.count(": there already") == 1
         table = project.run("env", "COLUMNS=160", "dvc", "exp", "show", "--only-changed", "--no-pager").stdout
         assert all(word in table for word in (".per_channel ", " warmup ", f"[{name}]"))
         assert "…" not in table  # which stands where a column is too wide
