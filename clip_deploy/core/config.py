@@ -783,7 +783,7 @@ def _check_value(kind: Any, value: Any, key: str) -> None:
     """Raise ConfigError where a single value is of another kind.
 
     YAML reads `no` as false, 010 as 8 and 4:30 as 270: where text is asked for, each would be another text without a
-    word. No limit holds against NaN.
+    word. NaN is no number here: it is neither below nor above any limit.
     """
     if issubclass(kind, Enum):
         if not isinstance(value, kind) and value not in kind.__members__:
