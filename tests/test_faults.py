@@ -68,7 +68,7 @@ def kind(stage):
 
 
 def locked(project, stage):
-    return yaml.safe_load((project.path / "dvc.lock").read_text())["stages"][stage]
+    return project.lock()[stage]
 
 
 def outputs(project, stage):
@@ -286,11 +286,7 @@ def test_a_second_repro_at_once_is_refused_and_the_first_ends_well(project, faul
 
 def cached(project, path):
     """The object of DVC's cache that holds one file of an output."""
-    for out in (
-        out
-        for stage in yaml.safe_load((project.path / "dvc.lock").read_text())["stages"].values()
-        for out in stage["outs"]
-    ):
+    for out in (out for stage in project.lock().values() for out in stage["outs"]):
         if Path(path).is_relative_to(out["path"]) and "md5" in out:
             objects = project.path / ".dvc/cache/files/md5"
             listed = json.loads((objects / out["md5"][:2] / out["md5"][2:]).read_text())

@@ -99,10 +99,6 @@ def timed(project, target):
     return json.loads((project.path / f"reports/benchmark/{target}.json").read_text())["towers"]["vision"]["1"]
 
 
-def lock(project):
-    return yaml.safe_load((project.path / "dvc.lock").read_text())["stages"]
-
-
 def manifest(project):
     return json.loads((project.path / "artifacts/package/manifest.json").read_text())
 
@@ -366,14 +362,14 @@ def test_an_experiment_gives_what_an_edit_gives_and_keeps_hand_edits(copy):
     text = (copy.path / "params.yaml").read_text()
     assert "# a remark of mine," in text
     assert yaml.safe_load(text)["quantize"]["ort-int8-dynamic"]["accuracy_budget"]["max_flips"] == 3.0
-    experiment = lock(copy)[target]
+    experiment = copy.lock()[target]
     (name,) = copy.run("dvc", "exp", "list", "--name-only").stdout.split()
     table = copy.run(sys.executable, "-m", "clip_deploy", "compare", "HEAD", name).stdout
     assert f"- **B**: {name}: " in table
     assert f"| `{TARGETS[0]}` | pass / pass |" in table
     (copy.path / "params.yaml").write_text(old.replace("max_flips: 2.0", "max_flips: 3.0"))
     copy.run("dvc", "repro", "-s", "-f", "--no-run-cache", target)
-    assert lock(copy)[target] == experiment
+    assert copy.lock()[target] == experiment
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
-import yaml
 from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo
+from dvc.utils.serialize import parse_yaml
 
 from clip_deploy.commands.project import PARAMS, PIPELINE, PROBED, check_project, probed
 from clip_deploy.core.errors import DeployError
@@ -101,7 +101,7 @@ def entries(lock: str) -> dict[str, Any]:
             "params": entry.get("params", {}),
             **{kind: {item["path"]: item.get("md5") for item in entry.get(kind, [])} for kind in ("deps", "outs")},
         }
-        for name, entry in (yaml.safe_load(lock) or {}).get("stages", {}).items()
+        for name, entry in parse_yaml(lock, LOCK).get("stages", {}).items()
     }
 
 
