@@ -180,7 +180,7 @@ def test_another_accuracy_budget_rebuilds_only_the_int8_targets(copy):
 
 def test_a_gpus_rows_stay_without_one(copy):
     copy.run(sys.executable, "-m", "clip_deploy", "device", "cuda", "--discard")
-    some = ["torch-fp32", "torch-fused-fp16", "aoti-fp16", "ort-cuda-fp16"]  # each with a reason of its own
+    some = ["torch-fp32", "torch-fused-fp16", "aoti-fp16", "onnx-fp32", "ort-cuda-fp16", "trt-fp16"]
     keep(copy, some)
     copy.edit("params.yaml", "benchmark: gpu", "benchmark: quick")
     copy.edit("params.yaml", "  targets:\n  - torch-fused-fp16\n", "  targets:\n")

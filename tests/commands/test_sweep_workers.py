@@ -108,7 +108,7 @@ MINE = """\
 target: ort-int8-dynamic
 parameters:
   quantize.ort-int8-dynamic.per_channel: [false]
-  conf/benchmark/quick.yaml:warmup: [1]
+  conf/benchmark/quick.yaml:warmup: {warmups}
 """
 # In every Python process: a line for each stage; and no wait of 15 seconds for what a killed job may have written.
 NOTE = """
@@ -144,8 +144,9 @@ def cluster(request, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_job_that_is_killed_runs_again_and_what_jobs_built_comes_through_the_remote(built, cluster, tmp_path):
     engine, store = cluster
+    points = 2 if engine == "local" else 1  # whose processes are forks of one with their libraries
     project = built.copy(tmp_path / "project")
-    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE)
+    (project.path / "conf" / "sweep" / "mine.yaml").write_text(MINE.format(warmups=list(range(1, points + 1))))
     project.run("dvc", "remote", "add", "-d", "store", store)
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "Add a sweep and a remote")
@@ -155,13 +156,13 @@ def test_a_job_that_is_killed_runs_again_and_what_jobs_built_comes_through_the_r
     os.kill(_worker(running), signal.SIGKILL)
     output, _ = running.communicate()
     assert running.returncode == 0
-    assert "1 points: 1 measured, 0 failed." in output
-    assert len(measured(project)) == 1
+    assert f"{points} points: {points} measured, 0 failed." in output
+    assert len(measured(project)) == points
     assert set((tmp_path / "stages").read_text().split()) == {"probe", "quantize", "validate", "benchmark"}
     name = measured(project)[0].rpartition("/")[2]
 
     if engine == "local":  # what is here of a point is the same whoever measured it
-        assert project.run(*command).stdout.count(": there already") == 1
+        assert project.run(*command).stdout.count(": there already") == points
         table = project.run("env", "COLUMNS=160", "dvc", "exp", "show", "--only-changed", "--no-pager").stdout
         assert all(word in table for word in (".per_channel ", " warmup ", f"[{name}]"))
         assert "…" not in table  # which stands where a column is too wide

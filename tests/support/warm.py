@@ -77,7 +77,6 @@ def quicken_locks() -> None:
     """Let dvc read and write dvc.lock by libyaml: by ruamel's Python, which keeps comments, it is half of a stage."""
     import yaml
     from dvc import dvcfile
-    from dvc.utils import serialize, strictyaml
     from dvc.utils.serialize import _common, _yaml
 
     class Dumper(yaml.CSafeDumper):
@@ -85,19 +84,16 @@ def quicken_locks() -> None:
 
     Dumper.add_multi_representer(dict, Dumper.represent_dict)
     Dumper.add_representer(type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", ""))
-    with_comments, of_others = dvcfile.modify_yaml, _yaml.parse_yaml
-
-    def parse(text: str, path: object, typ: str = "safe") -> dict:
-        is_lock = typ == "safe" and str(path).endswith(".lock")
-        return yaml.load(text, yaml.CSafeLoader) or {} if is_lock else of_others(text, path, typ)
+    with_comments = dvcfile.modify_yaml
 
     def modify(path: str, fs: object = None) -> contextlib.AbstractContextManager[dict]:
         if not path.endswith(".lock"):
             return with_comments(path, fs)
-        return _common._modify_data(path, parse, lambda data, file: yaml.dump(data, file, Dumper, sort_keys=False), fs)
+        return _common._modify_data(
+            path, _yaml.parse_yaml, lambda data, file: yaml.dump(data, file, Dumper, sort_keys=False), fs
+        )
 
     dvcfile.modify_yaml = modify
-    serialize.parse_yaml = strictyaml.parse_yaml = parse
 
 
 def quicken_exports() -> None:
