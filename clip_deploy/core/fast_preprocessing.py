@@ -12,24 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.core.preprocessing import MAX_ASPECT, Preprocessing, to_patches
+from clip_deploy.core.jpeg import FLIPS, read_header, upright
+from clip_deploy.core.preprocessing import Preprocessing, to_patches
 
 LIBRARIES = ("simplejpeg", "cykooz_resizer")
 FILTERS = {1: "lanczos3", 2: "bilinear", 3: "catmull_rom"}  # Pillow's numbers; its bicubic is Catmull and Rom's
 SCALES = (4, 2)  # that libjpeg-turbo decodes with SIMD; at 8 it takes the mean of 8 x 8 pixels, which is too coarse
-COLOURS = ("YCbCr", "Gray")  # what else JPEG can hold (CMYK, RGB) is left to Pillow
-FLIPS: dict[int, tuple[int, ...]] = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}  # rows 0, columns 1
-LYING = (5, 6, 7, 8)
-SCAN = 0xDA  # the marker behind which a JPEG's pixels begin
-END = b"\xff\xd9"  # the marker at a JPEG's end
-TRAILER = 1024  # bytes behind a whole picture, at most; with more, Pillow says whether it is whole
 PLANS = 1024  # sizes of photos that are remembered
 
 
@@ -168,45 +162,6 @@ class FastPreprocessing:
         return options
 
 
-class Header(NamedTuple):
-    """How a picture lies in its file, by EXIF's numbers, and the upright picture's height and width."""
-
-    lies: int
-    height: int
-    width: int
-
-    def as_stored(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in the file of what is so high and wide when it is upright."""
-        return (width, height) if self.lies in LYING else (height, width)
-
-
-class Jpeg(NamedTuple):
-    """A file's content, bytes or uint8 [length], and what its header says."""
-
-    content: Any
-    header: Header
-
-
-def whole_jpeg(content: bytes | None) -> Jpeg | None:
-    """None where it is for Pillow to read or to refuse: as read_header says, or without its end."""
-    header = read_header(content) if content and END in content[-TRAILER:] else None
-    return Jpeg(content, header) if header else None
-
-
-def read_header(jpeg: bytes) -> Header | None:
-    """None where the file is for Pillow to read or to refuse: none, of rare colours, too large or too thin."""
-    import simplejpeg
-
-    try:
-        lies = orientation(jpeg)
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
-    except Exception:  # of whatever is wrong, Pillow's own reading says it
-        return None
-    if colours not in COLOURS or is_refused(height, width):
-        return None
-    return Header(lies, *((width, height) if lies in LYING else (height, width)))
-
-
 def _window(pixels: np.ndarray, start: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     return pixels[start[0] : start[0] + size[0], start[1] : start[1] + size[1]]
 
@@ -221,36 +176,3 @@ def check(settings: Preprocessing) -> None:
         raise UnavailableError(
             f"this checkpoint resizes with the filter {name}, which the fast feed lacks: take the feed exact"
         )
-
-
-def is_refused(height: int, width: int) -> bool:
-    """Whether Pillow warns of so many pixels, or the image is too thin: images.rgb says so of both."""
-    most = Image.MAX_IMAGE_PIXELS
-    return bool(most and height * width > most) or max(height, width) > MAX_ASPECT * min(height, width)
-
-
-def orientation(jpeg: bytes) -> int:
-    """How the picture lies in the file, by EXIF's numbers; 1 is upright."""
-    told = _before_pixels(jpeg)
-    if b"Exif\0" not in told and b"tiff:Orientation" not in told:  # most have none, and to open one takes its time
-        return 1
-    with Image.open(BytesIO(jpeg)) as image:
-        found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return found
-
-
-def _before_pixels(jpeg: bytes) -> bytes:
-    """What stands before the first scan, or all where the segments cannot be followed."""
-    place = 2
-    while place + 1 < len(jpeg) and jpeg[place] == 0xFF:
-        kind = jpeg[place + 1]
-        if kind == SCAN or place + 3 >= len(jpeg):
-            return jpeg[:place]
-        place += 1 if kind == 0xFF else 2 + (jpeg[place + 2] << 8) + jpeg[place + 3]  # any number of fill bytes
-    return jpeg
-
-
-def upright(pixels: np.ndarray, lies: int) -> np.ndarray:
-    """A picture [height, width, 3] turned as Pillow's exif_transpose does."""
-    pixels = pixels.swapaxes(0, 1) if lies in LYING else pixels
-    return np.flip(pixels, FLIPS[lies]) if lies in FLIPS else pixels

@@ -16,8 +16,9 @@ from tqdm import tqdm  # tokenizers brings it along, through huggingface_hub
 
 from clip_deploy.core.environment import MAX_THREADS, cores
 from clip_deploy.core.errors import DataError, DeployError
-from clip_deploy.core.fast_preprocessing import FastPreprocessing, Jpeg, whole_jpeg
+from clip_deploy.core.fast_preprocessing import FastPreprocessing
 from clip_deploy.core.images import jpeg_of, read_image, rgb
+from clip_deploy.core.jpeg import Jpeg, whole_jpeg
 from clip_deploy.core.package import DEFAULT_BATCH, Package, read_labels, read_package, read_preprocessing
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.core.vectors import unit

@@ -20,8 +20,8 @@ from queue import SimpleQueue
 import numpy as np
 
 from clip_deploy.core.environment import cores
-from clip_deploy.core.fast_preprocessing import Header, Jpeg, whole_jpeg
 from clip_deploy.core.images import jpeg_of
+from clip_deploy.core.jpeg import Header, Jpeg, whole_jpeg
 
 LENGTH = struct.Struct("<Q")  # of what follows, in bytes
 MOST = 4  # processes

@@ -13,7 +13,7 @@ from clip_deploy.core.errors import DeployError, UnavailableError, first_line
 from clip_deploy.core.records import Placement
 
 if TYPE_CHECKING:
-    from clip_deploy.core.fast_preprocessing import Jpeg
+    from clip_deploy.core.jpeg import Jpeg
     from clip_deploy.core.preprocessing import Preprocessing
 
 T = TypeVar("T")

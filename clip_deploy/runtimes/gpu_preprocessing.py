@@ -29,12 +29,12 @@ from torch import Tensor
 
 from clip_deploy.core.environment import cores
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.core.fast_preprocessing import FLIPS, LYING, Header, Jpeg, whole_jpeg
+from clip_deploy.core.jpeg import FLIPS, LYING, Header, Jpeg, whole_jpeg
 from clip_deploy.core.preprocessing import Preprocessing
 from clip_deploy.runtimes.pytorch import is_available
 from clip_deploy.runtimes.resize_kernels import resize_first, resize_second
 
-LIBRARIES = ("nvidia.nvimgcodec", "simplejpeg")  # the second reads headers
+LIBRARY = "nvidia.nvimgcodec"
 FILTERS = {1: 3, 2: 1, 3: 2}  # Pillow's numbers of lanczos, bilinear and bicubic; half their widths in pixels
 DECODERS = 2  # threads that decode a batch each: while one waits for the engines, the other prepares
 SMALL = 2**20  # pixels of a picture that is decoded together with all others that are as small
@@ -211,7 +211,7 @@ class Buffered:
 
 def _codec() -> Any:
     """nvImageCodec with nvJPEG alone: its other parts tell the terminal which libraries they lack."""
-    spec = find_spec("nvidia.nvimgcodec")
+    spec = find_spec(LIBRARY)
     parts = Path(spec.origin or "").parent / "extensions" if spec else Path()
     if "NVIMGCODEC_EXTENSIONS_PATH" not in os.environ and (found := sorted(parts.glob("libnvjpeg_ext.so*"))):
         folder = Path(tempfile.mkdtemp(prefix="nvimgcodec-"))
@@ -330,11 +330,11 @@ def _result(settings: Preprocessing) -> tuple[int, int] | None:
 
 
 def check(settings: Preprocessing) -> None:
-    """Raise UnavailableError where the GPU feed lacks a library, a GPU, the filter or one size of all results."""
+    """Raise UnavailableError where the GPU feed lacks its library, a GPU, the filter or one size of all results."""
     if not is_available("cuda"):
         raise UnavailableError("the feed gpu needs a CUDA GPU that PyTorch can use: take another feed")
-    if missing := [name for name in LIBRARIES if not _is_installed(name)]:
-        raise UnavailableError(f"the feed gpu needs {' and '.join(missing)}: pip install 'clip-deploy[fast-gpu]'")
+    if not _is_installed(LIBRARY):
+        raise UnavailableError(f"the feed gpu needs {LIBRARY}: pip install 'clip-deploy[fast-gpu]'")
     if settings.max_patches or _result(settings) is None:
         raise UnavailableError("the feed gpu makes images of one size, and this checkpoint's differ: take another feed")
     if settings.resample is not None and settings.resample not in FILTERS:

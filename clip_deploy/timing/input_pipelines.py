@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 
 from clip_deploy.core import fast_preprocessing
 from clip_deploy.core.errors import DeployError, UnavailableError
-from clip_deploy.core.fast_preprocessing import FLIPS, LYING, Decoded, FastPreprocessing, orientation, whole_jpeg
+from clip_deploy.core.fast_preprocessing import Decoded, FastPreprocessing
+from clip_deploy.core.jpeg import FLIPS, LYING, orientation, whole_jpeg
 from clip_deploy.runtimes import open_gpu_preprocessing
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.fast_feed import need_fast_feed
 
-from clip_deploy.core.fast_preprocessing import whole_jpeg
+from clip_deploy.core.jpeg import whole_jpeg
 from clip_deploy.data import scenes
 from clip_deploy.inference import file_reader
 from clip_deploy.inference.file_reader import FileReader, FileReaders

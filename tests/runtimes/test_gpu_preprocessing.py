@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from support.fast_feed import need_fast_feed
 
 from clip_deploy.core.errors import UnavailableError
-from clip_deploy.core.fast_preprocessing import Header, Jpeg, whole_jpeg
+from clip_deploy.core.jpeg import Header, Jpeg, whole_jpeg
 from clip_deploy.core.preprocessing import Preprocessing
 
 feed = pytest.importorskip("clip_deploy.runtimes.gpu_preprocessing", exc_type=ModuleNotFoundError)
@@ -245,7 +245,7 @@ def test_a_missing_gpu_or_library_is_named(monkeypatch):
     with pytest.raises(UnavailableError, match="CUDA GPU"):
         feed.check(settings())
     monkeypatch.setattr(feed, "is_available", lambda device: True)
-    monkeypatch.setattr(feed, "LIBRARIES", ("torch", "no_such_place.codec"))
+    monkeypatch.setattr(feed, "LIBRARY", "no_such_place.codec")
     with pytest.raises(UnavailableError, match=r"needs no_such_place.codec: pip install 'clip-deploy\[fast-gpu\]'"):
         feed.check(settings())
 
